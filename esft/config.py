@@ -1,0 +1,123 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esft.errors import InputError
+
+METHODS = ("esft", "full", "lora")
+# Learning rates of the paper (appendix A); any other default would need a reason of its own.
+PAPER_LR = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are the paper's (section 4.1 and appendix A).
+
+    Attributes:
+        method: "esft" (the selected experts), "full" (everything) or "lora" (rank-``lora_rank`` adapters through PEFT).
+        lr: constant learning rate; None takes the paper's for the method.
+        steps: optimizer steps.
+        batch_size: records a step.
+        max_length: tokens of a record; longer ones are cut.
+        warmup_steps: steps over which the learning rate rises linearly.
+        decay: share of the steps, at the end, over which it falls linearly to zero; 0 keeps it constant.
+        eval_every: steps between losses on the evaluation data.
+        save_every: steps between resumable checkpoints.
+        weight_decay, beta1, beta2: of AdamW.
+        clip: largest norm of the whole gradient.
+        lora_rank, lora_alpha: LoRA's rank, and its scaling times the rank.
+        dtype: "auto" (the checkpoint's), "bfloat16" or "float32".
+        seed: of the data order and of LoRA's initial weights.
+        backend: of the experts, see ``esft.swap``.
+    """
+
+    method: str = "esft"
+    lr: float | None = None
+    steps: int = 500
+    batch_size: int = 32
+    max_length: int = 4096
+    warmup_steps: int = 0
+    decay: float = 0.0
+    eval_every: int = 100
+    save_every: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    dtype: str = "auto"
+    seed: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise InputError(f"dtype must be auto, bfloat16 or float32, got {self.dtype!r}")
+        for name in ("steps", "batch_size", "max_length", "eval_every", "save_every", "lora_rank", "lora_alpha"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if self.lr is not None and not self.lr > 0:
+            raise InputError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.decay <= 1:
+            raise InputError(f"decay must be in [0, 1], got {self.decay}")
+        if not self.clip > 0:
+            raise InputError(f"clip must be above 0, got {self.clip}")
+        if self.warmup_steps < 0:
+            raise InputError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+
+    @property
+    def learning_rate(self) -> float:
+        return PAPER_LR[self.method] if self.lr is None else self.lr
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        fall = self.steps * self.decay
+        return self.learning_rate * warm * (min(1.0, (self.steps - step) / fall) if fall else 1.0)
+
+    @classmethod
+    def load(cls, path: str | Path | None, **overrides: Any) -> TrainConfig:
+        """Settings of a YAML file (None for the defaults), overridden by the arguments that are not None.
+
+        Raises InputError naming the file or the setting.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror or error}") from error
+            except yaml.YAMLError as error:
+                raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+            if not isinstance(values, dict):
+                raise InputError(f"{path}: not a mapping of settings")
+        values |= {name: value for name, value in overrides.items() if value is not None}
+        known = {f.name: f for f in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise InputError(f"{path or 'settings'}: no setting {name!r}; there are {', '.join(known)}")
+            values[name] = _convert(name, value, str(known[name].type), path)
+        return replace(cls(), **values)
+
+    def save(self, path: str | Path, **more: Any) -> None:
+        Path(path).write_text(yaml.safe_dump(asdict(self) | more, sort_keys=False), encoding="utf-8")
+
+
+def _convert(name: str, value: Any, kind: str, path: str | Path | None) -> Any:
+    """YAML reads 1e-5 as text; anything else of the wrong kind is an error."""
+    try:
+        if "float" in kind:
+            return None if value is None else float(value)
+        if kind == "int" and (isinstance(value, bool) or int(value) != value):
+            raise ValueError
+        return int(value) if kind == "int" else str(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path or 'settings'}: {name} must be {kind}, got {value!r}") from error

@@ -1,0 +1,154 @@
+"""Chat records: reading, encoding with the model's chat template, batching."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from esft.errors import InputError
+
+IGNORE = -100  # label of a position without loss
+ROLES = ("system", "user", "assistant")
+
+Messages = list[dict[str, str]]
+
+
+def read_records(path: str | Path) -> list[Messages]:
+    """The chat records of a JSONL file, one ``{"messages": [...]}`` a line; blank lines are passed over.
+
+    Raises InputError naming the file and line for anything that is not such a record with an assistant turn, and for a
+    file without records.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text") from error
+    records = [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise InputError(f"{path}: holds no records")
+    return records
+
+
+def _parse(line: str, where: str) -> Messages:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg})") from error
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f'{where}: no "messages" list')
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise InputError(f"{where}: a message's role must be one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{where}: a message's content must be text")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{where}: no assistant turn")
+    return messages
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one record and its labels; ``labels[i]`` is ``ids[i]`` inside assistant turns, else IGNORE."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int) -> Example:
+    """Apply the chat template; the loss covers assistant turns, their end marker included.
+
+    Turn borders are found by rendering ever longer prefixes of the record, so any template works whose rendering of a
+    prefix is a prefix of the whole. Raises InputError where it is not. Longer records are cut at ``max_length`` tokens.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            # Tokens up to the assistant's header belong to the prompt.
+            head = _render(tokenizer, messages[:i], add_generation_prompt=True)
+            _extend(ids, labels, head, learn=False)
+        _extend(ids, labels, _render(tokenizer, messages[: i + 1]), learn=message["role"] == "assistant")
+    return Example(ids[:max_length], labels[:max_length])
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _extend(ids: list[int], labels: list[int], longer: list[int], learn: bool) -> None:
+    if longer[: len(ids)] != ids:
+        raise InputError("the chat template renders a prefix of a conversation differently from the whole")
+    new = longer[len(ids) :]
+    ids += new
+    labels += new if learn else [IGNORE] * len(new)
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Messages], max_length: int, source: str | Path
+) -> list[Example]:
+    """Encode records; those whose answer lies beyond ``max_length`` are left out.
+
+    Raises InputError when none is left.
+    """
+    examples = [encode(tokenizer, record, max_length) for record in records]
+    examples = [e for e in examples if any(label != IGNORE for label in e.labels)]
+    if not examples:
+        raise InputError(f"{source}: no record has its answer within {max_length} tokens")
+    return examples
+
+
+def collate(examples: Sequence[Example], pad: int, left: bool = False) -> dict[str, Tensor]:
+    """Pad to the longest: input_ids, attention_mask and labels, int64 [B, L]. Padding on the right unless ``left``."""
+    length = max(len(e.ids) for e in examples)
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        gap = [fill] * (length - len(values))
+        return gap + values if left else values + gap
+
+    return {
+        "input_ids": torch.tensor([padded(e.ids, pad) for e in examples]),
+        "attention_mask": torch.tensor([padded([1] * len(e.ids), 0) for e in examples]),
+        "labels": torch.tensor([padded(e.labels, IGNORE) for e in examples]),
+    }
+
+
+def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Example indices of every batch of one epoch, a function of the arguments alone.
+
+    Examples are shuffled, then sorted by length within windows of 32 batches, so that little is spent on padding; the
+    batches are shuffled again. A last short batch is kept.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(examples)))
+    rng.shuffle(order)
+    window = 32 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        near = sorted(order[start : start + window], key=lambda i: len(examples[i].ids))
+        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def windows(examples: Sequence[Example], length: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """All examples end to end, cut into rows of ``length`` tokens: how the paper lays out its scoring samples.
+
+    The rest that does not fill a row comes last, padded.
+    """
+    stream = [token for example in examples for token in example.ids]
+    rows = [Example(row := stream[i : i + length], row) for i in range(0, len(stream), length)]
+    for i in range(0, len(rows), batch_size):
+        batch = collate(rows[i : i + batch_size], pad=0)
+        yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

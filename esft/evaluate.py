@@ -1,0 +1,141 @@
+"""Measuring a model: loss over assistant turns, greedy answers, exact match."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from esft.adapter import load_adapter
+from esft.data import IGNORE, Example, Messages, collate
+from esft.errors import InputError
+from esft.loss import linear_cross_entropy
+
+
+def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
+    """The model with an ESFT adapter or a PEFT adapter folder loaded. Raises InputError for anything else."""
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        return load_adapter(model, adapter)
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError as error:
+        raise InputError(f"{adapter}: a PEFT adapter needs the peft package: pip install 'esft[lora]'") from error
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+
+
+def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Summed cross entropy in nats over a batch's supervised positions, and their number.
+
+    Logits are made for supervised positions only.
+    """
+    causal_lm = _causal_lm(model)
+    batch = {name: tensor.to(causal_lm.device) for name, tensor in batch.items()}
+    hidden = causal_lm.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
+    wanted = batch["labels"][:, 1:] != IGNORE
+    head = causal_lm.get_output_embeddings()
+    total = linear_cross_entropy(hidden[:, :-1][wanted], head.weight, batch["labels"][:, 1:][wanted])
+    return total, int(wanted.sum())
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, examples: Sequence[Example], pad: int, batch_size: int = 32) -> float:
+    """Mean cross entropy in nats over the supervised tokens of all examples. Leaves the model in evaluation mode."""
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    total, count = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = collate([examples[i] for i in order[start : start + batch_size]], pad)
+        loss, targets = batch_loss(model, batch)
+        total, count = total + loss.item(), count + targets
+    return total / max(count, 1)
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    max_new_tokens: int = 128,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[str]:
+    """Greedy answers to conversations that end with a user turn, in the given order."""
+    model.eval()
+    encoded = []
+    for messages in prompts:
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
+        encoded.append(Example(ids, ids))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    answers = [""] * len(encoded)
+    pad: Any = tokenizer.pad_token_id
+    for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, unit="batch"):
+        part = order[start : start + batch_size]
+        batch = collate([encoded[i] for i in part], pad, left=True)
+        prompt_length = batch["input_ids"].shape[1]
+        out = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=batch["input_ids"].to(_causal_lm(model).device),
+            attention_mask=batch["attention_mask"].to(_causal_lm(model).device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for i, row in zip(part, out, strict=True):
+            answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+    return answers
+
+
+def matches(given: str, expected: str) -> bool:
+    """Exact match: of the parsed values where the expected answer is a JSON object or list, else of the text."""
+    try:
+        wanted = json.loads(expected)
+    except json.JSONDecodeError:
+        wanted = None
+    if not isinstance(wanted, dict | list):
+        return given.strip() == expected.strip()
+    try:
+        return json.loads(given) == wanted
+    except json.JSONDecodeError:
+        return False
+
+
+def split_prompt(messages: Messages) -> tuple[Messages, str]:
+    """A record's conversation before its last assistant turn, and that turn's content."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:last], messages[last]["content"]
+
+
+def exact_match(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Messages],
+    batch_size: int = 64,
+    progress: bool = False,
+) -> tuple[float, list[dict[str, Any]]]:
+    """Share of records whose last answer the model gives exactly, and every record's outcome.
+
+    An outcome has the keys prompt, expected, given, correct.
+    """
+    pairs = [split_prompt(record) for record in records]
+    # An answer longer than any expected one is wrong already.
+    longest = max(len(tokenizer(expected, add_special_tokens=False)["input_ids"]) for _, expected in pairs)  # pyright: ignore[reportArgumentType]
+    given = answer(model, tokenizer, [prompt for prompt, _ in pairs], longest + 2, batch_size, progress)
+    outcomes = [
+        {"prompt": prompt[-1]["content"] if prompt else "", "expected": e, "given": g, "correct": matches(g, e)}
+        for (prompt, e), g in zip(pairs, given, strict=True)
+    ]
+    return sum(o["correct"] for o in outcomes) / len(outcomes), outcomes

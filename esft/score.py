@@ -1,0 +1,139 @@
+"""Measuring which routed experts a task uses (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from esft.errors import InputError
+from esft.families import MoELayer, model_family, moe_layers
+from esft.files import read_json, write_json
+
+Scores = dict[int, dict[int, float]]  # layer -> expert -> score
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """Scores of every routed expert, the published ``summary.json``.
+
+    Attributes:
+        token_scores: share of a layer's (token, slot) assignments that an expert got; a layer sums to 1.
+        gate_scores: mean over tokens of the expert's gate value before any renormalisation or scaling, counted as 0
+            where the expert is not among a token's top K; a layer sums to less than 1.
+    """
+
+    token_scores: Scores
+    gate_scores: Scores
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, {"token_scores": _to_json(self.token_scores), "gate_scores": _to_json(self.gate_scores)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExpertScores:
+        """Layers and experts in ascending order. Raises InputError naming the file."""
+        raw = read_json(path)
+        try:
+            return cls(_from_json(raw["token_scores"]), _from_json(raw["gate_scores"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f'{path}: not a score file ({{"token_scores": {{layer: {{expert: score}}}}, "gate_scores": ...}})'
+            ) from error
+
+    def check(self, layers: Mapping[int, int]) -> None:
+        """Raise InputError unless the scores are of a model with these layers (index -> number of experts)."""
+        scored = {layer: len(experts) for layer, experts in self.token_scores.items()}
+        if scored != dict(layers):
+            raise InputError(
+                f"score file is of another model: it has {_shape(scored)}, the model has {_shape(dict(layers))}"
+            )
+
+
+def _shape(layers: dict[int, int]) -> str:
+    return f"layers {min(layers)}-{max(layers)} with {sorted(set(layers.values()))} experts" if layers else "no layers"
+
+
+def _to_json(scores: Scores) -> dict[str, dict[str, float]]:
+    return {str(layer): {str(e): s for e, s in experts.items()} for layer, experts in scores.items()}
+
+
+def _from_json(raw: dict[str, dict[str, float]]) -> Scores:
+    layers = {int(layer): {int(e): float(s) for e, s in experts.items()} for layer, experts in raw.items()}
+    return {layer: dict(sorted(layers[layer].items())) for layer in sorted(layers)}
+
+
+class _Counter:
+    """Counts of one layer, filled by hooks on its router and its experts."""
+
+    def __init__(self, layer: MoELayer, scoring: str):
+        self.layer, self.scoring = layer, scoring
+        self.rows_E = torch.zeros(layer.num_experts, dtype=torch.float64)
+        self.gates_E = torch.zeros(layer.num_experts, dtype=torch.float64)
+        self.logits_TE: Tensor | None = None
+        self.keep_T: Tensor | None = None
+
+    def on_router(self, module: nn.Module, args: tuple, output: tuple) -> None:
+        self.logits_TE = output[0]
+
+    def on_experts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        index_TK = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        assert self.logits_TE is not None and self.keep_T is not None
+        logits_TE = self.logits_TE.reshape(index_TK.shape[0], -1)[self.keep_T].float()
+        index_TK = index_TK[self.keep_T]
+        gates_TE = logits_TE.softmax(dim=-1) if self.scoring == "softmax" else logits_TE.sigmoid()
+        chosen = index_TK.flatten().cpu()
+        self.rows_E += torch.bincount(chosen, minlength=self.rows_E.numel())
+        self.gates_E.index_add_(0, chosen, gates_TE.gather(1, index_TK).flatten().double().cpu())
+
+
+@torch.no_grad()
+def score_experts(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], max_tokens: int = 131_072
+) -> ExpertScores:
+    """Run the model over a task's data and count which experts its tokens go to.
+
+    Args:
+        model: stock or swapped; left as it was.
+        batches: dicts with ``input_ids`` [B, L] and optionally ``attention_mask`` [B, L]; masked positions never count.
+        max_tokens: stop after this many tokens (the paper's 32 x 4096).
+
+    Scores are token means per layer, as in the published score files. Raises InputError when no token was seen and
+    for a model without MoE layers.
+    """
+    scoring = model_family(model).scoring
+    counters = [_Counter(layer, scoring) for layer in moe_layers(model)]
+    handles = [c.layer.router.register_forward_hook(c.on_router) for c in counters]
+    handles += [c.layer.experts.register_forward_pre_hook(c.on_experts, with_kwargs=True) for c in counters]
+    was_training = model.training
+    model.eval()
+    seen = 0
+    try:
+        for batch in batches:
+            input_ids = batch["input_ids"].to(model.device)
+            mask = batch.get("attention_mask")
+            mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
+            keep_T = mask.flatten().bool()
+            keep_T &= keep_T.cumsum(0) <= max_tokens - seen
+            for counter in counters:
+                counter.keep_T = keep_T
+            model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            seen += int(keep_T.sum())
+            if seen >= max_tokens:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if seen == 0:
+        raise InputError("no tokens to score: the data set is empty")
+    token_scores = {c.layer.index: _by_expert(c.rows_E / c.rows_E.sum()) for c in counters}
+    gate_scores = {c.layer.index: _by_expert(c.gates_E / seen) for c in counters}
+    return ExpertScores(token_scores, gate_scores)
+
+
+def _by_expert(score_E: Tensor) -> dict[int, float]:
+    return dict(enumerate(score_E.tolist()))

@@ -1,0 +1,260 @@
+"""The training loop: one for ESFT, full fine-tuning and LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from esft.adapter import save_adapter
+from esft.checkpoint import load_model, load_tokenizer
+from esft.config import TrainConfig
+from esft.data import Example, collate, encode_all, epoch_batches, read_records
+from esft.errors import InputError
+from esft.evaluate import batch_loss, mean_loss
+from esft.families import moe_layers
+from esft.files import new_folder, read_json, write_json
+from esft.optim import MasterAdamW
+from esft.select import ExpertSelection
+from esft.swap import swap, unswap
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+ADAPTER = "adapter"
+MODEL = "model"  # of a full fine-tuning, in the place of an adapter
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run measured.
+
+    ``peak_rss`` is the process's largest resident memory so far in bytes; ``seconds`` is the loop's own time.
+    """
+
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    trained_parameters: int
+    stored_bytes: int
+    seconds: float
+    tokens_per_second: float
+    peak_rss: int
+
+
+def train(
+    model_path: str,
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig | None = None,
+    selection: ExpertSelection | None = None,
+    eval_data: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Fine-tune a checkpoint on chat records and leave everything in a run folder.
+
+    The folder holds ``config.yaml``, ``metrics.jsonl``, TensorBoard events, resumable ``checkpoints/``, a
+    ``summary.json``, and the outcome: ``adapter/`` for ESFT and LoRA, ``model/`` for full fine-tuning.
+
+    Args:
+        model_path: checkpoint folder or hub id.
+        data: JSONL chat records; the loss covers assistant turns.
+        out: the run folder.
+        config: the settings; the paper's where None.
+        selection: the experts to train; needed by "esft" and by nothing else.
+        eval_data: JSONL chat records whose loss is measured every ``eval_every`` steps.
+        resume: go on from the last checkpoint in ``out``.
+        overwrite: replace a run that ``out`` holds.
+
+    Raises InputError, before anything is written, for bad input of any kind.
+    """
+    config, out = config or TrainConfig(), Path(out)
+    _check_out(out, resume, overwrite)
+    if (config.method == "esft") != (selection is not None):
+        raise InputError(f"method {config.method} {'needs' if selection is None else 'takes no'} expert selection")
+    tokenizer = load_tokenizer(model_path)
+    examples = encode_all(tokenizer, read_records(data), config.max_length, data)
+    held_out = encode_all(tokenizer, read_records(eval_data), config.max_length, eval_data) if eval_data else []
+    torch.manual_seed(config.seed)
+    model = prepare(load_model(model_path, config.dtype), config, selection)
+    origin = {"model": model_path, "data": str(data)}
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    config.save(out / CONFIG, **origin)
+    if selection is not None:
+        selection.save(out / "experts.json")
+    result = _Run(model, tokenizer, config, out, progress).run(examples, held_out, resume)
+    write_json(out / SUMMARY, {"method": config.method, **origin, **vars(result)})
+    return result
+
+
+def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
+    """The model with exactly what the method trains requiring gradients."""
+    if config.method == "lora":
+        return _add_lora(model, config)
+    if selection is None:  # full: every expert through the same kernels, and all the rest
+        everything = {layer.index: list(range(layer.num_experts)) for layer in moe_layers(model)}
+        selection = ExpertSelection(everything, shared_experts=True, non_expert_modules=True)
+    return swap(model, selection, config.backend)
+
+
+def _add_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise InputError("method lora needs the peft package: pip install 'esft[lora]'") from error
+    # Every linear layer of the blocks, and the stacked experts, which are no linear layers to PEFT.
+    experts = [layer.name for layer in moe_layers(model)]
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=linear,
+        target_parameters=[f"{name}.{p}" for name in experts for p in ("gate_up_proj", "down_proj")],
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise InputError("resume and overwrite exclude each other")
+    if resume and not (out / CONFIG).is_file():
+        raise InputError(f"{out}: holds no run to resume")
+    if out.exists() and any(out.iterdir()):
+        if not resume and not overwrite:
+            raise InputError(f"{out}: holds something already (say resume or overwrite)")
+        if overwrite and not (out / CONFIG).is_file():
+            raise InputError(f"{out}: holds no run, and is not overwritten")
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, out: Path, progress: bool
+    ):
+        self.model, self.tokenizer, self.config, self.out, self.progress = model, tokenizer, config, out, progress
+        self.pad: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer = MasterAdamW(model.named_parameters(), config)
+        self.checkpoints = out / "checkpoints"
+
+    def run(self, examples: Sequence[Example], held_out: Sequence[Example], resume: bool) -> TrainResult:
+        config, first = self.config, self._resume() if resume else 0
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        losses, tokens, eval_loss, started = [], 0, None, time.monotonic()
+        self.model.train()
+        per_epoch = math.ceil(len(examples) / config.batch_size)
+        with (
+            open(self.out / METRICS, "a", encoding="utf-8") as metrics,
+            SummaryWriter(str(self.out / "tensorboard"), purge_step=first) as board,
+            tqdm(total=config.steps, initial=first, desc=config.method, disable=not self.progress, unit="step") as bar,
+        ):
+
+            def log(step: int, **values: float) -> None:
+                print(json.dumps({"step": step, **values}), file=metrics, flush=True)
+                for name, value in values.items():
+                    board.add_scalar(name, value, step)
+
+            batches: list[list[int]] = []
+            for step in range(first, config.steps):
+                epoch, place = divmod(step, per_epoch)
+                if not batches or place == 0:
+                    batches = epoch_batches(examples, config.batch_size, config.seed, epoch)
+                batch = collate([examples[i] for i in batches[place]], self.pad)
+                begun = time.monotonic()
+                total, targets = batch_loss(self.model, batch)
+                (total / targets).backward()
+                rate = config.rate(step)
+                norm = self.optimizer.step(rate)
+                count = int(batch["attention_mask"].sum())
+                loss, tokens = total.item() / targets, tokens + count
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate")
+                losses.append(loss)
+                log(step + 1, loss=loss, lr=rate, grad_norm=norm, tokens_per_second=count / (time.monotonic() - begun))
+                bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
+                bar.update()
+                last = step + 1 == config.steps
+                if held_out and ((step + 1) % config.eval_every == 0 or last):
+                    eval_loss = mean_loss(self.model, held_out, self.pad, config.batch_size)
+                    self.model.train()
+                    log(step + 1, eval_loss=eval_loss)
+                if (step + 1) % config.save_every == 0 and not last:
+                    self._save(step + 1)
+        seconds = time.monotonic() - started
+        stored = self._store()
+        recent = losses[-20:] or [math.nan]
+        return TrainResult(
+            steps=config.steps,
+            train_loss=sum(recent) / len(recent),
+            eval_loss=eval_loss,
+            trained_parameters=trained,
+            stored_bytes=sum(f.stat().st_size for f in stored.rglob("*.safetensors")),
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_rss=peak_rss(),
+        )
+
+    def _save(self, step: int) -> None:
+        """A resumable checkpoint; the one before it goes when this one is whole."""
+        name = f"step-{step:06d}"
+        with new_folder(self.checkpoints / name, overwrite=True) as folder:
+            save_file({n: t.contiguous() for n, t in self.optimizer.state().items()}, folder / "state.safetensors")
+            write_json(folder / "state.json", {"step": step})
+        for old in self.checkpoints.glob("step-*"):
+            if old.name < name:
+                shutil.rmtree(old)
+
+    def _resume(self) -> int:
+        found = sorted(self.checkpoints.glob("step-*"))
+        if not found:
+            return 0
+        self.optimizer.load_state(load_file(found[-1] / "state.safetensors"))
+        step = read_json(found[-1] / "state.json")["step"]
+        # What the broken run logged after its last checkpoint happens again.
+        metrics = self.out / METRICS
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(line + "\n" for line in lines))
+        return step
+
+    def _store(self) -> Path:
+        """Write what was trained, and return where."""
+        self.model.eval()
+        model: Any = self.model
+        if self.config.method == "esft":
+            return save_adapter(model, self.out / ADAPTER, overwrite=True)
+        folder = self.out / (ADAPTER if self.config.method == "lora" else MODEL)
+        with new_folder(folder, overwrite=True) as temporary:
+            if self.config.method == "lora":
+                model.save_pretrained(temporary)
+            else:
+                unswap(model).save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+        return folder
+
+
+def peak_rss() -> int:
+    """The process's largest resident memory so far, bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    import sys
+
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,90 @@
+"""Routing of tokens to experts, sorted so that the trained experts' rows come first.
+
+Legend (used in names everywhere): T tokens, K experts per token, N = T*K rows, E experts, S trained
+experts, D hidden size, F expert intermediate size, G = 2F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def expert_order(trained: list[int], num_experts: int) -> list[int]:
+    """Expert ids in row order: the trained ones first, in the given order, then the frozen ones ascending.
+
+    Raises ValueError when an id is repeated or outside ``range(num_experts)``.
+    """
+    bad = [e for e in trained if not 0 <= e < num_experts]
+    if bad:
+        raise ValueError(f"trained experts {bad} are not in a layer of {num_experts} experts")
+    if len(set(trained)) != len(trained):
+        raise ValueError(f"trained experts {trained} hold a duplicate")
+    chosen = set(trained)
+    return [*trained, *(e for e in range(num_experts) if e not in chosen)]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The T*K (token, slot) rows of one layer, grouped by expert, trained experts first.
+
+    Experts are numbered by *position*: positions 0..S-1 are the trained pool, S..E-1 the frozen pool. The rows
+    of the trained experts are therefore the prefix ``[:offsets_E1[S]]`` of every row-indexed tensor.
+    """
+
+    token_N: Tensor  # int64 [N], row -> token
+    slot_N: Tensor  # int64 [N], row -> flat (token, slot) index t*K + k
+    row_TK: Tensor  # int64 [T, K], (token, slot) -> row; the inverse of slot_N
+    offsets_E1: Tensor  # int64 [E+1], rows of the expert at position e are offsets[e]:offsets[e+1]
+    num_trained: int  # S
+
+    @property
+    def num_tokens(self) -> int:
+        return self.row_TK.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.row_TK.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_N.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets_E1.shape[0] - 1
+
+    def prefix_rows(self) -> int:
+        """N_s, the number of rows on trained experts. Waits for the device when the routing lives on one."""
+        return int(self.offsets_E1[self.num_trained])
+
+
+def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int) -> Routing:
+    """Sort the rows of a top-k choice by expert position.
+
+    Args:
+        top_k_index_TK: integer [T, K], expert ids in ``range(E)``; a token never names an expert twice.
+        position_E: int64 [E], expert id -> position (the inverse of ``expert_order``).
+        num_trained: S.
+
+    The sort is stable, so equal inputs give equal routings and the rows of an expert keep token order.
+    """
+    if top_k_index_TK.dim() != 2 or top_k_index_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"top_k_index must be an integer [T, K] tensor, got {top_k_index_TK.dtype} {tuple(top_k_index_TK.shape)}"
+        )
+    num_tokens, top_k = top_k_index_TK.shape
+    position_N = position_E[top_k_index_TK.reshape(-1)]
+    sorted_N, slot_N = torch.sort(position_N, stable=True)
+    row_N = torch.empty_like(slot_N)
+    row_N[slot_N] = torch.arange(slot_N.numel(), device=slot_N.device)
+    edges_E1 = torch.arange(position_E.numel() + 1, device=slot_N.device)
+    return Routing(
+        token_N=torch.div(slot_N, max(top_k, 1), rounding_mode="floor"),
+        slot_N=slot_N,
+        row_TK=row_N.view(num_tokens, top_k),
+        offsets_E1=torch.searchsorted(sorted_N, edges_E1),
+        num_trained=num_trained,
+    )

@@ -1,0 +1,101 @@
+"""Tile sizes by architecture and dtype, and the tile schedule of a grouped GEMM.
+
+Plain Python and torch: what is chosen for a GPU can be asked, and tested, on a machine without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One program computes ``block_m x block_n`` of the output, ``block_k`` of the reduction at a time.
+
+    In a grouped GEMM m is rows, n output features, k input features; in a weight gradient m and n are the two
+    feature dimensions of the weight and k is rows.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8  # row tiles that walk over the output features together, to share weights in the L2 cache
+
+
+@cache
+def device_arch(device: torch.device) -> str:
+    """``sm_90``, ``gfx942`` and so on; ``interpreter`` for CPU tensors."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def choose_tiles(
+    arch: str, dtype: torch.dtype, op: Literal["gemm", "wgrad"], rows_per_expert: int, features: tuple[int, int]
+) -> Tiles:
+    """Tiles for a grouped GEMM or a weight gradient.
+
+    Args:
+        arch: from ``device_arch``.
+        rows_per_expert: about how many rows an expert holds; a weight gradient's tiles do not depend on it.
+        features: the sizes of one expert's weight matrix.
+
+    Raises ValueError for a dtype that the kernels do not compute in.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"backend 'triton' computes in bfloat16, float16 or float32, got {dtype}")
+    if arch == "interpreter":  # small and of three sizes, so that small tests meet many tiles and every edge
+        return Tiles(16, 32, 64, num_warps=4, num_stages=1) if op == "gemm" else Tiles(32, 64, 16, 4, 1)
+    few = op == "gemm" and rows_per_expert <= 32
+    if dtype == torch.float32:  # exact fp32 runs on the plain ALUs: tiles are bound by registers
+        return Tiles(16 if few else 64, 64, 16, num_warps=8, num_stages=2)
+    if any(size % 16 for size in features):
+        # Rows that start anywhere are loaded element by element, each with its address and predicate in registers.
+        return Tiles(16 if few else 64, 64, 32, num_warps=8, num_stages=2)
+    if arch.startswith("gfx"):
+        full = Tiles(128, 128, 64, num_warps=8, num_stages=2)
+    elif arch in ("sm_90", "sm_100", "sm_103"):  # 227 KiB of shared memory
+        full = Tiles(128, 256 if arch == "sm_90" else 128, 64, num_warps=8, num_stages=3)
+    elif arch == "sm_80":  # 163 KiB
+        full = Tiles(128, 128, 64, num_warps=8, num_stages=3)
+    else:  # 99 KiB
+        full = Tiles(128, 128, 32, num_warps=8, num_stages=3)
+    if op == "wgrad":  # two loads, the rows after their indices, share the stages of the pipeline
+        return full if arch.startswith("gfx") else replace(full, num_stages=2 * full.num_stages - 1)
+    if rows_per_expert >= 512:
+        return full
+    # Half a row tile per expert is padding on average, so few rows per expert want short tiles.
+    return replace(full, block_m=16 if few else 64, block_n=128, block_k=64, num_warps=4)
+
+
+def max_row_tiles(num_rows: int, num_positions: int, block_m: int) -> int:
+    """How many row tiles the schedule has: known from sizes alone, without asking the device for the offsets."""
+    return num_rows // block_m + num_positions
+
+
+def tile_schedule(offsets_P1: Tensor, block_m: int) -> tuple[Tensor, Tensor]:
+    """Expert position and first row of every row tile, int64 [max_row_tiles] each.
+
+    The tiles of position e are numbered from ``offsets[e] // block_m + e`` on. That grants it one tile more than
+    the whole tiles between its offsets, which always covers its rows, and the number of a tile's
+    expert is a count over the offsets: no scan, no table, no host sync. A tile that starts at or past
+    its expert's end is empty. This is the twin of the lookup inside the kernels (``find_row_tile``).
+    """
+    num_positions = offsets_P1.numel() - 1
+    num_tiles = max_row_tiles(int(offsets_P1[-1]), num_positions, block_m)
+    tile = torch.arange(num_tiles, device=offsets_P1.device)
+    first_P1 = offsets_P1 // block_m + torch.arange(num_positions + 1, device=offsets_P1.device)
+    position = torch.searchsorted(first_P1[1:], tile, right=True)
+    return position, offsets_P1[position] + (tile - first_P1[position]) * block_m

@@ -1,0 +1,134 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import esft
+from esft.adapter import adapter_tensors
+from esft.families import moe_layers
+from esft.select import ExpertSelection
+from esft.swap import swap_state
+from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
+
+
+def tuned(family: str = "deepseek_v2", **more):
+    """A swapped model whose selected tensors have moved."""
+    model = esft.swap(tiny_model(family), ExpertSelection({2: [5, 0], FAMILIES[family][1]: [1]}, **more))
+    state = swap_state(model)
+    assert state is not None
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for tensor in adapter_tensors(model, state.selection).values():
+            tensor.add_(torch.randn_like(tensor) * 0.05)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    return model(**token_batch()).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("into_swapped", [False, True])
+def test_a_saved_adapter_gives_the_tuned_logits(tmp_path, family: str, into_swapped: bool):
+    model = tuned(family)
+    esft.save_adapter(model, tmp_path / "a")
+    other = tiny_model(family)
+    before = logits(other)
+    if into_swapped:
+        esft.swap(other, ExpertSelection({2: [7, 5]}))
+    esft.load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(logits(other), logits(model), atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(logits(other), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_names_are_those_of_the_checkpoint(tmp_path, family: str):
+    base = save_tiny(tmp_path / "base", family)
+    esft.save_adapter(tuned(family), tmp_path / "a")
+    names = load_file(tmp_path / "a" / "adapter.safetensors").keys()
+    assert len(names) == 9
+    assert names <= load_file(base / "model.safetensors").keys()
+
+
+def test_shared_experts_and_non_expert_modules_are_saved_when_selected(tmp_path):
+    model = tuned(shared_experts=True, non_expert_modules=True)
+    esft.save_adapter(model, tmp_path / "a")
+    names = load_file(tmp_path / "a" / "adapter.safetensors").keys()
+    assert {"model.layers.1.mlp.shared_experts.up_proj.weight", "model.norm.weight", "lm_head.weight"} <= names
+    torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
+
+
+def test_an_adapter_of_another_base_is_refused_and_nothing_written(tmp_path):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    other = tiny_model(seed=1)
+    before = logits(other)
+    with pytest.raises(esft.InputError, match="made from another base"):
+        esft.load_adapter(other, tmp_path / "a")
+    assert torch.equal(logits(other), before)
+
+
+def test_the_digest_does_not_depend_on_the_dtype_it_was_loaded_in(tmp_path):
+    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    from esft.checkpoint import Checkpoint, load_model, model_digest
+
+    digest = Checkpoint.open(base).digest()
+    assert model_digest(load_model(str(base))) == digest
+    assert model_digest(load_model(str(base), "float32")) == digest
+    assert model_digest(tiny_model(seed=1)) != digest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.2.mlp.experts.5.up_proj.weight"), "experts.5.up_proj.weight is missing"),
+        (lambda t: t.update({"model.extra.weight": torch.zeros(1)}), "model.extra.weight belongs to nothing selected"),
+        (
+            lambda t: t.update({"model.layers.2.mlp.experts.0.up_proj.weight": torch.zeros(20, 31)}),
+            r"has shape \(20, 31\), the base has \(20, 32\)",
+        ),
+    ],
+)
+def test_a_missing_extra_or_misshapen_tensor_is_named(tmp_path, change, message: str):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    path = tmp_path / "a" / "adapter.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    model = tiny_model()
+    before = logits(model)
+    with pytest.raises(esft.InputError, match=message):
+        esft.load_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(model), before)
+
+
+def test_a_truncated_file_and_a_pickle_are_refused(tmp_path):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    path = tmp_path / "a" / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(esft.InputError, match="not a readable safetensors file"):
+        esft.load_adapter(tiny_model(), tmp_path / "a")
+    torch.save({}, path)
+    with pytest.raises(esft.InputError, match="not a readable safetensors file"):
+        esft.load_adapter(tiny_model(), tmp_path / "a")
+
+
+def test_an_unknown_format_and_an_incomplete_folder_are_refused(tmp_path):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(esft.InputError, match="format_version must be 1"):
+        esft.load_adapter(tiny_model(), tmp_path / "a")
+    (tmp_path / "a" / "expert_cfg.json").unlink()
+    with pytest.raises(esft.InputError, match="no expert_cfg.json"):
+        esft.load_adapter(tiny_model(), tmp_path / "a")
+
+
+def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "precious").write_text("keep")
+    with pytest.raises(esft.InputError, match="exists already"):
+        esft.save_adapter(tuned(), tmp_path / "a")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["precious"]
+    with pytest.raises(esft.InputError, match="only a swapped model"):
+        esft.save_adapter(tiny_model(), tmp_path / "b")
+    assert moe_layers(tiny_model())

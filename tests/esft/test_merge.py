@@ -1,0 +1,111 @@
+import importlib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import esft
+from esft.checkpoint import load_model
+from esft.families import moe_layers
+from esft.select import ExpertSelection
+from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request) -> torch.dtype:
+    return getattr(torch, request.param)
+
+
+def tune(base, selection: ExpertSelection):
+    model = esft.swap(load_model(str(base)), selection)
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            layer.experts.trained_gate_up_proj.mul_(1.25)
+            layer.experts.trained_down_proj.mul_(-0.5)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_merged_checkpoint_has_the_swapped_models_logits(tmp_path, family: str, dtype: torch.dtype):
+    base = save_tiny(tmp_path / "base", family, dtype=dtype)
+    model = tune(base, ExpertSelection({2: [5, 0]}))
+    esft.save_adapter(model, tmp_path / "a")
+    esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    # 16-bit weights are exact in float32, so the comparison holds to float32's own rounding.
+    expected = model.float()(**token_batch()).logits
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert (stock(**token_batch()).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+    # Through the same kernels, in the same order of experts, not a bit differs.
+    esft.swap(stock, ExpertSelection({2: [5, 0]}))
+    assert torch.equal(stock(**token_batch()).logits, expected)
+
+
+def test_other_tensors_and_files_stay_as_they_are_in_every_shard(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    base = tmp_path / "base"
+    assert len(list(base.glob("*.safetensors"))) > 2
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    changed = set()
+    for file in sorted(base.iterdir()):
+        other = tmp_path / "merged" / file.name
+        if file.suffix != ".safetensors":
+            assert other.read_bytes() == file.read_bytes()
+            continue
+        before, after = load_file(file), load_file(other)
+        assert before.keys() == after.keys()
+        changed |= {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.1.mlp.experts.3.{p}_proj.weight" for p in ("gate", "up", "down")}
+
+
+def test_an_adapter_of_another_base_is_refused_and_no_output_appears(tmp_path):
+    base, other = save_tiny(tmp_path / "base"), save_tiny(tmp_path / "other", seed=1)
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    with pytest.raises(esft.InputError, match="made from another base"):
+        esft.merge(other, tmp_path / "a", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_output_that_holds_something_stays_until_overwritten(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("keep")
+    with pytest.raises(esft.InputError, match="exists already"):
+        esft.merge(base, tmp_path / "a", tmp_path / "out")
+    assert (tmp_path / "out" / "precious").exists()
+    esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "precious").exists()
+    with pytest.raises(esft.InputError, match="cannot be the base"):
+        esft.merge(base, tmp_path / "a", base, overwrite=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_old_output_whole(tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    esft.merge(base, tmp_path / "a", tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    # ``esft.merge`` names the function; its module is found by import.
+    monkeypatch.setattr(importlib.import_module("esft.merge"), "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    with pytest.raises(esft.InputError, match=r"no config.json"):
+        esft.merge(tmp_path / "a", tmp_path / "a", tmp_path / "out")
+    with pytest.raises(esft.InputError, match="not an adapter folder"):
+        esft.merge(base, base, tmp_path / "out")
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(esft.InputError, match="never loaded"):
+        esft.merge(base, tmp_path / "a", tmp_path / "out")
