@@ -85,7 +85,7 @@ def _eval(args: argparse.Namespace) -> None:
     model, tokenizer = _model_with_adapter(args), load_tokenizer(args.model)
     records = read_records(args.data)[: args.limit]
     examples = encode_all(tokenizer, records, args.max_length, args.data)
-    result = {"records": len(records), "loss": mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)}  # pyright: ignore[reportArgumentType]
+    result = {"records": len(records), "loss": mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)}
     outcomes = []
     if not args.loss_only:
         result["exact_match"], outcomes = exact_match(model, tokenizer, records, args.batch_size, not args.quiet)

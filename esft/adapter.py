@@ -33,10 +33,10 @@ def adapter_tensors(model: PreTrainedModel, selection: ExpertSelection) -> dict[
             if swapped:
                 assert isinstance(layer.experts, Experts)
                 # The pools of a swapped model may be ordered by another selection than this one.
-                where = int(layer.experts.position[expert])  # pyright: ignore[reportIndexIssue]
+                where = int(layer.experts.position[expert])
                 gate_up, down = layer.experts.pools.gate_up(where), layer.experts.pools.down(where)
             else:
-                gate_up, down = layer.experts.gate_up_proj[expert], layer.experts.down_proj[expert]  # pyright: ignore[reportIndexIssue]
+                gate_up, down = layer.experts.gate_up_proj[expert], layer.experts.down_proj[expert]
             for projection, tensor in enumerate((*gate_up.chunk(2), down)):
                 tensors[expert_tensor_name(layer.name, expert, projection, family)] = tensor.detach()
     shared = {p for layer in moe_layers(model) for m in layer.shared_experts for p in m.parameters()}

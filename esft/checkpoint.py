@@ -104,8 +104,8 @@ def model_digest(model: PreTrainedModel) -> str:
     for layer in moe_layers(model):
         gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
         for e in range(layer.num_experts):
-            gate, up = gate_up[e].chunk(2)  # pyright: ignore[reportIndexIssue]
-            for projection, tensor in enumerate((gate, up, down[e])):  # pyright: ignore[reportIndexIssue]
+            gate, up = gate_up[e].chunk(2)
+            for projection, tensor in enumerate((gate, up, down[e])):
                 samples[expert_tensor_name(layer.name, e, projection, family)] = _sample(tensor)
     for name, parameter in model.named_parameters():
         if _DIGESTED.search(name):

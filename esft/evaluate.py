@@ -31,7 +31,7 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
 
 def _causal_lm(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
@@ -86,7 +86,7 @@ def answer(
         part = order[start : start + batch_size]
         batch = collate([encoded[i] for i in part], pad, left=True)
         prompt_length = batch["input_ids"].shape[1]
-        out = model.generate(  # pyright: ignore[reportCallIssue]
+        out = model.generate(
             input_ids=batch["input_ids"].to(_causal_lm(model).device),
             attention_mask=batch["attention_mask"].to(_causal_lm(model).device),
             max_new_tokens=max_new_tokens,
@@ -95,7 +95,7 @@ def answer(
             eos_token_id=tokenizer.eos_token_id,
         )
         for i, row in zip(part, out, strict=True):
-            answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+            answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
     return answers
 
 
@@ -132,7 +132,7 @@ def exact_match(
     """
     pairs = [split_prompt(record) for record in records]
     # An answer longer than any expected one is wrong already.
-    longest = max(len(tokenizer(expected, add_special_tokens=False)["input_ids"]) for _, expected in pairs)  # pyright: ignore[reportArgumentType]
+    longest = max(len(tokenizer(expected, add_special_tokens=False)["input_ids"]) for _, expected in pairs)
     given = answer(model, tokenizer, [prompt for prompt, _ in pairs], longest + 2, batch_size, progress)
     outcomes = [
         {"prompt": prompt[-1]["content"] if prompt else "", "expected": e, "given": g, "correct": matches(g, e)}

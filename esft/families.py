@@ -56,7 +56,7 @@ class MoELayer:
 
     @property
     def num_experts(self) -> int:
-        return int(self.experts.num_experts)  # pyright: ignore[reportArgumentType]
+        return int(self.experts.num_experts)
 
     @property
     def router(self) -> nn.Module:

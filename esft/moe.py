@@ -47,7 +47,7 @@ class Experts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        return self.position.numel()  # pyright: ignore[reportCallIssue]
+        return self.position.numel()
 
     @property
     def pools(self) -> ExpertPools:
@@ -57,7 +57,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
-        routing = route(top_k_index, self.position, len(self.trained))  # pyright: ignore[reportArgumentType]
+        routing = route(top_k_index, self.position, len(self.trained))
         return expert_mlp(hidden_states, top_k_weights, self.pools, routing, self.backend)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
@@ -112,6 +112,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.e_score_correction_bias: Tensor | None
         nn.init.normal_(self.weight, std=hidden_size**-0.5)
         bias = torch.zeros(config.num_experts) if config.scoring == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)

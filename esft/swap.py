@@ -54,14 +54,14 @@ def swap(model: PreTrainedModel, selection: ExpertSelection, backend: str = "aut
     for layer in layers:
         stock = layer.experts
         chosen = selection.experts.get(layer.index, [])
-        experts = Experts(stock.gate_up_proj, stock.down_proj, chosen, backend)  # pyright: ignore[reportArgumentType]
+        experts = Experts(stock.gate_up_proj, stock.down_proj, chosen, backend)
         experts.train(stock.training)
         setattr(layer.block, layer.attribute, experts)
         _set_weights(stock, torch.empty(0), torch.empty(0))
         state.stock[layer.name] = stock
         for shared in layer.shared_experts:
             shared.requires_grad_(selection.shared_experts)
-    model.esft_state = state  # pyright: ignore[reportAttributeAccessIssue]
+    model.esft_state = state
     return model
 
 

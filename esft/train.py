@@ -149,7 +149,7 @@ class _Run:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, out: Path, progress: bool
     ):
         self.model, self.tokenizer, self.config, self.out, self.progress = model, tokenizer, config, out, progress
-        self.pad: int = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self.pad: int = tokenizer.pad_token_id
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.checkpoints = out / "checkpoints"
 

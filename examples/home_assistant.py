@@ -11,7 +11,7 @@ The splits are disjoint by template, so the test asks for wordings that training
 the names in the test are new as well. Every record is read back by Home Assistant's own recogniser and
 kept only where that gives the same answer, which also drops every sentence with two meanings.
 
-    python examples/home_assistant.py --out DIR [--seed 0] [--train 12000] [--validation 300] [--test 500]
+    python -m examples.home_assistant --out DIR [--seed 0] [--train 12000] [--validation 300] [--test 500]
 """
 
 import random
@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from home_grammar import Expander, Recogniser, Template, answer_json, load_intents, read_templates
-from home_names import Home
-from task_files import Example, task_parser, write_splits
+from examples.home_grammar import Expander, Recogniser, Template, answer_json, load_intents, read_templates
+from examples.home_names import Home
+from examples.task_files import Example, task_parser, write_splits
 
 MAX_COMMAND = 120
 HELD_OUT = 0.1  # of an intent's templates, for validation and for test each

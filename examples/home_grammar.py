@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from home_names import NOUNS, Home
+from examples.home_names import NOUNS, Home
 
 try:
     import hassil.expression as grammar

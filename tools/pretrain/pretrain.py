@@ -143,7 +143,7 @@ class Trainer:
         for name, master in self.masters.items():
             hidden = master.dim() >= 2 and "embed" not in name and not name.endswith("gate.weight")
             if hidden and "gate_up" in name:
-                master.muon_split = 2  # pyright: ignore[reportAttributeAccessIssue]
+                master.muon_split = 2
             if master.numel():
                 (muon if hidden else adam).append(master)
         self.muon = Muon(muon, MUON_LR, weight_decay=0.1)

@@ -1,0 +1,38 @@
+# Everything sets itself up: only Python >= 3.10, make and a package index are needed.
+PYTHON ?= python3
+# The allocator keeps its memory: on a virtual machine, page faults can cost more than the arithmetic.
+RUN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 THP_MEM_ALLOC_ENABLE=1 .venv/bin/python
+CONSTRAINTS := tools/constraints.txt
+DATA := build/home_assistant
+
+.PHONY: test lint demo compare clean
+
+test: .venv/installed lint
+	$(RUN) -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+demo: .venv/installed $(DATA)/test.jsonl
+	$(RUN) -m examples.demo --data $(DATA) --out build/demo
+
+compare: .venv/installed $(DATA)/test.jsonl build/general.jsonl
+	$(RUN) -m examples.compare --data $(DATA) --general build/general.jsonl --out build/compare
+
+$(DATA)/test.jsonl: .venv/installed
+	$(RUN) -m examples.home_assistant --out $(DATA)
+
+build/general.jsonl: .venv/installed
+	$(RUN) -m examples.general --out $@
+
+# torch goes first and alone, so that what depends on it takes this one.
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c $(CONSTRAINTS) torch==2.13.0
+	.venv/bin/pip install --quiet -c $(CONSTRAINTS) -e '.[triton,lora,plot,examples,dev]'
+	touch $@
+
+clean:
+	rm -rf build .venv

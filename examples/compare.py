@@ -1,0 +1,111 @@
+"""ESFT, full fine-tuning and LoRA on the same data: one table.
+
+    python -m examples.compare --data build/home_assistant --general build/general.jsonl --out build/compare
+
+Each method trains in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import esft
+from esft.checkpoint import load_model, load_tokenizer
+from esft.evaluate import load_any_adapter, mean_loss
+from esft.report import table
+from examples.demo import ESFT, MODEL, TOP_P, score_task, task_score
+from examples.general import encode_general
+
+# Every method at the best learning rate of those tried on the validation data; the README has the others.
+LEARNING_RATES = {"esft": ESFT.lr, "full": 1e-3, "lora": 4e-3}
+
+
+def general_loss(model, records: list[dict]) -> float:
+    """Mean over the parts of the general data of their loss per token, nats."""
+    tokenizer = load_tokenizer(str(MODEL))
+    parts = encode_general(tokenizer, records)
+    return sum(mean_loss(model, examples, tokenizer.pad_token_id) for examples in parts.values()) / len(parts)
+
+
+def read_general(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def stock_model():
+    return esft.swap(load_model(str(MODEL)), esft.ExpertSelection({}))
+
+
+def run_method(method: str, lr: float, args: argparse.Namespace) -> None:
+    """Train, measure, and leave the figures in a file."""
+    out = args.out / method
+    config = dataclasses.replace(ESFT, method=method, lr=lr)
+    selection = esft.ExpertSelection.load(args.out / "experts.json") if method == "esft" else None
+    result = esft.train(
+        str(MODEL), args.data / "train.jsonl", out, config, selection, args.data / "validation.jsonl", overwrite=True
+    )
+    if method == "full":
+        model = esft.swap(load_model(str(out / "model")), esft.ExpertSelection({}))
+    elif method == "esft":
+        model = esft.load_adapter(stock_model(), out / "adapter")
+    else:
+        model = load_any_adapter(load_model(str(MODEL)), out / "adapter")
+    score, _ = task_score(model, args.data / args.split)
+    figures = vars(result) | {"lr": lr, "score": score, "general": general_loss(model, read_general(args.general))}
+    (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="ESFT, full fine-tuning and LoRA side by side")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train, validation and test.jsonl")
+    parser.add_argument("--general", type=Path, required=True, help="from examples.general")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--split", default="test.jsonl", help="the file to score on; validation.jsonl to choose by")
+    parser.add_argument("--method", choices=LEARNING_RATES, help="run this one here, and print no table")
+    parser.add_argument("--lr", type=float, help="with --method")
+    parser.add_argument("--top-p", type=float, default=TOP_P)
+    args = parser.parse_args()
+    if args.method is None:
+        shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "experts.json").exists():
+        scores = score_task(str(MODEL), args.data / "train.jsonl")
+        esft.select_experts(scores, top_p=args.top_p).save(args.out / "experts.json")
+    if args.method is not None:
+        run_method(args.method, args.lr or LEARNING_RATES[args.method], args)
+        return
+    for method in LEARNING_RATES:
+        subprocess.run([sys.executable, "-m", "examples.compare", *sys.argv[1:], "--method", method], check=True)
+
+    base = stock_model()
+    parameters = sum(p.numel() for p in base.parameters())
+    before = general_loss(base, read_general(args.general))
+    score, _ = task_score(base, args.data / args.split)
+    rows = [{"method": "base", "exact match": f"{score:.1%}", "general loss": before}]
+    rows[0] |= dict.fromkeys(("rise", "trained", "share", "stored MB", "peak MB", "seconds"), "")
+    for method in LEARNING_RATES:
+        figures = json.loads((args.out / method / "figures.json").read_text(encoding="utf-8"))
+        rows.append(
+            {
+                "method": method,
+                "exact match": f"{figures['score']:.1%}",
+                "general loss": figures["general"],
+                "rise": figures["general"] - before,
+                "trained": figures["trained_parameters"],
+                "share": f"{figures['trained_parameters'] / parameters:.1%}",
+                "stored MB": f"{figures['stored_bytes'] / 1e6:.1f}",
+                "peak MB": f"{figures['peak_rss'] / 1e6:.0f}",
+                "seconds": f"{figures['seconds']:.0f}",
+            }
+        )
+    print(table(rows))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
