@@ -1,0 +1,116 @@
+"""Time one MoE layer, forward and backward: the chosen experts trained, and all of them.
+
+Correctness comes first: each backend is compared with the float32 reference on a smaller batch before it is timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.shapes import LayerShape, skewed_top_k
+from esft_kernels.expert_mlp import expert_mlp
+from esft_kernels.pools import ExpertPools
+from esft_kernels.routing import expert_order, route
+
+SHARE = 0.22  # of the rows on chosen experts, as in the published routing logs
+CHOSEN = 5  # experts of 64
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
+
+
+def _layer(shape: LayerShape, tokens: int, trained: list[int], dtype: torch.dtype, device: torch.device):
+    generator = torch.Generator().manual_seed(0)
+    d, f, e = shape.hidden, shape.intermediate, shape.experts
+    order = torch.tensor(expert_order(trained, e))
+    chosen = list(range(max(1, round(CHOSEN * e / 64))))
+    index = skewed_top_k(shape, tokens, chosen, SHARE, generator)
+    position = torch.empty(e, dtype=torch.int64)
+    position[order] = torch.arange(e)
+
+    def random(*size: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+
+    gate_up, down = random(e, 2 * f, d, scale=d**-0.5), random(e, d, f, scale=f**-0.5)
+    s = len(trained)
+    pools = ExpertPools(gate_up[:s].clone().requires_grad_(), down[:s].clone().requires_grad_(), gate_up[s:], down[s:])
+    x = random(tokens, d).requires_grad_()
+    weights = torch.rand(tokens, shape.top_k, generator=generator).to(device).requires_grad_()
+    return x, weights, pools, route(index.to(device), position.to(device), s), random(tokens, d)
+
+
+def _step(x, weights, pools, routing, grad_out, backend: str) -> list[torch.Tensor]:
+    out = expert_mlp(x, weights, pools, routing, backend)
+    wanted = [x, weights]
+    if pools.num_trained:
+        wanted += [pools.trained_gate_up_SGD, pools.trained_down_SDF]
+    return [out, *torch.autograd.grad(out, wanted, grad_out)]
+
+
+def check(shape: LayerShape, dtype: torch.dtype, device: torch.device, backend: str) -> float:
+    """Largest error of outputs and gradients against the reference in float32, over the largest value.
+
+    Raises RuntimeError when it exceeds the tolerance.
+    """
+    x, weights, pools, routing, grad_out = _layer(shape, 64, [1, 0], dtype, device)
+    ours = _step(x, weights, pools, routing, grad_out, backend)
+
+    def single(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().float().requires_grad_(tensor.requires_grad)
+
+    exact = ExpertPools(*(single(t) for t in vars(pools).values()))
+    theirs = _step(single(x), single(weights), exact, routing, grad_out.float(), "reference")
+    error = max(
+        ((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-9)).item() for a, b in zip(ours, theirs, strict=True)
+    )
+    if not error <= TOLERANCE[dtype]:
+        raise RuntimeError(f"{shape.name} {dtype} {backend}: off by {error:.2e} of the largest value; not timed")
+    return error
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every task in every round, one after the other in each, so that drift meets them all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for round_ in range(rounds + 2):
+        for name, task in tasks.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            task()
+            _synchronise(device)
+            if round_ >= 2:  # the first two warm up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def run(shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, backend: str, rounds: int) -> dict:
+    """Medians and quartiles of both variants, and their ratio. Measured on ``device``, nothing computed."""
+    error = check(shape, dtype, device, backend)
+    chosen = list(range(max(1, round(CHOSEN * shape.experts / 64))))
+    layers = {
+        "chosen": _layer(shape, tokens, chosen, dtype, device),
+        "all": _layer(shape, tokens, list(range(shape.experts)), dtype, device),
+    }
+    seconds = interleaved(
+        {name: lambda layer=layer: _step(*layer, backend) for name, layer in layers.items()}, rounds, device
+    )
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    spread = {name: statistics.quantiles(values, n=4) for name, values in seconds.items()}
+    trained_rows = layers["chosen"][3].prefix_rows()
+    return {
+        "shape": shape.name,
+        "tokens": tokens,
+        "backend": backend,
+        "error": error,
+        "chosen ms": medians["chosen"] * 1e3,
+        "all ms": medians["all"] * 1e3,
+        "chosen quartiles ms": f"{spread['chosen'][0] * 1e3:.1f}-{spread['chosen'][2] * 1e3:.1f}",
+        "chosen / all": medians["chosen"] / medians["all"],
+        "GFLOP/s": shape.flops(tokens, trained_rows) / medians["chosen"] / 1e9,
+    }
