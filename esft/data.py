@@ -110,8 +110,11 @@ def encode_all(
 
 
 def collate(examples: Sequence[Example], pad: int, left: bool = False) -> dict[str, Tensor]:
-    """Pad to the longest: input_ids, attention_mask and labels, int64 [B, L]. Padding on the right unless ``left``."""
-    length = max(len(e.ids) for e in examples)
+    """Pad to the longest: input_ids, attention_mask and labels, int64 [B, L]. Padding on the right unless ``left``.
+
+    L is a multiple of 8: matrix units like that, and libraries that prepare code per shape meet few shapes.
+    """
+    length = -(-max(len(e.ids) for e in examples) // 8) * 8
 
     def padded(values: list[int], fill: int) -> list[int]:
         gap = [fill] * (length - len(values))

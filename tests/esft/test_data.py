@@ -21,11 +21,15 @@ def test_the_loss_covers_every_assistant_turn_and_its_end_and_nothing_else():
 def test_padding_has_no_label_and_no_attention():
     examples = [encode(tiny_tokenizer(), chat("a", "bc" * n), 100) for n in (1, 4)]
     right, left = collate(examples, pad=9), collate(examples, pad=9, left=True)
-    gap = 6
-    assert right["attention_mask"][0].tolist() == [1] * (right["input_ids"].shape[1] - gap) + [0] * gap
-    assert right["input_ids"][0, -gap:].tolist() == [9] * gap
-    assert set(right["labels"][0, -gap:].tolist()) == {IGNORE}
-    assert left["input_ids"][0, :gap].tolist() == [9] * gap
+    assert right["input_ids"].shape == (2, 16)
+    for row, example in enumerate(examples):
+        gap = 16 - len(example.ids)
+        assert right["attention_mask"][row].tolist() == [1] * len(example.ids) + [0] * gap
+        assert right["input_ids"][row].tolist() == example.ids + [9] * gap
+        assert right["labels"][row].tolist() == example.labels + [IGNORE] * gap
+        assert left["attention_mask"][row].tolist() == [0] * gap + [1] * len(example.ids)
+        assert left["input_ids"][row].tolist() == [9] * gap + example.ids
+        assert left["labels"][row].tolist() == [IGNORE] * gap + example.labels
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 50])

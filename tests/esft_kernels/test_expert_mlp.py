@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from esft_kernels import reference
+from esft_kernels.cpu import rounded
 from esft_kernels.expert_mlp import expert_mlp, resolve_backend
 from esft_kernels.pools import ExpertPools, Needs
 from tests.esft_kernels.layers import TOLERANCE, Layer, assert_close, make_layer, poison_empty
@@ -155,3 +156,10 @@ def test_pools_look_up_experts_by_position():
     pools: ExpertPools = layer.pools
     assert torch.equal(pools.gate_up(0), layer.gate_up_EGD[4]) and torch.equal(pools.down(1), layer.down_EDF[1])
     assert torch.equal(pools.gate_up(2), layer.gate_up_EGD[0]) and torch.equal(pools.down(5), layer.down_EDF[5])
+
+
+def test_rounded_row_counts_are_few_and_little_too_many():
+    sizes = {rounded(n) for n in range(1, 4097)}
+    assert len(sizes) <= 8 * 12 + 1
+    assert all(n <= rounded(n) <= n * 9 / 8 for n in range(1, 4097))
+    assert [rounded(n) for n in (1, 15, 17, 512, 513)] == [1, 15, 18, 512, 576]
