@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from esft.adapter import SELECTION, WEIGHTS
@@ -54,7 +55,7 @@ def _select(args: argparse.Namespace) -> None:
     if args.model:
         scores.check({layer.index: layer.num_experts for layer in moe_layers(load_model(args.model))})
     chosen = select_experts(scores, args.by, args.top_p)
-    selection = ExpertSelection(chosen.experts, args.shared_experts, args.non_expert_modules)
+    selection = replace(chosen, shared_experts=args.shared_experts, non_expert_modules=args.non_expert_modules)
     selection.save(args.out)
     if args.plot:
         plot_scores(scores, selection, args.plot, by=args.by)

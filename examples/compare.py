@@ -19,10 +19,10 @@ import esft
 from esft.checkpoint import load_model, load_tokenizer
 from esft.evaluate import load_any_adapter, mean_loss
 from esft.report import table
-from examples.demo import ESFT, MODEL, TOP_P, score_task, task_score
+from examples.demo import ESFT, MODEL, choose, score_task, task_score
 from examples.general import encode_general
 
-# Every method at the best learning rate of those tried on the validation data; the README has the others.
+# Of those tried on the validation data, the best; the README has the others.
 LEARNING_RATES = {"esft": ESFT.lr, "full": 1e-3, "lora": 4e-3}
 
 
@@ -68,14 +68,13 @@ def main() -> None:
     parser.add_argument("--split", default="test.jsonl", help="the file to score on; validation.jsonl to choose by")
     parser.add_argument("--method", choices=LEARNING_RATES, help="run this one here, and print no table")
     parser.add_argument("--lr", type=float, help="with --method")
-    parser.add_argument("--top-p", type=float, default=TOP_P)
     args = parser.parse_args()
     if args.method is None:
         shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "experts.json").exists():
         scores = score_task(str(MODEL), args.data / "train.jsonl")
-        esft.select_experts(scores, top_p=args.top_p).save(args.out / "experts.json")
+        choose(scores).save(args.out / "experts.json")
     if args.method is not None:
         run_method(args.method, args.lr or LEARNING_RATES[args.method], args)
         return

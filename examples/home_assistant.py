@@ -5,7 +5,7 @@ The grammar (PyPI `home-assistant-intents`, English) is a set of sentence templa
 answer is the intent with its slots:
 
     switch on my oak lantern in the den
-    {"intent":"HassTurnOn","slots":{"area":"den","name":"oak lantern"}}
+    {"intent": "HassTurnOn", "slots": {"area": "den", "name": "oak lantern"}}
 
 The splits are disjoint by template, so the test asks for wordings that training never showed. Half of
 the names in the test are new as well. Every record is read back by Home Assistant's own recogniser and
