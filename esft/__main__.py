@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from esft.adapter import SELECTION, WEIGHTS
 from esft.checkpoint import load_model, load_tokenizer
@@ -17,28 +19,30 @@ from esft.data import encode_all, read_records, windows
 from esft.errors import InputError
 from esft.evaluate import answer, exact_match, load_any_adapter, mean_loss
 from esft.families import moe_layers
-from esft.files import write_json
+from esft.files import check_new_file, write_json
 from esft.merge import merge
 from esft.report import plot_scores, report
 from esft.score import ExpertScores, score_experts
 from esft.select import ExpertSelection, select_experts
 from esft.swap import swap
-from esft.train import train
+from esft.train import CONFIG, train
 
 
 def keep_memory() -> None:
-    """Start again with an allocator that keeps what it has freed.
+    """Make this process keep the memory that it has freed.
 
     glibc gives large blocks back to the system and takes them anew at every step; on a virtual machine the page faults
-    of that can cost several times the arithmetic. The settings are read when a process starts.
+    of that can cost several times the arithmetic.
     """
-    settings = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "THP_MEM_ALLOC_ENABLE": "1"}
-    if sys.platform == "linux" and not any(name in os.environ for name in settings):
-        os.execve(sys.executable, [sys.executable, "-m", "esft", *sys.argv[1:]], os.environ | settings)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first allocation
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
 
 
 def _score(args: argparse.Namespace) -> None:
-    _refuse_existing(args.out, args.overwrite)
+    check_new_file(args.out, args.overwrite)
     model, tokenizer = load_model(args.model, args.dtype), load_tokenizer(args.model)
     examples = encode_all(tokenizer, read_records(args.data), args.max_length, args.data)
     # Without a selection the swap only brings the faster experts.
@@ -50,15 +54,17 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _select(args: argparse.Namespace) -> None:
-    _refuse_existing(args.out, args.overwrite)
+    check_new_file(args.out, args.overwrite)
+    if args.plot:
+        check_new_file(args.plot, args.overwrite)
     scores = ExpertScores.load(args.scores)
     if args.model:
         scores.check({layer.index: layer.num_experts for layer in moe_layers(load_model(args.model))})
     chosen = select_experts(scores, args.by, args.top_p)
     selection = replace(chosen, shared_experts=args.shared_experts, non_expert_modules=args.non_expert_modules)
-    selection.save(args.out)
     if args.plot:
         plot_scores(scores, selection, args.plot, by=args.by)
+    selection.save(args.out)
     for layer, ids in selection.experts.items():
         print(f"layer {layer}: {ids}")
     total = sum(len(experts) for experts in scores.token_scores.values())
@@ -68,7 +74,9 @@ def _select(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     overrides = {name: getattr(args, name) for name in ("method", "lr", "steps", "batch_size", "max_length")}
     overrides |= {name: getattr(args, name) for name in ("seed", "dtype", "backend", "warmup_steps", "decay")}
-    config = TrainConfig.load(args.config, **overrides)
+    begun = Path(args.out) / CONFIG
+    resumes = args.resume and not args.config and begun.is_file()
+    config = TrainConfig.load(begun if resumes else args.config, **overrides)
     selection = ExpertSelection.load(args.experts) if args.experts else None
     result = train(
         args.model, args.data, args.out, config, selection, args.eval_data, args.resume, args.overwrite,
@@ -82,7 +90,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     if args.out:
-        _refuse_existing(args.out, args.overwrite)
+        check_new_file(args.out, args.overwrite)
     model, tokenizer = _model_with_adapter(args), load_tokenizer(args.model)
     records = read_records(args.data)[: args.limit]
     examples = encode_all(tokenizer, records, args.max_length, args.data)
@@ -120,15 +128,26 @@ def _model_with_adapter(args: argparse.Namespace):
     return model
 
 
-def _refuse_existing(path: str, overwrite: bool) -> None:
-    if Path(path).exists() and not overwrite:
-        raise InputError(f"{path}: exists already (say --overwrite to replace it)")
-    if not Path(path).resolve().parent.is_dir():
-        raise InputError(f"{path}: its folder does not exist")
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line: a usage block would hide which value was wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+_count.__name__ = "whole number"  # argparse names the type in its message
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="esft", description="Expert-Specialized Fine-Tuning of MoE models")
+    parser = _Parser(prog="esft", description="Expert-Specialized Fine-Tuning of MoE models")
     stages = parser.add_subparsers(required=True, metavar="stage")
 
     def stage(name: str, function, text: str) -> argparse.ArgumentParser:
@@ -140,8 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
         sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), help="auto is the checkpoint's")
         sub.add_argument("--backend", choices=("auto", "triton", "cpu", "reference"), help="of the experts")
-        sub.add_argument("--max-length", type=int, default=max_length, metavar="TOKENS")
-        sub.add_argument("--batch-size", type=int, default=batch_size)
+        sub.add_argument("--max-length", type=_count, default=max_length, metavar="TOKENS")
+        sub.add_argument("--batch-size", type=_count, default=batch_size)
 
     def inference(sub: argparse.ArgumentParser) -> None:
         common(sub, batch_size=64)
@@ -153,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(dtype="auto", backend="auto")
     sub.add_argument("--data", required=True, help="JSONL chat records")
     sub.add_argument("--out", required=True, help="score file (summary.json layout)")
-    sub.add_argument("--max-tokens", type=int, default=131_072)
+    sub.add_argument("--max-tokens", type=_count, default=131_072)
     sub.add_argument("--overwrite", action="store_true")
 
     sub = stage("select", _select, "choose the experts to train from their scores")
@@ -187,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = stage("eval", _eval, "loss and exact match on chat records")
     inference(sub)
     sub.add_argument("--data", required=True)
-    sub.add_argument("--limit", type=int, help="only the first records")
+    sub.add_argument("--limit", type=_count, help="only the first records")
     sub.add_argument("--loss-only", action="store_true", help="do not generate answers")
     sub.add_argument("--out", help="also write the figures and every answer as JSON")
     sub.add_argument("--overwrite", action="store_true")
@@ -196,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = stage("generate", _generate, "answer prompts")
     inference(sub)
     sub.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    sub.add_argument("--max-new-tokens", type=int, default=128)
+    sub.add_argument("--max-new-tokens", type=_count, default=128)
 
     sub = stage("merge", _merge, "write a checkpoint with an adapter merged in")
     sub.add_argument("--model", required=True, help="base checkpoint folder")
@@ -216,6 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.function(args)
     except InputError as error:
         print(f"esft: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"esft: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

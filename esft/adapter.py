@@ -63,16 +63,14 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         state.selection.save(folder / SELECTION)
         tensors = {name: t.contiguous().cpu() for name, t in adapter_tensors(model, state.selection).items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-        write_json(
-            folder / MANIFEST,
-            {
-                "format_version": FORMAT_VERSION,
-                "base_model": model.config._name_or_path,
-                "base_digest": state.base_digest,
-                "chosen_by": state.selection.chosen_by,
-            },
-        )
+        write_manifest(folder, model, state.base_digest, state.selection.chosen_by)
     return Path(path)
+
+
+def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chosen_by: dict[str, Any]) -> None:
+    """What an adapter was trained from, and how its experts were chosen."""
+    values = {"format_version": FORMAT_VERSION, "base_model": model.config._name_or_path, "base_digest": base_digest}
+    write_json(folder / MANIFEST, values | {"chosen_by": chosen_by})
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -81,6 +79,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     for name in (SELECTION, MANIFEST, WEIGHTS):
         if not (path / name).is_file():
             raise InputError(f"{path}: not an adapter folder (no {name})")
+    return open_manifest(path)
+
+
+def open_manifest(path: Path) -> dict[str, Any]:
+    """The manifest alone, of an adapter of any kind. Raises InputError for one of another format."""
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path / MANIFEST}: format_version must be {FORMAT_VERSION}")
@@ -88,6 +91,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path) -> None:
+    """Raise InputError unless the adapter's manifest names these weights."""
     if manifest.get("base_digest") != digest:
         raise InputError(
             f"{adapter}: made from another base ({manifest.get('base_model')}, digest "

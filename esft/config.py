@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
+from esft_kernels.expert_mlp import BACKENDS
 
 METHODS = ("esft", "full", "lora")
 # Learning rates of the paper (appendix A); any other default would need a reason of its own.
@@ -64,14 +66,22 @@ class TrainConfig:
         for name in ("steps", "batch_size", "max_length", "eval_every", "save_every", "lora_rank", "lora_alpha"):
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        if self.lr is not None and not self.lr > 0:
-            raise InputError(f"lr must be above 0, got {self.lr}")
+        if self.backend not in BACKENDS:
+            raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"lr must be above 0 and finite, got {self.lr}")
         if not 0 <= self.decay <= 1:
             raise InputError(f"decay must be in [0, 1], got {self.decay}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise InputError(f"{name} must be in [0, 1), got {value}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
         if not self.clip > 0:
             raise InputError(f"clip must be above 0, got {self.clip}")
-        if self.warmup_steps < 0:
-            raise InputError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        for name, top in (("warmup_steps", math.inf), ("seed", 2**63)):
+            if not 0 <= (value := getattr(self, name)) < top:
+                raise InputError(f"{name} must be at least 0 and below {top:g}, got {value}")
 
     @property
     def learning_rate(self) -> float:
@@ -95,6 +105,8 @@ class TrainConfig:
                 values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             except OSError as error:
                 raise InputError(f"{path}: {error.strerror or error}") from error
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: not UTF-8 text") from error
             except yaml.YAMLError as error:
                 raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
             if not isinstance(values, dict):
@@ -107,17 +119,27 @@ class TrainConfig:
             values[name] = _convert(name, value, str(known[name].type), path)
         return replace(cls(), **values)
 
-    def save(self, path: str | Path, **more: Any) -> None:
-        Path(path).write_text(yaml.safe_dump(asdict(self) | more, sort_keys=False), encoding="utf-8")
+    def save(self, path: str | Path) -> None:
+        """Write a file that ``load`` reads."""
+        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False), encoding="utf-8")
+
+    def check_resumes(self, begun: TrainConfig) -> None:
+        """Raise InputError where a run begun with other settings cannot go on with these; only ``steps`` may differ."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(begun, field.name)
+            if field.name != "steps" and mine != theirs:
+                raise InputError(f"cannot resume with {field.name} {mine}: the run was begun with {theirs}")
 
 
 def _convert(name: str, value: Any, kind: str, path: str | Path | None) -> Any:
     """YAML reads 1e-5 as text; anything else of the wrong kind is an error."""
     try:
+        if isinstance(value, bool):
+            raise ValueError
         if "float" in kind:
-            return None if value is None else float(value)
-        if kind == "int" and (isinstance(value, bool) or int(value) != value):
+            return None if value is None and "None" in kind else float(value)
+        if kind == "int" and int(value) != value:
             raise ValueError
         return int(value) if kind == "int" else str(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path or 'settings'}: {name} must be {kind}, got {value!r}") from error

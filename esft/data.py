@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from esft.errors import InputError
+
+logger = logging.getLogger("esft")
 
 IGNORE = -100  # label of a position without loss
 ROLES = ("system", "user", "assistant")
@@ -28,7 +32,8 @@ def read_records(path: str | Path) -> list[Messages]:
     file without records.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it would also cut at separators that JSON strings may hold.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -44,6 +49,8 @@ def _parse(line: str, where: str) -> Messages:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON that can be read ({error})") from error
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise InputError(f'{where}: no "messages" list')
@@ -52,8 +59,12 @@ def _parse(line: str, where: str) -> Messages:
             raise InputError(f"{where}: a message's role must be one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise InputError(f"{where}: a message's content must be text")
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
+            raise InputError(f"{where}: a message's content holds half of a surrogate pair")
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{where}: no assistant turn")
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where}: begins with an assistant turn")
     return messages
 
 
@@ -98,14 +109,24 @@ def _extend(ids: list[int], labels: list[int], longer: list[int], learn: bool) -
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, records: Sequence[Messages], max_length: int, source: str | Path
 ) -> list[Example]:
-    """Encode records; those whose answer lies beyond ``max_length`` are left out.
+    """Encode records; those whose answer lies beyond ``max_length`` are left out, with a warning.
 
-    Raises InputError when none is left.
+    Raises InputError when none is left, and naming the record that the chat template cannot render.
     """
-    examples = [encode(tokenizer, record, max_length) for record in records]
-    examples = [e for e in examples if any(label != IGNORE for label in e.labels)]
+    examples, cut = [], 0
+    for number, record in enumerate(records, 1):
+        try:
+            example = encode(tokenizer, record, max_length)
+        except (InputError, TemplateError) as error:
+            raise InputError(f"{source}: record {number}: {error}") from error
+        cut += len(example.ids) == max_length
+        if any(label != IGNORE for label in example.labels):
+            examples.append(example)
     if not examples:
         raise InputError(f"{source}: no record has its answer within {max_length} tokens")
+    if cut:
+        left_out = len(records) - len(examples)
+        logger.warning("%s: %d records reach %d tokens and are cut; %d left out", source, cut, max_length, left_out)
     return examples
 
 

@@ -8,25 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esft.adapter import load_adapter
+from esft.adapter import MANIFEST, check_digest, load_adapter, open_manifest
+from esft.checkpoint import first_line, model_digest
 from esft.data import IGNORE, Example, Messages, collate
 from esft.errors import InputError
 from esft.loss import linear_cross_entropy
 
 
 def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
-    """The model with an ESFT adapter or a PEFT adapter folder loaded. Raises InputError for anything else."""
-    if not (Path(adapter) / "adapter_config.json").is_file():
+    """The stock model with an ESFT adapter or a PEFT adapter folder loaded.
+
+    A PEFT adapter that ``esft train`` wrote is held to its base like an ESFT one. Raises InputError for anything else.
+    """
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").is_file():
         return load_adapter(model, adapter)
+    if (folder / MANIFEST).is_file():
+        check_digest(open_manifest(folder), model_digest(model), adapter)
     try:
         from peft import PeftModel
     except ModuleNotFoundError as error:
         raise InputError(f"{adapter}: a PEFT adapter needs the peft package: pip install 'esft[lora]'") from error
-    return PeftModel.from_pretrained(model, str(adapter)).eval()
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise InputError(f"{adapter}: cannot load this PEFT adapter ({first_line(error)})") from error
 
 
 def _causal_lm(model: nn.Module) -> Any:

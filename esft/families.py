@@ -15,7 +15,7 @@ from esft.moe import Experts
 
 @dataclass(frozen=True)
 class Family:
-    """How one model family differs from the default.
+    """What one model family calls things.
 
     Attributes:
         scoring: what the router applies to its logits before the choice, "softmax" or "sigmoid".
@@ -28,17 +28,23 @@ class Family:
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
-DEFAULT = Family()
 FAMILIES = {
+    "deepseek_v2": Family(),
     "deepseek_v3": Family(scoring="sigmoid"),
     "mixtral": Family(block="block_sparse_moe", projections=("w1", "w3", "w2")),
+    "olmoe": Family(),
+    "qwen2_moe": Family(),
+    "qwen3_moe": Family(),
 }
 
 _LAYER = re.compile(r"\blayers\.(\d+)\b")
 
 
 def family_of(model_type: str) -> Family:
-    return FAMILIES.get(model_type, DEFAULT)
+    """Raises InputError for a family whose names and router are not known: a guess could go wrong without a sign."""
+    if model_type not in FAMILIES:
+        raise InputError(f"models of type {model_type!r} are not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,53 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write through a temporary name and a rename."""
+    """Write through a temporary name and a rename. Raises InputError when the file cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def check_new_file(path: str | Path, overwrite: bool = False) -> None:
+    """Raise InputError unless a file can be written there: before the work whose result it is to hold."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already (say overwrite to replace it)")
+    _check_parent(path)
+
+
+def check_new_folder(path: str | Path, overwrite: bool = False) -> None:
+    """Raise InputError unless a folder can be written there."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file, not a folder")
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise InputError(f"{path}: holds something already (say overwrite to replace it)")
+    _check_parent(path)
+
+
+def check_apart(out: str | Path, *inputs: str | Path) -> None:
+    """Raise InputError when the output is one of the inputs, or a folder above one, which replacing it would delete."""
+    out = Path(out).resolve()
+    for path in inputs:
+        resolved = Path(path).resolve()
+        if out == resolved or out in resolved.parents:
+            raise InputError(f"{out}: the output would replace {path}, which is read")
+
+
+def _check_parent(path: Path) -> None:
+    """Raise InputError unless the nearest folder above that exists is one, and can be written to."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"{path}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{path}: {parent} cannot be written to")
 
 
 @contextmanager
@@ -54,8 +96,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     the new one is whole.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
-        raise InputError(f"{path}: exists already (say overwrite to replace it)")
+    check_new_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -33,12 +33,21 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     path = Path(run) / METRICS
     if not path.is_file():
         raise InputError(f"{run}: not a run folder (no {METRICS})")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text") from error
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number}: not JSON ({error.msg})") from error
+        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            raise InputError(f"{path}: line {number}: names no step")
+        if "loss" in values and not {"lr", "tokens_per_second"} <= values.keys():
+            raise InputError(f"{path}: line {number}: a loss without lr and tokens_per_second")
+        lines.append(values)
     return lines
 
 
@@ -64,8 +73,12 @@ def report(run: str | Path, rows: int = 12) -> str:
             }
         )
     text = table(lines)
-    if (Path(run) / SUMMARY).is_file():
-        text += "\n\n" + "\n".join(f"{name}: {value}" for name, value in read_json(Path(run) / SUMMARY).items())
+    summary = Path(run) / SUMMARY
+    if summary.is_file():
+        values = read_json(summary)
+        if not isinstance(values, dict):
+            raise InputError(f"{summary}: not a run's summary")
+        text += "\n\n" + "\n".join(f"{name}: {value}" for name, value in values.items())
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class ExpertScores:
     gate_scores: Scores
 
     def save(self, path: str | Path) -> None:
+        """Write the published layout; raises InputError when the file cannot be written."""
         write_json(path, {"token_scores": _to_json(self.token_scores), "gate_scores": _to_json(self.gate_scores)})
 
     @classmethod
@@ -38,19 +40,28 @@ class ExpertScores:
         """Layers and experts in ascending order. Raises InputError naming the file."""
         raw = read_json(path)
         try:
-            return cls(_from_json(raw["token_scores"]), _from_json(raw["gate_scores"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            scores = cls(_from_json(raw["token_scores"]), _from_json(raw["gate_scores"]))
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InputError(
                 f'{path}: not a score file ({{"token_scores": {{layer: {{expert: score}}}}, "gate_scores": ...}})'
             ) from error
+        for layer, experts in (*scores.token_scores.items(), *scores.gate_scores.items()):
+            for expert, score in experts.items():
+                if not 0 <= score < math.inf:
+                    raise InputError(f"{path}: layer {layer}: expert {expert} has score {score}, not a finite share")
+        return scores
 
     def check(self, layers: Mapping[int, int]) -> None:
         """Raise InputError unless the scores are of a model with these layers (index -> number of experts)."""
-        scored = {layer: len(experts) for layer, experts in self.token_scores.items()}
-        if scored != dict(layers):
-            raise InputError(
-                f"score file is of another model: it has {_shape(scored)}, the model has {_shape(dict(layers))}"
-            )
+        for scores in (self.token_scores, self.gate_scores):
+            scored = {layer: len(experts) for layer, experts in scores.items()}
+            if scored != dict(layers):
+                raise InputError(
+                    f"score file is of another model: it has {_shape(scored)}, the model has {_shape(dict(layers))}"
+                )
+            for layer, experts in scores.items():
+                if strange := set(experts) - set(range(layers[layer])):
+                    raise InputError(f"score file is of another model: layer {layer} has no expert {min(strange)}")
 
 
 def _shape(layers: dict[int, int]) -> str:

@@ -31,6 +31,7 @@ class ExpertSelection:
     chosen_by: dict[str, Any] = field(default_factory=dict, compare=False)  # not saved: goes to the adapter's manifest
 
     def save(self, path: str | Path) -> None:
+        """Write the published layout; raises InputError when the file cannot be written."""
         write_json(
             path,
             {
@@ -44,14 +45,22 @@ class ExpertSelection:
     def load(cls, path: str | Path) -> ExpertSelection:
         """Raises InputError naming the file and what is wrong in it."""
         raw = read_json(path)
-        try:
-            experts = {int(layer): [int(e) for e in ids] for layer, ids in raw["experts"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f'{path}: not an expert selection ({{"experts": {{layer: [ids]}}}})') from error
-        for layer, ids in experts.items():
+        if not isinstance(raw, dict) or not isinstance(raw.get("experts"), dict):
+            raise InputError(f'{path}: not an expert selection ({{"experts": {{layer: [ids]}}}})')
+        experts: dict[int, list[int]] = {}
+        for layer, ids in raw["experts"].items():
+            if not layer.isdecimal() or str(int(layer)) != layer:
+                raise InputError(f"{path}: {layer!r} is not a layer's number")
+            if not isinstance(ids, list) or not all(type(e) is int for e in ids):
+                raise InputError(f"{path}: the experts of layer {layer} must be a list of whole numbers, got {ids!r}")
             if len(set(ids)) != len(ids):
                 raise InputError(f"{path}: layer {layer} names an expert twice: {ids}")
-        return cls(experts, bool(raw.get("shared_experts")), bool(raw.get("non_expert_modules")))
+            experts[int(layer)] = ids
+        flags = {name: raw.get(name, False) for name in ("shared_experts", "non_expert_modules")}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise InputError(f"{path}: {name} must be true or false, got {value!r}")
+        return cls(experts, **flags)
 
     def check(self, layers: dict[int, int]) -> None:
         """Raise InputError unless every layer and expert exists; ``layers`` maps layer index -> number of experts."""
@@ -62,6 +71,11 @@ class ExpertSelection:
                 raise InputError(f"selection names an expert of layer {layer} twice: {ids}")
             if bad := [e for e in ids if not 0 <= e < layers[layer]]:
                 raise InputError(f"selection names experts {bad} of layer {layer}, which has {layers[layer]} experts")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing at all would train."""
+        return not (self.num_experts or self.shared_experts or self.non_expert_modules)
 
     @property
     def num_experts(self) -> int:
@@ -82,6 +96,8 @@ def select_experts(scores: ExpertScores, by: Literal["token", "gate"] = "token",
     if by not in ("token", "gate"):
         raise InputError(f"by must be 'token' or 'gate', got {by!r}")
     per_layer = scores.token_scores if by == "token" else scores.gate_scores
+    if not per_layer:
+        raise InputError(f"there are no {by} scores to select by")
     experts = {}
     for layer, by_expert in per_layer.items():
         total = sum(by_expert.values())

@@ -13,6 +13,7 @@ from esft.errors import InputError
 from esft.families import check_layout, moe_layers
 from esft.moe import Experts
 from esft.select import ExpertSelection
+from esft_kernels.expert_mlp import resolve_backend
 
 
 @dataclass
@@ -37,8 +38,13 @@ def swap(model: PreTrainedModel, selection: ExpertSelection, backend: str = "aut
     ``requires_grad=False``, except shared experts and non-expert modules where the selection includes them. Logits stay
     those of the stock model. At most one layer's experts exist twice at a time.
 
+    Args:
+        model: a stock transformers model of a supported family.
+        selection: what trains; an empty one only brings the faster experts.
+        backend: one of ``esft_kernels.expert_mlp.BACKENDS``.
+
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout the kernels do not read, a
-    selection that does not fit the model, and a model that is swapped already.
+    selection that does not fit the model, a backend that cannot run here, and a model that is swapped already.
     """
     if swap_state(model) is not None:
         raise InputError("the model is swapped already (unswap it first)")
@@ -46,6 +52,10 @@ def swap(model: PreTrainedModel, selection: ExpertSelection, backend: str = "aut
     selection.check({layer.index: layer.num_experts for layer in layers})
     for layer in layers:
         check_layout(layer)
+    try:
+        resolve_backend(backend, model.device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     state = SwapState(
         selection, model_digest(model), {}, {name: p.requires_grad for name, p in model.named_parameters()}
     )

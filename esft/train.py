@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -18,19 +19,21 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esft.adapter import save_adapter
-from esft.checkpoint import load_model, load_tokenizer
+from esft.adapter import save_adapter, write_manifest
+from esft.checkpoint import load_model, load_tokenizer, model_digest
 from esft.config import TrainConfig
 from esft.data import Example, collate, encode_all, epoch_batches, read_records
 from esft.errors import InputError
 from esft.evaluate import batch_loss, mean_loss
 from esft.families import moe_layers
-from esft.files import new_folder, read_json, write_json
+from esft.files import check_apart, check_new_folder, new_folder, read_json, write_json
 from esft.optim import MasterAdamW
 from esft.select import ExpertSelection
 from esft.swap import swap, unswap
 
 CONFIG = "config.yaml"
+SELECTION = "experts.json"
+ORIGIN = "origin.json"
 METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
 MODEL = "model"  # of a full fine-tuning, in the place of an adapter
@@ -67,40 +70,69 @@ def train(
 ) -> TrainResult:
     """Fine-tune a checkpoint on chat records and leave everything in a run folder.
 
-    The folder holds ``config.yaml``, ``metrics.jsonl``, TensorBoard events, resumable ``checkpoints/``, a
-    ``summary.json``, and the outcome: ``adapter/`` for ESFT and LoRA, ``model/`` for full fine-tuning.
+    The folder holds ``config.yaml``, ``origin.json`` (base and data, with digests), ``metrics.jsonl``, TensorBoard
+    events, resumable ``checkpoints/``, a ``summary.json``, and the outcome: ``adapter/`` for ESFT and LoRA, ``model/``
+    for full fine-tuning.
 
     Args:
         model_path: checkpoint folder or hub id.
         data: JSONL chat records; the loss covers assistant turns.
         out: the run folder.
-        config: the settings; the paper's where None.
-        selection: the experts to train; needed by "esft" and by nothing else.
+        config: the settings; where None the paper's, or those of the run to resume.
+        selection: the experts to train; needed by "esft" and by nothing else. A run to resume has its own.
         eval_data: JSONL chat records whose loss is measured every ``eval_every`` steps.
-        resume: go on from the last checkpoint in ``out``.
+        resume: go on from the last checkpoint in ``out``, with the same base, data, selection and settings; only
+            ``steps`` may differ.
         overwrite: replace a run that ``out`` holds.
 
     Raises InputError, before anything is written, for bad input of any kind.
     """
-    config, out = config or TrainConfig(), Path(out)
+    out = Path(out)
+    check_apart(out, model_path, data, *([eval_data] if eval_data else []))
     _check_out(out, resume, overwrite)
+    if resume:
+        config, selection = _resumed(out, config, selection)
+    config = config or TrainConfig()
     if (config.method == "esft") != (selection is not None):
         raise InputError(f"method {config.method} {'needs' if selection is None else 'takes no'} expert selection")
+    if selection is not None and selection.is_empty:
+        raise InputError("the expert selection is empty: nothing would train")
     tokenizer = load_tokenizer(model_path)
     examples = encode_all(tokenizer, read_records(data), config.max_length, data)
     held_out = encode_all(tokenizer, read_records(eval_data), config.max_length, eval_data) if eval_data else []
     torch.manual_seed(config.seed)
-    model = prepare(load_model(model_path, config.dtype), config, selection)
-    origin = {"model": model_path, "data": str(data)}
+    model = load_model(model_path, config.dtype)
+    digests = {"model": model_digest(model), "data": hashlib.sha256(Path(data).read_bytes()).hexdigest()}
+    if resume:
+        begun = read_json(out / ORIGIN)["digests"]
+        for name, path in (("model", model_path), ("data", data)):
+            if begun[name] != digests[name]:
+                raise InputError(f"cannot resume with {name} {path}: the run was begun with another")
+    run = _Run(prepare(model, config, selection), tokenizer, config, out, digests["model"], progress)
     if overwrite and out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    config.save(out / CONFIG, **origin)
+    config.save(out / CONFIG)
+    origin = {"model": model_path, "data": str(data)}
+    write_json(out / ORIGIN, origin | {"digests": digests})
     if selection is not None:
-        selection.save(out / "experts.json")
-    result = _Run(model, tokenizer, config, out, progress).run(examples, held_out, resume)
+        selection.save(out / SELECTION)
+    result = run.run(examples, held_out, resume)
     write_json(out / SUMMARY, {"method": config.method, **origin, **vars(result)})
     return result
+
+
+def _resumed(
+    out: Path, config: TrainConfig | None, selection: ExpertSelection | None
+) -> tuple[TrainConfig, ExpertSelection | None]:
+    """The settings and the selection of the run in ``out``. Raises InputError where the given ones differ."""
+    begun = TrainConfig.load(out / CONFIG)
+    if config is not None:
+        config.check_resumes(begun)
+    chosen = ExpertSelection.load(out / SELECTION) if (out / SELECTION).is_file() else None
+    if selection is not None and selection != chosen:
+        raise InputError(f"cannot resume with another expert selection than {out / SELECTION}")
+    return config or begun, chosen
 
 
 def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
@@ -135,20 +167,25 @@ def _add_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
 def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise InputError("resume and overwrite exclude each other")
-    if resume and not (out / CONFIG).is_file():
+    if resume and not ((out / CONFIG).is_file() and (out / ORIGIN).is_file()):
         raise InputError(f"{out}: holds no run to resume")
-    if out.exists() and any(out.iterdir()):
-        if not resume and not overwrite:
-            raise InputError(f"{out}: holds something already (say resume or overwrite)")
-        if overwrite and not (out / CONFIG).is_file():
-            raise InputError(f"{out}: holds no run, and is not overwritten")
+    check_new_folder(out, overwrite=resume or overwrite)
+    if overwrite and out.exists() and any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise InputError(f"{out}: holds no run, and is not overwritten")
 
 
 class _Run:
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, out: Path, progress: bool
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainConfig,
+        out: Path,
+        base_digest: str,
+        progress: bool,
     ):
         self.model, self.tokenizer, self.config, self.out, self.progress = model, tokenizer, config, out, progress
+        self.base_digest = base_digest
         self.pad: int = tokenizer.pad_token_id
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.checkpoints = out / "checkpoints"
@@ -221,15 +258,14 @@ class _Run:
                 shutil.rmtree(old)
 
     def _resume(self) -> int:
-        found = sorted(self.checkpoints.glob("step-*"))
-        if not found:
-            return 0
-        self.optimizer.load_state(load_file(found[-1] / "state.safetensors"))
-        step = read_json(found[-1] / "state.json")["step"]
-        # What the broken run logged after its last checkpoint happens again.
+        found, step = sorted(self.checkpoints.glob("step-*")), 0
+        if found:
+            self.optimizer.load_state(load_file(found[-1] / "state.safetensors"))
+            step = read_json(found[-1] / "state.json")["step"]
+        # What the broken run logged after its last checkpoint happens again, and its last line may be torn.
         metrics = self.out / METRICS
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(line + "\n" for line in lines))
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        metrics.write_text("".join(line + "\n" for line in lines if _logged_by(line, step)), encoding="utf-8")
         return step
 
     def _store(self) -> Path:
@@ -242,10 +278,20 @@ class _Run:
         with new_folder(folder, overwrite=True) as temporary:
             if self.config.method == "lora":
                 model.save_pretrained(temporary)
+                write_manifest(
+                    temporary, model.get_base_model(), self.base_digest, {"lora_rank": self.config.lora_rank}
+                )
             else:
                 unswap(model).save_pretrained(temporary)
                 self.tokenizer.save_pretrained(temporary)
         return folder
+
+
+def _logged_by(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except json.JSONDecodeError:
+        return False
 
 
 def peak_rss() -> int:

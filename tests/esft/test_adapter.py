@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 
 import esft
 from esft.adapter import adapter_tensors
-from esft.families import moe_layers
 from esft.select import ExpertSelection
 from esft.swap import swap_state
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
@@ -126,9 +125,38 @@ def test_an_unknown_format_and_an_incomplete_folder_are_refused(tmp_path):
 def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "precious").write_text("keep")
-    with pytest.raises(esft.InputError, match="exists already"):
+    with pytest.raises(esft.InputError, match="holds something already"):
         esft.save_adapter(tuned(), tmp_path / "a")
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["precious"]
     with pytest.raises(esft.InputError, match="only a swapped model"):
         esft.save_adapter(tiny_model(), tmp_path / "b")
-    assert moe_layers(tiny_model())
+
+
+NOISY = [
+    "self_attn.q_proj",
+    "self_attn.kv_b_proj",
+    "mlp.gate.weight",
+    "shared_experts.up_proj",
+    "norm.weight",
+    "lm_head",
+]
+
+
+@pytest.mark.parametrize("part", NOISY)
+def test_a_base_that_differs_in_any_part_is_another_base(tmp_path, part: str):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    other = tiny_model()
+    with torch.no_grad():
+        next(p for name, p in other.named_parameters() if part in name).mul_(1.5)
+    with pytest.raises(esft.InputError, match="made from another base"):
+        esft.load_adapter(other, tmp_path / "a")
+
+
+def test_an_adapter_trained_in_bfloat16_fits_its_float32_base(tmp_path):
+    from esft.checkpoint import load_model
+
+    base = save_tiny(tmp_path / "base")
+    model = esft.swap(load_model(str(base), "bfloat16"), ExpertSelection({1: [0]}))
+    esft.save_adapter(model, tmp_path / "a")
+    esft.load_adapter(load_model(str(base)), tmp_path / "a")
+    esft.merge(base, tmp_path / "a", tmp_path / "merged")

@@ -37,6 +37,15 @@ def test_the_rate_warms_up_holds_and_falls():
         ("steps: 2.5", "steps must be int"),
         ("steps: 0", "steps must be at least 1"),
         ("lr: -1", "lr must be above 0"),
+        ("lr: .inf", "lr must be above 0 and finite"),
+        ("lr: true", "lr must be float"),
+        ("beta1: 1", "beta1 must be in"),
+        ("beta2: .nan", "beta2 must be in"),
+        ("weight_decay: -0.1", "weight_decay must be at least 0"),
+        ("clip: null", "clip must be float"),
+        ("backend: gpu", "backend must be one of"),
+        ("seed: -1", "seed must be at least 0"),
+        ("steps: .inf", "steps must be int"),
         ("method: sft", "method must be one of"),
         ("decay: 2", "decay must be in"),
         ("dtype: int8", "dtype must be"),
@@ -47,4 +56,10 @@ def test_the_rate_warms_up_holds_and_falls():
 def test_bad_settings_are_named(tmp_path, text: str, message: str):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(esft.InputError, match=message):
+        TrainConfig.load(tmp_path / "c.yaml")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(esft.InputError, match="c.yaml: not UTF-8"):
         TrainConfig.load(tmp_path / "c.yaml")

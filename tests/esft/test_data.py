@@ -61,6 +61,9 @@ def test_windows_hold_every_token_once():
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "role must be one of"),
         ('{"messages": [{"role": "assistant", "content": 3}]}', "content must be text"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "begins with an assistant turn"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
+        ("[" * 100_000, "not JSON that can be read"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line: str, message: str):
@@ -81,8 +84,23 @@ def test_empty_missing_and_binary_files_are_refused(tmp_path):
         read_records(tmp_path / "absent.jsonl")
 
 
-def test_records_cut_before_their_answer_are_left_out(tmp_path):
+def test_separators_inside_a_string_and_a_byte_order_mark_do_no_harm(tmp_path):
+    record = json.dumps({"messages": chat("a\u2028b\x85c", "d")}, ensure_ascii=False)
+    (tmp_path / "d.jsonl").write_text(f"\ufeff{record}\r\n{record}\n", encoding="utf-8")
+    assert [messages[0]["content"] for messages in read_records(tmp_path / "d.jsonl")] == ["a\u2028b\x85c"] * 2
+
+
+def test_a_record_that_the_template_cannot_render_is_named():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' else 'x' }}"
+    records = [chat("a", "b"), [{"role": "system", "content": "s"}, *chat("a", "b")]]
+    with pytest.raises(esft.InputError, match=r"d.jsonl: record 2: no system role"):
+        encode_all(tokenizer, records, 99, "d.jsonl")
+
+
+def test_records_cut_before_their_answer_are_left_out(tmp_path, caplog):
     records = read_records(write_records(tmp_path / "d.jsonl", 4))
     with pytest.raises(esft.InputError, match="no record has its answer within 5 tokens"):
         encode_all(tiny_tokenizer(), records, 5, "d.jsonl")
     assert len(encode_all(tiny_tokenizer(), [*records, chat("long" * 9, "x")], 20, "d.jsonl")) == 4
+    assert "d.jsonl: 1 records reach 20 tokens and are cut; 1 left out" in caplog.text

@@ -3,9 +3,11 @@ import torch
 import torch.nn.functional as F
 
 import esft
+from esft.checkpoint import load_model
+from esft.config import TrainConfig
 from esft.data import IGNORE, collate, encode_all
 from esft.evaluate import answer, exact_match, load_any_adapter, matches, mean_loss, split_prompt
-from tests.esft.models import chat, tiny_model, tiny_tokenizer
+from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
 
 
 def examples():
@@ -70,3 +72,19 @@ def test_lora_adapters_load_through_peft(tmp_path):
     loaded = load_any_adapter(tiny_model(), tmp_path)
     ids = torch.tensor([[256, 4, 5]])
     torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_a_lora_adapter_is_held_to_its_base_and_a_truncated_one_is_refused(tmp_path):
+    pytest.importorskip("peft")
+    base, other = save_tiny(tmp_path / "base"), save_tiny(tmp_path / "other", seed=1)
+    write_records(tmp_path / "d.jsonl")
+    config = TrainConfig(method="lora", steps=1, batch_size=4)
+    esft.train(str(base), tmp_path / "d.jsonl", tmp_path / "run", config, progress=False)
+    adapter = tmp_path / "run" / "adapter"
+    load_any_adapter(load_model(str(base)), adapter)
+    with pytest.raises(esft.InputError, match="made from another base"):
+        load_any_adapter(load_model(str(other)), adapter)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(esft.InputError, match="cannot load this PEFT adapter"):
+        load_any_adapter(load_model(str(base)), adapter)

@@ -5,12 +5,13 @@ import shlex
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import esft
 from esft.__main__ import main
 from esft.checkpoint import load_model
 from esft.evaluate import load_any_adapter
-from tests.esft.models import save_tiny, token_batch, write_records
+from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
 
 
 @pytest.fixture
@@ -55,7 +56,19 @@ def test_the_whole_path(work, capsys):
     [
         ("score --model base --data absent.jsonl --out s.json", "absent.jsonl: No such file"),
         ("score --model base --data d.jsonl --out there.json", "there.json: exists already"),
-        ("score --model base --data d.jsonl --out no/s.json", "its folder does not exist"),
+        ("score --model base --data d.jsonl --out d.jsonl/s.json", "is not a folder"),
+        ("score --model base --data d.jsonl --out base --overwrite", "base: is a folder"),
+        ("score --model base --data broken.jsonl --out s.json", "broken.jsonl: line 2: not JSON"),
+        ("score --model base --data question.jsonl --out s.json", "question.jsonl: line 1: no assistant turn"),
+        ("score --model dense --data d.jsonl --out s.json", "no MoE layers"),
+        ("select --scores nan.json --out e.json", "expert 0 has score nan"),
+        ("select --scores none.json --out e.json", "no token scores"),
+        ("select --scores strange.json --model base --out e.json", "no expert 8"),
+        ("select --scores other.json --out e.json --plot no/such/x.png", "no/such"),
+        ("train --model base --data d.jsonl --experts nothing.json --out run", "selection is empty"),
+        ("train --model base --data d.jsonl --out . --method full --overwrite", "would replace"),
+        ("train --model base --data d.jsonl --out d.jsonl/run --method full", "is not a folder"),
+        ("merge --model other_base --adapter adapter --out m", "made from another base"),
         ("score --model absent --data d.jsonl --out s.json", "absent: cannot load"),
         ("score --model base --data empty.jsonl --out s.json", "empty.jsonl: holds no records"),
         ("select --scores d.jsonl --out e.json", "d.jsonl: line 2: not JSON"),
@@ -63,7 +76,7 @@ def test_the_whole_path(work, capsys):
         ("select --scores other.json --top-p 1.5 --out e.json", "top_p must be in (0, 1], got 1.5"),
         ("train --model base --data d.jsonl --out run", "method esft needs expert selection"),
         ("train --model base --data d.jsonl --experts wrong.json --out run", "selection names layer 7"),
-        ("train --model base --data d.jsonl --out base --method full", "base: holds something already"),
+        ("train --model base --data d.jsonl --out base --method full", "would replace base"),
         ("train --model base --data d.jsonl --out run --method full --steps 0", "steps must be at least 1"),
         ("merge --model base --adapter base --out m", "base: not an adapter folder"),
         ("eval --model base --adapter absent --data d.jsonl", "absent: not an adapter folder"),
@@ -75,9 +88,73 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(work, capsys, stage: str
     (work / "empty.jsonl").write_text("")
     (work / "other.json").write_text('{"token_scores": {"1": {"0": 1.0}}, "gate_scores": {"1": {"0": 0.5}}}')
     (work / "wrong.json").write_text('{"experts": {"7": [0]}}')
+    (work / "nothing.json").write_text('{"experts": {"1": []}}')
+    (work / "nan.json").write_text('{"token_scores": {"1": {"0": NaN}}, "gate_scores": {}}')
+    (work / "none.json").write_text('{"token_scores": {}, "gate_scores": {}}')
+    strange = json.dumps({layer: {str(e + 2): 0.125 for e in range(8)} for layer in ("1", "2")})
+    (work / "strange.json").write_text(f'{{"token_scores": {strange}, "gate_scores": {strange}}}')
+    good = (work / "d.jsonl").read_text()
+    (work / "broken.jsonl").write_text(good.splitlines()[0] + "\n{\n")
+    (work / "question.jsonl").write_text('{"messages": [{"role": "user", "content": "say a"}]}\n')
+    if "adapter" in stage:
+        save_tiny(work / "other_base", seed=1)
+        esft.save_adapter(esft.swap(load_model("base"), esft.ExpertSelection({1: [0]})), "adapter")
+    if "dense" in stage:
+        config = AutoConfig.for_model(
+            "llama", vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained("dense")
+        tiny_tokenizer().save_pretrained("dense")
+    capsys.readouterr()
     before = sorted(work.rglob("*"))
     assert main(stage.split()) == 2
     captured = capsys.readouterr()
-    errors = [line for line in captured.err.splitlines() if line.startswith("esft: ")]
-    assert len(errors) == 1 and message in errors[0]
+    lines = [
+        line for line in captured.err.splitlines() if line.strip() and "Loading weights" not in line
+    ]  # transformers' progress bar
+    assert len(lines) == 1 and lines[0].startswith("esft: ") and message in lines[0]
     assert sorted(work.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("select --scores s.json --out e.json --top-p x", "invalid float value: 'x'"),
+        ("eval --model base --data d.jsonl --batch-size 0", "must be at least 1, got 0"),
+        ("eval --model base --data d.jsonl --limit -7", "must be at least 1, got -7"),
+        ("generate --model base --prompt a --max-new-tokens many", "invalid whole number value: 'many'"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(capsys, stage: str, message: str):
+    with pytest.raises(SystemExit, match="2"):
+        main(stage.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_run_resumes_with_the_settings_it_was_begun_with(work, capsys):
+    (work / "experts.json").write_text('{"experts": {"1": [0]}}')
+    (work / "others.json").write_text('{"experts": {"1": [1]}}')
+    save_tiny(work / "other_base", seed=1)
+    write_records(work / "other.jsonl", 16)
+    begin = (
+        "train --model base --data d.jsonl --out run --experts experts.json --lr 1e-3 --batch-size 8 --steps 2 --quiet"
+    )
+    assert main(begin.split()) == 0
+    assert main("train --model base --data d.jsonl --out run --resume --steps 4 --quiet".split()) == 0
+    rates = [json.loads(line)["lr"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rates == [1e-3] * 4
+    before = {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for change, message in {
+        "--lr 1e-4": "cannot resume with lr 0.0001: the run was begun with 0.001",
+        "--method full": "cannot resume with method full",
+        "--experts others.json": "cannot resume with another expert selection",
+        "--model other_base": "cannot resume with model other_base",
+        "--data other.jsonl": "cannot resume with data other.jsonl",
+    }.items():
+        stage = f"train --model base --data d.jsonl --out run --resume --quiet {change}"
+        assert main(stage.split()) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()} == before

@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import esft
@@ -72,14 +72,42 @@ def test_an_output_that_holds_something_stays_until_overwritten(tmp_path):
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("keep")
-    with pytest.raises(esft.InputError, match="exists already"):
+    with pytest.raises(esft.InputError, match="holds something already"):
         esft.merge(base, tmp_path / "a", tmp_path / "out")
     assert (tmp_path / "out" / "precious").exists()
-    esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "config.json").exists()
-    assert not (tmp_path / "out" / "precious").exists()
-    with pytest.raises(esft.InputError, match="cannot be the base"):
-        esft.merge(base, tmp_path / "a", base, overwrite=True)
+    with pytest.raises(esft.InputError, match="holds no earlier merge"):
+        esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "precious").exists()
+    esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    (tmp_path / "merged" / "stale").write_text("")
+    esft.merge(base, tmp_path / "a", tmp_path / "merged", overwrite=True)
+    assert (tmp_path / "merged" / "config.json").exists()
+    assert not (tmp_path / "merged" / "stale").exists()
+
+
+def test_an_output_that_would_replace_an_input_is_refused(tmp_path):
+    base = save_tiny(tmp_path / "work" / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "work" / "run" / "adapter")
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("work", "work/base", "work/run", "work/run/adapter"):
+        with pytest.raises(esft.InputError, match="would replace"):
+            esft.merge(base, tmp_path / "work" / "run" / "adapter", tmp_path / out, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("lacks", ["shared_experts.up_proj", "self_attn.q_proj", "experts.3.gate_proj"])
+def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path, lacks: str):
+    base = save_tiny(tmp_path / "base")
+    selection = ExpertSelection({1: [3]}, shared_experts=True, non_expert_modules=True)
+    esft.save_adapter(tune(base, selection), tmp_path / "a")
+    esft.merge(base, tmp_path / "a", tmp_path / "whole")
+    path = tmp_path / "a" / "adapter.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if lacks in name)
+    save_file({name: t for name, t in tensors.items() if name != gone}, path)
+    with pytest.raises(esft.InputError, match=f"tensor {gone} is missing"):
+        esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_disk_that_fills_up_leaves_the_old_output_whole(tmp_path, monkeypatch):

@@ -29,9 +29,14 @@ def test_a_run_without_steps_and_a_folder_without_a_run(tmp_path):
     assert "no step done yet" in report(tmp_path)
     with pytest.raises(esft.InputError, match="not a run folder"):
         report(tmp_path / "absent")
-    (tmp_path / "metrics.jsonl").write_text("{}\n{")
-    with pytest.raises(esft.InputError, match=r"metrics.jsonl: line 2"):
-        read_metrics(tmp_path)
+    for bad, message in (("{", "not JSON"), ("{}", "names no step"), ('{"step": 2, "loss": 1.0}', "without lr")):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad)
+        with pytest.raises(esft.InputError, match=f"metrics.jsonl: line 2: .*{message}"):
+            read_metrics(tmp_path)
+    write_run(tmp_path / "run", 3, ended=True)
+    (tmp_path / "run" / "summary.json").write_text("[]")
+    with pytest.raises(esft.InputError, match="not a run's summary"):
+        report(tmp_path / "run")
 
 
 def test_a_table_lines_up():

@@ -62,7 +62,19 @@ def test_selection_files_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["nonsense", "[]", '{"experts": [1]}', '{"experts": {"x": [1]}}', '{"experts": {"1": [2, 2]}}']
+    "text",
+    [
+        "nonsense",
+        "[]",
+        '{"experts": [1]}',
+        '{"experts": {"x": [1]}}',
+        '{"experts": {"1": [2, 2]}}',
+        '{"experts": {"1": "27"}}',
+        '{"experts": {"1": [1.0]}}',
+        '{"experts": {"1": [true]}}',
+        '{"experts": {"01": [2]}}',
+        '{"experts": {}, "shared_experts": "false"}',
+    ],
 )
 def test_a_file_that_holds_no_selection_is_refused_by_name(tmp_path, text: str):
     (tmp_path / "e.json").write_text(text)

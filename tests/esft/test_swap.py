@@ -128,3 +128,17 @@ def test_experts_with_another_activation_are_refused_before_anything_is_touched(
     with pytest.raises(esft.InputError, match="activation GELU"):
         esft.swap(model, ExpertSelection({}))
     assert moe_layers(model)[0].experts.gate_up_proj.numel()
+
+
+def test_a_backend_that_cannot_run_here_and_an_unknown_family_are_refused(monkeypatch):
+    model = tiny_model()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for backend, message in (("gpu", "backend must be one of"), ("triton", "TRITON_INTERPRET=1")):
+        with pytest.raises(esft.InputError, match=message):
+            esft.swap(model, ExpertSelection({}), backend)
+    model.config.model_type = "unheard_of"
+    with pytest.raises(esft.InputError, match="type 'unheard_of' are not supported"):
+        esft.swap(model, ExpertSelection({}))
+    with pytest.raises(esft.InputError, match="type 'unheard_of' are not supported"):
+        esft.score_experts(model, [token_batch()])
+    assert all(layer.experts.gate_up_proj.numel() for layer in moe_layers(model))

@@ -120,6 +120,7 @@ def test_full_fine_tuning_stores_a_checkpoint_that_stock_transformers_loads(base
 def test_bad_input_leaves_nothing_behind(base):
     folder = base.parent
     (folder / "bad.jsonl").write_text("{\n")
+    save_tiny(folder / "other")
     cases = [
         (lambda: run(base, "x", settings(), None), "method esft needs expert selection"),
         (lambda: run(base, "x", settings(method="full")), "method full takes no expert selection"),
@@ -127,7 +128,9 @@ def test_bad_input_leaves_nothing_behind(base):
         (lambda: esft.train(str(base), folder / "bad.jsonl", folder / "x", settings(), SELECTION), "line 1"),
         (lambda: run(base, "x", settings(), resume=True), "holds no run to resume"),
         (lambda: run(base, "x", settings(), resume=True, overwrite=True), "exclude each other"),
-        (lambda: run(base, "base", settings(), overwrite=True), "holds no run, and is not overwritten"),
+        (lambda: run(base, "other", settings(), overwrite=True), "holds no run, and is not overwritten"),
+        (lambda: run(base, ".", settings(), overwrite=True), "would replace"),
+        (lambda: run(base, "x", settings(), ExpertSelection({1: []})), "selection is empty"),
         (
             lambda: esft.train(str(folder / "no"), folder / "d.jsonl", folder / "x", settings(), SELECTION),
             "cannot load",
@@ -141,7 +144,7 @@ def test_bad_input_leaves_nothing_behind(base):
 
 def test_a_run_is_kept_unless_overwritten(base):
     run(base, "run", settings(steps=1))
-    with pytest.raises(esft.InputError, match="say resume or overwrite"):
+    with pytest.raises(esft.InputError, match="holds something already"):
         run(base, "run", settings(steps=1))
     run(base, "run", settings(steps=2), overwrite=True)
     assert len(losses(base.parent / "run")) == 2
