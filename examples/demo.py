@@ -21,10 +21,10 @@ from esft.evaluate import exact_match
 from esft.report import plot_scores
 
 MODEL = Path(__file__).parent / "tiny-moe"
-# Near the best of the few tried on the validation data; top_p keeps the adapter under 15% of the parameters.
-TOP_P, SHARED_EXPERTS = 0.32, True
+# The best of the six settings tried on the validation data that keep the adapter under 15% of the parameters.
+TOP_P, SHARED_EXPERTS = 0.3, True
 SETTINGS = {"batch_size": 32, "max_length": 256, "warmup_steps": 20, "decay": 0.5, "eval_every": 100, "save_every": 200}
-ESFT = esft.TrainConfig(method="esft", lr=6e-3, steps=500, **SETTINGS)
+ESFT = esft.TrainConfig(method="esft", lr=5e-3, steps=500, **SETTINGS)
 
 
 def headline(text: str) -> None:

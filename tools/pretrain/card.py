@@ -23,7 +23,7 @@ from esft.evaluate import exact_match, mean_loss
 from esft.report import table
 from tools.pretrain import data
 from tools.pretrain.instruction_words import Lexicon
-from tools.pretrain.instructions import probes
+from tools.pretrain.instructions import KINDS, probes
 
 LENGTH = 512
 PROBES = 200
@@ -138,15 +138,16 @@ it knows what {last["tokens"] / 1e6:.0f} million tokens teach: formats and copyi
 
 ## Training
 
-{last["tokens"]:,} tokens in {last["step"]:,} steps; the first stage is text with a third of instruction rows, the second mostly
-instructions while the learning rate falls. Last training loss: text {last["text"]}, instructions {last["instructions"]} nats per token;
+{last["tokens"]:,} tokens in {last["step"]:,} steps, in two rounds of two stages each: text with a third of instruction rows, then
+mostly instructions while the learning rate falls. The first round ended at 20,094,976 tokens, the second goes on from its
+optimizer state with the learning rate high again; the kinds of `instruction_quoting.py` joined at 24.8 million. Last training loss: text {last["text"]}, instructions {last["instructions"]} nats per token;
 held-out (text, instructions): {next(m["heldout"] for m in reversed(metrics) if "heldout" in m)}.
 
 ![training loss](loss.png)
 
 ## Corpus and held-out bits per byte
 
-Documents were split off by hash before training. Instructions (65 kinds, `tools/pretrain/instructions.py`) are generated,
+Documents were split off by hash before training. Instructions ({len(KINDS)} kinds, `tools/pretrain/instructions.py`) are generated,
 and share nothing with the tasks of `examples/`.
 
 {table(rows)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +75,16 @@ def read_chats(path: Path) -> list[list[dict]]:
     return [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def cached(path: Path, make) -> Tokens:
-    """Tokens from a file, made once."""
-    if not path.exists():
+def cached(path: Path, sources: list[Path], make) -> Tokens:
+    """Tokens from a file, made once and again when a source is newer.
+
+    Several processes may do so at once: the file appears whole.
+    """
+    if not path.exists() or path.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         tokens = make()
-        np.savez(path, ids=tokens.ids, target=tokens.target, ends=tokens.ends)
+        part = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+        np.savez(part, ids=tokens.ids, target=tokens.target, ends=tokens.ends)
+        os.replace(part, path)
     with np.load(path, allow_pickle=False) as arrays:
         return Tokens(arrays["ids"], arrays["target"], arrays["ends"])
 

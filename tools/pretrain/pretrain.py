@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -170,7 +171,6 @@ class Trainer:
                     tensors[f"state/{key}/{name}"] = value
         save_file(tensors, path.with_suffix(".tmp"), {"step": str(step)})
         os.replace(path.with_suffix(".tmp"), path)
-        path.with_suffix(".json").write_text(json.dumps({"step": step}))
 
     def load(self, path: Path) -> int:
         tensors = load_file(path)
@@ -183,7 +183,8 @@ class Trainer:
                 keys = ("step", "exp_avg", "exp_avg_sq") if optimizer is self.adam else ("momentum",)
                 if f"state/{keys[0]}/{name}" in tensors:
                     optimizer.state[master] = {key: tensors[f"state/{key}/{name}"] for key in keys}
-        return json.loads(path.with_suffix(".json").read_text())["step"]
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()["step"])
 
 
 def rate(step: int, steps: int) -> float:
@@ -201,8 +202,9 @@ def load_sources(work: Path, tokenizer: PreTrainedTokenizerFast, split: str) -> 
     def chats() -> data.Tokens:
         return data.encode_chats(tokenizer, data.read_chats(work / f"instructions.{split}.jsonl"))
 
-    text = data.shuffled(data.cached(work / f"text.{split}.npz", texts), seed=1)
-    chat = data.shuffled(data.cached(work / f"chat.{split}.npz", chats), seed=2)
+    documents, records = sorted((work / "text").glob(f"*.{split}.jsonl")), work / f"instructions.{split}.jsonl"
+    text = data.shuffled(data.cached(work / f"text.{split}.npz", documents, texts), seed=1)
+    chat = data.shuffled(data.cached(work / f"chat.{split}.npz", [records], chats), seed=2)
     print(f"{split}: {len(text.ids):,} text tokens, {len(chat.ids):,} instruction tokens", flush=True)
     pad = tokenizer.pad_token_id
     sources = []
@@ -228,6 +230,12 @@ def average_gradients(params: Iterable[Tensor], world: int) -> None:
         grad.copy_(mean.view_as(grad))
 
 
+def forget_steps_after(step: int, metrics: Path) -> None:
+    """What was logged after the state was saved happens again."""
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+
+
 def worker(rank: int, world: int, work: Path, tokens: int) -> None:
     """One of the processes, on a core of its own: one thread each wastes nothing on waiting for the other."""
     torch.set_num_threads(1)
@@ -241,8 +249,10 @@ def worker(rank: int, world: int, work: Path, tokens: int) -> None:
     model = training_model()
     balance, trainer = LoadBalance(model), Trainer(model)
     steps, first = tokens // TOKENS_PER_STEP, 0
-    if (run / "state.json").exists():
+    if (run / "state.safetensors").exists():
         first = trainer.load(run / "state.safetensors")
+    if rank == 0:
+        forget_steps_after(first, run / "metrics.jsonl")
     saved = tick = time.monotonic()
     sums, ticks = torch.zeros(4, dtype=torch.float64), 0
 
