@@ -8,12 +8,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from benchmarks.shapes import LayerShape, skewed_top_k
 from esft_kernels.expert_mlp import expert_mlp
-from esft_kernels.pools import ExpertPools
+from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import expert_order, route
 
 SHARE = 0.22  # of the rows on chosen experts, as in the published routing logs
@@ -33,9 +34,22 @@ def _layer(shape: LayerShape, tokens: int, trained: list[int], dtype: torch.dtyp
     def random(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
 
-    gate_up, down = random(e, 2 * f, d, scale=d**-0.5), random(e, d, f, scale=f**-0.5)
+    def pool(size: int, trains: bool) -> ExpertWeights:
+        g = f * shape.activation.width
+        if shape.gpt_oss_layout:
+            weights = (
+                random(size, d, g, scale=d**-0.5),
+                random(size, f, d, scale=f**-0.5),
+                random(size, g),
+                random(size, d),
+            )
+        else:
+            weights = random(size, g, d, scale=d**-0.5), random(size, d, f, scale=f**-0.5)
+        gate_up, down, *biases = [t.requires_grad_(trains) for t in weights]
+        return ExpertWeights(*((gate_up.mT, down.mT) if shape.gpt_oss_layout else (gate_up, down)), *biases)
+
     s = len(trained)
-    pools = ExpertPools(gate_up[:s].clone().requires_grad_(), down[:s].clone().requires_grad_(), gate_up[s:], down[s:])
+    pools = ExpertPools(pool(s, True), pool(e - s, False), shape.activation, shape.gpt_oss_layout)
     x = random(tokens, d).requires_grad_()
     weights = torch.rand(tokens, shape.top_k, generator=generator).to(device).requires_grad_()
     return x, weights, pools, route(index.to(device), position.to(device), s), random(tokens, d)
@@ -45,7 +59,7 @@ def _step(x, weights, pools, routing, grad_out, backend: str) -> list[torch.Tens
     out = expert_mlp(x, weights, pools, routing, backend)
     wanted = [x, weights]
     if pools.num_trained:
-        wanted += [pools.trained_gate_up_SGD, pools.trained_down_SDF]
+        wanted += [t for t in pools.trained.tensors() if t is not None]
     return [out, *torch.autograd.grad(out, wanted, grad_out)]
 
 
@@ -60,7 +74,10 @@ def check(shape: LayerShape, dtype: torch.dtype, device: torch.device, backend: 
     def single(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().float().requires_grad_(tensor.requires_grad)
 
-    exact = ExpertPools(*(single(t) for t in vars(pools).values()))
+    def single_pool(pool: ExpertWeights) -> ExpertWeights:
+        return ExpertWeights(*(None if t is None else single(t) for t in pool.tensors()))
+
+    exact = replace(pools, trained=single_pool(pools.trained), frozen=single_pool(pools.frozen))
     theirs = _step(single(x), single(weights), exact, routing, grad_out.float(), "reference")
     error = max(
         ((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-9)).item() for a, b in zip(ours, theirs, strict=True)

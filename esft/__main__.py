@@ -73,7 +73,9 @@ def _select(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     overrides = {name: getattr(args, name) for name in ("method", "lr", "steps", "batch_size", "max_length")}
-    overrides |= {name: getattr(args, name) for name in ("seed", "dtype", "backend", "warmup_steps", "decay")}
+    overrides |= {
+        name: getattr(args, name) for name in ("seed", "dtype", "backend", "recompute", "warmup_steps", "decay")
+    }
     begun = Path(args.out) / CONFIG
     resumes = args.resume and not args.config and begun.is_file()
     config = TrainConfig.load(begun if resumes else args.config, **overrides)
@@ -194,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="run folder")
     sub.add_argument("--config", help="YAML settings; the arguments here override it")
     sub.add_argument("--method", choices=METHODS)
+    sub.add_argument("--recompute", choices=("none", "frozen"), help="frozen: keep less, compute more")
     sub.add_argument("--lr", type=float)
     sub.add_argument("--steps", type=int)
     sub.add_argument("--warmup-steps", type=int)

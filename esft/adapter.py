@@ -33,8 +33,8 @@ def adapter_tensors(model: PreTrainedModel, selection: ExpertSelection) -> dict[
             if swapped:
                 assert isinstance(layer.experts, Experts)
                 # The pools of a swapped model may be ordered by another selection than this one.
-                where = int(layer.experts.position[expert])
-                gate_up, down = layer.experts.pools.gate_up(where), layer.experts.pools.down(where)
+                weights = layer.experts.pools.at(int(layer.experts.position[expert]))
+                gate_up, down = weights.gate_up_EGD, weights.down_EDF
             else:
                 gate_up, down = layer.experts.gate_up_proj[expert], layer.experts.down_proj[expert]
             for projection, tensor in enumerate((*gate_up.chunk(2), down)):

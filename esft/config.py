@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
-from esft_kernels.expert_mlp import BACKENDS
+from esft_kernels.expert_mlp import BACKENDS, RECOMPUTE
 
 METHODS = ("esft", "full", "lora")
 # Learning rates of the paper (appendix A); any other default would need a reason of its own.
@@ -37,6 +37,7 @@ class TrainConfig:
         dtype: "auto" (the checkpoint's), "bfloat16" or "float32".
         seed: of the data order and of LoRA's initial weights.
         backend: of the experts, see ``esft.swap``.
+        recompute: "none", or "frozen" to keep less for the backward, see ``esft.swap``.
     """
 
     method: str = "esft"
@@ -57,6 +58,7 @@ class TrainConfig:
     dtype: str = "auto"
     seed: int = 0
     backend: str = "auto"
+    recompute: str = "none"
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -68,6 +70,8 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 1, got {value}")
         if self.backend not in BACKENDS:
             raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.recompute not in RECOMPUTE:
+            raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {self.recompute!r}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(f"lr must be above 0 and finite, got {self.lr}")
         if not 0 <= self.decay <= 1:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esft_kernels.expert_mlp import expert_mlp
-from esft_kernels.pools import ExpertPools
+from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import expert_order, route
 
 
@@ -25,16 +25,24 @@ class Experts(nn.Module):
         down_EDF: [E, D, F] down projections.
         trained: ids of the experts to train, in any order; they become the first rows of the trained pool.
         backend: one of ``esft_kernels.expert_mlp.BACKENDS``.
+        recompute: one of ``esft_kernels.expert_mlp.RECOMPUTE``.
 
     The pools are copies; the arguments are left alone. Both pools are parameters (the frozen one with
     ``requires_grad=False``), so that sharding wrappers see all weights. Raises ValueError for a trained id that is
     repeated or out of range.
     """
 
-    def __init__(self, gate_up_EGD: Tensor, down_EDF: Tensor, trained: Sequence[int] = (), backend: str = "auto"):
+    def __init__(
+        self,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+        trained: Sequence[int] = (),
+        backend: str = "auto",
+        recompute: str = "none",
+    ):
         super().__init__()
         order = expert_order(list(trained), gate_up_EGD.shape[0])
-        self.trained, self.backend = tuple(trained), backend
+        self.trained, self.backend, self.recompute = tuple(trained), backend, recompute
         s = len(self.trained)
         with torch.no_grad():
             self.trained_gate_up_proj = nn.Parameter(gate_up_EGD[order[:s]])
@@ -52,20 +60,20 @@ class Experts(nn.Module):
     @property
     def pools(self) -> ExpertPools:
         return ExpertPools(
-            self.trained_gate_up_proj, self.trained_down_proj, self.frozen_gate_up_proj, self.frozen_down_proj
+            ExpertWeights(self.trained_gate_up_proj, self.trained_down_proj),
+            ExpertWeights(self.frozen_gate_up_proj, self.frozen_down_proj),
         )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
         routing = route(top_k_index, self.position, len(self.trained))
-        return expert_mlp(hidden_states, top_k_weights, self.pools, routing, self.backend)
+        return expert_mlp(hidden_states, top_k_weights, self.pools, routing, self.backend, self.recompute)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """Detached copies of all weights in expert-id order, [E, 2F, D] and [E, D, F]."""
         with torch.no_grad():
-            pools = self.pools
-            gate_up = torch.cat([pools.trained_gate_up_SGD, pools.frozen_gate_up_RGD])
-            down = torch.cat([pools.trained_down_SDF, pools.frozen_down_RDF])
+            gate_up = torch.cat([self.trained_gate_up_proj, self.frozen_gate_up_proj])
+            down = torch.cat([self.trained_down_proj, self.frozen_down_proj])
             return gate_up[self.position], down[self.position]
 
     def extra_repr(self) -> str:

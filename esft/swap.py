@@ -13,7 +13,7 @@ from esft.errors import InputError
 from esft.families import check_layout, moe_layers
 from esft.moe import Experts
 from esft.select import ExpertSelection
-from esft_kernels.expert_mlp import resolve_backend
+from esft_kernels.expert_mlp import RECOMPUTE, resolve_backend
 
 
 @dataclass
@@ -31,7 +31,9 @@ def swap_state(model: nn.Module) -> SwapState | None:
     return getattr(model, "esft_state", None)
 
 
-def swap(model: PreTrainedModel, selection: ExpertSelection, backend: str = "auto") -> PreTrainedModel:
+def swap(
+    model: PreTrainedModel, selection: ExpertSelection, backend: str = "auto", recompute: str = "none"
+) -> PreTrainedModel:
     """Exchange the experts of every MoE layer, in place, so that only what is selected trains.
 
     The routed experts of a layer that are in ``selection.experts`` form its trained pool; all other parameters get
@@ -42,6 +44,8 @@ def swap(model: PreTrainedModel, selection: ExpertSelection, backend: str = "aut
         model: a stock transformers model of a supported family.
         selection: what trains; an empty one only brings the faster experts.
         backend: one of ``esft_kernels.expert_mlp.BACKENDS``.
+        recompute: ``frozen`` keeps the pre-activations of the trained experts only, and makes the others again in the
+            backward: less memory for one more up projection.
 
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout the kernels do not read, a
     selection that does not fit the model, a backend that cannot run here, and a model that is swapped already.
@@ -52,6 +56,8 @@ def swap(model: PreTrainedModel, selection: ExpertSelection, backend: str = "aut
     selection.check({layer.index: layer.num_experts for layer in layers})
     for layer in layers:
         check_layout(layer)
+    if recompute not in RECOMPUTE:
+        raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     try:
         resolve_backend(backend, model.device)
     except ValueError as error:
@@ -64,7 +70,7 @@ def swap(model: PreTrainedModel, selection: ExpertSelection, backend: str = "aut
     for layer in layers:
         stock = layer.experts
         chosen = selection.experts.get(layer.index, [])
-        experts = Experts(stock.gate_up_proj, stock.down_proj, chosen, backend)
+        experts = Experts(stock.gate_up_proj, stock.down_proj, chosen, backend, recompute)
         experts.train(stock.training)
         setattr(layer.block, layer.attribute, experts)
         _set_weights(stock, torch.empty(0), torch.empty(0))

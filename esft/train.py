@@ -142,7 +142,7 @@ def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelect
     if selection is None:  # full: every expert through the same kernels, and all the rest
         everything = {layer.index: list(range(layer.num_experts)) for layer in moe_layers(model)}
         selection = ExpertSelection(everything, shared_experts=True, non_expert_modules=True)
-    return swap(model, selection, config.backend)
+    return swap(model, selection, config.backend, config.recompute)
 
 
 def _add_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:

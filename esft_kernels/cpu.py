@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pools import ExpertPools, Gradients, Needs
+from .pools import ExpertPools, ExpertWeights, Gradients, Needs
 from .routing import Routing
 
 
@@ -47,25 +47,58 @@ def _sum_slots(rows_ND: Tensor, routing: Routing) -> Tensor:
     return F.embedding_bag(routing.row_TK, rows_ND, mode="sum")
 
 
-def forward(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Output [T, D] and pre-activations H [N, 2F] of all routed experts."""
-    offsets, f, d = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size
+def _rebuilt(h_NG: Tensor, x_TD: Tensor, x_buf: Tensor, pools: ExpertPools, routing: Routing, span) -> Tensor:
+    """Write one expert's rows of H and return them. The surplus rows of the product go with them."""
+    e, start, end = span
+    m, expert = rounded(end - start), pools.at(e)
+    torch.index_select(x_TD, 0, routing.token_N[start:end], out=x_buf[: end - start])
+    out = h_NG[:m]
+    if expert.gate_up_bias_EG is None:
+        torch.mm(x_buf[:m], expert.gate_up_EGD.T, out=out)
+    else:
+        torch.addmm(expert.gate_up_bias_EG, x_buf[:m], expert.gate_up_EGD.T, out=out)
+    return out[: end - start]
+
+
+def forward(
+    x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, keep_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Output [T, D] of all routed experts, and the pre-activations H [keep_rows, G] of the first rows.
+
+    ``keep_rows`` is 0, the prefix, or all rows: an expert's rows are kept or not.
+    """
+    offsets, f, d, g = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size, pools.gate_up_size
     spans = _spans(offsets, routing.num_experts)
     longest, written = _rows_needed(spans)
     weight_N1 = weights_TK.reshape(-1)[routing.slot_N, None].to(x_TD.dtype)
-    h_NG, y_ND = x_TD.new_empty(written, 2 * f), x_TD.new_empty(written, d)
+    h_XG, y_ND = x_TD.new_empty(keep_rows, g), x_TD.new_empty(written, d)
     # Zeros, because the surplus rows are multiplied too, and what lies in fresh memory may be slow or not a number.
-    x_buf, a_buf = x_TD.new_zeros(longest, d), x_TD.new_zeros(longest, f)
+    x_buf, a_buf, h_buf = x_TD.new_zeros(longest, d), x_TD.new_zeros(longest, f), x_TD.new_empty(longest, g)
     for e, start, end in spans:
-        n = end - start
-        m, h = rounded(n), h_NG[start:end]
-        torch.index_select(x_TD, 0, routing.token_N[start:end], out=x_buf[:n])
-        torch.mm(x_buf[:m], pools.gate_up(e).T, out=h_NG[start : start + m])
-        a = torch.mul(F.silu(h[:, :f]), h[:, f:], out=a_buf[:n])
+        n, weight = end - start, weight_N1[start:end]
+        m, expert = rounded(n), pools.at(e)
+        fits = start + m <= keep_rows  # with its surplus rows
+        h = _rebuilt(h_XG[start:] if fits else h_buf, x_TD, x_buf, pools, routing, (e, start, end))
+        if end <= keep_rows and not fits:
+            h_XG[start:end] = h
         # The routing weight goes on A, which is narrower than the output row for every model with F < D.
-        a.mul_(weight_N1[start:end])
-        torch.mm(a_buf[:m], pools.down(e).T, out=y_ND[start : start + m])
-    return _sum_slots(y_ND[: routing.num_rows], routing), h_NG[: routing.num_rows]
+        torch.mul(pools.activation.forward(*pools.split(h)), weight, out=a_buf[:n])
+        torch.mm(a_buf[:m], expert.down_EDF.T, out=y_ND[start : start + m])
+        if expert.down_bias_ED is not None:
+            y_ND[start:end].addcmul_(weight, expert.down_bias_ED)
+    return _sum_slots(y_ND[: routing.num_rows], routing), h_XG
+
+
+def rebuild(x_TD: Tensor, h_prefix: Tensor, pools: ExpertPools, routing: Routing) -> Tensor:
+    """H of all rows, [N, G], from that of the prefix."""
+    spans = _spans(routing.offsets_E1.tolist(), routing.num_experts)
+    longest, written = _rows_needed(spans)
+    h_NG, x_buf = x_TD.new_empty(written, pools.gate_up_size), x_TD.new_zeros(longest, pools.hidden_size)
+    for span in spans:
+        if span[0] >= routing.num_trained:
+            _rebuilt(h_NG[span[1] :], x_TD, x_buf, pools, routing, span)
+    h_NG[: h_prefix.shape[0]] = h_prefix
+    return h_NG[: routing.num_rows]
 
 
 def backward(
@@ -78,45 +111,48 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients of ``forward``. Only the prefix of rows takes part when neither x nor weights need one."""
-    offsets, f, d = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size
+    offsets, f, d, g = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size, pools.gate_up_size
     s = routing.num_trained
     spans = _spans(offsets, routing.num_experts if needs.all_rows else s)
     longest, written = _rows_needed(spans)
     weight_N1 = weights_TK.reshape(-1)[routing.slot_N, None].to(x_TD.dtype)
 
-    grad_gate_up = torch.zeros_like(pools.trained_gate_up_SGD) if needs.trained else None
-    grad_down = torch.zeros_like(pools.trained_down_SDF) if needs.trained else None
+    grads = ExpertWeights(*(None if t is None else torch.zeros_like(t) for t in pools.trained.tensors()))
     grad_rows = x_TD.new_empty(written, d) if needs.x else None
     grad_weight_N = weights_TK.new_empty(routing.num_rows) if needs.weights else None
-    do_buf, x_buf, dh_buf = x_TD.new_empty(longest, d), x_TD.new_empty(longest, d), x_TD.new_empty(longest, 2 * f)
+    do_buf, x_buf, dh_buf = x_TD.new_empty(longest, d), x_TD.new_empty(longest, d), x_TD.new_empty(longest, g)
     da_buf, a_buf = x_TD.new_empty(longest, f), x_TD.new_empty(longest, f)
     for e, start, end in spans:
         n, token, weight = end - start, routing.token_N[start:end], weight_N1[start:end]
-        m, h = rounded(n), h_NG[start:end]
+        m, expert = rounded(n), pools.at(e)
+        gate, up = pools.split(h_NG[start:end])
         for buffer in (do_buf, x_buf, a_buf, dh_buf):  # a weight gradient sums over the surplus rows
             buffer[n:m].zero_()
         da, a, dh = da_buf[:n], a_buf[:n], dh_buf[:n]
-        gate, up = h[:, :f], h[:, f:]
-        silu = F.silu(gate)
-        torch.mul(silu, up, out=a)
+        a.copy_(pools.activation.forward(gate, up))
         torch.index_select(grad_out_TD, 0, token, out=do_buf[:n])
-        torch.mm(do_buf[:m], pools.down(e), out=da_buf[:m])
+        torch.mm(do_buf[:m], expert.down_EDF, out=da_buf[:m])
         if grad_weight_N is not None:
             # Row sums of a product, accumulated in the weights' own (float32) precision.
-            grad_weight_N[routing.slot_N[start:end]] = (da * a).sum(dim=1, dtype=weights_TK.dtype)
-        da.mul_(weight)
-        torch.mul(da, silu, out=dh[:, f:])
-        dh[:, :f] = torch.ops.aten.silu_backward(da.mul_(up), gate)
+            sums = (da * a).sum(dim=1, dtype=weights_TK.dtype)
+            if expert.down_bias_ED is not None:
+                sums += torch.mv(do_buf[:n], expert.down_bias_ED)
+            grad_weight_N[routing.slot_N[start:end]] = sums
+        for part, grad in zip(pools.split(dh), pools.activation.backward(da.mul_(weight), gate, up), strict=True):
+            if part is not None:
+                part.copy_(grad)
         if grad_rows is not None:
-            torch.mm(dh_buf[:m], pools.gate_up(e), out=grad_rows[start : start + m])
-        if grad_gate_up is not None and grad_down is not None and e < s:
+            torch.mm(dh_buf[:m], expert.gate_up_EGD, out=grad_rows[start : start + m])
+        if needs.trained and e < s:
             torch.index_select(x_TD, 0, token, out=x_buf[:n])
-            torch.mm(dh_buf[:m].T, x_buf[:m], out=grad_gate_up[e])
             a.mul_(weight)
-            torch.mm(do_buf[:m].T, a_buf[:m], out=grad_down[e])
+            grads.gate_up_EGD[e] = torch.mm(dh_buf[:m].T, x_buf[:m])
+            grads.down_EDF[e] = torch.mm(do_buf[:m].T, a_buf[:m])
+            if grads.gate_up_bias_EG is not None and grads.down_bias_ED is not None:
+                grads.gate_up_bias_EG[e] = dh.sum(dim=0)
+                grads.down_bias_ED[e] = torch.mv(do_buf[:n].T, weight[:, 0])
     return Gradients(
         x_TD=_sum_slots(grad_rows[: routing.num_rows], routing) if grad_rows is not None else None,
         weights_TK=grad_weight_N.view_as(weights_TK) if grad_weight_N is not None else None,
-        trained_gate_up_SGD=grad_gate_up,
-        trained_down_SDF=grad_down,
+        trained=grads if needs.trained else None,
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .pools import ExpertPools, Needs
+from .activation import Activation
+from .pools import ExpertPools, ExpertWeights, Needs
 from .routing import Routing
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
+RECOMPUTE = ("none", "frozen")
 
 
 def resolve_backend(backend: str, device: torch.device) -> ModuleType:
@@ -41,39 +44,45 @@ def resolve_backend(backend: str, device: torch.device) -> ModuleType:
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, trained_gate_up, trained_down, frozen_gate_up, frozen_down, routing, backend):  # pyright: ignore[reportIncompatibleMethodOverride]
-        pools = ExpertPools(trained_gate_up, trained_down, frozen_gate_up, frozen_down)
-        out, h = backend.forward(x, weights, pools, routing)
-        needs = Needs(
-            x=ctx.needs_input_grad[0],
-            weights=ctx.needs_input_grad[1],
-            trained=ctx.needs_input_grad[2] or ctx.needs_input_grad[3],
+    def forward(ctx, x, weights, routing, layout, backend, recompute, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        pools = _pools(layout, tensors)
+        ctx.needs = Needs(
+            x=ctx.needs_input_grad[0], weights=ctx.needs_input_grad[1], trained=any(ctx.needs_input_grad[6:10])
         )
-        if not needs.all_rows:  # only the prefix will be read again; a copy lets the rest go
-            h = h[: routing.prefix_rows()].clone()
+        # Without gradients for x and the routing weights, the backward reads the prefix only.
+        keep_all = ctx.needs.all_rows and recompute == "none"
+        out, h = backend.forward(x, weights, pools, routing, routing.num_rows if keep_all else routing.prefix_rows())
         ctx.save_for_backward(
-            x, weights, h, trained_gate_up, trained_down, frozen_gate_up, frozen_down,
-            routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1,
-        )  # fmt: skip
-        ctx.needs, ctx.num_trained, ctx.backend = needs, routing.num_trained, backend
+            x, weights, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1, *tensors
+        )
+        ctx.num_trained, ctx.layout, ctx.backend = routing.num_trained, layout, backend
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weights, h, gate_up, down, frozen_gate_up, frozen_down, *routing = ctx.saved_tensors
-        pools = ExpertPools(gate_up, down, frozen_gate_up, frozen_down)
-        grads = ctx.backend.backward(
-            grad_out.contiguous(), x, h, weights, pools, Routing(*routing, ctx.num_trained), ctx.needs
-        )
-        return (
-            grads.x_TD, grads.weights_TK, grads.trained_gate_up_SGD, grads.trained_down_SDF,
-            None, None, None, None,
-        )  # fmt: skip
+        x, weights, h, *saved = ctx.saved_tensors
+        routing, pools, needs = Routing(*saved[:4], ctx.num_trained), _pools(ctx.layout, saved[4:]), ctx.needs
+        if needs.all_rows and h.shape[0] < routing.num_rows:
+            h = ctx.backend.rebuild(x, h, pools, routing)
+        grads = ctx.backend.backward(grad_out.contiguous(), x, h, weights, pools, routing, needs)
+        trained = grads.trained.tensors() if grads.trained is not None else (None,) * 4
+        return grads.x_TD, grads.weights_TK, None, None, None, None, *trained, None, None, None, None
 
 
-def expert_mlp(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, backend: str = "auto") -> Tensor:
-    """Weighted sum over each token's K experts of ``down(silu(gate(x)) * up(x))``.
+def _pools(layout: tuple[Activation, bool], tensors: Sequence[Tensor]) -> ExpertPools:
+    return ExpertPools(ExpertWeights(*tensors[:4]), ExpertWeights(*tensors[4:]), *layout)
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    pools: ExpertPools,
+    routing: Routing,
+    backend: str = "auto",
+    recompute: str = "none",
+) -> Tensor:
+    """Weighted sum over each token's K experts of ``down(activation(gate_up(x)))``.
 
     Args:
         x_TD: [T, D] in the pools' dtype.
@@ -81,54 +90,72 @@ def expert_mlp(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Ro
         pools: the experts' weights; only the trained pool can get a gradient.
         routing: from ``route``, with the same S as the pools.
         backend: one of ``BACKENDS``.
+        recompute: ``frozen`` keeps the pre-activations of the trained experts' rows only, and makes the others again
+            in the backward: one more up projection of the frozen rows for most of the memory.
 
     Returns [T, D] in the dtype of x. Differentiable once with respect to x, the routing weights and the trained
-    pool. Saved for the backward: x, the pre-activations H [N, 2F] (the prefix of it when neither x nor the
-    weights need a gradient) and the routing; nothing else.
+    pool. Saved for the backward: x, the pre-activations H [N, G] (the prefix of it with ``recompute="frozen"``, and
+    when neither x nor the weights need a gradient) and the routing; nothing else. Keeping the prefix waits for the
+    device once, to learn how long it is.
 
     Raises ValueError naming the argument that does not fit.
     """
     _validate(x_TD, weights_TK, pools, routing)
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     module = resolve_backend(backend, x_TD.device)
     x_TD, weights_TK = x_TD.contiguous(), weights_TK.contiguous()
-    tensors = (pools.trained_gate_up_SGD, pools.trained_down_SDF, pools.frozen_gate_up_RGD, pools.frozen_down_RDF)
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x_TD, weights_TK, *tensors)):
-        return module.forward(x_TD, weights_TK, pools, routing)[0]
-    return _ExpertMLP.apply(x_TD, weights_TK, *tensors, routing, module)  # pyright: ignore[reportReturnType]
+    tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x_TD, weights_TK, *tensors)):
+        return module.forward(x_TD, weights_TK, pools, routing, 0)[0]
+    layout = (pools.activation, pools.interleaved)
+    return _ExpertMLP.apply(x_TD, weights_TK, routing, layout, module, recompute, *tensors)  # pyright: ignore[reportReturnType]
 
 
 def _validate(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing) -> None:
-    d, f = pools.hidden_size, pools.intermediate_size
-    s, r = pools.num_trained, pools.num_experts - pools.num_trained
-    expected = {
-        "trained_gate_up": (pools.trained_gate_up_SGD, (s, 2 * f, d)),
-        "trained_down": (pools.trained_down_SDF, (s, d, f)),
-        "frozen_gate_up": (pools.frozen_gate_up_RGD, (r, 2 * f, d)),
-        "frozen_down": (pools.frozen_down_RDF, (r, d, f)),
-        "x": (x_TD, (routing.num_tokens, d)),
-    }
+    d, f, g = pools.hidden_size, pools.intermediate_size, pools.gate_up_size
+    sizes = {"trained": pools.num_trained, "frozen": pools.num_experts - pools.num_trained}
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}
+    for pool, n in sizes.items():
+        shapes = {"gate_up": (n, g, d), "down": (n, d, f), "gate_up_bias": (n, g), "down_bias": (n, d)}
+        tensors = getattr(pools, pool).tensors()
+        expected |= {f"{pool}_{name}": (t, shapes[name]) for name, t in zip(shapes, tensors, strict=True)}
+    expected["x"] = (x_TD, (routing.num_tokens, d))
+    if len({tensor is None for name, (tensor, _) in expected.items() if name.endswith("bias")}) > 1:
+        raise ValueError("biases must be given for both projections of both pools, or not at all")
     for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != x_TD.dtype or tensor.device != x_TD.device:
             raise ValueError(
                 f"{name} must be {x_TD.dtype} on {x_TD.device} like x, got {tensor.dtype} on {tensor.device}"
             )
-    for name in ("gate_up", "down"):
-        trained, frozen = expected[f"trained_{name}"][0], expected[f"frozen_{name}"][0]
-        if s and r and trained.stride() != frozen.stride():
-            raise ValueError(
-                f"trained_{name} and frozen_{name} must have the same strides, "
-                f"got {trained.stride()} and {frozen.stride()}"
-            )
+        if name.endswith("bias") and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if all(sizes.values()):
+        for name in ("gate_up", "down"):
+            trained, frozen = (expected[f"{pool}_{name}"][0] for pool in sizes)
+            if trained is not None and frozen is not None and trained.stride() != frozen.stride():
+                raise ValueError(
+                    f"trained_{name} and frozen_{name} must have the same strides, "
+                    f"got {trained.stride()} and {frozen.stride()}"
+                )
     if tuple(weights_TK.shape) != tuple(routing.row_TK.shape):
         raise ValueError(
             f"routing weights must have shape {tuple(routing.row_TK.shape)}, got {tuple(weights_TK.shape)}"
         )
-    if pools.frozen_gate_up_RGD.requires_grad or pools.frozen_down_RDF.requires_grad:
+    if weights_TK.device != x_TD.device or not weights_TK.is_floating_point():
+        raise ValueError(
+            f"routing weights must be floats on {x_TD.device} like x, got {weights_TK.dtype} on {weights_TK.device}"
+        )
+    if routing.token_N.device != x_TD.device:
+        raise ValueError(f"routing must be on {x_TD.device} like x, got {routing.token_N.device}")
+    if any(t is not None and t.requires_grad for t in pools.frozen.tensors()):
         raise ValueError("the frozen pool cannot require a gradient")
-    if routing.num_experts != pools.num_experts or routing.num_trained != s:
+    if routing.num_experts != pools.num_experts or routing.num_trained != pools.num_trained:
         raise ValueError(
             f"routing is for {routing.num_trained} trained of {routing.num_experts} experts, "
-            f"the pools hold {s} of {pools.num_experts}"
+            f"the pools hold {pools.num_trained} of {pools.num_experts}"
         )

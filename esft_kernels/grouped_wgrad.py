@@ -1,7 +1,7 @@
 """Triton: the weight gradients of the trained experts, which are the first positions of every routing."""
 
 # Launches take more than the kernel signature that triton.jit passes on to the type checker.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -10,70 +10,129 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouped_gemm import dot, exact_dot
-from .tiles import choose_tiles, device_arch
+from .mainloop import dot, precision, row_offsets, weight_row, wide
+from .tiles import splits_for, tiles_for
+
+
+@triton.jit
+def _load_rows(
+    ptr, index_ptr, first, end, column, features,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first`` to ``first + BLOCK_K`` of a tensor, or those that an index names; zero from ``end`` on."""
+    k_K = tl.arange(0, BLOCK_K)
+    inside_K = k_K < end - first
+    if index_ptr is None:  # contiguous rows: one 64-bit base, 32-bit offsets
+        offset_K = k_K
+        ptr += first * features
+    elif MASKED:
+        offset_K = tl.load(index_ptr + first + k_K, mask=inside_K, other=0)
+    else:
+        offset_K = tl.load(index_ptr + first + k_K)
+    offset_KC = row_offsets(offset_K, column, features, WIDE)
+    if MASKED:
+        rows_KC = tl.load(ptr + offset_KC, mask=inside_K[:, None] & (column < features)[None, :], other=0.0)
+    elif EVEN:
+        rows_KC = tl.load(ptr + offset_KC)
+    else:
+        rows_KC = tl.load(ptr + offset_KC, mask=(column < features)[None, :], other=0.0)
+    return rows_KC
+
+
+@triton.jit
+def _add_rows(
+    acc_MN, grad_ptr, grad_index_ptr, rows_ptr, rows_index_ptr, first, end, m_M, n_N, out_features, in_features,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    grad_KM = _load_rows(grad_ptr, grad_index_ptr, first, end, m_M, out_features, MASKED, WIDE, EVEN_M, BLOCK_K)
+    rows_KN = _load_rows(rows_ptr, rows_index_ptr, first, end, n_N, in_features, MASKED, WIDE, EVEN_N, BLOCK_K)
+    return dot(tl.trans(grad_KM), rows_KN, acc_MN, PRECISION)
 
 
 @triton.jit
 def _grouped_wgrad_kernel(
-    grad_ptr, grad_index_ptr, rows_ptr, rows_index_ptr, out_ptr, offsets_ptr, out_features, in_features,
-    EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_ptr,  # [X, O], read at grad_index_ptr[row], or at the row itself
+    grad_index_ptr,  # int64 [N], or None
+    rows_ptr,  # [Y, I], read at rows_index_ptr[row], or at the row itself
+    rows_index_ptr,  # int64 [N], or None
+    out_ptr,  # [S, O, I], strided; with SPLITS > 1 fp32, one such after another
+    offsets_ptr,  # int64 [S + 1]
+    stride_split, stride_expert, stride_out, stride_in,
+    out_features, in_features,
+    PAIRED: tl.constexpr, PRECISION: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, SPLITS: tl.constexpr,
+    WIDE: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # One program owns one tile of one expert's gradient and walks over all its rows in order: no atomics, the
+    # One program owns one tile of one expert's gradient and walks over its rows in order: no atomics, the
     # same bits every time, and an expert without rows gets its zeros from the accumulator.
     n_tiles = tl.cdiv(in_features, BLOCK_N)
     m_tiles = tl.cdiv(out_features, BLOCK_M)
-    pid = tl.program_id(0)
-    position = pid // (m_tiles * n_tiles)
-    m_M = (pid // n_tiles % m_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_N = (pid % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_m_1M = (m_M < out_features)[None, :]
-    in_n_1N = (n_N < in_features)[None, :]
+    position = tl.program_id(0) // (m_tiles * n_tiles)
+    pid = tl.program_id(0) % (m_tiles * n_tiles)
+    m_tile, n_tile = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
+    m_M = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_N = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.load(offsets_ptr + position)
     end = tl.load(offsets_ptr + position + 1)
+    if SPLITS > 1:  # whole blocks of rows to each, so that no two programs share one
+        share = tl.cdiv(tl.cdiv(end - start, BLOCK_K), SPLITS) * BLOCK_K
+        start += tl.program_id(1) * share
+        end = tl.minimum(end, start + share)
 
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(tl.load(offsets_ptr + position), end, BLOCK_K):
-        row_K = first + tl.arange(0, BLOCK_K)  # int64, like the offsets
-        in_rows_K1 = (row_K < end)[:, None]
-        grad_row_K = row_K
-        if grad_index_ptr is not None:
-            grad_row_K = tl.load(grad_index_ptr + row_K, mask=row_K < end, other=0)
-        source_K = row_K
-        if rows_index_ptr is not None:
-            source_K = tl.load(rows_index_ptr + row_K, mask=row_K < end, other=0)
-        grad_ptr_KM = grad_ptr + grad_row_K[:, None] * out_features + m_M[None, :]
-        grad_KM = tl.load(grad_ptr_KM, mask=in_rows_K1 & in_m_1M, other=0.0)
-        rows_ptr_KN = rows_ptr + source_K[:, None] * in_features + n_N[None, :]
-        rows_KN = tl.load(rows_ptr_KN, mask=in_rows_K1 & in_n_1N, other=0.0)
-        acc_MN = dot(tl.trans(grad_KM), rows_KN, acc_MN, EXACT)
-    out_ptr += position.to(tl.int64) * out_features * in_features
-    out_ptr_MN = out_ptr + m_M[:, None] * in_features + n_N[None, :]
-    tl.store(out_ptr_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=(m_M < out_features)[:, None] & in_n_1N)
+    # Whole blocks first, without a comparison per row; then what is left.
+    whole = tl.maximum(end - start, 0) // BLOCK_K * BLOCK_K
+    for first in range(start, start + whole, BLOCK_K):
+        acc_MN = _add_rows(
+            acc_MN, grad_ptr, grad_index_ptr, rows_ptr, rows_index_ptr, first, end, m_M, n_N, out_features, in_features,
+            False, WIDE, PRECISION, EVEN_M, EVEN_N, BLOCK_K,
+        )  # fmt: skip
+    if start + whole < end:
+        acc_MN = _add_rows(
+            acc_MN, grad_ptr, grad_index_ptr, rows_ptr, rows_index_ptr, start + whole, end, m_M, n_N,
+            out_features, in_features, True, WIDE, PRECISION, EVEN_M, EVEN_N, BLOCK_K,
+        )  # fmt: skip
+    out_M = weight_row(m_M, out_features // 2, PAIRED)
+    out_ptr += position.to(tl.int64) * stride_expert + tl.program_id(1).to(tl.int64) * stride_split
+    out_ptr_MN = out_ptr + out_M[:, None] * stride_out + n_N[None, :] * stride_in
+    mask_MN = (m_M < out_features)[:, None] & (n_N < in_features)[None, :]
+    tl.store(out_ptr_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=mask_MN)
 
 
 def grouped_wgrad(
     grad_rows_XO: Tensor,
     rows_YI: Tensor,
+    like_SOI: Tensor,
     offsets_S1: Tensor,
     grad_index_N: Tensor | None = None,
     rows_index_N: Tensor | None = None,
+    paired: bool = False,
 ) -> Tensor:
     """``grad_rows[e].T @ rows[e]`` for the positions 0..S-1, [S, O, I]; zeros for an expert without rows.
 
     Args:
         grad_rows_XO: contiguous [X, O], read at row n, or at row ``grad_index_N[n]``.
         rows_YI: contiguous [Y, I], read at row n, or at row ``rows_index_N[n]``.
+        like_SOI: the weights; the gradient gets their dtype and strides.
         offsets_S1: contiguous int64 [S + 1], the front of a routing's offsets. No row past the last is read.
         grad_index_N, rows_index_N: int64, as long as the prefix or longer, or None.
+        paired: the columns of ``grad_rows`` are (gate, up) in turn, and the weights have all gates first.
     """
-    num_trained, (out_features, in_features) = offsets_S1.numel() - 1, (grad_rows_XO.shape[1], rows_YI.shape[1])
-    grad_SOI = torch.empty(num_trained, out_features, in_features, dtype=rows_YI.dtype, device=rows_YI.device)
+    num_trained, out_features, in_features = like_SOI.shape
     # The rows per trained expert are known to the device only, and not asked for.
-    tiles = choose_tiles(device_arch(rows_YI.device), rows_YI.dtype, "wgrad", 0, (out_features, in_features))
+    tiles = tiles_for(rows_YI, "wgrad", 0, (out_features, in_features))
     m_tiles, n_tiles = triton.cdiv(out_features, tiles.block_m), triton.cdiv(in_features, tiles.block_n)
-    _grouped_wgrad_kernel[(num_trained * m_tiles * n_tiles,)](
-        grad_rows_XO, grad_index_N, rows_YI, rows_index_N, grad_SOI, offsets_S1, out_features, in_features,
-        EXACT=exact_dot(rows_YI), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    programs = num_trained * m_tiles * n_tiles
+    grad_SOI = torch.empty_like(like_SOI)
+    splits = splits_for(rows_YI, programs)
+    out = grad_SOI
+    if splits > 1:
+        out = torch.empty(splits, num_trained, out_features, in_features, dtype=torch.float32, device=rows_YI.device)
+    _grouped_wgrad_kernel[(programs, splits)](
+        grad_rows_XO, grad_index_N, rows_YI, rows_index_N, out, offsets_S1,
+        out.stride(0) if splits > 1 else 0, *out.stride()[-3:], out_features, in_features,
+        PAIRED=paired, PRECISION=precision(rows_YI), EVEN_M=out_features % tiles.block_m == 0,
+        EVEN_N=in_features % tiles.block_n == 0, SPLITS=splits,
+        WIDE=wide(grad_rows_XO, rows_YI), **tiles.launch_options(),
     )  # fmt: skip
-    return grad_SOI
+    return grad_SOI.copy_(out.sum(dim=0)) if splits > 1 else grad_SOI

@@ -6,45 +6,73 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .activation import Activation
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Stacked weights of some experts, or, from ``ExpertPools.at``, of one (without the first dimension).
+
+    G is 2F for gated experts, F for others. Strides are free, so the transpose of a [E, D, G] tensor is a view.
+    """
+
+    gate_up_EGD: Tensor
+    down_EDF: Tensor
+    gate_up_bias_EG: Tensor | None = None
+    down_bias_ED: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.gate_up_EGD, self.down_EDF, self.gate_up_bias_EG, self.down_bias_ED
+
 
 @dataclass(frozen=True)
 class ExpertPools:
-    """Stacked weights of one layer's experts, split into the trained pool (S) and the frozen pool (R = E - S).
+    """One layer's experts, split into the trained pool (S) and the frozen pool (R = E - S).
 
-    ``gate_up`` rows 0..F-1 are the gate projection, F..2F-1 the up projection. A pool may hold no expert
-    (first dimension 0). All four tensors share one dtype and one device.
+    A pool may hold no expert (first dimension 0). All tensors share one dtype and one device; both pools have biases
+    or neither has. The rows of ``gate_up`` are all gates before all ups, or (gate, up) in turn when ``interleaved``.
     """
 
-    trained_gate_up_SGD: Tensor
-    trained_down_SDF: Tensor
-    frozen_gate_up_RGD: Tensor
-    frozen_down_RDF: Tensor
+    trained: ExpertWeights
+    frozen: ExpertWeights
+    activation: Activation = Activation()
+    interleaved: bool = False
 
     @property
     def num_trained(self) -> int:
-        return self.trained_gate_up_SGD.shape[0]
+        return self.trained.gate_up_EGD.shape[0]
 
     @property
     def num_experts(self) -> int:
-        return self.trained_gate_up_SGD.shape[0] + self.frozen_gate_up_RGD.shape[0]
+        return self.num_trained + self.frozen.gate_up_EGD.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        return self.trained_gate_up_SGD.shape[2]
+        return self.trained.gate_up_EGD.shape[2]
 
     @property
     def intermediate_size(self) -> int:
-        return self.trained_down_SDF.shape[2]
+        return self.trained.down_EDF.shape[2]
 
-    def gate_up(self, position: int) -> Tensor:
-        """[2F, D] weights of the expert at this position."""
-        s = self.num_trained
-        return self.trained_gate_up_SGD[position] if position < s else self.frozen_gate_up_RGD[position - s]
+    @property
+    def gate_up_size(self) -> int:
+        """G, the columns of H."""
+        return self.intermediate_size * self.activation.width
 
-    def down(self, position: int) -> Tensor:
-        """[D, F] weights of the expert at this position."""
+    def at(self, position: int) -> ExpertWeights:
+        """Weights of the expert at this position: [G, D], [D, F], and the biases [G] and [D] or None."""
         s = self.num_trained
-        return self.trained_down_SDF[position] if position < s else self.frozen_down_RDF[position - s]
+        pool, index = (self.trained, position) if position < s else (self.frozen, position - s)
+        return ExpertWeights(*(None if t is None else t[index] for t in pool.tensors()))
+
+    def split(self, h_NG: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gate and up views of pre-activations whose columns are ordered like the rows of ``gate_up``."""
+        if not self.activation.gated:
+            return h_NG, None
+        if self.interleaved:
+            return h_NG[..., 0::2], h_NG[..., 1::2]
+        gate, up = h_NG.chunk(2, dim=-1)
+        return gate, up
 
 
 @dataclass(frozen=True)
@@ -67,5 +95,4 @@ class Gradients:
 
     x_TD: Tensor | None
     weights_TK: Tensor | None
-    trained_gate_up_SGD: Tensor | None
-    trained_down_SDF: Tensor | None
+    trained: ExpertWeights | None

@@ -1,8 +1,9 @@
 """Plain PyTorch twin of every op: slow, obvious, and exact enough to run in float64.
 
-Every backend has the two functions of this module, ``forward`` and ``backward``, with the same arguments. The
-backward is written out by hand, as the kernels compute it, so that each step has a twin to be checked
-against; the tests check this module in turn against autograd through the naive definition of a MoE layer.
+Every backend has the three functions of this module, ``forward``, ``rebuild`` and ``backward``, with the same
+arguments; what H holds between them is the backend's own affair. The backward is written out by hand, as the kernels
+compute it, so that each step has a twin to be checked against; the tests check this module in turn against autograd
+through the naive definition of a MoE layer.
 """
 
 from __future__ import annotations
@@ -10,29 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pools import ExpertPools, Gradients, Needs
+from .pools import ExpertPools, ExpertWeights, Gradients, Needs
 from .routing import Routing
 
 
-def swiglu(h_NG: Tensor) -> Tensor:
-    """silu(gate) * up, rows [N, 2F] -> [N, F]."""
-    gate, up = h_NG.chunk(2, dim=-1)
-    return gate * torch.sigmoid(gate) * up
-
-
-def swiglu_backward(grad_a_NF: Tensor, h_NG: Tensor) -> Tensor:
-    """Gradient of ``swiglu`` with respect to its input, [N, 2F]."""
-    gate, up = h_NG.chunk(2, dim=-1)
-    sig = torch.sigmoid(gate)
-    grad_gate = grad_a_NF * up * sig * (1 + gate * (1 - sig))
-    return torch.cat([grad_gate, grad_a_NF * gate * sig], dim=-1)
-
-
-def grouped_gemm(rows: Tensor, weight, offsets: list[int], out_features: int) -> Tensor:
-    """rows[offsets[e]:offsets[e+1]] @ weight(e).T for every expert position e; ``weight`` gives [out, in]."""
+def grouped_gemm(rows: Tensor, weight, offsets: list[int], out_features: int, bias=None) -> Tensor:
+    """rows[offsets[e]:offsets[e+1]] @ weight(e).T + bias(e) for every position e; ``weight`` gives [out, in]."""
     out = rows.new_empty(rows.shape[0], out_features)
     for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         out[start:end] = rows[start:end] @ weight(e).T
+        if bias is not None and (b := bias(e)) is not None:
+            out[start:end] += b
     return out
 
 
@@ -45,17 +34,50 @@ def grouped_wgrad(grad_rows: Tensor, rows: Tensor, offsets: list[int], num_train
     return grad
 
 
-def combine(y_ND: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
-    """Sum over the K slots of routing weight times expert output, [T, D]."""
-    return (y_ND[routing.row_TK] * weights_TK[..., None]).sum(dim=1)
+def bias_grad(grad_rows: Tensor, offsets: list[int], num_trained: int) -> Tensor:
+    """Sums of the rows of the trained positions, [S, out]."""
+    spans = zip(offsets[:num_trained], offsets[1 : num_trained + 1], strict=True)
+    sums = [grad_rows[start:end].sum(dim=0) for start, end in spans]
+    return torch.stack(sums) if sums else grad_rows.new_zeros(0, grad_rows.shape[1])
 
 
-def forward(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Output [T, D] and pre-activations H [N, 2F] of all routed experts."""
+def combine(y_TKD: Tensor) -> Tensor:
+    """Sum over the K slots, [T, D]."""
+    return y_TKD.sum(dim=1)
+
+
+def row_weights(weights_TK: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """The routing weight of every row, [N, 1]."""
+    return weights_TK.to(dtype).reshape(-1)[routing.slot_N, None]
+
+
+def _pre_activations(x_TD: Tensor, pools: ExpertPools, routing: Routing) -> Tensor:
     offsets = routing.offsets_E1.tolist()
-    h_NG = grouped_gemm(x_TD[routing.token_N], pools.gate_up, offsets, 2 * pools.intermediate_size)
-    y_ND = grouped_gemm(swiglu(h_NG), pools.down, offsets, pools.hidden_size)
-    return combine(y_ND, weights_TK.to(x_TD.dtype), routing), h_NG
+    return grouped_gemm(
+        x_TD[routing.token_N], lambda e: pools.at(e).gate_up_EGD, offsets, pools.gate_up_size,
+        lambda e: pools.at(e).gate_up_bias_EG,
+    )  # fmt: skip
+
+
+def forward(
+    x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, keep_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Output [T, D] of all routed experts, and the pre-activations H [keep_rows, G] of the first rows."""
+    offsets = routing.offsets_E1.tolist()
+    h_NG = _pre_activations(x_TD, pools, routing)
+    a_NF = pools.activation.forward(*pools.split(h_NG))
+    y_ND = grouped_gemm(
+        a_NF, lambda e: pools.at(e).down_EDF, offsets, pools.hidden_size, lambda e: pools.at(e).down_bias_ED
+    )
+    y_ND = y_ND * row_weights(weights_TK, routing, x_TD.dtype)
+    return combine(y_ND[routing.row_TK]), h_NG[:keep_rows].clone()
+
+
+def rebuild(x_TD: Tensor, h_prefix: Tensor, pools: ExpertPools, routing: Routing) -> Tensor:
+    """H of all rows, [N, G], from that of the prefix."""
+    h_NG = _pre_activations(x_TD, pools, routing)
+    h_NG[: h_prefix.shape[0]] = h_prefix
+    return h_NG
 
 
 def backward(
@@ -73,23 +95,38 @@ def backward(
     rows = offsets[last]
     offsets = offsets[: last + 1]
     token, slot, h = routing.token_N[:rows], routing.slot_N[:rows], h_NG[:rows]
-    weight_N1 = weights_TK.to(x_TD.dtype).reshape(-1)[slot, None]
-    a_NF = swiglu(h)
+    weight_N1 = row_weights(weights_TK, routing, x_TD.dtype)[:rows]
+    grad_y_ND = grad_out_TD[token]
+    gate, up = pools.split(h)
+    a_NF = pools.activation.forward(gate, up)
     # Before the routing weight: its row-wise product with A is the routing weight's gradient, so the
     # down projection's output is never needed.
-    grad_a_NF = grouped_gemm(grad_out_TD[token], lambda e: pools.down(e).T, offsets, pools.intermediate_size)
-    grad_h_NG = swiglu_backward(grad_a_NF * weight_N1, h)
+    grad_a_NF = grouped_gemm(grad_y_ND, lambda e: pools.at(e).down_EDF.T, offsets, pools.intermediate_size)
+    grad_h_NG = torch.empty_like(h)
+    for part, grad in zip(
+        pools.split(grad_h_NG), pools.activation.backward(grad_a_NF * weight_N1, gate, up), strict=True
+    ):
+        if part is not None:
+            part.copy_(grad)
 
-    grad_x = grad_weights = grad_gate_up = grad_down = None
+    grad_x = grad_weights = trained = None
     if needs.weights:
+        grad_weight_N = (grad_a_NF * a_NF).sum(dim=-1)
+        for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+            if (bias := pools.at(e).down_bias_ED) is not None:
+                grad_weight_N[start:end] += grad_y_ND[start:end] @ bias
         grad_weights = torch.empty_like(weights_TK).reshape(-1)
-        grad_weights[slot] = (grad_a_NF * a_NF).sum(dim=-1).to(weights_TK.dtype)
+        grad_weights[slot] = grad_weight_N.to(weights_TK.dtype)
         grad_weights = grad_weights.view_as(weights_TK)
     if needs.x:
-        grad_rows = grouped_gemm(grad_h_NG, lambda e: pools.gate_up(e).T, offsets, pools.hidden_size)
-        grad_x = grad_rows[routing.row_TK].sum(dim=1)
+        grad_rows = grouped_gemm(grad_h_NG, lambda e: pools.at(e).gate_up_EGD.T, offsets, pools.hidden_size)
+        grad_x = combine(grad_rows[routing.row_TK])
     if needs.trained:
-        s = routing.num_trained
-        grad_gate_up = grouped_wgrad(grad_h_NG, x_TD[token], offsets, s)
-        grad_down = grouped_wgrad(grad_out_TD[token], a_NF * weight_N1, offsets, s)
-    return Gradients(grad_x, grad_weights, grad_gate_up, grad_down)
+        s, biased = routing.num_trained, pools.trained.down_bias_ED is not None
+        trained = ExpertWeights(
+            grouped_wgrad(grad_h_NG, x_TD[token], offsets, s),
+            grouped_wgrad(grad_y_ND, a_NF * weight_N1, offsets, s),
+            bias_grad(grad_h_NG, offsets, s) if biased else None,
+            bias_grad(grad_y_ND * weight_N1, offsets, s) if biased else None,
+        )
+    return Gradients(grad_x, grad_weights, trained)

@@ -6,6 +6,7 @@ experts, D hidden size, F expert intermediate size, G = 2F.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +70,16 @@ def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int) -> Routi
         position_E: int64 [E], expert id -> position (the inverse of ``expert_order``).
         num_trained: S.
 
-    The sort is stable, so equal inputs give equal routings and the rows of an expert keep token order.
+    The sort is stable, so equal inputs give equal routings and the rows of an expert keep token order. Ids out of range
+    raise ValueError on a CPU; on a GPU, where looking would wait for the device, only with ESFT_DEBUG=1.
     """
     if top_k_index_TK.dim() != 2 or top_k_index_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"top_k_index must be an integer [T, K] tensor, got {top_k_index_TK.dtype} {tuple(top_k_index_TK.shape)}"
         )
     num_tokens, top_k = top_k_index_TK.shape
+    if top_k_index_TK.device.type == "cpu" or os.environ.get("ESFT_DEBUG") == "1":
+        _check_ids(top_k_index_TK, position_E.numel())
     position_N = position_E[top_k_index_TK.reshape(-1)]
     sorted_N, slot_N = torch.sort(position_N, stable=True)
     row_N = torch.empty_like(slot_N)
@@ -88,3 +92,12 @@ def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int) -> Routi
         offsets_E1=torch.searchsorted(sorted_N, edges_E1),
         num_trained=num_trained,
     )
+
+
+def _check_ids(top_k_index_TK: Tensor, num_experts: int) -> None:
+    outside = (top_k_index_TK < 0) | (top_k_index_TK >= num_experts)
+    if outside.any():
+        token, slot = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"top_k_index[{token}, {slot}] is {int(top_k_index_TK[token, slot])}, not an expert in 0..{num_experts - 1}"
+        )

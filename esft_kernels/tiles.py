@@ -15,11 +15,16 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+Op = Literal["up", "gemm", "grad", "wgrad"]
+# Streaming multiprocessors or compute units of the GPUs that the tables were made for.
+PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304, "gfx950": 256}
+
+
 @dataclass(frozen=True)
 class Tiles:
     """One program computes ``block_m x block_n`` of the output, ``block_k`` of the reduction at a time.
 
-    In a grouped GEMM m is rows, n output features, k input features; in a weight gradient m and n are the two
+    In the GEMMs over rows m is rows, n output features, k input features; in a weight gradient m and n are the two
     feature dimensions of the weight and k is rows.
     """
 
@@ -29,6 +34,12 @@ class Tiles:
     num_warps: int
     num_stages: int
     group_m: int = 8  # row tiles that walk over the output features together, to share weights in the L2 cache
+
+    def launch_options(self) -> dict[str, int]:
+        return {
+            "GROUP_M": self.group_m, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
 
 
 @cache
@@ -42,28 +53,33 @@ def device_arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def choose_tiles(
-    arch: str, dtype: torch.dtype, op: Literal["gemm", "wgrad"], rows_per_expert: int, features: tuple[int, int]
-) -> Tiles:
-    """Tiles for a grouped GEMM or a weight gradient.
+def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
+    """``choose_tiles`` for the device and dtype of a tensor."""
+    return choose_tiles(device_arch(tensor.device), tensor.dtype, op, rows_per_expert, features)
+
+
+def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
+    """Tiles for one of the GEMMs.
 
     Args:
         arch: from ``device_arch``.
+        op: ``up`` counts n in columns of H; ``grad`` holds twice its n columns of H besides; ``gemm`` is the plain
+            one; ``wgrad`` a weight gradient.
         rows_per_expert: about how many rows an expert holds; a weight gradient's tiles do not depend on it.
-        features: the sizes of one expert's weight matrix.
+        features: output and input features of one expert's weight matrix.
 
     Raises ValueError for a dtype that the kernels do not compute in.
     """
     if dtype not in DTYPES:
         raise ValueError(f"backend 'triton' computes in bfloat16, float16 or float32, got {dtype}")
     if arch == "interpreter":  # small and of three sizes, so that small tests meet many tiles and every edge
-        return Tiles(16, 32, 64, num_warps=4, num_stages=1) if op == "gemm" else Tiles(32, 64, 16, 4, 1)
-    few = op == "gemm" and rows_per_expert <= 32
+        return Tiles(32, 64, 16, 4, 1) if op == "wgrad" else Tiles(16, 32, 64, num_warps=4, num_stages=1)
+    few = op != "wgrad" and rows_per_expert <= 32
     if dtype == torch.float32:  # exact fp32 runs on the plain ALUs: tiles are bound by registers
-        return Tiles(16 if few else 64, 64, 16, num_warps=8, num_stages=2)
+        return Tiles(16 if few else 64, 32 if op == "grad" else 64, 16, num_warps=8, num_stages=2)
     if any(size % 16 for size in features):
         # Rows that start anywhere are loaded element by element, each with its address and predicate in registers.
-        return Tiles(16 if few else 64, 64, 32, num_warps=8, num_stages=2)
+        return Tiles(16 if few else 64, 32 if op == "grad" else 64, 32, num_warps=8, num_stages=2)
     if arch.startswith("gfx"):
         full = Tiles(128, 128, 64, num_warps=8, num_stages=2)
     elif arch in ("sm_90", "sm_100", "sm_103"):  # 227 KiB of shared memory
@@ -72,12 +88,33 @@ def choose_tiles(
         full = Tiles(128, 128, 64, num_warps=8, num_stages=3)
     else:  # 99 KiB
         full = Tiles(128, 128, 32, num_warps=8, num_stages=3)
+    if op == "wgrad" and arch == "sm_90":  # longer turns: a turn's addresses and barriers take issue slots
+        return replace(full, block_k=128)
     if op == "wgrad":  # two loads, the rows after their indices, share the stages of the pipeline
         return full if arch.startswith("gfx") else replace(full, num_stages=2 * full.num_stages - 1)
+    if op == "grad":  # the epilogue holds H and its gradient, twice as wide, beside the accumulator
+        full = replace(full, block_n=128, block_k=128 if arch == "sm_90" else full.block_k)
     if rows_per_expert >= 512:
         return full
     # Half a row tile per expert is padding on average, so few rows per expert want short tiles.
-    return replace(full, block_m=16 if few else 64, block_n=128, block_k=64, num_warps=4)
+    block_n = 64 if few and op == "grad" else min(full.block_n, 128)
+    return replace(full, block_m=16 if few else 64, block_n=block_n, block_k=64, num_warps=4)
+
+
+def splits_for(tensor: Tensor, programs: int) -> int:
+    """``choose_splits`` for the device of a tensor."""
+    return choose_splits(device_arch(tensor.device), programs)
+
+
+def choose_splits(arch: str, programs: int) -> int:
+    """Into how many pieces the rows of a weight gradient are split, so that few large experts fill the GPU.
+
+    Each piece is a sum of its own in fp32, and the pieces are added in order afterwards: worth it only where the
+    weight's tiles alone leave most of the processors idle.
+    """
+    if arch == "interpreter":
+        return 1 if programs > 8 else 2  # both ways for the tests
+    return max(1, min(8, PROCESSORS.get(arch, 128) // max(programs, 1)))
 
 
 def max_row_tiles(num_rows: int, num_positions: int, block_m: int) -> int:
@@ -88,14 +125,20 @@ def max_row_tiles(num_rows: int, num_positions: int, block_m: int) -> int:
 def tile_schedule(offsets_P1: Tensor, block_m: int) -> tuple[Tensor, Tensor]:
     """Expert position and first row of every row tile, int64 [max_row_tiles] each.
 
-    The tiles of position e are numbered from ``offsets[e] // block_m + e`` on. That grants it one tile more than
-    the whole tiles between its offsets, which always covers its rows, and the number of a tile's
-    expert is a count over the offsets: no scan, no table, no host sync. A tile that starts at or past
-    its expert's end is empty. This is the twin of the lookup inside the kernels (``find_row_tile``).
+    The tiles of position e are numbered from ``offsets[e] // block_m + e`` on, less what that is for e = 0. That grants
+    it one tile more than the whole tiles between its offsets, which always covers its rows, and the number of a tile's
+    expert is a count over the offsets: no scan, no table, no host sync. A tile that starts at or past its expert's end
+    is empty. This is the twin of the lookup inside the kernels (``find_row_tile``).
     """
     num_positions = offsets_P1.numel() - 1
     num_tiles = max_row_tiles(int(offsets_P1[-1]), num_positions, block_m)
-    tile = torch.arange(num_tiles, device=offsets_P1.device)
+    tile = torch.arange(num_tiles, device=offsets_P1.device) + offsets_P1[0] // block_m
     first_P1 = offsets_P1 // block_m + torch.arange(num_positions + 1, device=offsets_P1.device)
     position = torch.searchsorted(first_P1[1:], tile, right=True)
     return position, offsets_P1[position] + (tile - first_P1[position]) * block_m
+
+
+def padded_rows(offsets_P1: Tensor, block_m: int) -> int:
+    """Rows that the tiles hold beyond the experts' own: computed and dropped."""
+    counts = offsets_P1.diff()
+    return int((-counts % block_m).sum())

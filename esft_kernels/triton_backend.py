@@ -1,7 +1,7 @@
-"""The expert MLP on Triton kernels; the same two functions as ``reference``.
+"""The expert MLP on Triton kernels; the same three functions as ``reference``.
 
-Nothing here waits for the device: the prefix length stays there, and launches and buffers are sized by an
-upper bound. Rows past the last one asked for are neither read nor written.
+Nothing here waits for the device: launches and buffers are sized by an upper bound. Rows past the last one asked for
+are neither read nor written. The columns of H are (gate, up) in turn, whatever the order of the weights.
 """
 
 from __future__ import annotations
@@ -9,23 +9,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .bias import bias_dot, bias_grad
 from .combine import combine
+from .grad_gemm import grad_gemm
 from .grouped_gemm import grouped_gemm
 from .grouped_wgrad import grouped_wgrad
-from .pools import ExpertPools, Gradients, Needs
+from .pools import ExpertPools, ExpertWeights, Gradients, Needs
 from .routing import Routing
-from .swiglu import swiglu, swiglu_backward
+from .up_gemm import up_gemm
 
 
-def forward(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Output [T, D] and pre-activations H [N, 2F] of all routed experts."""
+def _paired(pools: ExpertPools) -> bool:
+    return pools.activation.gated and not pools.interleaved
+
+
+def _by_token(rows_ND: Tensor, routing: Routing) -> Tensor:
+    return combine(rows_ND.view(*routing.row_TK.shape, rows_ND.shape[1]))
+
+
+def forward(
+    x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, keep_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Output [T, D] of all routed experts, and the pre-activations H [keep_rows, G] of the first rows."""
     with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which need not be that of x
-        offsets_E1, rows = routing.offsets_E1, routing.num_rows
-        h_NG = grouped_gemm(
-            x_TD, pools.trained_gate_up_SGD, pools.frozen_gate_up_RGD, offsets_E1, rows, index_N=routing.token_N
+        trained, frozen = pools.trained, pools.frozen
+        h_XG = x_TD.new_empty(keep_rows, pools.gate_up_size)
+        a_NF = x_TD.new_empty(routing.num_rows, pools.intermediate_size)
+        up_gemm(
+            x_TD, routing.token_N, pools, routing.offsets_E1, routing.num_trained, h_XG if keep_rows else None, a_NF
         )
-        y_ND = grouped_gemm(swiglu(h_NG), pools.trained_down_SDF, pools.frozen_down_RDF, offsets_E1, rows)
-        return combine(y_ND, routing.row_TK, weights_TK), h_NG
+        y_ND = grouped_gemm(
+            a_NF, routing.slot_N, trained.down_EDF, frozen.down_EDF, routing.offsets_E1, weights_TK,
+            (trained.down_bias_ED, frozen.down_bias_ED),
+        )  # fmt: skip
+        return _by_token(y_ND, routing), h_XG
+
+
+def rebuild(x_TD: Tensor, h_prefix: Tensor, pools: ExpertPools, routing: Routing) -> Tensor:
+    """H of all rows, [N, G], from that of the prefix."""
+    with torch.cuda.device_of(x_TD):
+        h_NG = x_TD.new_empty(routing.num_rows, pools.gate_up_size)
+        h_NG[: h_prefix.shape[0]] = h_prefix
+        if pools.num_experts > pools.num_trained:
+            up_gemm(x_TD, routing.token_N, pools, routing.offsets_E1[routing.num_trained :], 0, h_NG, None)
+        return h_NG
 
 
 def backward(
@@ -38,26 +65,32 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients of ``forward``. Only the prefix of rows takes part when neither x nor weights need one."""
-    with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which need not be that of x
-        offsets_S1 = routing.offsets_E1[: routing.num_trained + 1]
-        offsets_P1 = routing.offsets_E1 if needs.all_rows else offsets_S1
-        rows = h_NG.shape[0]
-        grad_a_NF = grouped_gemm(
-            grad_out_TD, pools.trained_down_SDF.mT, pools.frozen_down_RDF.mT, offsets_P1, rows, index_N=routing.token_N
-        )
-        grad_h_NG, weighted_a_NF, grad_weights_TK = swiglu_backward(grad_a_NF, h_NG, weights_TK, routing, needs)
-        del grad_a_NF
+    with torch.cuda.device_of(x_TD):
+        trained, offsets_S1 = pools.trained, routing.offsets_E1[: routing.num_trained + 1]
+        token_N, slot_N, paired = routing.token_N, routing.slot_N, _paired(pools)
+        grad_h_NG, weighted_a_NF, sums_NX = grad_gemm(grad_out_TD, h_NG, weights_TK, pools, routing, needs)
 
-        grad_x_TD = grad_gate_up_SGD = grad_down_SDF = None
-        if needs.trained:
-            assert grad_h_NG is not None and weighted_a_NF is not None
-            grad_gate_up_SGD = grouped_wgrad(grad_h_NG, x_TD, offsets_S1, rows_index_N=routing.token_N)
-            grad_down_SDF = grouped_wgrad(grad_out_TD, weighted_a_NF, offsets_S1, grad_index_N=routing.token_N)
+        grad_x_TD = grad_weights_TK = grads = None
+        if sums_NX is not None:
+            grad_weight_N = sums_NX.sum(dim=1)
+            if trained.down_bias_ED is not None:
+                grad_weight_N += bias_dot(grad_out_TD, pools, routing)
+            grad_weights_TK = grad_weight_N[routing.row_TK].to(weights_TK.dtype)
+        if weighted_a_NF is not None:
+            assert grad_h_NG is not None
+            biased = trained.down_bias_ED is not None
+            grads = ExpertWeights(
+                grouped_wgrad(grad_h_NG, x_TD, trained.gate_up_EGD, offsets_S1, rows_index_N=token_N, paired=paired),
+                grouped_wgrad(grad_out_TD, weighted_a_NF, trained.down_EDF, offsets_S1, grad_index_N=token_N),
+                bias_grad(grad_h_NG, offsets_S1, paired=paired) if biased else None,
+                bias_grad(grad_out_TD, offsets_S1, token_N, weights_TK, slot_N) if biased else None,
+            )
             del weighted_a_NF
         if needs.x:
             assert grad_h_NG is not None
             grad_rows_ND = grouped_gemm(
-                grad_h_NG, pools.trained_gate_up_SGD.mT, pools.frozen_gate_up_RGD.mT, routing.offsets_E1, rows
-            )
-            grad_x_TD = combine(grad_rows_ND, routing.row_TK)
-        return Gradients(grad_x_TD, grad_weights_TK, grad_gate_up_SGD, grad_down_SDF)
+                grad_h_NG, slot_N, trained.gate_up_EGD.mT, pools.frozen.gate_up_EGD.mT, routing.offsets_E1,
+                paired=paired,
+            )  # fmt: skip
+            grad_x_TD = _by_token(grad_rows_ND, routing)
+        return Gradients(grad_x_TD, grad_weights_TK, grads)

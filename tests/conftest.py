@@ -2,6 +2,8 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before anything else
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub id that is not there is an error at once, without retries
+
 import pytest
 import torch
 

@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = """errors files config loss moe families checkpoint score select swap adapter data merge evaluate optim report
 train __main__""".split()
 KERNELS = (
-    "routing pools tiles swiglu combine grouped_gemm grouped_wgrad reference cpu triton_backend expert_mlp".split()
-)
+    "activation routing pools tiles mainloop gate up_gemm grouped_gemm grad_gemm grouped_wgrad bias combine "
+    "reference cpu triton_backend expert_mlp"
+).split()
 
 
 def imported(path: Path, package: str) -> set[str]:

@@ -1,21 +1,23 @@
 """Compile every Triton kernel for GPUs that are not here, and check what came out.
 
-``python -m tools.compile_kernels [--targets sm_80,sm_90,gfx942] [--models deepseek-v2-lite,small,odd] [--dtypes bf16]``
+``python -m tools.compile_kernels [--targets sm_90,gfx942] [--models deepseek-v2-lite,odd] [--dtypes bf16]``
 
 The backend itself is run on meta tensors with launches turned into compilations, so what is compiled is what a
 real step of that model would launch: same tiles, same specialisation of sizes, strides and missing pointers.
-Fails on a compile error, a register spill, more shared memory than the chip has, or a 16-bit GEMM without
-matrix instructions.
+Fails on a compile error, a register spill, more shared memory than the chip has, or a 16-bit GEMM without the target's
+matrix instructions in its main loop.
+
+Columns: registers per thread; bytes of local memory (stack) and instructions that spill to it; bytes of shared memory;
+programs that fit a processor at once; matrix and other instructions in one turn of the main loop; and, for sm_90, the
+issue slots that the others leave free: a turn's matrix work takes tile FLOPs / 4096 cycles (the dense 16-bit peak of a
+processor), in which its four schedulers issue one instruction a cycle each, and every warp issues the others once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,39 +27,41 @@ from unittest.mock import patch
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from esft_kernels import grouped_gemm, grouped_wgrad, triton_backend
-from esft_kernels.pools import ExpertPools, Needs
+from benchmarks.shapes import SHAPES, LayerShape
+from esft_kernels import tiles, triton_backend
+from esft_kernels.pools import ExpertPools, ExpertWeights, Needs
 from esft_kernels.routing import Routing
+from tools.sass import read
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHARED_LIMIT = {  # bytes of shared memory (LDS) that one program can have
-    "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_103": 232_448,
-    "sm_120": 101_376, "gfx942": 65_536, "gfx950": 163_840,
-}  # fmt: skip
-MATRIX_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|v_s?mfma)\w*", re.IGNORECASE)
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+ROWS_PER_EXPERT = (8, 128, 1024)  # between them they meet every tile that a model can get
 
 
 @dataclass(frozen=True)
-class Model:
-    """A layer's sizes, and token counts that between them meet every tile that it can get."""
+class Chip:
+    """What one processor (SM or CU) has. From the vendors' tuning guides."""
 
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-    tokens: tuple[int, ...]
+    shared_limit: int  # bytes that one program can have
+    shared: int  # bytes in all
+    warps: int  # most at once
+    matrix: tuple[str, ...]  # its matrix instructions
 
 
-MODELS = {
-    "deepseek-v2-lite": Model(2048, 1408, 64, 6, tokens=(128, 4096, 16384)),
-    "small": Model(256, 128, 32, 4, tokens=(64,)),
-    "odd": Model(100, 36, 7, 2, tokens=(512,)),  # sizes that no vector load divides
+CHIPS = {
+    "sm_80": Chip(166_912, 167_936, 64, ("HMMA",)),
+    "sm_89": Chip(101_376, 102_400, 48, ("HMMA",)),
+    "sm_90": Chip(232_448, 233_472, 64, ("HGMMA", "HMMA")),  # wgmma wants 64 rows: shorter tiles run on mma
+    "sm_100": Chip(232_448, 233_472, 64, ("UTCHMMA", "HMMA")),
+    "sm_120": Chip(101_376, 102_400, 48, ("HMMA",)),
+    "gfx942": Chip(65_536, 65_536, 32, ("V_MFMA",)),
+    "gfx950": Chip(163_840, 163_840, 32, ("V_MFMA",)),
 }
+SM_90_FLOPS_PER_CYCLE = 4096
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,26 @@ class Row:
     dtype: str
     tile: str
     registers: int
+    stack: int
     spills: int
     shared: int
+    programs: int  # that fit a processor at once
     matrix: str
+    loop_matrix: int
+    loop_others: int
+    slots: str  # share of the issue slots free for matrix instructions
 
     def problems(self) -> list[str]:
-        found = []
-        if self.spills:
-            found.append(f"spills {self.spills}")
-        if self.shared > SHARED_LIMIT[self.target]:
-            found.append(f"{self.shared} bytes of shared memory, {self.target} has {SHARED_LIMIT[self.target]}")
-        if self.kernel.startswith("grouped_") and self.dtype != "fp32" and not self.matrix:
-            found.append("no matrix instructions")
+        chip, found = CHIPS[self.target], []
+        if self.spills or self.stack:
+            found.append(f"spills {self.spills}, stack {self.stack}")
+        if self.shared > chip.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, {self.target} has {chip.shared_limit}")
+        if self.kernel.endswith(("gemm", "wgrad")) and self.dtype != "fp32":
+            rows = int(self.tile.split("x")[0])
+            wanted = chip.matrix[:1] if rows >= 64 else chip.matrix
+            if not self.matrix.startswith(wanted) or not self.loop_matrix:
+                found.append(f"no {wanted[0]} in the main loop")
         return found
 
 
@@ -117,60 +129,71 @@ def compiling_for(target: str) -> Iterator[dict[str, CompiledKernel]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", compile_only))
         stack.enter_context(patch.object(triton.runtime.driver, "_active", OfflineDriver(target)))
-        for module in (grouped_gemm, grouped_wgrad):
-            stack.enter_context(patch.object(module, "device_arch", lambda device: target))
+        stack.enter_context(patch.object(tiles, "device_arch", lambda device: target))
         yield compiled
 
 
-def launch_all(model: Model, dtype: torch.dtype) -> None:
+def launch_all(shape: LayerShape, dtype: torch.dtype) -> None:
     """Every launch that a training step of this layer can make, on tensors without storage."""
 
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
 
-    d, f, e, k = model.hidden, model.intermediate, model.experts, model.top_k
-    s = max(e // 8, 2)
-    pools = ExpertPools(meta(s, 2 * f, d), meta(s, d, f), meta(e - s, 2 * f, d), meta(e - s, d, f))
-    for t in model.tokens:
-        index = meta(t * k, dtype=torch.int64)
-        routing = Routing(index, index, index.view(t, k), meta(e + 1, dtype=torch.int64), s)
+    d, f, g = shape.hidden, shape.intermediate, shape.intermediate * shape.activation.width
+
+    def pool(n: int) -> ExpertWeights:
+        if shape.gpt_oss_layout:
+            return ExpertWeights(meta(n, d, g).mT, meta(n, f, d).mT, meta(n, g), meta(n, d))
+        return ExpertWeights(meta(n, g, d), meta(n, d, f))
+
+    s = max(shape.experts // 8, 2)
+    pools = ExpertPools(pool(s), pool(shape.experts - s), shape.activation, shape.gpt_oss_layout)
+    for rows in ROWS_PER_EXPERT:
+        t, k = -(-rows * shape.experts // shape.top_k), shape.top_k
+        index, offsets = meta(t * k, dtype=torch.int64), meta(shape.experts + 1, dtype=torch.int64)
+        routing = Routing(index, index, index.view(t, k), offsets, s)
         x, weights = meta(t, d), meta(t, k, dtype=torch.float32)
-        _, h = triton_backend.forward(x, weights, pools, routing)
+        for keep in (0, t * k):
+            _, h = triton_backend.forward(x, weights, pools, routing, keep)
+        triton_backend.rebuild(x, h[: s * rows], pools, routing)
         for needs in (Needs(True, True, True), Needs(True, True, False), Needs(True, False, True),
                       Needs(False, True, True), Needs(False, False, True)):  # fmt: skip
             triton_backend.backward(x, x, h, weights, pools, routing, needs)
 
 
-def inspect(kernel: CompiledKernel, target: str) -> Row:
-    """What the compiled code holds; the counts of matrix instructions are of the whole kernel."""
+def programs_at_once(target: str, registers: int, shared: int, warps: int) -> int:
+    chip = CHIPS[target]
     if target.startswith("sm_"):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-        assert usage, f"cuobjdump told no register count:\n{text[:2000]}"
-        registers, spills = int(usage[1]), max(int(usage[2]), len(re.findall(r"\bSTL\b", text)))
-    else:
-        text = kernel.asm["amdgcn"]
-        fields = {name: int(n) for name, n in re.findall(r"\.(\w+_count|\w+_segment_fixed_size):\s+(\d+)", text)}
-        registers = fields["vgpr_count"] + fields.get("agpr_count", 0)
-        spills = max(fields["vgpr_spill_count"], fields["sgpr_spill_count"], fields["private_segment_fixed_size"])
-    matrix = Counter(name.upper() for name in MATRIX_INSTRUCTION.findall(text))
-    source = kernel.src
+        by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
+    else:  # four SIMDs of 512 registers a lane
+        by_registers = 4 * min(8, 512 // max(-(-registers // 8) * 8, 1)) // warps
+    by_shared = chip.shared // (shared + 1024) if shared else 32
+    return min(by_registers, by_shared, chip.warps // warps)
+
+
+def inspect(kernel: CompiledKernel, target: str) -> Row:
+    code, source, options = read(kernel, target), kernel.src, kernel.metadata
     sizes = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
-    tile = "x".join(str(sizes[f"BLOCK_{letter}"]) for letter in "MNKFD" if f"BLOCK_{letter}" in sizes)
-    options = kernel.metadata
+    blocks = [sizes[f"BLOCK_{letter}"] for letter in "MNKFD" if f"BLOCK_{letter}" in sizes]
+    dtype = next(kind[1:] for kind in source.signature.values() if kind.startswith("*"))
+    slots = ""
+    if target == "sm_90" and code.loop.matrix and dtype != "fp32":
+        cycles = 2 * blocks[0] * blocks[1] * blocks[2] / SM_90_FLOPS_PER_CYCLE
+        slots = f"{1 - code.loop.others * options.num_warps / (4 * cycles):.0%}"
     return Row(
         kernel=kernel.name.strip("_").removesuffix("_kernel"),
         target=target,
-        dtype=next(kind[1:] for kind in source.signature.values() if kind.startswith("*")),
-        tile=f"{tile} w{options.num_warps} s{options.num_stages}",
-        registers=registers,
-        spills=spills,
+        dtype=dtype,
+        tile=f"{'x'.join(map(str, blocks))} w{options.num_warps} s{options.num_stages}",
+        registers=code.registers,
+        stack=code.stack,
+        spills=code.spills,
         shared=options.shared,
-        matrix=" ".join(f"{count} {name}" for name, count in matrix.items()),
+        programs=programs_at_once(target, code.registers, options.shared, options.num_warps),
+        matrix=code.matrix,
+        loop_matrix=code.loop.matrix,
+        loop_others=code.loop.others,
+        slots=slots,
     )
 
 
@@ -178,13 +201,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="compile_kernels", description="Compile every Triton kernel for GPUs that are not here."
     )
-    parser.add_argument("--targets", default="sm_80,sm_90,gfx942")
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--models", default=",".join(name for name in SHAPES if name != "tiny"))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET, which replaces the compiler by an interpreter")
-    for option, known in (("targets", SHARED_LIMIT), ("models", MODELS), ("dtypes", DTYPES)):
+    for option, known in (("targets", TARGETS), ("models", SHAPES), ("dtypes", DTYPES)):
         if unknown := [name for name in getattr(args, option).split(",") if name not in known]:
             parser.error(f"--{option} takes {', '.join(known)}, got {', '.join(unknown)}")
     rows: dict[str, Row] = {}
@@ -194,24 +217,34 @@ def main(argv: list[str] | None = None) -> int:
             for name in args.models.split(","):
                 for dtype in args.dtypes.split(","):
                     try:
-                        launch_all(MODELS[name], DTYPES[dtype])
+                        launch_all(SHAPES[name], DTYPES[dtype])
                     except Exception as error:  # whatever the compiler raised: report it and go on
                         failures.append(f"{target} {dtype} {name}: {type(error).__name__}: {error}")
         rows |= {key: inspect(kernel, target) for key, kernel in compiled.items()}
-
-    layout = "{:16} {:7} {:5} {:18} {:>9} {:>6} {:>7} {:>8}  {}"
-    print(layout.format(
-        "kernel", "target", "dtype", "tile", "registers", "spills", "shared", "variants", "matrix instructions"
-    ))  # fmt: skip
-    order = attrgetter("target", "kernel", "dtype", "tile", "registers", "matrix")
-    for row, count in sorted(Counter(rows.values()).items(), key=lambda item: order(item[0])):
-        *values, matrix = vars(row).values()
-        print(layout.format(*values, count, matrix))
-        failures += [f"{row.target} {row.dtype} {row.kernel} {row.tile}: {problem}" for problem in row.problems()]
+    failures += print_table(rows)
     for failure in failures:
         print(f"FAILED {failure}")
     print(f"{len(rows)} kernels compiled for {args.targets}: {len(failures)} problems")
     return 1 if failures else 0
+
+
+def print_table(rows: dict[str, Row]) -> list[str]:
+    """One line for all variants that came out alike. Returns the problems found."""
+    layout = "{:14} {:7} {:5} {:18} {:>9} {:>5} {:>6} {:>7} {:>8} {:>8}  {:24} {:>11} {:>6} {:>5}"
+    print(layout.format(
+        "kernel", "target", "dtype", "tile", "registers", "stack", "spills", "shared", "programs", "variants",
+        "matrix instruction", "matrix/turn", "others", "slots",
+    ))  # fmt: skip
+    failures = []
+    order = attrgetter("target", "kernel", "dtype", "tile", "registers", "matrix", "loop_others")
+    for row, count in sorted(Counter(rows.values()).items(), key=lambda item: order(item[0])):
+        r = row
+        print(layout.format(
+            r.kernel, r.target, r.dtype, r.tile, r.registers, r.stack, r.spills, r.shared, r.programs, count,
+            r.matrix, r.loop_matrix, r.loop_others, r.slots,
+        ))  # fmt: skip
+        failures += [f"{row.target} {row.dtype} {row.kernel} {row.tile}: {problem}" for problem in row.problems()]
+    return failures
 
 
 if __name__ == "__main__":

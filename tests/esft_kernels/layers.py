@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esft_kernels.pools import ExpertPools
+from esft_kernels.activation import Activation
+from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import Routing, expert_order, route
 
 # fp32 differs by the order of its sums. A 16-bit result has been rounded five times at most on its way (H, A, Y and the
@@ -59,13 +60,25 @@ class Layer:
     weights_TK: Tensor
     gate_up_EGD: Tensor
     down_EDF: Tensor
+    gate_up_bias_EG: Tensor | None
+    down_bias_ED: Tensor | None
     trained: list[int]
+    activation: Activation
+    interleaved: bool
+    transposed: bool
 
     @property
     def pools(self) -> ExpertPools:
         order, s = torch.tensor(expert_order(self.trained, len(self.down_EDF))), len(self.trained)
-        gate_up, down = self.gate_up_EGD[order], self.down_EDF[order]
-        return ExpertPools(gate_up[:s].clone(), down[:s].clone(), gate_up[s:].clone(), down[s:].clone())
+
+        def pool(which: Tensor) -> ExpertWeights:
+            gate_up, down = self.gate_up_EGD[which], self.down_EDF[which]
+            if self.transposed:  # stored as [E, D, G] and [E, F, D]
+                gate_up, down = gate_up.mT.contiguous().mT, down.mT.contiguous().mT
+            biases = (self.gate_up_bias_EG, self.down_bias_ED)
+            return ExpertWeights(gate_up, down, *(None if b is None else b[which] for b in biases))
+
+        return ExpertPools(pool(order[:s]), pool(order[s:]), self.activation, self.interleaved)
 
     @property
     def routing(self) -> Routing:
@@ -74,38 +87,83 @@ class Layer:
 
     def to(self, dtype: torch.dtype) -> Layer:
         """The same values in another dtype; routing weights stay in float32 unless the dtype is wider."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("x_TD", "grad_out_TD", "gate_up_EGD", "down_EDF"):
-            values[name] = values[name].to(dtype)
-        values["weights_TK"] = values["weights_TK"].to(torch.promote_types(dtype, torch.float32))
-        return Layer(**values)
+        values = {
+            field.name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not self.weights_TK
+        }
+        return Layer(**values, weights_TK=self.weights_TK.to(torch.promote_types(dtype, torch.float32)))
+
+
+SILU = Activation()
 
 
 def make_layer(
     tokens: int = 20, top_k: int = 3, experts: int = 6, hidden: int = 72, intermediate: int = 40,
     trained: tuple[int, ...] = (4, 1), used: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float64,
+    activation: Activation = SILU, interleaved: bool = False, transposed: bool = False, biased: bool = False,
 ) -> Layer:  # fmt: skip
     """A random layer whose tokens choose among the ``used`` experts (all of them when None), in this dtype's values."""
     candidates = torch.tensor(used or tuple(range(experts)))
     chosen = [candidates[torch.randperm(len(candidates))[:top_k]] for _ in range(tokens)]
+    columns = intermediate * activation.width
     layer = Layer(
         x_TD=torch.randn(tokens, hidden),
         grad_out_TD=torch.randn(tokens, hidden),
         ids_TK=torch.stack(chosen) if chosen else torch.empty(0, top_k, dtype=torch.int64),
         weights_TK=torch.rand(tokens, top_k),
-        gate_up_EGD=torch.randn(experts, 2 * intermediate, hidden) * hidden**-0.5,
+        gate_up_EGD=torch.randn(experts, columns, hidden) * hidden**-0.5,
         down_EDF=torch.randn(experts, hidden, intermediate) * intermediate**-0.5,
+        gate_up_bias_EG=torch.randn(experts, columns) if biased else None,
+        down_bias_ED=torch.randn(experts, hidden) if biased else None,
         trained=list(trained),
+        activation=activation,
+        interleaved=interleaved,
+        transposed=transposed,
     )
     return layer.to(dtype)
 
 
-def naive_moe(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    """The definition: token by token, expert by expert."""
+def naive_moe(layer: Layer, x_TD: Tensor, weights_TK: Tensor, gate_up_EGD, down_EDF, gate_up_bias=None, down_bias=None):
+    """The definition: token by token, expert by expert; differentiable."""
     out = 0 * x_TD  # differentiable even without a token
     gate_up, down = gate_up_EGD.unbind(), down_EDF.unbind()
-    for t, (ids, weights) in enumerate(zip(ids_TK.tolist(), weights_TK, strict=True)):
+    for t, (ids, weights) in enumerate(zip(layer.ids_TK.tolist(), weights_TK, strict=True)):
         for e, weight in zip(ids, weights, strict=True):
-            g, u = (gate_up[e] @ x_TD[t]).chunk(2)
-            out[t] = out[t] + weight * (down[e] @ (F.silu(g) * u))
+            h = gate_up[e] @ x_TD[t]
+            if gate_up_bias is not None:
+                h = h + gate_up_bias[e]
+            y = down[e] @ naive_activation(layer.activation, h, layer.interleaved)
+            if down_bias is not None:
+                y = y + down_bias[e]
+            out[t] = out[t] + weight * y
     return out
+
+
+def naive_activation(activation: Activation, h: Tensor, interleaved: bool) -> Tensor:
+    def f(z: Tensor) -> Tensor:
+        if activation.kind == "silu":
+            return z * torch.sigmoid(activation.slope * z)
+        if activation.kind == "relu2":
+            return torch.relu(z) ** 2
+        return F.gelu(z, approximate="tanh" if activation.kind == "gelu_tanh" else "none")
+
+    if not activation.gated:
+        return f(h)
+    gate, up = (h[0::2], h[1::2]) if interleaved else h.chunk(2)
+    if activation.limit is not None:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return f(gate) * (up + activation.up_offset)
+
+
+GPT_OSS = Activation(slope=1.702, limit=0.8, up_offset=1.0)  # a limit that random numbers reach
+ACTIVATIONS = {
+    "silu": Activation(), "gelu": Activation("gelu"), "gelu_tanh": Activation("gelu_tanh"), "gpt-oss": GPT_OSS,
+    "clamped": Activation(limit=0.5), "relu2": Activation("relu2", gated=False), "plain": Activation("gelu", False),
+}  # fmt: skip
+
+
+def h_columns(pools: ExpertPools) -> Tensor:
+    """int64 [G]: which row of gate_up makes each column of the H of the Triton kernels."""
+    g, f = torch.arange(pools.gate_up_size), pools.intermediate_size
+    return g % 2 * f + g // 2 if pools.activation.gated and not pools.interleaved else g

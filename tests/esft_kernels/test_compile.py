@@ -8,19 +8,47 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("triton")
-from tools.compile_kernels import Row, main
+from tools.compile_kernels import TARGETS, Row, main
+from tools.sass import Loop, main_loop
+
+KERNELS = ("up_gemm", "grouped_gemm", "grad_gemm", "grouped_wgrad", "combine")
+# A grad_gemm tile whose accumulator and H do not fit the registers of four warps.
+SPILLING = """
+import sys
+from esft_kernels import tiles
+from tools.compile_kernels import main
+real = tiles.choose_tiles
+def spilling(arch, dtype, op, rows, features):
+    return tiles.Tiles(128, 256, 64, 4, 2) if op == "grad" else real(arch, dtype, op, rows, features)
+tiles.choose_tiles = spilling
+sys.exit(main(["--targets=sm_90", "--models=tiny", "--dtypes=bf16"]))
+"""
 
 
-def test_small_model_compiles_for_hopper():
+def run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.compile_kernels", "--targets=sm_90", "--models=small", "--dtypes=bf16"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_without_spills_and_with_matrix_instructions(target):
+    result = run("-m", "tools.compile_kernels", f"--targets={target}", "--models=deepseek-v2-lite", "--dtypes=bf16")
     assert result.returncode == 0, result.stdout + result.stderr
     *table, summary = result.stdout.strip().splitlines()
-    assert summary.endswith("kernels compiled for sm_90: 0 problems")
-    for kernel in ("grouped_gemm", "grouped_wgrad", "swiglu", "swiglu_backward", "combine"):
+    assert summary.endswith(f"kernels compiled for {target}: 0 problems")
+    for kernel in KERNELS:
         assert any(line.split()[0] == kernel for line in table)
-    assert any("HGMMA" in line for line in table if line.startswith("grouped_wgrad"))
+    if target == "sm_90":  # issue slots left to the matrix instructions, of the tiles for many rows
+        large = [line for line in table if line.split()[3].startswith("128x") and line.split()[0] in KERNELS]
+        slots = [int(line.split()[-1].rstrip("%")) for line in large]
+        assert len(large) >= 4 and min(slots) >= 75 and sum(slots) / len(slots) >= 80
+
+
+def test_a_kernel_made_to_spill_fails():
+    result = run("-c", SPILLING)
+    assert result.returncode == 1, result.stdout + result.stderr
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+    assert failed and all("grad_gemm 128x256x64 w4 s2: spills" in line for line in failed)
 
 
 @pytest.mark.parametrize("arg", ["--targets=sm_91", "--models=gpt", "--dtypes=fp64"])
@@ -37,9 +65,24 @@ def test_the_interpreter_is_refused(capsys):
     assert "TRITON_INTERPRET" in capsys.readouterr().err.splitlines()[-1]
 
 
+GOOD = Row(
+    kernel="grouped_gemm", target="sm_90", dtype="bf16", tile="128x128x64 w8 s3", registers=200, stack=0, spills=0,
+    shared=98_304, programs=1, matrix="HGMMA", loop_matrix=4, loop_others=90, slots="80%",
+)  # fmt: skip
+
+
 def test_what_counts_as_a_problem():
-    good = Row("grouped_gemm", "sm_90", "bf16", "128x128x64 w8 s3", 200, 0, 98_304, "4 HGMMA")
-    assert not good.problems()
-    assert not replace(good, dtype="fp32", matrix="").problems()
-    for bad in (replace(good, spills=8), replace(good, shared=300_000), replace(good, matrix="")):
-        assert len(bad.problems()) == 1
+    assert not GOOD.problems()
+    assert not replace(GOOD, dtype="fp32", matrix="", loop_matrix=0).problems()
+    assert not replace(GOOD, tile="16x128x64 w4 s3", matrix="HMMA").problems()
+    bad = [{"spills": 8}, {"stack": 16}, {"shared": 300_000}, {"matrix": "", "loop_matrix": 0}, {"loop_matrix": 0}]
+    for change in (*bad, {"matrix": "HMMA"}):  # Ampere's instruction on Hopper
+        assert len(replace(GOOD, **change).problems()) == 1
+    assert {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"} == set(TARGETS)
+
+
+def test_the_main_loop_is_the_shortest_one_with_matrix_instructions():
+    names = ["IADD", "LDG", "HMMA.1", "BRA", "IADD", "NOP", "HMMA.1", "HMMA.1", "LDS", "BRA", "LDS", "BRA", "BRA"]
+    assert main_loop(names, [(1, 3), (4, 9), (10, 11), (0, 12)]) == Loop(matrix=1, others=2)
+    assert main_loop(names, [(4, 9), (10, 11), (0, 12)]) == Loop(matrix=2, others=3)
+    assert main_loop(names, [(10, 11)]) == Loop(0, 0)

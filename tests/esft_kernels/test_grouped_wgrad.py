@@ -4,13 +4,18 @@ import torch
 from esft_kernels import reference
 
 pytest.importorskip("triton")
+from esft_kernels import grouped_wgrad as op
 from esft_kernels.grouped_wgrad import grouped_wgrad
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("gather", ["neither", "grad", "rows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_matches_reference(dtype, gather, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_reference(dtype, gather, splits, monkeypatch):
+    monkeypatch.setattr(op, "splits_for", lambda tensor, programs: splits)
     offsets = torch.tensor([0, 16, 16, 17, 52])  # exactly one step of the row loop, none, part of one, three
     n, tokens, out_features, in_features = 52, 11, 37, 71
     grad = torch.randn(tokens + 1 if gather == "grad" else n + 9, out_features).to(dtype)
@@ -21,7 +26,7 @@ def test_matches_reference(dtype, gather, monkeypatch):
     index[n:] = tokens
     poison_empty(monkeypatch)
     out = grouped_wgrad(
-        grad, rows, offsets,
+        grad, rows, torch.zeros(4, out_features, in_features, dtype=dtype), offsets,
         grad_index_N=index if gather == "grad" else None, rows_index_N=index if gather == "rows" else None,
     )  # fmt: skip
     assert out.dtype == dtype and not out[1].any()
@@ -31,10 +36,32 @@ def test_matches_reference(dtype, gather, monkeypatch):
     assert_close(out, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_the_gradient_is_laid_out_like_the_weights(splits, monkeypatch):
+    monkeypatch.setattr(op, "splits_for", lambda tensor, programs: splits)
+    offsets = torch.tensor([0, 9, 40])
+    grad, rows = torch.randn(40, 24), torch.randn(40, 33)
+    like = torch.zeros(2, 33, 24).mT
+    out = grouped_wgrad(grad, rows, like, offsets)
+    assert out.stride() == like.stride()
+    assert_close(out, reference.grouped_wgrad(grad.double(), rows.double(), offsets.tolist(), 2), 1e-5)
+
+
+@pytest.mark.parametrize("features", [16, 37])
+def test_paired_columns_go_to_weights_with_all_gates_first(features):
+    offsets = torch.tensor([0, 9, 40])
+    grad, rows = torch.randn(40, 2 * features), torch.randn(40, 33)  # all gates first
+    paired = grad.view(40, 2, features).transpose(1, 2).reshape(40, 2 * features)
+    out = grouped_wgrad(paired, rows, torch.zeros(2, 2 * features, 33), offsets, paired=True)
+    assert_close(out, reference.grouped_wgrad(grad.double(), rows.double(), offsets.tolist(), 2), 1e-5)
+
+
 def test_no_trained_expert():
-    assert grouped_wgrad(torch.randn(5, 8), torch.randn(5, 4), torch.zeros(1, dtype=torch.int64)).shape == (0, 8, 4)
+    none = torch.zeros(0, 8, 4)
+    assert grouped_wgrad(torch.randn(5, 8), torch.randn(5, 4), none, torch.zeros(1, dtype=torch.int64)).numel() == 0
 
 
 def test_no_row():
-    out = grouped_wgrad(torch.randn(0, 8), torch.randn(0, 4), torch.zeros(3, dtype=torch.int64))
+    like = torch.ones(2, 8, 4)
+    out = grouped_wgrad(torch.randn(0, 8), torch.randn(0, 4), like, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(out, torch.zeros(2, 8, 4))

@@ -40,6 +40,13 @@ def test_route_without_tokens(dtype):
     assert routing.prefix_rows() == routing.num_rows == 0
 
 
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_route_names_an_id_out_of_range(bad):
+    ids = torch.tensor([[0, 1], [2, bad]])
+    with pytest.raises(ValueError, match=rf"top_k_index\[1, 1\] is {bad}, not an expert in 0..3"):
+        route(ids, torch.arange(4), num_trained=0)
+
+
 @pytest.mark.parametrize("ids", [torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2)])
 def test_route_refuses_what_is_not_a_top_k_index(ids):
     with pytest.raises(ValueError, match="top_k_index"):

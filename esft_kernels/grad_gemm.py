@@ -1,0 +1,159 @@
+"""Triton: the backward of the down projection and of the activation, in one GEMM."""
+
+# Launches take more than the kernel signature that triton.jit passes on to the type checker.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gate import activate_backward, constants
+from .mainloop import block_of, expert_of, find_row_tile, halves, multiply, precision, row_offsets, wide
+from .pools import ExpertPools, Needs
+from .routing import Routing
+from .tiles import max_row_tiles, tiles_for
+
+PIECE = tl.constexpr(32)  # columns that are finished together
+
+
+@triton.jit
+def _finish(
+    grad_a_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column,
+    h_ptr, grad_h_ptr, weighted_a_ptr, features,
+    M: tl.constexpr, N: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Gradient of H and weighted A of N columns, and their part [M] of the row sums of ``grad_a * a``.
+
+    A few columns at a time: H, its gradient and what lies between would not fit the registers for all at once.
+    """
+    if N > PIECE:
+        HALF: tl.constexpr = N // 2
+        left_MN, right_MN = halves(grad_a_MN, M, N)
+        left_M = _finish(
+            left_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column,
+            h_ptr, grad_h_ptr, weighted_a_ptr, features,
+            M, HALF, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+        )  # fmt: skip
+        right_M = _finish(
+            right_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column + HALF,
+            h_ptr, grad_h_ptr, weighted_a_ptr, features,
+            M, HALF, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+        )  # fmt: skip
+        return left_M + right_M
+    WIDTH: tl.constexpr = 2 if GATED else 1
+    columns = features * WIDTH
+    m_M = tl.arange(0, M)
+    n_N = first_column + tl.arange(0, N)
+    in_cols_1N = (n_N < features)[None, :]
+    g_G = first_column * WIDTH + tl.arange(0, N * WIDTH)
+    # One 64-bit base for the tile, 32-bit offsets within it: pointers of this many elements would fill the registers.
+    h_offset_MG = m_M[:, None] * columns + g_G[None, :]
+    h_mask_MG = (m_M < rows)[:, None] & (g_G < columns)[None, :]
+    h_MG = tl.load(h_ptr + first * columns + h_offset_MG, mask=h_mask_MG, other=0.0)
+    a_MN, grad_h_MG = activate_backward(grad_a_MN, weight_M1, h_MG, M, N, KIND, GATED, SLOPE, LIMIT, UP_OFFSET)
+    if weighted_a_ptr is not None:
+        weighted_MN = (a_MN * weight_M1).to(weighted_a_ptr.dtype.element_ty)
+        write_M1 = (m_M < weighted_rows)[:, None]
+        a_ptr_MN = weighted_a_ptr + first * features + (m_M[:, None] * features + n_N[None, :])
+        tl.store(a_ptr_MN, weighted_MN, mask=write_M1 & in_cols_1N)
+    if grad_h_ptr is not None:
+        write_MG = (m_M < grad_h_rows)[:, None] & (g_G < columns)[None, :]
+        tl.store(grad_h_ptr + first * columns + h_offset_MG, grad_h_MG.to(grad_h_ptr.dtype.element_ty), mask=write_MG)
+    return tl.sum(tl.where(in_cols_1N, grad_a_MN * a_MN, 0.0), axis=1)
+
+
+@triton.jit(do_not_specialize=["num_positions", "num_trained", "grad_h_positions"])
+def _grad_gemm_kernel(
+    grad_out_ptr,  # [T, D]
+    token_ptr, slot_ptr,  # int64 [N]
+    weights_ptr,  # [N] by slot
+    trained_ptr, frozen_ptr,  # [S, F, D] and [R, F, D], strided: down projections, transposed
+    h_ptr,  # [N, G], columns (gate, up) in turn
+    grad_h_ptr,  # [N, G] in the same order, or None
+    weighted_a_ptr,  # [N, F], or None
+    sums_ptr,  # fp32 [tiles of F, N], or None
+    offsets_ptr,  # int64 [P + 1]
+    stride_expert, stride_out, stride_in,
+    hidden, features, num_rows, num_positions, num_trained, grad_h_positions,
+    KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(features, BLOCK_N)
+    m_tiles = tl.num_programs(0) // n_tiles
+    pid = tl.program_id(0)
+    m_tile, n_tile = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
+    position, first, end = find_row_tile(m_tile, offsets_ptr, num_positions, BLOCK_M, BLOCK_P)
+    if first >= end:
+        return
+
+    row_M = first + tl.arange(0, BLOCK_M)  # int64, like the offsets: rows x features can pass 2**31
+    in_rows_M = row_M < end
+    token_M = tl.load(token_ptr + tl.minimum(row_M, end - 1))
+    n_N = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_cols_N = n_N < features
+    k_K = tl.arange(0, BLOCK_K)
+    weight_ptr = expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert)
+    # Before the routing weight: its row-wise product with A is the routing weight's gradient, so the down
+    # projection's output is never needed.
+    grad_a_MN = multiply(
+        grad_out_ptr, row_offsets(token_M, k_K, hidden, WIDE),
+        weight_ptr, k_K[:, None] * stride_in + n_N[None, :] * stride_out,  # within an expert 32-bit offsets do
+        in_cols_N[None, :], hidden, BLOCK_K * stride_in, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+    # How many of the tile's rows there are, and how many of dH and of the weighted A are written.
+    rows = (end - first).to(tl.int32)
+    grad_h_rows = tl.minimum(end - first, tl.load(offsets_ptr + grad_h_positions) - first).to(tl.int32)
+    weighted_rows = tl.minimum(end - first, tl.load(offsets_ptr + num_trained) - first).to(tl.int32)
+    slot_M = tl.load(slot_ptr + row_M, mask=in_rows_M, other=0)
+    weight_M1 = tl.load(weights_ptr + slot_M, mask=in_rows_M, other=0.0).to(tl.float32)[:, None]
+    sum_M = _finish(
+        grad_a_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, n_tile * BLOCK_N,
+        h_ptr, grad_h_ptr, weighted_a_ptr, features,
+        BLOCK_M, BLOCK_N, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+    )  # fmt: skip
+    if sums_ptr is not None:
+        # A sum per row and tile of F; the tiles are added up afterwards, in order.
+        tl.store(sums_ptr + n_tile.to(tl.int64) * num_rows + row_M, sum_M, mask=row_M < end)
+
+
+def grad_gemm(
+    grad_out_TD: Tensor, h_NG: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """From the output's gradient to everything that the activation's backward yields.
+
+    Args:
+        grad_out_TD: contiguous [T, D].
+        h_NG: contiguous [N, G], gate and up columns in turn. N may be anything down to the prefix where ``needs`` asks
+            for no more than the prefix.
+        weights_TK: contiguous [T, K] routing weights.
+
+    Returns:
+        grad_h_NG: written for all rows where x needs a gradient, else for the prefix; None where nobody reads it.
+        weighted_a_NF: activation times routing weight, written for the prefix; None unless the pool trains.
+        sums_NX: fp32 pieces of each row's ``grad_a * a``, to be added up; None unless the weights need a gradient.
+    """
+    num_rows, hidden, features = h_NG.shape[0], pools.hidden_size, pools.intermediate_size
+    everyone, trained = routing.num_experts, routing.num_trained
+    positions = everyone if needs.all_rows else trained
+    tiles = tiles_for(h_NG, "grad", num_rows // max(positions, 1), (features, hidden))
+    n_tiles = triton.cdiv(features, tiles.block_n)
+    grad_h_NG = torch.empty_like(h_NG) if needs.x or needs.trained else None
+    weighted_a_NF = h_NG.new_empty(num_rows, features) if needs.trained else None
+    sums_XN = h_NG.new_empty(n_tiles, num_rows, dtype=torch.float32) if needs.weights else None
+    down = pools.trained.down_EDF if trained else pools.frozen.down_EDF
+    stride_expert, stride_in, stride_out = down.stride()
+    _grad_gemm_kernel[(max_row_tiles(num_rows, positions, tiles.block_m) * n_tiles,)](
+        grad_out_TD, routing.token_N, routing.slot_N, weights_TK, pools.trained.down_EDF, pools.frozen.down_EDF,
+        h_NG, grad_h_NG, weighted_a_NF, sums_XN, routing.offsets_E1, stride_expert, stride_out, stride_in,
+        hidden, features, num_rows, positions, trained, everyone if needs.x else trained,
+        **constants(pools.activation), PRECISION=precision(h_NG),
+        EVEN_N=features % tiles.block_n == 0, EVEN_K=hidden % tiles.block_k == 0,
+        WIDE=wide(grad_out_TD), BLOCK_P=block_of(positions), **tiles.launch_options(),
+    )  # fmt: skip
+    return grad_h_NG, weighted_a_NF, None if sums_XN is None else sums_XN.T

@@ -1,0 +1,127 @@
+"""Triton: what the GEMM kernels share: finding a row tile, an expert's weights, the loop over the reduction."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def find_row_tile(tile, offsets_ptr, num_positions, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Expert position, first row and last row + 1 of a row tile; see ``tiles.tile_schedule``.
+
+    A tile past the last expert has position ``num_positions`` and no rows.
+    """
+    pos_P = tl.arange(0, BLOCK_P)
+    end_P = tl.load(offsets_ptr + 1 + pos_P, mask=pos_P < num_positions, other=0)
+    tile += tl.load(offsets_ptr) // BLOCK_M
+    passed_P = (pos_P < num_positions) & (end_P // BLOCK_M + pos_P + 1 <= tile)
+    position = tl.sum(passed_P.to(tl.int32), axis=0)
+    start = tl.load(offsets_ptr + position)
+    end = tl.load(offsets_ptr + position + 1, mask=position < num_positions, other=0)
+    return position, start + (tile - start // BLOCK_M - position) * BLOCK_M, end
+
+
+@triton.jit
+def expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert):
+    """Where the expert at a position begins; both pools have the same strides."""
+    if position < num_trained:
+        pointer = trained_ptr + position.to(tl.int64) * stride_expert
+    else:
+        pointer = frozen_ptr + (position - num_trained).to(tl.int64) * stride_expert
+    return pointer
+
+
+@triton.jit
+def weight_row(column, features, PAIRED: tl.constexpr):
+    """The row of gate_up that makes a column of H.
+
+    The columns of H are (gate, up) in turn, whatever the order of the weights: a tile then holds both halves of what
+    it activates, and its loads and stores are one contiguous piece. PAIRED where the weights have all gates first.
+    """
+    if PAIRED:
+        row = (column % 2) * features + column // 2
+    else:
+        row = column
+    return row
+
+
+@triton.jit
+def row_offsets(row_M, k_K, features, WIDE: tl.constexpr):
+    """Offsets [M, K] of whole rows; 64-bit ones only where 32 bits do not reach every element, see ``wide``."""
+    if not WIDE:
+        row_M = row_M.to(tl.int32)
+    return row_M[:, None] * features + k_K[None, :]
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether an element of one of the tensors is past what 32-bit offsets reach."""
+    return any(tensor.numel() >= 2**31 for tensor in tensors)
+
+
+@triton.jit
+def multiply(
+    rows_ptr, row_offset_MK, weight_ptr, weight_offset_KN, in_cols_1N, in_features, weight_step,
+    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``rows @ weight`` over ``in_features``, fp32 [M, N]; the offsets stand at the first BLOCK_K of them.
+
+    The loop moves two scalar bases past offsets that stay: pointers of every element would each be added to in every
+    turn. Rows are never masked: the caller points rows past an expert's end at its last row, and drops them at the
+    store.
+    """
+    acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    k_K = tl.arange(0, BLOCK_K)
+    for k in range(0, in_features, BLOCK_K):
+        if EVEN_K:
+            rows_MK = tl.load(rows_ptr + row_offset_MK)
+            if EVEN_N:
+                weight_KN = tl.load(weight_ptr + weight_offset_KN)
+            else:
+                weight_KN = tl.load(weight_ptr + weight_offset_KN, mask=in_cols_1N, other=0.0)
+        else:
+            # Both sides are zero past the last input feature: a zero alone would not silence a NaN on the other.
+            in_k_K = k_K < in_features - k
+            rows_MK = tl.load(rows_ptr + row_offset_MK, mask=in_k_K[None, :], other=0.0)
+            weight_KN = tl.load(weight_ptr + weight_offset_KN, mask=in_k_K[:, None] & in_cols_1N, other=0.0)
+        acc_MN = dot(rows_MK, weight_KN, acc_MN, PRECISION)
+        rows_ptr += BLOCK_K
+        weight_ptr += weight_step
+    return acc_MN
+
+
+@triton.jit
+def dot(a_MK, b_KN, acc_MN, PRECISION: tl.constexpr):
+    """Matrix product on top of an fp32 accumulator; see ``precision``."""
+    if PRECISION == "cast":
+        acc_MN = tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32), acc_MN, input_precision="ieee")
+    else:
+        acc_MN = tl.dot(a_MK, b_KN, acc_MN, input_precision=PRECISION)
+    return acc_MN
+
+
+@triton.jit
+def halves(x_MN, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x_MN, (M, 2, N // 2)), (0, 2, 1)))
+
+
+def precision(rows: Tensor) -> str:
+    """How products are taken: ``ieee``, or ``tf32`` for fp32 where PyTorch's setting allows to lose 13 bits.
+
+    Triton's interpreter keeps bf16 as bare bits and would multiply those as integers: there, operands are ``cast`` to
+    fp32 first. The product of two 16-bit floats is exact in fp32, so the result is the one that the hardware gives.
+    """
+    if rows.device.type == "cpu":
+        return "cast"
+    return "tf32" if rows.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def block_of(count: int) -> int:
+    """The smallest power of two that holds ``count``; 64 at least, for fewer variants to compile."""
+    return triton.next_power_of_2(max(count, 64))

@@ -1,0 +1,149 @@
+"""Triton: the up projection of all routed rows, activated on the way out."""
+
+# Launches take more than the kernel signature that triton.jit passes on to the type checker.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gate import activate, constants
+from .mainloop import (
+    block_of,
+    expert_of,
+    find_row_tile,
+    halves,
+    multiply,
+    precision,
+    row_offsets,
+    weight_row,
+    wide,
+)  # fmt: skip
+from .pools import ExpertPools
+from .tiles import max_row_tiles, tiles_for
+
+PIECE = tl.constexpr(64)  # columns that are finished together
+
+
+@triton.jit
+def _finish(
+    h_MG, row_M, first, end, first_column, bias_ptr, h_ptr, a_ptr, features, keep_rows,
+    M: tl.constexpr, G: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
+    PAIRED: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Store H and A of G columns; a few at a time, for all at once would not fit the registers."""
+    if G > PIECE:
+        HALF: tl.constexpr = G // 2
+        left_MG, right_MG = halves(h_MG, M, G)
+        _finish(
+            left_MG, row_M, first, end, first_column, bias_ptr, h_ptr, a_ptr, features, keep_rows,
+            M, HALF, KIND, GATED, SLOPE, LIMIT, UP_OFFSET, PAIRED, OUT,
+        )  # fmt: skip
+        _finish(
+            right_MG, row_M, first, end, first_column + HALF, bias_ptr, h_ptr, a_ptr, features, keep_rows,
+            M, HALF, KIND, GATED, SLOPE, LIMIT, UP_OFFSET, PAIRED, OUT,
+        )  # fmt: skip
+    else:
+        WIDTH: tl.constexpr = 2 if GATED else 1
+        F: tl.constexpr = G // WIDTH
+        columns = features * WIDTH
+        g_G, m_M1 = first_column + tl.arange(0, G), tl.arange(0, M)[:, None]
+        in_cols_1G = (g_G < columns)[None, :]
+        if bias_ptr is not None:
+            bias_G = tl.load(bias_ptr + weight_row(g_G, features, PAIRED), mask=g_G < columns, other=0.0)
+            h_MG += bias_G.to(tl.float32)[None, :]
+        # Rounded as it is stored, so that the A of the backward, made from the stored H, is this one.
+        h_MG = h_MG.to(OUT)
+        # One 64-bit base for the tile and 32-bit offsets within it: they are many, and live in registers.
+        if h_ptr is not None:
+            kept_M1 = (row_M < tl.minimum(end, keep_rows))[:, None]
+            tl.store(h_ptr + first * columns + (m_M1 * columns + g_G[None, :]), h_MG, mask=kept_M1 & in_cols_1G)
+        if a_ptr is not None:
+            a_MF = activate(h_MG, M, F, KIND, GATED, SLOPE, LIMIT, UP_OFFSET).to(OUT)
+            f_F = first_column // WIDTH + tl.arange(0, F)
+            mask_MF = (row_M < end)[:, None] & (f_F < features)[None, :]
+            tl.store(a_ptr + first * features + (m_M1 * features + f_F[None, :]), a_MF, mask=mask_MF)
+
+
+@triton.jit(do_not_specialize=["num_positions", "num_trained", "keep_rows"])
+def _up_gemm_kernel(
+    x_ptr,  # [T, D]
+    token_ptr,  # int64 [N]
+    trained_ptr, frozen_ptr,  # [S, G, D] and [R, G, D], strided
+    trained_bias_ptr, frozen_bias_ptr,  # [S, G] and [R, G], or None
+    h_ptr,  # [keep_rows, G], columns (gate, up) in turn, or None
+    a_ptr,  # [N, F], or None
+    offsets_ptr,  # int64 [P + 1]
+    stride_expert, stride_out, stride_in,
+    hidden, features, num_positions, num_trained, keep_rows,
+    KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
+    PAIRED: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    columns = features * 2 if GATED else features
+    n_tiles = tl.cdiv(columns, BLOCK_N)
+    m_tiles = tl.num_programs(0) // n_tiles
+    pid = tl.program_id(0)
+    m_tile, n_tile = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
+    position, first, end = find_row_tile(m_tile, offsets_ptr, num_positions, BLOCK_M, BLOCK_P)
+    if first >= end:
+        return
+
+    row_M = first + tl.arange(0, BLOCK_M)  # int64, like the offsets: rows x features can pass 2**31
+    token_M = tl.load(token_ptr + tl.minimum(row_M, end - 1))
+    n_N = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_cols_N = n_N < columns
+    out_N = weight_row(n_N, features, PAIRED)
+    k_K = tl.arange(0, BLOCK_K)
+    weight_ptr = expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert)
+    h_MG = multiply(
+        x_ptr, row_offsets(token_M, k_K, hidden, WIDE),
+        weight_ptr, k_K[:, None] * stride_in + out_N[None, :] * stride_out,  # within an expert 32-bit offsets do
+        in_cols_N[None, :], hidden, BLOCK_K * stride_in, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    bias_ptr = trained_bias_ptr
+    if trained_bias_ptr is not None:
+        bias_ptr = expert_of(trained_bias_ptr, frozen_bias_ptr, position, num_trained, columns)
+    _finish(
+        h_MG, row_M, first, end, n_tile * BLOCK_N, bias_ptr, h_ptr, a_ptr, features, keep_rows,
+        BLOCK_M, BLOCK_N, KIND, GATED, SLOPE, LIMIT, UP_OFFSET, PAIRED, x_ptr.dtype.element_ty,
+    )  # fmt: skip
+
+
+def up_gemm(
+    x_TD: Tensor,
+    token_N: Tensor,
+    pools: ExpertPools,
+    offsets_P1: Tensor,
+    num_trained: int,
+    h_XG: Tensor | None,
+    a_NF: Tensor | None,
+) -> None:
+    """Fill H and A for the rows of some expert positions; what lies outside them is left alone.
+
+    Args:
+        x_TD: contiguous [T, D].
+        token_N: int64 [N], row -> token.
+        offsets_P1: contiguous int64 [P + 1], a stretch of a routing's offsets: rows are numbered from 0 all the same.
+        num_trained: how many of the P positions are the trained pool's, from its first on; the others are the frozen
+            pool's, from its first on.
+        h_XG: contiguous [X, G], X <= N: written for rows below X, gate and up columns in turn. None: not written.
+        a_NF: contiguous [N, F], or None.
+    """
+    weights = (pools.trained if num_trained else pools.frozen).gate_up_EGD
+    (columns, hidden), num_positions = weights.shape[1:], offsets_P1.numel() - 1
+    num_rows = token_N.numel()
+    tiles = tiles_for(x_TD, "up", num_rows // max(num_positions, 1), (columns, hidden))
+    grid = (max_row_tiles(num_rows, num_positions, tiles.block_m) * triton.cdiv(columns, tiles.block_n),)
+    _up_gemm_kernel[grid](
+        x_TD, token_N, pools.trained.gate_up_EGD, pools.frozen.gate_up_EGD,
+        pools.trained.gate_up_bias_EG, pools.frozen.gate_up_bias_EG, h_XG, a_NF, offsets_P1,
+        *weights.stride(), hidden, pools.intermediate_size, num_positions, num_trained,
+        0 if h_XG is None else h_XG.shape[0],
+        **constants(pools.activation), PAIRED=pools.activation.gated and not pools.interleaved,
+        PRECISION=precision(x_TD), EVEN_N=columns % tiles.block_n == 0, EVEN_K=hidden % tiles.block_k == 0,
+        WIDE=wide(x_TD), BLOCK_P=block_of(num_positions), **tiles.launch_options(),
+    )  # fmt: skip

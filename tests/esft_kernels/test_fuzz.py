@@ -1,0 +1,89 @@
+"""Random layers on every backend against the float64 reference: sizes, routings, pools, gradients, layouts."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp
+from esft_kernels.pools import Needs
+from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
+from tests.esft_kernels.test_expert_mlp import exact
+
+PADDING = 7  # rows beyond T that are never read
+
+
+@st.composite
+def layers(draw) -> Layer:
+    experts = draw(st.integers(1, 9))
+    top_k = draw(st.integers(1, min(experts, 5)))
+    tokens = draw(st.integers(0, 33))
+    ids = list(range(experts))
+    routing = draw(st.sampled_from(["uniform", "few experts", "as few as can be"]))
+    if routing == "uniform":
+        used = ids
+    else:
+        fewest = top_k if routing == "as few as can be" else draw(st.integers(top_k, experts))
+        used = draw(st.permutations(ids))[:fewest]
+    trained = draw(st.permutations(ids))[: draw(st.integers(0, experts))]
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    return make_layer(
+        tokens, top_k, experts, draw(st.integers(1, 80)), draw(st.integers(1, 70)), tuple(trained), tuple(used), dtype,
+        draw(st.sampled_from(sorted(ACTIVATIONS.values(), key=str))),
+        draw(st.booleans()), draw(st.booleans()), draw(st.booleans()),
+    )  # fmt: skip
+
+
+def padded(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values at the front of a buffer whose other rows are NaN, off by an element from any alignment."""
+    buffer = tensor.new_full(((tensor.shape[0] + PADDING) * tensor.shape[1] + 1,), float("nan"))
+    view = buffer[1 : 1 + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+def step(layer: Layer, backend: str, needs: Needs, recompute: str) -> list[torch.Tensor | None]:
+    pools = layer.pools
+    x, weights = padded(layer.x_TD).requires_grad_(needs.x), padded(layer.weights_TK).requires_grad_(needs.weights)
+    trained = [None if t is None else t.requires_grad_(needs.trained) for t in pools.trained.tensors()]
+    out = expert_mlp(x, weights, pools, layer.routing, backend, recompute)
+    if out.requires_grad:
+        out.backward(padded(layer.grad_out_TD))
+    return [out.detach(), x.grad, weights.grad, *(None if t is None else t.grad for t in trained)]
+
+
+def sensitivity(layer: Layer, needs: Needs, expected: list[torch.Tensor | None]) -> list[float]:
+    """How far each result moves when every weight and input moves by one rounding of the layer's dtype.
+
+    In a small layer terms may cancel, and then a few roundings are much of what is left: a bound by the largest element
+    would not do.
+    """
+    eps, moved = torch.finfo(layer.x_TD.dtype).eps, [0.0] * len(expected)
+    for _ in range(4):
+        values = vars(layer.to(torch.float64))
+        for name in ("x_TD", "grad_out_TD", "gate_up_EGD", "down_EDF"):
+            values[name] = values[name] * (1 + eps * (2 * torch.randint_like(values[name], 2) - 1))
+        for n, (value, other) in enumerate(zip(expected, exact(Layer(**values), needs), strict=True)):
+            if value is not None and other is not None and value.numel():
+                moved[n] = max(moved[n], (value - other).abs().max().item())
+    return moved
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layer=layers(), needs=st.tuples(st.booleans(), st.booleans(), st.booleans()), recompute=st.sampled_from(RECOMPUTE)
+)
+def test_every_backend_agrees_with_the_reference_and_with_itself(backend, layer, needs, recompute):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    needs = Needs(*needs)
+    with pytest.MonkeyPatch.context() as patch:
+        poison_empty(patch)
+        first = step(layer, backend, needs, recompute)
+        second = step(layer, backend, needs, recompute)
+    results = exact(layer, needs)
+    for actual, again, expected, moved in zip(first, second, results, sensitivity(layer, needs, results), strict=True):
+        largest = 0.0 if expected is None or not expected.numel() else expected.abs().max().item()
+        assert_close(actual, expected, TOLERANCE[layer.x_TD.dtype] + (5 * moved / largest if largest else 0))
+        assert actual is None or (again is not None and torch.equal(actual, again))
