@@ -1,44 +1,84 @@
-"""Check, then time, one MoE layer on the device at hand.
+"""Benchmarks of the experts' kernels.
 
-    python -m benchmarks [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
+    python -m benchmarks layer    [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
+    python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
-Prints a table for people and one JSON line for machines.
+``layer`` checks one MoE layer on the device at hand, then times it. ``roofline`` computes, for GPUs that need not be
+here, what the kernels' FLOPs and bytes allow; nothing in it is measured. Without a name, ``layer`` runs. Each prints a
+table for people and one JSON line for machines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 import torch
 
-from benchmarks.layer import run
-from benchmarks.shapes import SHAPES
+from benchmarks import layer, roofline
+from benchmarks.shapes import SHAPES, LayerShape
 from esft.report import table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="check, then time, one MoE layer")
+def _shapes(parser: argparse.ArgumentParser, names: str) -> list[LayerShape]:
+    if unknown := [name for name in names.split(",") if name not in SHAPES]:
+        parser.error(f"no shape {unknown[0]!r}; there are {', '.join(SHAPES)}")
+    return [SHAPES[name] for name in names.split(",")]
+
+
+def _layer(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks layer", description="check, then time, one MoE layer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", default="tiny", help=f"comma-separated, of {', '.join(SHAPES)}")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
-    if unknown := [name for name in args.shapes.split(",") if name not in SHAPES]:
-        parser.error(f"no shape {unknown[0]!r}; there are {', '.join(SHAPES)}")
-    device = torch.device(args.device)
+    args = parser.parse_args(argv)
+    shapes, device = _shapes(parser, args.shapes), torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here: nothing is timed")
     rows = [
-        run(SHAPES[name], args.tokens, getattr(torch, args.dtype), device, args.backend, args.rounds)
-        for name in args.shapes.split(",")
+        layer.run(shape, args.tokens, getattr(torch, args.dtype), device, args.backend, args.rounds) for shape in shapes
     ]
     print(table(rows))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(json.dumps({"device": name, "dtype": args.dtype, "measured": rows}))
 
 
+def _roofline(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks roofline", description="FLOPs, bytes and the time they allow, computed"
+    )
+    parser.add_argument("--shapes", default="deepseek-v2-lite", help=f"comma-separated, of {', '.join(SHAPES)}")
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--gpu", choices=roofline.GPUS, help="show our kernels one by one on this one")
+    args = parser.parse_args(argv)
+    rows: list[dict] = []
+    for shape in _shapes(parser, args.shapes):
+        trained = layer.chosen_experts(shape)
+        if args.gpu:
+            rows += roofline.passes_table(shape, args.tokens, trained, layer.SHARE, args.gpu)
+        else:
+            rows += roofline.compute(shape, args.tokens, trained, layer.SHARE)
+    print(f"Computed, not measured: bf16, {args.tokens} tokens, {layer.SHARE:.0%} of the rows on trained experts")
+    print(table(rows))
+    print(json.dumps({"dtype": "bfloat16", "tokens": args.tokens, "computed": rows}))
+
+
+COMMANDS = {"layer": _layer, "roofline": _roofline}
+
+
+def main(argv: list[str]) -> None:
+    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("layer", argv)
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+    elif name not in COMMANDS:
+        sys.exit(f"benchmarks: no {name!r}; there are {', '.join(COMMANDS)}")
+    else:
+        COMMANDS[name](rest)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

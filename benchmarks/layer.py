@@ -22,12 +22,16 @@ CHOSEN = 5  # experts of 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
 
 
+def chosen_experts(shape: LayerShape) -> int:
+    """How many experts are trained: the published share of 5 in 64."""
+    return max(1, round(CHOSEN * shape.experts / 64))
+
+
 def _layer(shape: LayerShape, tokens: int, trained: list[int], dtype: torch.dtype, device: torch.device):
     generator = torch.Generator().manual_seed(0)
     d, f, e = shape.hidden, shape.intermediate, shape.experts
     order = torch.tensor(expert_order(trained, e))
-    chosen = list(range(max(1, round(CHOSEN * e / 64))))
-    index = skewed_top_k(shape, tokens, chosen, SHARE, generator)
+    index = skewed_top_k(shape, tokens, list(range(chosen_experts(shape))), SHARE, generator)
     position = torch.empty(e, dtype=torch.int64)
     position[order] = torch.arange(e)
 
@@ -109,7 +113,7 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: tor
 def run(shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, backend: str, rounds: int) -> dict:
     """Medians and quartiles of both variants, and their ratio. Measured on ``device``, nothing computed."""
     error = check(shape, dtype, device, backend)
-    chosen = list(range(max(1, round(CHOSEN * shape.experts / 64))))
+    chosen = list(range(chosen_experts(shape)))
     layers = {
         "chosen": _layer(shape, tokens, chosen, dtype, device),
         "all": _layer(shape, tokens, list(range(shape.experts)), dtype, device),

@@ -40,6 +40,7 @@ from tools.sass import read
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 ROWS_PER_EXPERT = (8, 128, 1024)  # between them they meet every tile that a model can get
+MANY_TOKENS = 1 << 20  # whose elements 32-bit offsets do not reach
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,14 @@ def launch_all(shape: LayerShape, dtype: torch.dtype) -> None:
 
     s = max(shape.experts // 8, 2)
     pools = ExpertPools(pool(s), pool(shape.experts - s), shape.activation, shape.gpt_oss_layout)
-    for rows in ROWS_PER_EXPERT:
-        t, k = -(-rows * shape.experts // shape.top_k), shape.top_k
+    k = shape.top_k
+    for t in (*(-(-rows * shape.experts // k) for rows in ROWS_PER_EXPERT), MANY_TOKENS):
         index, offsets = meta(t * k, dtype=torch.int64), meta(shape.experts + 1, dtype=torch.int64)
         routing = Routing(index, index, index.view(t, k), offsets, s)
         x, weights = meta(t, d), meta(t, k, dtype=torch.float32)
         for keep in (0, t * k):
             _, h = triton_backend.forward(x, weights, pools, routing, keep)
-        triton_backend.rebuild(x, h[: s * rows], pools, routing)
+        triton_backend.rebuild(x, h[: t * k // 4], pools, routing)
         for needs in (Needs(True, True, True), Needs(True, True, False), Needs(True, False, True),
                       Needs(False, True, True), Needs(False, False, True)):  # fmt: skip
             triton_backend.backward(x, x, h, weights, pools, routing, needs)

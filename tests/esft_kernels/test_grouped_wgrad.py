@@ -11,10 +11,11 @@ from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("splits", "wide"), [(1, False), (3, True)])
 @pytest.mark.parametrize("gather", ["neither", "grad", "rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_reference(dtype, gather, splits, monkeypatch):
+def test_matches_reference(dtype, gather, splits, wide, monkeypatch):
+    monkeypatch.setattr(op, "wide", lambda *tensors: wide)
     monkeypatch.setattr(op, "splits_for", lambda tensor, programs: splits)
     offsets = torch.tensor([0, 16, 16, 17, 52])  # exactly one step of the row loop, none, part of one, three
     n, tokens, out_features, in_features = 52, 11, 37, 71

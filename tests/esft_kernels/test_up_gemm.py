@@ -55,8 +55,9 @@ def test_activations(activation):
 
 
 @pytest.mark.parametrize("activation", [ACTIVATIONS["silu"], ACTIVATIONS["relu2"]], ids=["gated", "plain"])
-def test_columns_finished_in_pieces(activation, monkeypatch):
+def test_columns_finished_in_pieces_and_64_bit_offsets(activation, monkeypatch):
     monkeypatch.setattr(op, "PIECE", tl.constexpr(8))
+    monkeypatch.setattr(op, "wide", lambda *tensors: True)
     layer = make_layer(dtype=torch.float32, activation=activation, biased=True)
     h, a = buffers(layer, layer.routing.num_rows)
     routing = layer.routing

@@ -1,0 +1,48 @@
+import pytest
+
+from benchmarks.roofline import GPUS, Launch, all_trained, compute, even_rows, ours, unfused
+from benchmarks.shapes import SHAPES, LayerShape
+
+SMALL = LayerShape("small", 64, 32, 4, 2)
+
+
+def test_flops_of_full_tiles_are_those_of_the_layer():
+    # 512 rows an expert: a multiple of every tile, so nothing is padded.
+    launch = Launch(SMALL, "sm_90", 1024, (512,) * 4)
+    assert sum(p.flops for p in ours(launch, 1)) == SMALL.flops(1024, 512)
+    assert sum(p.flops for p in all_trained(launch, 1)) == SMALL.flops(1024, 2048)
+
+
+def test_padding_is_counted():
+    full, odd = Launch(SMALL, "sm_90", 1024, (512,) * 4), Launch(SMALL, "sm_90", 1024, (513, 511, 512, 512))
+    block = full.tiles("up", 64, 64).block_m
+    extra = ours(odd, 0)[0].flops - ours(full, 0)[0].flops
+    assert extra == 2 * block * 64 * 64
+
+
+def test_bytes_by_hand():
+    d, f, t, n = 64, 32, 1024, 2048
+    passes = {p.name: p.bytes for p in ours(Launch(SMALL, "sm_90", t, (512,) * 4), 1)}
+    assert passes["combine"] == 2 * (n * d + t * d)
+    assert passes["up"] == 2 * (n * d + 4 * 2 * f * d + n * 3 * f)  # X, weights of a group each, H and A
+    assert passes["dW down"] == 2 * (512 * (d + f) + d * f)
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_fewer_bytes_and_flops_than_the_other_schedules(gpu):
+    shape = SHAPES["deepseek-v2-lite"]
+    launch = Launch(shape, gpu.arch, 4096, even_rows(shape, 4096, 5, 0.22))
+    mine, every, scatter = (make(launch, 5) for make in (ours, all_trained, unfused))
+    for total in (lambda passes: sum(p.flops for p in passes), lambda passes: sum(p.bytes for p in passes)):
+        assert total(mine) < total(every) <= total(scatter)
+
+
+def test_rows_add_up():
+    rows = even_rows(SHAPES["deepseek-v2-lite"], 1000, 5, 0.22)
+    assert len(rows) == 64 and sum(rows) == 6000 and sum(rows[:5]) == 1320
+
+
+def test_every_gpu_has_a_row_marked_as_computed():
+    table = compute(SHAPES["deepseek-v2-lite"], 4096, 5, 0.22)
+    assert [row["GPU"] for row in table] == list(GPUS)
+    assert all("(computed)" in key for key in table[0] if key.endswith("ms") or " ms" in key)
