@@ -10,12 +10,15 @@ def test_64_bit_offsets_from_the_first_element_that_32_bits_do_not_reach():
     assert wide(torch.empty(8, device="meta"), torch.empty(2**20, 2048, device="meta"))
 
 
-def test_tf32_only_where_it_is_allowed(monkeypatch):
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_only_where_it_is_allowed(allowed):
     single, half = torch.empty(1, device="meta"), torch.empty(1, device="meta", dtype=torch.bfloat16)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    assert precision(single) == precision(half) == "ieee"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert precision(single) == "tf32" and precision(half) == "ieee"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        assert precision(single) == ("tf32" if allowed else "ieee") and precision(half) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_blocks_of_positions():
