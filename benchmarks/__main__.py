@@ -35,12 +35,16 @@ def _layer(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--peers", help="names of the peers, separated by semicolons, to time; all when not given")
     args = parser.parse_args(argv)
     shapes, device = _shapes(parser, args.shapes), torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here: nothing is timed")
+    only = set(args.peers.split(";")) if args.peers else None
     rows = [
-        layer.run(shape, args.tokens, getattr(torch, args.dtype), device, args.backend, args.rounds) for shape in shapes
+        row
+        for shape in shapes
+        for row in layer.run(shape, args.tokens, getattr(torch, args.dtype), device, args.backend, args.rounds, only)
     ]
     print(table(rows))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

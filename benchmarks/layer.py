@@ -1,6 +1,7 @@
-"""Time one MoE layer, forward and backward: the chosen experts trained, and all of them.
+"""Time one MoE layer, forward and backward, beside what a user would pick instead.
 
-Correctness comes first: each backend is compared with the float32 reference on a smaller batch before it is timed.
+Correctness comes first: our step is compared with the float32 reference on a smaller batch, and the peers' outputs and
+input gradients with ours, before anything is timed.
 """
 
 from __future__ import annotations
@@ -8,14 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
+from benchmarks import peers
+from benchmarks.peers import Problem, Step
 from benchmarks.shapes import LayerShape, skewed_top_k
-from esft_kernels.expert_mlp import expert_mlp
-from esft_kernels.pools import ExpertPools, ExpertWeights
-from esft_kernels.routing import expert_order, route
 
 SHARE = 0.22  # of the rows on chosen experts, as in the published routing logs
 CHOSEN = 5  # experts of 64
@@ -27,68 +26,68 @@ def chosen_experts(shape: LayerShape) -> int:
     return max(1, round(CHOSEN * shape.experts / 64))
 
 
-def _layer(shape: LayerShape, tokens: int, trained: list[int], dtype: torch.dtype, device: torch.device):
+def make_problem(shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device) -> Problem:
     generator = torch.Generator().manual_seed(0)
     d, f, e = shape.hidden, shape.intermediate, shape.experts
-    order = torch.tensor(expert_order(trained, e))
-    index = skewed_top_k(shape, tokens, list(range(chosen_experts(shape))), SHARE, generator)
-    position = torch.empty(e, dtype=torch.int64)
-    position[order] = torch.arange(e)
+    chosen = list(range(chosen_experts(shape)))
+    index = skewed_top_k(shape, tokens, chosen, SHARE, generator)
 
     def random(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
 
-    def pool(size: int, trains: bool) -> ExpertWeights:
-        g = f * shape.activation.width
-        if shape.gpt_oss_layout:
-            weights = (
-                random(size, d, g, scale=d**-0.5),
-                random(size, f, d, scale=f**-0.5),
-                random(size, g),
-                random(size, d),
-            )
-        else:
-            weights = random(size, g, d, scale=d**-0.5), random(size, d, f, scale=f**-0.5)
-        gate_up, down, *biases = [t.requires_grad_(trains) for t in weights]
-        return ExpertWeights(*((gate_up.mT, down.mT) if shape.gpt_oss_layout else (gate_up, down)), *biases)
-
-    s = len(trained)
-    pools = ExpertPools(pool(s, True), pool(e - s, False), shape.activation, shape.gpt_oss_layout)
-    x = random(tokens, d).requires_grad_()
-    weights = torch.rand(tokens, shape.top_k, generator=generator).to(device).requires_grad_()
-    return x, weights, pools, route(index.to(device), position.to(device), s), random(tokens, d)
+    return Problem(
+        shape=shape,
+        x_TD=random(tokens, d),
+        index_TK=index.to(device),
+        weights_TK=torch.rand(tokens, shape.top_k, generator=generator).to(device),
+        grad_out_TD=random(tokens, d),
+        gate_up_EGD=random(e, shape.activation.width * f, d, scale=d**-0.5),
+        down_EDF=random(e, d, f, scale=f**-0.5),
+        chosen=chosen,
+    )
 
 
-def _step(x, weights, pools, routing, grad_out, backend: str) -> list[torch.Tensor]:
-    out = expert_mlp(x, weights, pools, routing, backend)
-    wanted = [x, weights]
-    if pools.num_trained:
-        wanted += [t for t in pools.trained.tensors() if t is not None]
-    return [out, *torch.autograd.grad(out, wanted, grad_out)]
-
-
-def check(shape: LayerShape, dtype: torch.dtype, device: torch.device, backend: str) -> float:
-    """Largest error of outputs and gradients against the reference in float32, over the largest value.
+def check(problem: Problem, dtype: torch.dtype, backend: str) -> float:
+    """Largest error of our output and gradients against the reference in float32, over the largest value.
 
     Raises RuntimeError when it exceeds the tolerance.
     """
-    x, weights, pools, routing, grad_out = _layer(shape, 64, [1, 0], dtype, device)
-    ours = _step(x, weights, pools, routing, grad_out, backend)
-
-    def single(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().float().requires_grad_(tensor.requires_grad)
-
-    def single_pool(pool: ExpertWeights) -> ExpertWeights:
-        return ExpertWeights(*(None if t is None else single(t) for t in pool.tensors()))
-
-    exact = replace(pools, trained=single_pool(pools.trained), frozen=single_pool(pools.frozen))
-    theirs = _step(single(x), single(weights), exact, routing, grad_out.float(), "reference")
-    error = max(
-        ((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-9)).item() for a, b in zip(ours, theirs, strict=True)
-    )
+    small = 64
+    part = Problem(
+        problem.shape, problem.x_TD[:small], problem.index_TK[:small], problem.weights_TK[:small],
+        problem.grad_out_TD[:small], problem.gate_up_EGD, problem.down_EDF, problem.chosen,
+    )  # fmt: skip
+    exact = Problem(
+        part.shape, part.x_TD.float(), part.index_TK, part.weights_TK, part.grad_out_TD.float(),
+        part.gate_up_EGD.float(), part.down_EDF.float(), part.chosen,
+    )  # fmt: skip
+    results = peers.ours(part, part.chosen, backend).run(part)
+    expected = peers.ours(exact, exact.chosen, "reference").run(exact)
+    error = max(relative_error(a, b) for a, b in zip(results, expected, strict=True))
     if not error <= TOLERANCE[dtype]:
-        raise RuntimeError(f"{shape.name} {dtype} {backend}: off by {error:.2e} of the largest value; not timed")
+        raise RuntimeError(
+            f"{problem.shape.name} {dtype} {backend}: off by {error:.2e} of the largest value; not timed"
+        )
     return error
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-9)).item()
+
+
+def peers_of(problem: Problem, backend: str) -> dict[str, Callable[[], Step]]:
+    """What our step is timed beside, by name; only layers that transformers' plain experts can hold have others."""
+    every = list(range(problem.shape.experts))
+    made: dict[str, Callable[[], Step]] = {"esft, all trained": lambda: peers.ours(problem, every, backend)}
+    if problem.shape.activation == LayerShape.activation:
+        made |= {
+            "grouped_mm, all trained": lambda: peers.stock(problem, "grouped_mm", True),
+            "grouped_mm, frozen": lambda: peers.stock(problem, "grouped_mm", False),
+            "eager, all trained": lambda: peers.stock(problem, "eager", True),
+            "per-expert, chosen": lambda: peers.per_expert(problem),
+            "LoRA (PEFT)": lambda: peers.lora(problem),
+        }
+    return made
 
 
 def _synchronise(device: torch.device) -> None:
@@ -110,28 +109,50 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: tor
     return seconds
 
 
-def run(shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, backend: str, rounds: int) -> dict:
-    """Medians and quartiles of both variants, and their ratio. Measured on ``device``, nothing computed."""
-    error = check(shape, dtype, device, backend)
-    chosen = list(range(chosen_experts(shape)))
-    layers = {
-        "chosen": _layer(shape, tokens, chosen, dtype, device),
-        "all": _layer(shape, tokens, list(range(shape.experts)), dtype, device),
-    }
-    seconds = interleaved(
-        {name: lambda layer=layer: _step(*layer, backend) for name, layer in layers.items()}, rounds, device
-    )
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    spread = {name: statistics.quantiles(values, n=4) for name, values in seconds.items()}
-    trained_rows = layers["chosen"][3].prefix_rows()
+def run(
+    shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, backend: str, rounds: int,
+    only: set[str] | None = None,
+) -> list[dict]:  # fmt: skip
+    """A row for every peer: its median and quartiles, and how many times ours it takes. Measured, nothing computed.
+
+    One peer at a time beside our step, so that neither's memory lies idle long enough to go cold, and the ratio is the
+    median over the rounds of what the two took next to each other. ``only`` names the peers to time.
+
+    Raises RuntimeError when our step is wrong, or a peer's output or input gradient is not ours.
+    """
+    problem = make_problem(shape, tokens, dtype, device)
+    error = check(problem, dtype, backend)
+    mine = peers.ours(problem, problem.chosen, backend)
+    results, saved = mine.run(problem)[:2], mine.saved_bytes(problem)
+    rows = []
+    for name, make in peers_of(problem, backend).items():
+        if only is not None and name not in only:
+            continue
+        peer = make()
+        for result, expected in zip(peer.run(problem)[:2], results, strict=True):
+            # LoRA's matrices begin at a product of zero, so it too computes the layer as it is.
+            if not (off := relative_error(result, expected)) <= 2 * TOLERANCE[dtype]:
+                raise RuntimeError(f"{name}: off from esft by {off:.2e} of the largest value; not timed")
+        tasks = {"esft": lambda: mine.run(problem), name: lambda peer=peer: peer.run(problem)}
+        rows.append(
+            _row(shape, tokens, interleaved(tasks, rounds, device)) | {"saved MB": peer.saved_bytes(problem) / 1e6}
+        )
+        del peer, tasks
+    tasks = {"esft": lambda: mine.run(problem), "dense GEMMs": peers.dense_limit(problem)}
+    rows.append(_row(shape, tokens, interleaved(tasks, rounds, device)) | {"saved MB": ""})
+    return [row | {"esft saved MB": saved / 1e6, "esft error": error} for row in rows]
+
+
+def _row(shape: LayerShape, tokens: int, seconds: dict[str, list[float]]) -> dict:
+    (_, mine), (name, theirs) = seconds.items()
+    ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
     return {
         "shape": shape.name,
         "tokens": tokens,
-        "backend": backend,
-        "error": error,
-        "chosen ms": medians["chosen"] * 1e3,
-        "all ms": medians["all"] * 1e3,
-        "chosen quartiles ms": f"{spread['chosen'][0] * 1e3:.1f}-{spread['chosen'][2] * 1e3:.1f}",
-        "chosen / all": medians["chosen"] / medians["all"],
-        "GFLOP/s": shape.flops(tokens, trained_rows) / medians["chosen"] / 1e9,
+        "peer": name,
+        "peer ms": statistics.median(theirs) * 1e3,
+        "esft ms": statistics.median(mine) * 1e3,
+        "peer / esft": statistics.median(ratios),
+        "quartiles": f"{low:.2f}-{high:.2f}",
     }

@@ -1,25 +1,67 @@
 import pytest
 import torch
 
-from benchmarks import layer
-from benchmarks.shapes import LayerShape, skewed_top_k
+from benchmarks import layer, peers
+from benchmarks.shapes import GPT_OSS, LayerShape, skewed_top_k
 
 SMALL = LayerShape("small", 32, 16, 8, 3)
+CPU = torch.device("cpu")
 
 
-def test_a_run_reports_times_of_both_variants():
-    row = layer.run(SMALL, 40, torch.float32, torch.device("cpu"), "cpu", rounds=3)
-    assert row["error"] < 1e-5
-    assert row["chosen ms"] > 0 and row["all ms"] > 0
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    pytest.importorskip("peft")
+    return layer.run(SMALL, 80, torch.float32, CPU, "cpu", rounds=3)
+
+
+def test_every_peer_has_a_row_with_its_time_and_ratio(rows):
+    problem = layer.make_problem(SMALL, 8, torch.float32, CPU)
+    assert [row["peer"] for row in rows] == [*layer.peers_of(problem, "cpu"), "dense GEMMs"]
+    assert all(row["peer ms"] > 0 and row["esft ms"] > 0 and row["peer / esft"] > 0 for row in rows)
+    assert all(row["esft error"] < 1e-4 for row in rows)
+
+
+def test_saved_bytes_are_x_h_and_the_routing_and_less_than_the_peers(rows):
+    t, k, d, f, e = 80, 3, 32, 16, 8
+    routing = 8 * (3 * t * k + e + 1) + 4 * t * k  # int64 tables, float32 weights
+    assert rows[0]["esft saved MB"] * 1e6 == 4 * t * d + 4 * 2 * f * t * k + routing
+    assert all(
+        row["saved MB"] > row["esft saved MB"]
+        for row in rows
+        if row["peer"] not in ("esft, all trained", "dense GEMMs")
+    )
+
+
+def test_peers_give_their_gradients():
+    problem = layer.make_problem(SMALL, 80, torch.float32, CPU)
+    _, _, _, gate_up, down = peers.ours(problem, problem.chosen, "reference").run(problem)
+    _, _, _, all_gate_up, all_down = peers.stock(problem, "grouped_mm", True).run(problem)
+    torch.testing.assert_close(all_gate_up[problem.chosen], gate_up)
+    torch.testing.assert_close(all_down[problem.chosen], down)
+    gate, up, first_down = peers.per_expert(problem).run(problem)[3:6]
+    torch.testing.assert_close(torch.cat([gate, up]), gate_up[0])
+    torch.testing.assert_close(first_down, down[0])
+
+
+def test_only_the_named_peers_and_the_limit_are_timed():
+    rows = layer.run(SMALL, 40, torch.float32, CPU, "cpu", 2, {"per-expert, chosen"})
+    assert [row["peer"] for row in rows] == ["per-expert, chosen", "dense GEMMs"]
 
 
 def test_a_wrong_backend_is_not_timed(monkeypatch):
-    real = layer.expert_mlp
+    real = peers.expert_mlp
     monkeypatch.setattr(
-        layer, "expert_mlp", lambda x, w, p, r, backend: real(x, w, p, r, backend) * (1.1 if backend == "cpu" else 1)
+        peers, "expert_mlp", lambda x, w, p, r, backend: real(x, w, p, r, backend) * (1.1 if backend == "cpu" else 1)
     )
     with pytest.raises(RuntimeError, match="not timed"):
-        layer.check(SMALL, torch.float32, torch.device("cpu"), "cpu")
+        layer.run(SMALL, 40, torch.float32, CPU, "cpu", 2)
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
+    real = peers._OneExpert.forward
+    monkeypatch.setattr(peers._OneExpert, "forward", lambda self, x: 1.1 * real(self, x))
+    with pytest.raises(RuntimeError, match="per-expert, chosen: off from esft"):
+        layer.run(SMALL, 40, torch.float32, CPU, "reference", 2, {"per-expert, chosen"})
 
 
 def test_routings_are_distinct_and_have_the_wanted_share():
@@ -33,3 +75,8 @@ def test_flops_count_the_matrix_products():
     d, f, rows, trained = 32, 16, 40 * 3, 13
     forward = 2 * d * 2 * f + 2 * f * d
     assert SMALL.flops(40, trained) == forward * (2 * rows + trained)
+
+
+def test_layers_of_another_layout_have_no_peers_but_ourselves():
+    problem = layer.make_problem(LayerShape("o", 32, 16, 8, 3, GPT_OSS), 8, torch.float32, CPU)
+    assert list(layer.peers_of(problem, "cpu")) == ["esft, all trained"]

@@ -1,0 +1,194 @@
+"""One MoE layer as others compute it: transformers' experts backends, LoRA through PEFT, and one module per expert.
+
+All peers of a run share one set of weights, inputs and routing. A step is forward and backward, and returns the output
+and the gradient of the input, so that it can be checked before it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV2Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
+
+from benchmarks.shapes import LayerShape
+from esft_kernels.expert_mlp import expert_mlp
+from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.routing import expert_order, route
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer's weights by expert id, one batch, and which experts are chosen."""
+
+    shape: LayerShape
+    x_TD: Tensor
+    index_TK: Tensor
+    weights_TK: Tensor
+    grad_out_TD: Tensor
+    gate_up_EGD: Tensor
+    down_EDF: Tensor
+    chosen: list[int]
+
+    @property
+    def chosen_rows(self) -> int:
+        return int(torch.isin(self.index_TK, torch.tensor(self.chosen)).sum())
+
+
+@dataclass(frozen=True)
+class Step:
+    """``forward`` gives the output from inputs that need gradients; ``trained`` are the weights that get them too."""
+
+    forward: Callable[[Tensor, Tensor], Tensor]
+    trained: list[Tensor]
+
+    def run(self, problem: Problem) -> list[Tensor]:
+        """Output, and gradients of x, the routing weights, and everything trained."""
+        x, weights = problem.x_TD.detach().requires_grad_(), problem.weights_TK.detach().requires_grad_()
+        out = self.forward(x, weights)
+        return [out.detach(), *torch.autograd.grad(out, [x, weights, *self.trained], problem.grad_out_TD)]
+
+    def saved_bytes(self, problem: Problem) -> int:
+        """Bytes that autograd keeps from the forward to the backward, beside the weights; each storage once."""
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x, weights = problem.x_TD.detach().requires_grad_(), problem.weights_TK.detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = self.forward(x, weights)
+        stay = (problem.gate_up_EGD, problem.down_EDF, *self.trained)
+        weights_at = {t.untyped_storage().data_ptr() for t in stay} | self.pool_storages()
+        del out
+        return sum(size for pointer, size in sizes.items() if pointer not in weights_at)
+
+    def pool_storages(self) -> set[int]:
+        return set()
+
+
+@dataclass(frozen=True)
+class PoolStep(Step):
+    pools: ExpertPools
+
+    def pool_storages(self) -> set[int]:
+        tensors = (*self.pools.trained.tensors(), *self.pools.frozen.tensors())
+        return {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+
+
+def ours(problem: Problem, trained: list[int], backend: str) -> Step:
+    """This project's experts with ``trained`` of them trained."""
+    order = torch.tensor(expert_order(trained, problem.shape.experts))
+    s, device = len(trained), problem.x_TD.device
+    position = torch.argsort(order).to(device)
+
+    def pool(which: Tensor, trains: bool) -> ExpertWeights:
+        which = which.to(device)
+        weights = (problem.gate_up_EGD[which], problem.down_EDF[which])
+        return ExpertWeights(*(t.requires_grad_(trains) for t in weights))
+
+    pools = ExpertPools(pool(order[:s], True), pool(order[s:], False), problem.shape.activation)
+
+    def forward(x: Tensor, weights: Tensor) -> Tensor:
+        return expert_mlp(x, weights, pools, route(problem.index_TK, position, s), backend)
+
+    return PoolStep(forward, [pools.trained.gate_up_EGD, pools.trained.down_EDF] if s else [], pools)
+
+
+def _stock_experts(problem: Problem, implementation: str, trains: bool) -> DeepseekV2Experts:
+    """transformers' stacked experts of this layer; the weights are the problem's own, not copies."""
+    shape = problem.shape
+    config = DeepseekV2Config(
+        hidden_size=shape.hidden, moe_intermediate_size=shape.intermediate, n_routed_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+    )  # fmt: skip
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        experts = DeepseekV2Experts(config)
+    experts.gate_up_proj = nn.Parameter(problem.gate_up_EGD, requires_grad=trains)
+    experts.down_proj = nn.Parameter(problem.down_EDF, requires_grad=trains)
+    return experts
+
+
+def stock(problem: Problem, implementation: str, trains: bool) -> Step:
+    """transformers' experts, all trained or all frozen: a stacked tensor knows nothing between."""
+    experts = _stock_experts(problem, implementation, trains)
+
+    def forward(x: Tensor, weights: Tensor) -> Tensor:
+        return experts(x, problem.index_TK, weights)
+
+    return Step(forward, [experts.gate_up_proj, experts.down_proj] if trains else [])
+
+
+def lora(problem: Problem, rank: int = 8) -> Step:
+    """LoRA on the stacked experts through PEFT's ``target_parameters``."""
+    from peft import LoraConfig, get_peft_model
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = _stock_experts(problem, "grouped_mm", False)
+
+        def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+            return self.experts(x, problem.index_TK, weights)
+
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    layer = get_peft_model(Layer(), LoraConfig(r=rank, lora_alpha=2 * rank, target_parameters=targets))
+    return Step(layer, [p for p in layer.parameters() if p.requires_grad])
+
+
+class _OneExpert(nn.Module):
+    def __init__(self, gate_up_GD: Tensor, down_DF: Tensor, trains: bool):
+        super().__init__()
+        gate, up = gate_up_GD.chunk(2)
+        self.gate, self.up, self.down = (nn.Parameter(t, requires_grad=trains) for t in (gate, up, down_DF))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
+
+
+def per_expert(problem: Problem) -> Step:
+    """One module per expert, its tokens picked by a boolean mask over all slots: how ESFT was first published."""
+    chosen = set(problem.chosen)
+    experts = nn.ModuleList(
+        _OneExpert(gate_up, down, e in chosen)
+        for e, (gate_up, down) in enumerate(zip(problem.gate_up_EGD, problem.down_EDF, strict=True))
+    )
+    slots, top_k = problem.index_TK.flatten(), problem.shape.top_k
+
+    def forward(x: Tensor, weights: Tensor) -> Tensor:
+        every = x.repeat_interleave(top_k, dim=0)
+        out = torch.empty_like(every)
+        for e, expert in enumerate(experts):
+            mask = slots == e
+            out[mask] = expert(every[mask])
+        out = (out.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+        return out.to(x.dtype)
+
+    return Step(forward, [p for p in experts.parameters() if p.requires_grad])
+
+
+def dense_limit(problem: Problem) -> Callable[[], None]:
+    """The same matrix FLOPs as dense products of all rows at once, into buffers that exist: what the machine can do."""
+    d, f, g = problem.shape.hidden, problem.shape.intermediate, 2 * problem.shape.intermediate
+    n, chosen = problem.index_TK.numel(), problem.chosen_rows
+    x, h, a = (problem.x_TD.new_ones(n, width) * 0.01 for width in (d, g, f))
+    gate_up, down = problem.gate_up_EGD[0], problem.down_EDF[0]
+    rows_d, rows_g, rows_f = torch.empty_like(x), torch.empty_like(h), torch.empty_like(a)
+    grad_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+
+    def step() -> None:
+        torch.mm(x, gate_up.T, out=rows_g)
+        torch.mm(a, down.T, out=rows_d)
+        torch.mm(x, down, out=rows_f)
+        torch.mm(h, gate_up, out=rows_d)
+        torch.mm(h[:chosen].T, x[:chosen], out=grad_up)
+        torch.mm(x[:chosen].T, a[:chosen], out=grad_down)
+
+    return step
