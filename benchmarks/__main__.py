@@ -1,11 +1,12 @@
 """Benchmarks of the experts' kernels.
 
     python -m benchmarks layer    [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
+    python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
-``layer`` checks one MoE layer on the device at hand, then times it. ``roofline`` computes, for GPUs that need not be
-here, what the kernels' FLOPs and bytes allow; nothing in it is measured. Without a name, ``layer`` runs. Each prints a
-table for people and one JSON line for machines.
+``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
+model on the CPU. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be here: nothing
+in it is measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 
 import torch
 
-from benchmarks import layer, roofline
+from benchmarks import layer, roofline, step
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.report import table
 
@@ -71,7 +72,21 @@ def _roofline(argv: list[str]) -> None:
     print(json.dumps({"dtype": "bfloat16", "tokens": args.tokens, "computed": rows}))
 
 
-COMMANDS = {"layer": _layer, "roofline": _roofline}
+def _step(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks step", description="check, then time, training steps on the CPU")
+    parser.add_argument("--model", default="examples/tiny-moe", help="checkpoint folder")
+    parser.add_argument("--records", type=int, default=32)
+    parser.add_argument("--length", type=int, default=64, help="tokens a record")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--peers", help="names of the peers, separated by semicolons; all when not given")
+    args = parser.parse_args(argv)
+    only = set(args.peers.split(";")) if args.peers else None
+    rows = step.run(args.model, args.records, args.length, args.rounds, only)
+    print(table(rows))
+    print(json.dumps({"device": "cpu", "threads": torch.get_num_threads(), "measured": rows}))
+
+
+COMMANDS = {"layer": _layer, "step": _step, "roofline": _roofline}
 
 
 def main(argv: list[str]) -> None:

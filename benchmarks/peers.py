@@ -7,7 +7,7 @@ and the gradient of the input, so that it can be checked before it is timed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,21 @@ class Problem:
     grad_out_TD: Tensor
     gate_up_EGD: Tensor
     down_EDF: Tensor
+    biases: tuple[Tensor, Tensor] | tuple[()]
     chosen: list[int]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same values in another dtype; routing weights stay in float32."""
+        names = ("x_TD", "grad_out_TD", "gate_up_EGD", "down_EDF")
+        return replace(
+            self,
+            **{name: getattr(self, name).to(dtype) for name in names},
+            biases=tuple(bias.to(dtype) for bias in self.biases),
+        )
 
     @property
     def chosen_rows(self) -> int:
-        return int(torch.isin(self.index_TK, torch.tensor(self.chosen)).sum())
+        return int(torch.isin(self.index_TK, torch.tensor(self.chosen, device=self.index_TK.device)).sum())
 
 
 @dataclass(frozen=True)
@@ -91,14 +101,18 @@ def ours(problem: Problem, trained: list[int], backend: str) -> Step:
     def pool(which: Tensor, trains: bool) -> ExpertWeights:
         which = which.to(device)
         weights = (problem.gate_up_EGD[which], problem.down_EDF[which])
-        return ExpertWeights(*(t.requires_grad_(trains) for t in weights))
+        if shape.gpt_oss_layout:
+            weights = (t.mT.contiguous().mT for t in weights)
+        tensors = (*weights, *(bias[which] for bias in problem.biases))
+        return ExpertWeights(*(t.requires_grad_(trains) for t in tensors))
 
-    pools = ExpertPools(pool(order[:s], True), pool(order[s:], False), problem.shape.activation)
+    shape = problem.shape
+    pools = ExpertPools(pool(order[:s], True), pool(order[s:], False), shape.activation, shape.gpt_oss_layout)
 
     def forward(x: Tensor, weights: Tensor) -> Tensor:
         return expert_mlp(x, weights, pools, route(problem.index_TK, position, s), backend)
 
-    return PoolStep(forward, [pools.trained.gate_up_EGD, pools.trained.down_EDF] if s else [], pools)
+    return PoolStep(forward, [t for t in pools.trained.tensors() if t is not None] if s else [], pools)
 
 
 def _stock_experts(problem: Problem, implementation: str, trains: bool) -> DeepseekV2Experts:

@@ -16,6 +16,7 @@ from .routing import Routing
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 RECOMPUTE = ("none", "frozen")
+ALIGNMENT = 16  # bytes, of the widest load
 
 
 def resolve_backend(backend: str, device: torch.device) -> ModuleType:
@@ -65,7 +66,7 @@ class _ExpertMLP(torch.autograd.Function):
         routing, pools, needs = Routing(*saved[:4], ctx.num_trained), _pools(ctx.layout, saved[4:]), ctx.needs
         if needs.all_rows and h.shape[0] < routing.num_rows:
             h = ctx.backend.rebuild(x, h, pools, routing)
-        grads = ctx.backend.backward(grad_out.contiguous(), x, h, weights, pools, routing, needs)
+        grads = ctx.backend.backward(_aligned(grad_out), x, h, weights, pools, routing, needs)
         trained = grads.trained.tensors() if grads.trained is not None else (None,) * 4
         return grads.x_TD, grads.weights_TK, None, None, None, None, *trained, None, None, None, None
 
@@ -104,7 +105,7 @@ def expert_mlp(
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     module = resolve_backend(backend, x_TD.device)
-    x_TD, weights_TK = x_TD.contiguous(), weights_TK.contiguous()
+    x_TD, weights_TK = _aligned(x_TD), _aligned(weights_TK)
     tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x_TD, weights_TK, *tensors)):
         return module.forward(x_TD, weights_TK, pools, routing, 0)[0]
@@ -112,7 +113,19 @@ def expert_mlp(
     return _ExpertMLP.apply(x_TD, weights_TK, routing, layout, module, recompute, *tensors)  # pyright: ignore[reportReturnType]
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and at an address that vector loads can start from; a copy where it is not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
 def _validate(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing) -> None:
+    for name, tensor in (("gate_up", pools.trained.gate_up_EGD), ("down", pools.trained.down_EDF)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"trained_{name} must be a stack of matrices, got {found}")
+    if not x_TD.is_floating_point():
+        raise ValueError(f"x must be of a float dtype, got {x_TD.dtype}")
     d, f, g = pools.hidden_size, pools.intermediate_size, pools.gate_up_size
     sizes = {"trained": pools.num_trained, "frozen": pools.num_experts - pools.num_trained}
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}
@@ -134,6 +147,11 @@ def _validate(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Rou
             )
         if name.endswith("bias") and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        if tensor.device.type != "cpu" and name != "x" and tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(f"{name} must start at a multiple of {ALIGNMENT} bytes, got {tensor.data_ptr():#x}")
+        # The kernels reach into one expert with 32-bit offsets.
+        if sum((size - 1) * stride for size, stride in zip(shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:
+            raise ValueError(f"{name} must hold an expert within 2**31 elements, got strides {tensor.stride()}")
     if all(sizes.values()):
         for name in ("gate_up", "down"):
             trained, frozen = (expected[f"{pool}_{name}"][0] for pool in sizes)

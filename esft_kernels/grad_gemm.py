@@ -16,7 +16,7 @@ from .pools import ExpertPools, Needs
 from .routing import Routing
 from .tiles import max_row_tiles, tiles_for
 
-PIECE = tl.constexpr(32)  # columns that are finished together
+PIECE = tl.constexpr(16)  # columns that are finished together
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _finish(
     return tl.sum(tl.where(in_cols_1N, grad_a_MN * a_MN, 0.0), axis=1)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_trained", "grad_h_positions"])
+@triton.jit(do_not_specialize=["num_rows", "num_positions", "num_trained", "grad_h_positions"])
 def _grad_gemm_kernel(
     grad_out_ptr,  # [T, D]
     token_ptr, slot_ptr,  # int64 [N]

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
+
 
 @triton.jit
 def find_row_tile(tile, offsets_ptr, num_positions, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
@@ -112,14 +114,18 @@ def halves(x_MN, M: tl.constexpr, N: tl.constexpr):
 
 
 def precision(rows: Tensor) -> str:
-    """How products are taken: ``ieee``, or ``tf32`` for fp32 where PyTorch's setting allows to lose 13 bits.
+    """How products are taken: ``ieee``, or ``tf32`` for fp32 where PyTorch's setting allows to lose 13 bits of them.
+
+    AMD's gfx942 has tf32, its other GPUs have not.
 
     Triton's interpreter keeps bf16 as bare bits and would multiply those as integers: there, operands are ``cast`` to
     fp32 first. The product of two 16-bit floats is exact in fp32, so the result is the one that the hardware gives.
     """
     if rows.device.type == "cpu":
         return "cast"
-    return "tf32" if rows.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if rows.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32" if tiles.device_arch(rows.device).startswith(("sm_", "gfx942")) else "ieee"
+    return "ieee"
 
 
 def block_of(count: int) -> int:

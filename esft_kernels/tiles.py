@@ -94,9 +94,10 @@ def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, fe
         return full if arch.startswith("gfx") else replace(full, num_stages=2 * full.num_stages - 1)
     if op == "grad":  # the epilogue holds H and its gradient, twice as wide, beside the accumulator
         full = replace(full, block_n=128, block_k=128 if arch == "sm_90" else full.block_k)
-    if rows_per_expert >= 512:
+    if rows_per_expert >= 768:
         return full
-    # Half a row tile per expert is padding on average, so few rows per expert want short tiles.
+    # Half a row tile per expert is padding on average, so few rows per expert want short tiles: below a tenth of all
+    # rows from 320 an expert on. With fewer the weights' bytes bound the time on every GPU here, not the padding.
     block_n = 64 if few and op == "grad" else min(full.block_n, 128)
     return replace(full, block_m=16 if few else 64, block_n=block_n, block_k=64, num_warps=4)
 

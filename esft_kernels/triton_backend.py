@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bias import bias_dot, bias_grad
+from .bias_dot import bias_dot
+from .bias_grad import bias_grad
 from .combine import combine
 from .grad_gemm import grad_gemm
 from .grouped_gemm import grouped_gemm

@@ -24,7 +24,7 @@ from .mainloop import (
 from .pools import ExpertPools
 from .tiles import max_row_tiles, tiles_for
 
-PIECE = tl.constexpr(64)  # columns that are finished together
+PIECE = tl.constexpr(32)  # columns that are finished together
 
 
 @triton.jit
@@ -136,7 +136,8 @@ def up_gemm(
     weights = (pools.trained if num_trained else pools.frozen).gate_up_EGD
     (columns, hidden), num_positions = weights.shape[1:], offsets_P1.numel() - 1
     num_rows = token_N.numel()
-    tiles = tiles_for(x_TD, "up", num_rows // max(num_positions, 1), (columns, hidden))
+    # The same tiles for a part of the positions as for all: rows that are made again come out with the same bits.
+    tiles = tiles_for(x_TD, "up", num_rows // max(pools.num_experts, 1), (columns, hidden))
     grid = (max_row_tiles(num_rows, num_positions, tiles.block_m) * triton.cdiv(columns, tiles.block_n),)
     _up_gemm_kernel[grid](
         x_TD, token_N, pools.trained.gate_up_EGD, pools.frozen.gate_up_EGD,

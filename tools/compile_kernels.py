@@ -21,7 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from unittest.mock import patch
 
@@ -33,10 +33,21 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import SHAPES, LayerShape
 from esft_kernels import tiles, triton_backend
+from esft_kernels.activation import Activation
 from esft_kernels.pools import ExpertPools, ExpertWeights, Needs
 from esft_kernels.routing import Routing
 from tools.sass import read
 
+# Every activation and width that a layer can have, on a small layer; gpt-oss has its own.
+MODELS = SHAPES | {
+    f"tiny-{name}": replace(SHAPES["tiny"], activation=activation)
+    for name, activation in {
+        "gelu": Activation("gelu"),
+        "gelu_tanh": Activation("gelu_tanh"),
+        "relu2": Activation("relu2", gated=False),
+        "ungated": Activation("silu", gated=False),
+    }.items()
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 ROWS_PER_EXPERT = (8, 128, 1024)  # between them they meet every tile that a model can get
@@ -166,9 +177,10 @@ def programs_at_once(target: str, registers: int, shared: int, warps: int) -> in
     chip = CHIPS[target]
     if target.startswith("sm_"):
         by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
+        by_shared = chip.shared // (shared + 1024)  # the driver keeps 1 KB of it for every program
     else:  # four SIMDs of 512 registers a lane
         by_registers = 4 * min(8, 512 // max(-(-registers // 8) * 8, 1)) // warps
-    by_shared = chip.shared // (shared + 1024) if shared else 32
+        by_shared = chip.shared // max(shared, 1)
     return min(by_registers, by_shared, chip.warps // warps)
 
 
@@ -203,12 +215,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="compile_kernels", description="Compile every Triton kernel for GPUs that are not here."
     )
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--models", default=",".join(name for name in SHAPES if name != "tiny"))
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET, which replaces the compiler by an interpreter")
-    for option, known in (("targets", TARGETS), ("models", SHAPES), ("dtypes", DTYPES)):
+    for option, known in (("targets", TARGETS), ("models", MODELS), ("dtypes", DTYPES)):
         if unknown := [name for name in getattr(args, option).split(",") if name not in known]:
             parser.error(f"--{option} takes {', '.join(known)}, got {', '.join(unknown)}")
     rows: dict[str, Row] = {}
@@ -218,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in args.models.split(","):
                 for dtype in args.dtypes.split(","):
                     try:
-                        launch_all(SHAPES[name], DTYPES[dtype])
+                        launch_all(MODELS[name], DTYPES[dtype])
                     except Exception as error:  # whatever the compiler raised: report it and go on
                         failures.append(f"{target} {dtype} {name}: {type(error).__name__}: {error}")
         rows |= {key: inspect(kernel, target) for key, kernel in compiled.items()}

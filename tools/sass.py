@@ -71,7 +71,7 @@ def _read_amd(text: str) -> Code:
                 jumps.append((labels[target], len(names)))
             names.append(found[1])
     return Code(
-        registers=fields["vgpr_count"] + fields.get("agpr_count", 0),
+        registers=fields["vgpr_count"],  # with the accumulation registers, from gfx90a on
         stack=fields["private_segment_fixed_size"],
         spills=fields["vgpr_spill_count"] + fields["sgpr_spill_count"],
         matrix=_matrix_name(names),
@@ -97,5 +97,4 @@ def main_loop(names: list[str], jumps: list[tuple[int, int]]) -> Loop:
         return Loop(0, 0)
     body = min(bodies, key=len)
     matrix = sum(MATRIX.match(name) is not None for name in body)
-    others = sum(MATRIX.match(name) is None and not name.startswith(("NOP", "s_nop")) for name in body)
-    return Loop(matrix, others)
+    return Loop(matrix, len(body) - matrix)

@@ -3,29 +3,30 @@ import pytest
 from benchmarks.roofline import GPUS, Launch, all_trained, compute, even_rows, ours, unfused
 from benchmarks.shapes import SHAPES, LayerShape
 
-SMALL = LayerShape("small", 64, 32, 4, 2)
+SMALL = LayerShape("small", 512, 256, 4, 2)  # multiples of every tile
 
 
 def test_flops_of_full_tiles_are_those_of_the_layer():
-    # 512 rows an expert: a multiple of every tile, so nothing is padded.
-    launch = Launch(SMALL, "sm_90", 1024, (512,) * 4)
-    assert sum(p.flops for p in ours(launch, 1)) == SMALL.flops(1024, 512)
-    assert sum(p.flops for p in all_trained(launch, 1)) == SMALL.flops(1024, 2048)
+    launch = Launch(SMALL, "sm_90", 2048, (1024,) * 4)
+    assert sum(p.flops for p in ours(launch, 1)) == SMALL.flops(2048, 1024)
+    assert sum(p.flops for p in all_trained(launch, 1)) == SMALL.flops(2048, 4096)
 
 
-def test_padding_is_counted():
-    full, odd = Launch(SMALL, "sm_90", 1024, (512,) * 4), Launch(SMALL, "sm_90", 1024, (513, 511, 512, 512))
-    block = full.tiles("up", 64, 64).block_m
-    extra = ours(odd, 0)[0].flops - ours(full, 0)[0].flops
-    assert extra == 2 * block * 64 * 64
+def test_padding_of_rows_and_of_columns_is_counted():
+    full = Launch(SMALL, "sm_90", 2048, (1024,) * 4)
+    odd_rows = Launch(SMALL, "sm_90", 2048, (1025, 1023, 1024, 1024))
+    tiles = full.tiles("up", 512, 512)
+    assert ours(odd_rows, 0)[0].flops - ours(full, 0)[0].flops == 2 * tiles.block_m * 512 * 512
+    odd_columns = Launch(LayerShape("odd", 512, 256 + 16, 4, 2), "sm_90", 2048, (1024,) * 4)
+    assert ours(odd_columns, 0)[0].flops - ours(full, 0)[0].flops == 2 * 4096 * tiles.block_n * 512
 
 
 def test_bytes_by_hand():
-    d, f, t, n = 64, 32, 1024, 2048
-    passes = {p.name: p.bytes for p in ours(Launch(SMALL, "sm_90", t, (512,) * 4), 1)}
+    d, f, t, n = 512, 256, 2048, 4096
+    passes = {p.name: p.bytes for p in ours(Launch(SMALL, "sm_90", t, (1024,) * 4), 1)}
     assert passes["combine"] == 2 * (n * d + t * d)
     assert passes["up"] == 2 * (n * d + 4 * 2 * f * d + n * 3 * f)  # X, weights of a group each, H and A
-    assert passes["dW down"] == 2 * (512 * (d + f) + d * f)
+    assert passes["dW down"] == 2 * (1024 * (d + f) + d * f)
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)

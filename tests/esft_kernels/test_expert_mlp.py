@@ -8,7 +8,8 @@ import torch
 from esft_kernels import reference
 from esft_kernels.cpu import rounded
 from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp, resolve_backend
-from esft_kernels.pools import ExpertWeights, Needs
+from esft_kernels.pools import ExpertPools, ExpertWeights, Needs
+from esft_kernels.routing import Routing
 from tests.esft_kernels.layers import ACTIVATIONS, GPT_OSS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
 
 EVERYTHING = Needs(x=True, weights=True, trained=True)
@@ -185,6 +186,11 @@ def test_bad_input_is_named():
         "same strides": swap_pool(layer, frozen_down_EDF=frozen.mT.contiguous().mT),
         "biases must be given for both": swap_pool(layer, trained_down_bias_ED=torch.zeros(2, 72)),
         "routing weights must be floats": (x, weights.int(), pools, routing),
+        "trained_gate_up must be a stack of matrices": swap_pool(
+            layer, trained_gate_up_EGD=pools.trained.gate_up_EGD[0]
+        ),
+        "trained_down must be a stack of matrices": swap_pool(layer, trained_down_EDF=None),
+        "x must be of a float dtype": (x.long(), weights, pools, routing),
         "routing is for": (x, weights, pools, make_layer(trained=(4, 1, 0)).routing),
     }
     for message, args in bad.items():
@@ -200,6 +206,31 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         resolve_backend("triton", torch.device("cpu"))
+
+
+def test_an_expert_beyond_32_bit_offsets_is_refused():
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    spread = torch.empty_strided((4, 80, 72), (72, 2**25, 1), device="meta")  # experts lie inside one another's rows
+    pools = ExpertPools(ExpertWeights(empty(0, 80, 72), empty(0, 72, 40)), ExpertWeights(spread, empty(4, 72, 40)))
+    index = torch.empty(6, dtype=torch.int64, device="meta")
+    routing = Routing(index, index, index.view(3, 2), torch.empty(5, dtype=torch.int64, device="meta"), 0)
+    with pytest.raises(ValueError, match=r"frozen_gate_up must hold an expert within 2\*\*31 elements"):
+        expert_mlp(empty(3, 72), empty(3, 2), pools, routing)
+
+
+def test_inputs_at_odd_addresses_are_copied(monkeypatch):
+    layer = make_layer(dtype=torch.bfloat16)
+    moved = torch.empty(layer.x_TD.numel() + 1, dtype=torch.bfloat16)[1:].view_as(layer.x_TD).copy_(layer.x_TD)
+    assert moved.data_ptr() % 16
+    seen = []
+    module = resolve_backend("reference", torch.device("cpu"))
+    real = module.forward
+    monkeypatch.setattr(module, "forward", lambda x, *args: seen.append(x.data_ptr()) or real(x, *args))
+    out = expert_mlp(moved, layer.weights_TK, layer.pools, layer.routing, "reference")
+    assert torch.equal(out, expert_mlp(layer.x_TD, layer.weights_TK, layer.pools, layer.routing, "reference"))
+    assert not any(pointer % 16 for pointer in seen)
 
 
 def test_pools_look_up_experts_by_position():

@@ -1,0 +1,128 @@
+"""Time whole training steps of a small model (forward, loss, backward, optimizer) beside what others would pick.
+
+Every step gets the same batch of token ids, with the loss on the same positions, the model in bf16, and AdamW with
+betas 0.9 and 0.95. Before anything is timed, the losses of the untrained models must agree.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import esft
+from benchmarks.layer import interleaved
+from esft.checkpoint import load_model
+from esft.config import TrainConfig
+from esft.data import IGNORE
+from esft.evaluate import batch_loss
+from esft.families import moe_layers
+from esft.optim import MasterAdamW
+from esft.train import prepare
+
+RATE = 1e-6  # small enough that a model timed for long stays what it was
+TRAINED_SHARE = 5 / 64  # of the experts, as published
+SUPERVISED = 0.35  # share of a record's tokens in assistant turns, as in the examples' task
+BACKENDS = ("eager", "batched_mm", "grouped_mm")  # of transformers
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model and its two halves of a step."""
+
+    loss: Callable[[], Tensor]
+    update: Callable[[], object]
+
+    def step(self) -> float:
+        loss = self.loss()
+        loss.backward()
+        self.update()
+        return loss.item()
+
+
+def make_batch(vocabulary: int, records: int, length: int) -> dict[str, Tensor]:
+    """Random ids [B, L]; the last ``SUPERVISED`` of every row carry labels, as an answer does."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocabulary, (records, length), generator=generator)
+    labels = ids.clone()
+    labels[:, : round(length * (1 - SUPERVISED))] = IGNORE
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def ours(path: str, batch: dict[str, Tensor], method: str) -> Trainer:
+    """Our training loop's step. For ``esft`` as many experts a layer as the published selections choose."""
+    model, selection = load_model(path, "bfloat16"), None
+    if method == "esft":
+        chosen = {m.index: list(range(max(1, round(TRAINED_SHARE * m.num_experts)))) for m in moe_layers(model)}
+        selection = esft.ExpertSelection(chosen)
+    config = TrainConfig(method=method, lr=RATE)
+    model = prepare(model, config, selection).train()
+    optimizer = MasterAdamW(model.named_parameters(), config)
+
+    def loss() -> Tensor:
+        total, count = batch_loss(model, batch)
+        return total / count
+
+    return Trainer(loss, lambda: optimizer.step(RATE))
+
+
+def stock(path: str, batch: dict[str, Tensor], implementation: str, lora: bool = False) -> Trainer:
+    """transformers' model with its own loss and PyTorch's fused AdamW on bf16: everything trained, or LoRA by PEFT."""
+    model: nn.Module = load_model(path, "bfloat16")
+    model.set_experts_implementation(implementation)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        names = [f"{layer.name}.{p}" for layer in moe_layers(model) for p in ("gate_up_proj", "down_proj")]
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_parameters=names))
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), fused=True)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Trainer(lambda: model(**batch, use_cache=False).loss, update)
+
+
+def peers_of(path: str, batch: dict[str, Tensor]) -> dict[str, Callable[[], Trainer]]:
+    made: dict[str, Callable[[], Trainer]] = {"esft, everything trained": lambda: ours(path, batch, "full")}
+    for name in BACKENDS:
+        made[f"transformers {name}, full"] = lambda name=name: stock(path, batch, name)
+    made["PEFT LoRA on the experts, grouped_mm"] = lambda: stock(path, batch, "grouped_mm", lora=True)
+    return made
+
+
+def run(path: str, records: int, length: int, rounds: int, only: set[str] | None = None) -> list[dict]:
+    """A row for every peer, one at a time beside our step: tokens a second of both, and how many times the peer's time
+    is ours. Measured on this machine's CPU.
+
+    Raises RuntimeError when a peer's loss on the untrained model is not ours.
+    """
+    batch = make_batch(load_model(path).config.vocab_size, records, length)
+    mine = ours(path, batch, "esft")
+    first, rows = mine.loss().item(), []
+    for name, make in peers_of(path, batch).items():
+        if only is not None and name not in only:
+            continue
+        peer = make()
+        if not abs((theirs := peer.loss().item()) - first) <= 0.02 * first:
+            raise RuntimeError(f"{name}: loss {theirs:.4f} where esft has {first:.4f}; not timed")
+        seconds = interleaved({"esft": mine.step, name: peer.step}, rounds, torch.device("cpu"))
+        ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        speeds = [batch["input_ids"].numel() / statistics.median(values) for values in seconds.values()]
+        rows.append(
+            {
+                "peer": name,
+                "peer tokens/s": round(speeds[1]),
+                "esft tokens/s": round(speeds[0]),
+                "peer / esft time": statistics.median(ratios),
+                "quartiles": f"{low:.2f}-{high:.2f}",
+            }
+        )
+    return rows
