@@ -10,7 +10,8 @@ matrix instructions in its main loop.
 Columns: registers per thread; bytes of local memory (stack) and instructions that spill to it; bytes of shared memory;
 programs that fit a processor at once; matrix and other instructions in one turn of the main loop; and, for sm_90, the
 issue slots that the others leave free: a turn's matrix work takes tile FLOPs / 4096 cycles (the dense 16-bit peak of a
-processor), in which its four schedulers issue one instruction a cycle each, and every warp issues the others once.
+processor), in which its four schedulers issue one instruction a cycle each, and every warp issues the others once. A tile is
+"wide" that reaches rows by 64-bit offsets, for tensors of 2**31 elements or more.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def inspect(kernel: CompiledKernel, target: str) -> Row:
         kernel=kernel.name.strip("_").removesuffix("_kernel"),
         target=target,
         dtype=dtype,
-        tile=f"{'x'.join(map(str, blocks))} w{options.num_warps} s{options.num_stages}",
+        tile=f"{'x'.join(map(str, blocks))} w{options.num_warps} s{options.num_stages}{' wide' * bool(sizes.get('WIDE'))}",
         registers=code.registers,
         stack=code.stack,
         spills=code.spills,
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_table(rows: dict[str, Row]) -> list[str]:
     """One line for all variants that came out alike. Returns the problems found."""
-    layout = "{:14} {:7} {:5} {:18} {:>9} {:>5} {:>6} {:>7} {:>8} {:>8}  {:24} {:>11} {:>6} {:>5}"
+    layout = "{:14} {:7} {:5} {:23} {:>9} {:>5} {:>6} {:>7} {:>8} {:>8}  {:24} {:>11} {:>6} {:>5}"
     print(layout.format(
         "kernel", "target", "dtype", "tile", "registers", "stack", "spills", "shared", "programs", "variants",
         "matrix instruction", "matrix/turn", "others", "slots",

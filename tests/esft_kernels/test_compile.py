@@ -40,8 +40,9 @@ def test_compiles_without_spills_and_with_matrix_instructions(target):
         assert any(line.split()[0] == kernel for line in table)
     if target == "sm_90":  # issue slots left to the matrix instructions, of the tiles for many rows
         large = [line for line in table if line.split()[3].startswith("128x") and line.split()[0] in KERNELS]
-        slots = [int(line.split()[-1].rstrip("%")) for line in large]
-        assert len(large) >= 4 and min(slots) >= 75 and sum(slots) / len(slots) >= 80
+        slots, wide = ([int(line.split()[-1].rstrip("%")) for line in large if (" wide " in line) == w] for w in (0, 1))
+        assert len(slots) >= 4 and min(slots) >= 75 and sum(slots) / len(slots) >= 80
+        assert wide and min(wide) >= 70
 
 
 def test_a_kernel_made_to_spill_fails():
