@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from esft.adapter import SELECTION, WEIGHTS
+from esft.arguments import Parser, count
 from esft.checkpoint import load_model, load_tokenizer
 from esft.config import METHODS, TrainConfig
 from esft.data import encode_all, read_records, windows
@@ -130,26 +130,8 @@ def _model_with_adapter(args: argparse.Namespace):
     return model
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line: a usage block would hide which value was wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-_count.__name__ = "whole number"  # argparse names the type in its message
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="esft", description="Expert-Specialized Fine-Tuning of MoE models")
+    parser = Parser(prog="esft", description="Expert-Specialized Fine-Tuning of MoE models")
     stages = parser.add_subparsers(required=True, metavar="stage")
 
     def stage(name: str, function, text: str) -> argparse.ArgumentParser:
@@ -161,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
         sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), help="auto is the checkpoint's")
         sub.add_argument("--backend", choices=("auto", "triton", "cpu", "reference"), help="of the experts")
-        sub.add_argument("--max-length", type=_count, default=max_length, metavar="TOKENS")
-        sub.add_argument("--batch-size", type=_count, default=batch_size)
+        sub.add_argument("--max-length", type=count, default=max_length, metavar="TOKENS")
+        sub.add_argument("--batch-size", type=count, default=batch_size)
 
     def inference(sub: argparse.ArgumentParser) -> None:
         common(sub, batch_size=64)
@@ -174,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(dtype="auto", backend="auto")
     sub.add_argument("--data", required=True, help="JSONL chat records")
     sub.add_argument("--out", required=True, help="score file (summary.json layout)")
-    sub.add_argument("--max-tokens", type=_count, default=131_072)
+    sub.add_argument("--max-tokens", type=count, default=131_072)
     sub.add_argument("--overwrite", action="store_true")
 
     sub = stage("select", _select, "choose the experts to train from their scores")
@@ -209,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = stage("eval", _eval, "loss and exact match on chat records")
     inference(sub)
     sub.add_argument("--data", required=True)
-    sub.add_argument("--limit", type=_count, help="only the first records")
+    sub.add_argument("--limit", type=count, help="only the first records")
     sub.add_argument("--loss-only", action="store_true", help="do not generate answers")
     sub.add_argument("--out", help="also write the figures and every answer as JSON")
     sub.add_argument("--overwrite", action="store_true")
@@ -218,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = stage("generate", _generate, "answer prompts")
     inference(sub)
     sub.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    sub.add_argument("--max-new-tokens", type=_count, default=128)
+    sub.add_argument("--max-new-tokens", type=count, default=128)
 
     sub = stage("merge", _merge, "write a checkpoint with an adapter merged in")
     sub.add_argument("--model", required=True, help="base checkpoint folder")
