@@ -19,7 +19,7 @@ import esft
 from esft.checkpoint import load_model, load_tokenizer
 from esft.evaluate import load_any_adapter, mean_loss
 from esft.report import table
-from examples.demo import ESFT, MODEL, choose, score_task, task_score
+from examples.demo import ESFT, MODEL, choose, load, score_task, task_score
 from examples.general import encode_general
 
 # The best on the validation data: for ESFT among six settings, for full of 5e-4 and 1e-3; LoRA's is the only one tried.
@@ -37,10 +37,6 @@ def read_general(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def stock_model():
-    return esft.swap(load_model(str(MODEL)), esft.ExpertSelection({}))
-
-
 def run_method(method: str, lr: float, args: argparse.Namespace) -> None:
     """Train, measure, and leave the figures in a file."""
     out = args.out / method
@@ -50,9 +46,9 @@ def run_method(method: str, lr: float, args: argparse.Namespace) -> None:
         str(MODEL), args.data / "train.jsonl", out, config, selection, args.data / "validation.jsonl", overwrite=True
     )
     if method == "full":
-        model = esft.swap(load_model(str(out / "model")), esft.ExpertSelection({}))
+        model = load(out / "model")
     elif method == "esft":
-        model = esft.load_adapter(stock_model(), out / "adapter")
+        model = esft.load_adapter(load(MODEL), out / "adapter")
     else:
         model = load_any_adapter(load_model(str(MODEL)), out / "adapter")
     score, _ = task_score(model, args.data / args.split)
@@ -85,7 +81,7 @@ def main() -> None:
 
 def show(args: argparse.Namespace) -> None:
     """The table of what every method left; losses of the general data with their rise above the base's."""
-    base = stock_model()
+    base = load(MODEL)
     parameters = sum(p.numel() for p in base.parameters())
     before = general_loss(base, read_general(args.general))
     score, _ = task_score(base, args.data / args.split)
