@@ -124,4 +124,4 @@ def precision(rows: Tensor) -> str:
 
 def block_of(count: int) -> int:
     """The smallest power of two that holds ``count``; 64 at least, for fewer variants to compile."""
-    return triton.next_power_of_2(max(count, 64))
+    return 1 << (max(count, 64) - 1).bit_length()
