@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import esft
@@ -56,7 +57,8 @@ def run_method(method: str, lr: float, args: argparse.Namespace) -> None:
     (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description="ESFT, full fine-tuning and LoRA side by side")
     parser.add_argument("--data", type=Path, required=True, help="folder with train, validation and test.jsonl")
     parser.add_argument("--general", type=Path, required=True, help="from examples.general")
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--split", default="test.jsonl", help="the file to score on; validation.jsonl to choose by")
     parser.add_argument("--method", choices=LEARNING_RATES, help="run this one here, and print no table")
     parser.add_argument("--lr", type=float, help="with --method")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.method is None:
         shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def main() -> None:
         run_method(args.method, args.lr or LEARNING_RATES[args.method], args)
         return
     for method in LEARNING_RATES:
-        subprocess.run([sys.executable, "-m", "examples.compare", *sys.argv[1:], "--method", method], check=True)
+        subprocess.run([sys.executable, "-m", "examples.compare", *argv, "--method", method], check=True)
     show(args)
 
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -59,11 +60,11 @@ def size(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="ESFT of a small model, start to end")
     parser.add_argument("--data", type=Path, required=True, help="folder with train, validation and test.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything written; replaced")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     started, model, test = time.monotonic(), str(MODEL), args.data / "test.jsonl"
     logging.disable_progress_bar()  # of loading: a tenth of a second here
     logging.set_verbosity_error()
