@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
+from esft.files import read_text
 from esft_kernels.expert_mlp import BACKENDS, RECOMPUTE
 
 METHODS = ("esft", "full", "lora")
@@ -106,11 +107,7 @@ class TrainConfig:
         values: dict[str, Any] = {}
         if path is not None:
             try:
-                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            except OSError as error:
-                raise InputError(f"{path}: {error.strerror or error}") from error
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8 text") from error
+                values = yaml.safe_load(read_text(path)) or {}
             except yaml.YAMLError as error:
                 raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
             if not isinstance(values, dict):

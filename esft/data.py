@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from esft.errors import InputError
+from esft.files import read_text
 
 logger = logging.getLogger("esft")
 
@@ -31,13 +32,8 @@ def read_records(path: str | Path) -> list[Messages]:
     Raises InputError naming the file and line for anything that is not such a record with an assistant turn, and for a
     file without records.
     """
-    try:
-        # Not splitlines(): it would also cut at separators that JSON strings may hold.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text") from error
+    # Not splitlines(): it would also cut at separators that JSON strings may hold.
+    lines = read_text(path, "utf-8-sig").split("\n")
     records = [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not records:
         raise InputError(f"{path}: holds no records")

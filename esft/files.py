@@ -15,14 +15,20 @@ from safetensors import SafetensorError, safe_open
 from esft.errors import InputError
 
 
-def read_json(path: str | Path) -> Any:
-    """The file's JSON value. Raises InputError when it cannot be read or is not JSON."""
+def read_text(path: str | Path, encoding: str = "utf-8") -> str:
+    """The file's text. Raises InputError when it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding=encoding)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The file's JSON value. Raises InputError when it cannot be read or is not JSON."""
+    try:
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esft.errors import InputError
-from esft.files import read_json
+from esft.files import read_json, read_text
 from esft.score import ExpertScores
 from esft.select import ExpertSelection
 
@@ -33,12 +33,8 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     path = Path(run) / METRICS
     if not path.is_file():
         raise InputError(f"{run}: not a run folder (no {METRICS})")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text") from error
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mainloop import block_of, expert_of, find_row_tile, multiply, precision, row_offsets, weight_row
+from .mainloop import block_of, expert_of, find_tile, multiply, precision, row_offsets, weight_row
 from .tiles import max_row_tiles, tiles_for
 
 
@@ -31,11 +31,9 @@ def _grouped_gemm_kernel(
     PAIRED: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_P: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n_tiles = tl.cdiv(out_features, BLOCK_N)
-    m_tiles = tl.num_programs(0) // n_tiles
-    pid = tl.program_id(0)
-    m_tile, n_tile = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
-    position, first, end = find_row_tile(m_tile, offsets_ptr, num_positions, BLOCK_M, BLOCK_P)
+    position, first, end, n_tile = find_tile(
+        out_features, offsets_ptr, num_positions, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P
+    )
     if first >= end:
         return
 

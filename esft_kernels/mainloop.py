@@ -29,6 +29,23 @@ def find_row_tile(tile, offsets_ptr, num_positions, BLOCK_M: tl.constexpr, BLOCK
 
 
 @triton.jit
+def find_tile(
+    columns, offsets_ptr, num_positions,
+    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Which tile of an [N, columns] product a program makes: ``find_row_tile`` and the number of the column tile.
+
+    GROUP_M row tiles go through the columns together, so that they find each other's weights in the cache.
+    """
+    n_tiles = tl.cdiv(columns, BLOCK_N)
+    m_tiles = tl.num_programs(0) // n_tiles
+    pid = tl.program_id(0)
+    m_tile, n_tile = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
+    position, first, end = find_row_tile(m_tile, offsets_ptr, num_positions, BLOCK_M, BLOCK_P)
+    return position, first, end, n_tile
+
+
+@triton.jit
 def expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert):
     """Where the expert at a position begins; both pools have the same strides."""
     if position < num_trained:
@@ -130,4 +147,4 @@ def precision(rows: Tensor) -> str:
 
 def block_of(count: int) -> int:
     """The smallest power of two that holds ``count``; 64 at least, for fewer variants to compile."""
-    return triton.next_power_of_2(max(count, 64))
+    return 1 << (max(count, 64) - 1).bit_length()

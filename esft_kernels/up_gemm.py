@@ -13,7 +13,7 @@ from .gate import activate, constants
 from .mainloop import (
     block_of,
     expert_of,
-    find_row_tile,
+    find_tile,
     halves,
     multiply,
     precision,
@@ -84,11 +84,7 @@ def _up_gemm_kernel(
     BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     columns = features * 2 if GATED else features
-    n_tiles = tl.cdiv(columns, BLOCK_N)
-    m_tiles = tl.num_programs(0) // n_tiles
-    pid = tl.program_id(0)
-    m_tile, n_tile = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
-    position, first, end = find_row_tile(m_tile, offsets_ptr, num_positions, BLOCK_M, BLOCK_P)
+    position, first, end, n_tile = find_tile(columns, offsets_ptr, num_positions, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P)
     if first >= end:
         return
 

@@ -13,13 +13,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import esft
 from esft.checkpoint import load_model, load_tokenizer
 from esft.evaluate import load_any_adapter, mean_loss
 from esft.report import table
-from examples.demo import ESFT, MODEL, choose, score_task, task_score
+from examples.demo import ESFT, MODEL, choose, load, score_task, task_score
 from examples.general import encode_general
 
 # The best on the validation data: for ESFT among six settings, for full of 5e-4 and 1e-3; LoRA's is the only one tried.
@@ -37,10 +38,6 @@ def read_general(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def stock_model():
-    return esft.swap(load_model(str(MODEL)), esft.ExpertSelection({}))
-
-
 def run_method(method: str, lr: float, args: argparse.Namespace) -> None:
     """Train, measure, and leave the figures in a file."""
     out = args.out / method
@@ -50,9 +47,9 @@ def run_method(method: str, lr: float, args: argparse.Namespace) -> None:
         str(MODEL), args.data / "train.jsonl", out, config, selection, args.data / "validation.jsonl", overwrite=True
     )
     if method == "full":
-        model = esft.swap(load_model(str(out / "model")), esft.ExpertSelection({}))
+        model = load(out / "model")
     elif method == "esft":
-        model = esft.load_adapter(stock_model(), out / "adapter")
+        model = esft.load_adapter(load(MODEL), out / "adapter")
     else:
         model = load_any_adapter(load_model(str(MODEL)), out / "adapter")
     score, _ = task_score(model, args.data / args.split)
@@ -60,7 +57,8 @@ def run_method(method: str, lr: float, args: argparse.Namespace) -> None:
     (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description="ESFT, full fine-tuning and LoRA side by side")
     parser.add_argument("--data", type=Path, required=True, help="folder with train, validation and test.jsonl")
     parser.add_argument("--general", type=Path, required=True, help="from examples.general")
@@ -68,7 +66,7 @@ def main() -> None:
     parser.add_argument("--split", default="test.jsonl", help="the file to score on; validation.jsonl to choose by")
     parser.add_argument("--method", choices=LEARNING_RATES, help="run this one here, and print no table")
     parser.add_argument("--lr", type=float, help="with --method")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.method is None:
         shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -79,13 +77,13 @@ def main() -> None:
         run_method(args.method, args.lr or LEARNING_RATES[args.method], args)
         return
     for method in LEARNING_RATES:
-        subprocess.run([sys.executable, "-m", "examples.compare", *sys.argv[1:], "--method", method], check=True)
+        subprocess.run([sys.executable, "-m", "examples.compare", *argv, "--method", method], check=True)
     show(args)
 
 
 def show(args: argparse.Namespace) -> None:
     """The table of what every method left; losses of the general data with their rise above the base's."""
-    base = stock_model()
+    base = load(MODEL)
     parameters = sum(p.numel() for p in base.parameters())
     before = general_loss(base, read_general(args.general))
     score, _ = task_score(base, args.data / args.split)

@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import esft
@@ -31,12 +33,16 @@ def headline(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
+def load(checkpoint: str | Path) -> PreTrainedModel:
+    """The checkpoint's model on this project's experts; nothing of it trains yet."""
+    return esft.swap(load_model(str(checkpoint)), esft.ExpertSelection({}))
+
+
 def score_task(model: str, data: Path) -> esft.ExpertScores:
     """Expert scores on the task's training data, laid out as in the paper: records end to end in full rows."""
     tokenizer = load_tokenizer(model)
     examples = encode_all(tokenizer, read_records(data), 512, data)
-    stock = esft.swap(load_model(model), esft.ExpertSelection({}))
-    return esft.score_experts(stock, windows(examples, 512, 8))
+    return esft.score_experts(load(model), windows(examples, 512, 8))
 
 
 def choose(scores: esft.ExpertScores) -> esft.ExpertSelection:
@@ -54,11 +60,11 @@ def size(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="ESFT of a small model, start to end")
     parser.add_argument("--data", type=Path, required=True, help="folder with train, validation and test.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything written; replaced")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     started, model, test = time.monotonic(), str(MODEL), args.data / "test.jsonl"
     logging.disable_progress_bar()  # of loading: a tenth of a second here
     logging.set_verbosity_error()
@@ -66,8 +72,7 @@ def main() -> None:
     args.out.mkdir(parents=True)
 
     headline("The base model on the task, before training")
-    base = esft.swap(load_model(model), esft.ExpertSelection({}))
-    before, outcomes = task_score(base, test)
+    before, outcomes = task_score(load(model), test)
     print(f"exact match on {len(outcomes)} commands worded by templates that training never shows: {before:.1%}")
 
     headline("Which experts does the task use?")
@@ -89,7 +94,7 @@ def main() -> None:
     print(f"{result.trained_parameters:,} parameters trained, {result.tokens_per_second:,.0f} tokens/s")
 
     headline("The same commands, after")
-    tuned = esft.load_adapter(esft.swap(load_model(model), esft.ExpertSelection({})), run / "adapter")
+    tuned = esft.load_adapter(load(model), run / "adapter")
     after, outcomes = task_score(tuned, test)
     print(f"exact match: {before:.1%} -> {after:.1%}")
     print(f"adapter {size(run / 'adapter'):.1f} MB, checkpoint {size(MODEL):.1f} MB")

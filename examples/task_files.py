@@ -9,7 +9,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
+
+from esft.arguments import Parser, count
 
 
 class Example(NamedTuple):
@@ -19,30 +21,13 @@ class Example(NamedTuple):
     assistant: str
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line: a usage block would hide which value was wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SystemExit(f"{self.prog}: error: {message}")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-_count.__name__ = "whole number"  # argparse names the type in its message
-
-
 def task_parser(description: str, train: int, validation: int, test: int) -> argparse.ArgumentParser:
     """The command line of a task generator: where to, the seed, and the size of each split."""
-    parser = _Parser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the three JSONL files")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
     for split, size in (("train", train), ("validation", validation), ("test", test)):
-        parser.add_argument(f"--{split}", type=_count, default=size, metavar="N", help=f"{split} records (%(default)s)")
+        parser.add_argument(f"--{split}", type=count, default=size, metavar="N", help=f"{split} records (%(default)s)")
     return parser
 
 

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 import esft
 from esft.adapter import adapter_tensors
+from esft.checkpoint import load_model
 from esft.select import ExpertSelection
 from esft.swap import swap_state
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
@@ -67,16 +68,6 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_written(tmp_path):
     assert torch.equal(logits(other), before)
 
 
-def test_the_digest_does_not_depend_on_the_dtype_it_was_loaded_in(tmp_path):
-    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
-    from esft.checkpoint import Checkpoint, load_model, model_digest
-
-    digest = Checkpoint.open(base).digest()
-    assert model_digest(load_model(str(base))) == digest
-    assert model_digest(load_model(str(base), "float32")) == digest
-    assert model_digest(tiny_model(seed=1)) != digest
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -132,29 +123,7 @@ def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
         esft.save_adapter(tiny_model(), tmp_path / "b")
 
 
-NOISY = [
-    "self_attn.q_proj",
-    "self_attn.kv_b_proj",
-    "mlp.gate.weight",
-    "shared_experts.up_proj",
-    "norm.weight",
-    "lm_head",
-]
-
-
-@pytest.mark.parametrize("part", NOISY)
-def test_a_base_that_differs_in_any_part_is_another_base(tmp_path, part: str):
-    esft.save_adapter(tuned(), tmp_path / "a")
-    other = tiny_model()
-    with torch.no_grad():
-        next(p for name, p in other.named_parameters() if part in name).mul_(1.5)
-    with pytest.raises(esft.InputError, match="made from another base"):
-        esft.load_adapter(other, tmp_path / "a")
-
-
 def test_an_adapter_trained_in_bfloat16_fits_its_float32_base(tmp_path):
-    from esft.checkpoint import load_model
-
     base = save_tiny(tmp_path / "base")
     model = esft.swap(load_model(str(base), "bfloat16"), ExpertSelection({1: [0]}))
     esft.save_adapter(model, tmp_path / "a")

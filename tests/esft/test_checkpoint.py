@@ -1,17 +1,34 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import esft
 from esft.checkpoint import Checkpoint, load_model, load_tokenizer, model_digest
-from tests.esft.models import FAMILIES, save_tiny
+from tests.esft.models import FAMILIES, save_tiny, tiny_model
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_files_and_model_have_one_digest(tmp_path, family: str):
-    base = save_tiny(tmp_path / "base", family)
-    assert Checkpoint.open(base).digest() == model_digest(load_model(str(base)))
+def test_files_and_the_model_loaded_in_any_dtype_have_one_digest(tmp_path, family: str, stored: torch.dtype):
+    base = save_tiny(tmp_path / "base", family, dtype=stored)
+    digest = Checkpoint.open(base).digest()
+    for dtype in ("float32", "bfloat16"):
+        assert model_digest(load_model(str(base), dtype)) == digest
+
+
+PARTS = """embed_tokens self_attn.q_proj self_attn.kv_b_proj mlp.gate.weight experts.gate_up_proj experts.down_proj
+shared_experts.up_proj norm.weight lm_head""".split()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_that_differs_in_any_part_has_another_digest(part: str):
+    model = tiny_model()
+    before = model_digest(model)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if part in name).mul_(1.5)
+    assert model_digest(model) != before
 
 
 def test_extra_prediction_layers_do_not_count(tmp_path):

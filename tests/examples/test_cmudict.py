@@ -68,14 +68,21 @@ def test_same_seed_same_files(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--test", "0"], r"^[^\n]*--test: must be at least 1, got 0$"),
-        (["--train", "many"], r"^[^\n]*--train: invalid whole number value: 'many'$"),
-        (["--train", "9999999"], r"^error: there are only \d+ train words, 9999999 were asked for$"),
+        (["--test", "0"], "--test: must be at least 1, got 0"),
+        (["--train", "many"], "--train: invalid whole number value: 'many'"),
     ],
 )
-def test_bad_arguments_are_one_line_and_write_nothing(tmp_path, arguments, message):
-    with pytest.raises(SystemExit, match=message):
+def test_bad_arguments_are_one_line_and_write_nothing(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
         cmudict_phonemes.main(["--out", str(tmp_path / "x"), *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(message)
+    assert not (tmp_path / "x").exists()
+
+
+def test_more_words_than_there_are_is_one_line_and_writes_nothing(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: there are only \d+ train words, 9999999 were asked for$"):
+        cmudict_phonemes.main(["--out", str(tmp_path / "x"), "--train", "9999999"])
     assert not (tmp_path / "x").exists()
 
 

@@ -1,0 +1,25 @@
+"""The public calls."""
+
+from esft.adapter import load_adapter, save_adapter
+from esft.config import TrainConfig
+from esft.errors import InputError
+from esft.merge import merge
+from esft.score import ExpertScores, score_experts
+from esft.select import ExpertSelection, select_experts
+from esft.swap import swap, unswap
+from esft.train import train
+
+__all__ = [
+    "ExpertScores",
+    "ExpertSelection",
+    "InputError",
+    "TrainConfig",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "score_experts",
+    "select_experts",
+    "swap",
+    "train",
+    "unswap",
+]
