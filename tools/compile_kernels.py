@@ -10,8 +10,8 @@ matrix instructions in its main loop.
 Columns: registers per thread; bytes of local memory (stack) and instructions that spill to it; bytes of shared memory;
 programs that fit a processor at once; matrix and other instructions in one turn of the main loop; and, for sm_90, the
 issue slots that the others leave free: a turn's matrix work takes tile FLOPs / 4096 cycles (the dense 16-bit peak of a
-processor), in which its four schedulers issue one instruction a cycle each, and every warp issues the others once. A tile is
-"wide" that reaches rows by 64-bit offsets, for tensors of 2**31 elements or more.
+processor), in which its four schedulers issue one instruction a cycle each, and every warp issues the others once. A
+tile is "wide" that reaches rows by 64-bit offsets, for tensors of 2**31 elements or more.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ def inspect(kernel: CompiledKernel, target: str) -> Row:
         kernel=kernel.name.strip("_").removesuffix("_kernel"),
         target=target,
         dtype=dtype,
-        tile=f"{'x'.join(map(str, blocks))} w{options.num_warps} s{options.num_stages}{' wide' * bool(sizes.get('WIDE'))}",
+        tile=f"{'x'.join(map(str, blocks))} w{options.num_warps} s{options.num_stages}"
+        + " wide" * bool(sizes.get("WIDE")),
         registers=code.registers,
         stack=code.stack,
         spills=code.spills,

@@ -77,11 +77,14 @@ def sensitivity(layer: Layer, needs: Needs, expected: list[torch.Tensor | None])
 def test_every_backend_agrees_with_the_reference_and_with_itself(backend, layer, needs, recompute):
     if backend == "triton":
         pytest.importorskip("triton")
+        from tests.esft_kernels.bounds import check_bounds
     needs = Needs(*needs)
     with pytest.MonkeyPatch.context() as patch:
         poison_empty(patch)
-        first = step(layer, backend, needs, recompute)
         second = step(layer, backend, needs, recompute)
+        if backend == "triton":
+            check_bounds(patch)
+        first = step(layer, backend, needs, recompute)
     results = exact(layer, needs)
     for actual, again, expected, moved in zip(first, second, results, sensitivity(layer, needs, results), strict=True):
         largest = 0.0 if expected is None or not expected.numel() else expected.abs().max().item()

@@ -1,0 +1,59 @@
+"""Every address that a kernel loads from or stores to in Triton's interpreter, held to the tensors of its launch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte, and one past the last, that an element of the tensor occupies."""
+    elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+
+
+def check_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a launch that touches a byte outside its tensors, or that stores to a byte twice.
+
+    An overrun of one element often lands in memory that is someone else's and harmless; a second store of the same
+    element is a race on a GPU, where programs run side by side.
+    """
+    extents: list[tuple[int, int]] = []
+    stored: list[np.ndarray] = []
+    launch = interpreter.GridExecutor.__call__
+    load = interpreter.InterpreterBuilder.create_masked_load
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    def checked_launch(self, *args, **kwargs):
+        stored.clear()
+        extents[:] = [_extent(t) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.numel()]
+        result = launch(self, *args, **kwargs)
+        every = np.concatenate(stored) if stored else np.empty(0)
+        assert np.unique(every).size == every.size, "an element is stored twice"
+        return result
+
+    def addresses(pointers, mask) -> np.ndarray:
+        data = pointers.data.astype(np.int64)
+        found = data[np.broadcast_to(mask.data.astype(bool), data.shape)]  # one dimension
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        if not found.size or any(first <= found.min() and found.max() + size <= last for first, last in extents):
+            return found
+        inside = np.zeros(found.shape, dtype=bool)
+        for first, last in extents:
+            inside |= (found >= first) & (found + size <= last)
+        assert inside.all(), f"{(~inside).sum()} addresses outside the tensors of the launch"
+        return found
+
+    def checked_load(self, pointers, mask, *args):
+        addresses(pointers, mask)
+        return load(self, pointers, mask, *args)
+
+    def checked_store(self, pointers, value, mask, *args):
+        stored.append(addresses(pointers, mask))
+        return store(self, pointers, value, mask, *args)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked_launch)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", checked_load)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked_store)
