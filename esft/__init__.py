@@ -1,5 +1,6 @@
 """Expert-Specialized Fine-Tuning: train only the experts that a task uses (arXiv 2407.01906)."""
 
+import esft.interface  # noqa: F401 (importing it registers the "esft" experts backend of transformers)
 from esft.adapter import load_adapter, save_adapter
 from esft.config import TrainConfig
 from esft.errors import InputError

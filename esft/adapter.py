@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,10 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint import model_digest
 from esft.errors import InputError
-from esft.families import checkpoint_name, expert_tensor_name, model_family, moe_layers
+from esft.families import moe_layers, routed_parameters
 from esft.files import new_folder, open_safetensors, read_json, write_json
-from esft.moe import Experts
 from esft.select import ExpertSelection
+from esft.stored import ExpertTensor, expert_tensors, expert_weight, stored_names
 from esft.swap import swap_state
 
 WEIGHTS = "adapter.safetensors"
@@ -24,31 +27,42 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
 
-def adapter_tensors(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Tensor]:
-    """Views of everything that the selection trains, by checkpoint name; of a stock or a swapped model."""
-    family, tensors = model_family(model), {}
-    swapped = swap_state(model) is not None
-    for layer in moe_layers(model):
-        for expert in selection.experts.get(layer.index, []):
-            if swapped:
-                assert isinstance(layer.experts, Experts)
-                # The pools of a swapped model may be ordered by another selection than this one.
-                weights = layer.experts.pools.at(int(layer.experts.position[expert]))
-                gate_up, down = weights.gate_up_EGD, weights.down_EDF
-            else:
-                gate_up, down = layer.experts.gate_up_proj[expert], layer.experts.down_proj[expert]
-            for projection, tensor in enumerate((*gate_up.chunk(2), down)):
-                tensors[expert_tensor_name(layer.name, expert, projection, family)] = tensor.detach()
-    shared = {p for layer in moe_layers(model) for m in layer.shared_experts for p in m.parameters()}
-    routed = {p for layer in moe_layers(model) for p in layer.experts.parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter in routed:
-            continue
-        if (parameter in shared and selection.shared_experts) or (
-            parameter not in shared and selection.non_expert_modules
-        ):
-            tensors[checkpoint_name(name, family)] = parameter.detach()
-    return tensors
+@dataclass(frozen=True)
+class Slot:
+    """Where in a model a tensor of an adapter belongs: a weight, and of an expert's weight the part that is stored."""
+
+    weight: Tensor
+    part: ExpertTensor | None = None
+
+    def read(self) -> Tensor:
+        return self.weight if self.part is None else self.part.read(self.weight)
+
+    def write(self, value: Tensor) -> None:
+        if self.part is None:
+            self.weight.copy_(value)
+        else:
+            self.part.write(self.weight, value)
+
+
+def adapter_slots(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Slot]:
+    """Everything that the selection trains, by its name in an adapter; of a stock or a swapped model."""
+    layers, slots = moe_layers(model), {}
+    by_index = {layer.index: layer for layer in layers}
+    chosen = {index: set(ids) for index, ids in selection.experts.items()}
+    for tensor in expert_tensors(model) if any(chosen.values()) else ():
+        if tensor.expert in chosen.get(tensor.layer, ()):
+            slots[tensor.name] = Slot(expert_weight(model, by_index[tensor.layer], tensor), tensor)
+    routed = {p for layer in layers for p in routed_parameters(layer)}
+    shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
+    others = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter not in routed
+        and (selection.shared_experts if parameter in shared else selection.non_expert_modules)
+    }
+    for name, stored in stored_names(model, list(others)).items():
+        slots[stored] = Slot(others[name])
+    return slots
 
 
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
@@ -61,7 +75,8 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         raise InputError("only a swapped model has an adapter to save")
     with new_folder(path, overwrite) as folder:
         state.selection.save(folder / SELECTION)
-        tensors = {name: t.contiguous().cpu() for name, t in adapter_tensors(model, state.selection).items()}
+        slots = adapter_slots(model, state.selection)
+        tensors = {name: slot.read().contiguous().cpu() for name, slot in slots.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         write_manifest(folder, model, state.base_digest, state.selection.chosen_by)
     return Path(path)
@@ -110,6 +125,22 @@ def check_tensors(path: Path, found: dict[str, tuple[int, ...]], wanted: dict[st
             raise InputError(f"{path}: tensor {name} has shape {found[name]}, the base has {shape}")
 
 
+def check_adapter(path: Path, digest: Callable[[], str]) -> dict[str, Any]:
+    """The manifest of an adapter folder, held against the digest of the base."""
+    manifest = read_manifest(path)
+    check_digest(manifest, digest(), path)
+    return manifest
+
+
+@contextmanager
+def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[Any]:
+    """An adapter's open weights. Raises InputError unless its tensors are exactly those that the slots are for."""
+    with open_safetensors(path / WEIGHTS) as handle:
+        found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        check_tensors(path / WEIGHTS, found, {name: tuple(slot.read().shape) for name, slot in slots.items()})
+        yield handle
+
+
 @torch.no_grad()
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     """Write an adapter's tensors into a model, stock or swapped, in place.
@@ -117,17 +148,13 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     Raises InputError, with nothing written, when the adapter is incomplete, does not fit the model, or was trained from
     another base.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
+    path, state = Path(path), swap_state(model)
+    check_adapter(path, lambda: state.base_digest if state else model_digest(model))
     selection = ExpertSelection.load(path / SELECTION)
     selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
-    state = swap_state(model)
-    check_digest(manifest, state.base_digest if state else model_digest(model), path)
-    targets = adapter_tensors(model, selection)
-    with open_safetensors(path / WEIGHTS) as handle:
-        found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-        check_tensors(path / WEIGHTS, found, {name: tuple(t.shape) for name, t in targets.items()})
-        tensors = {name: handle.get_tensor(name) for name in found}
-    for name, target in targets.items():
-        target.copy_(tensors[name])
+    slots = adapter_slots(model, selection)
+    with adapter_weights(path, slots) as handle:
+        tensors = {name: handle.get_tensor(name) for name in slots}
+    for name, slot in slots.items():
+        slot.write(tensors[name])
     return model

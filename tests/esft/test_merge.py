@@ -120,7 +120,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     # ``esft.merge`` names the function; its module is found by import.
-    monkeypatch.setattr(importlib.import_module("esft.merge"), "save_file", full)
+    monkeypatch.setattr(importlib.import_module("esft.merge").shutil, "copy2", full)
     with pytest.raises(OSError, match="No space left"):
         esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
