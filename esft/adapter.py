@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.checkpoint import model_digest
 from esft.errors import InputError
 from esft.families import moe_layers, routed_parameters
 from esft.files import new_folder, open_safetensors, read_json, write_json
@@ -88,15 +87,6 @@ def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chose
     write_json(folder / MANIFEST, values | {"chosen_by": chosen_by})
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of an adapter folder. Raises InputError naming what is missing or not understood."""
-    path = Path(path)
-    for name in (SELECTION, MANIFEST, WEIGHTS):
-        if not (path / name).is_file():
-            raise InputError(f"{path}: not an adapter folder (no {name})")
-    return open_manifest(path)
-
-
 def open_manifest(path: Path) -> dict[str, Any]:
     """The manifest alone, of an adapter of any kind. Raises InputError for one of another format."""
     manifest = read_json(path / MANIFEST)
@@ -114,47 +104,57 @@ def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path) -> 
         )
 
 
-def check_tensors(path: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise InputError unless an adapter's tensors are exactly the wanted ones; names -> shapes."""
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise InputError(f"{path}: tensor {extra[0]} belongs to nothing selected ({len(extra)} such in all)")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise InputError(f"{path}: tensor {name} has shape {found[name]}, the base has {shape}")
-
-
 def check_adapter(path: Path, digest: Callable[[], str]) -> dict[str, Any]:
-    """The manifest of an adapter folder, held against the digest of the base."""
-    manifest = read_manifest(path)
+    """The manifest of an adapter folder, held against the digest of the base.
+
+    Published adapters have none: then the manifest is empty, and a warning says that the base was not checked. Raises
+    InputError for a folder that is no adapter, and for another base.
+    """
+    if not (path / SELECTION).is_file():
+        raise InputError(f"{path}: not an adapter folder (no {SELECTION})")
+    if not (path / MANIFEST).is_file():
+        unknown = f"{path}: does not say which base it is of (no {MANIFEST})"
+        warnings.warn(f"{unknown}; only names and shapes are checked", stacklevel=3)
+        return {}
+    manifest = open_manifest(path)
     check_digest(manifest, digest(), path)
     return manifest
 
 
+class AdapterWeights:
+    """An adapter's tensors in its safetensors files, by the names that the model's slots have."""
+
+    def __init__(self, handles: dict[str, tuple[Any, str]]):
+        self._handles = handles  # name -> its open file and the name there
+
+    def get_tensor(self, name: str) -> Tensor:
+        handle, own = self._handles[name]
+        return handle.get_tensor(own)
+
+
 @contextmanager
-def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[Any]:
-    """An adapter's open weights. Raises InputError unless its tensors are exactly those that the slots are for."""
-    with open_safetensors(path / WEIGHTS) as handle:
-        found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-        check_tensors(path / WEIGHTS, found, {name: tuple(slot.read().shape) for name, slot in slots.items()})
-        yield handle
+def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeights]:
+    """An adapter's open weights: ours, or the safetensors files of a published adapter.
 
-
-@torch.no_grad()
-def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """Write an adapter's tensors into a model, stock or swapped, in place.
-
-    Raises InputError, with nothing written, when the adapter is incomplete, does not fit the model, or was trained from
-    another base.
+    Published adapters may leave out a leading ``model.`` of the names. Raises InputError unless the tensors are exactly
+    those that the slots are for, in their shapes.
     """
-    path, state = Path(path), swap_state(model)
-    check_adapter(path, lambda: state.base_digest if state else model_digest(model))
-    selection = ExpertSelection.load(path / SELECTION)
-    selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
-    slots = adapter_slots(model, selection)
-    with adapter_weights(path, slots) as handle:
-        tensors = {name: handle.get_tensor(name) for name in slots}
-    for name, slot in slots.items():
-        slot.write(tensors[name])
-    return model
+    files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path}: holds no safetensors file (pickled weights are never loaded)")
+    with ExitStack() as stack:
+        found: dict[str, tuple[Any, str]] = {}
+        for file in files:
+            handle = stack.enter_context(open_safetensors(file))
+            for own in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                found[f"model.{own}" if own not in slots and f"model.{own}" in slots else own] = handle, own
+        if missing := sorted(slots.keys() - found.keys()):
+            raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
+        if extra := sorted(found.keys() - slots.keys()):
+            raise InputError(f"{path}: tensor {extra[0]} belongs to nothing selected ({len(extra)} such in all)")
+        for name, slot in slots.items():
+            handle, own = found[name]
+            shape, wanted = tuple(handle.get_slice(own).get_shape()), tuple(slot.read().shape)
+            if shape != wanted:
+                raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")
+        yield AdapterWeights(found)

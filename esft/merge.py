@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from esft.adapter import MANIFEST, SELECTION, Slot, adapter_slots, adapter_weights, check_adapter
+from esft.adapter import MANIFEST, SELECTION, AdapterWeights, Slot, adapter_slots, adapter_weights, check_adapter
 from esft.checkpoint import Checkpoint
 from esft.errors import InputError
+from esft.families import moe_layers
 from esft.files import Stored, check_apart, new_folder, safetensors_header, write_json
 from esft.select import ExpertSelection
 
@@ -30,7 +32,7 @@ class _Patch:
     end: int
     dtype: torch.dtype
 
-    def content(self, tuned: Any) -> bytes:
+    def content(self, tuned: AdapterWeights) -> bytes:
         tensor: Tensor = tuned.get_tensor(self.name).to(self.dtype).contiguous()
         return tensor.view(torch.uint8).numpy().tobytes()
 
@@ -57,11 +59,12 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
         raise InputError(f"{out}: holds no earlier merge (no {MERGED}), and is not overwritten")
     checkpoint = Checkpoint.open(base)
     manifest = check_adapter(adapter, checkpoint.digest)
-    selection = ExpertSelection.load(adapter / SELECTION)
-    slots = adapter_slots(checkpoint.skeleton(), selection)
+    selection, skeleton = ExpertSelection.load(adapter / SELECTION), checkpoint.skeleton()
+    selection.check({layer.index: layer.num_experts for layer in moe_layers(skeleton)})
+    slots = adapter_slots(skeleton, selection)
     with adapter_weights(adapter, slots) as tuned:
         patches = _patches(checkpoint, slots)
-        with new_folder(out, overwrite) as folder:
+        with _disk_errors(out), new_folder(out, overwrite) as folder:
             for source in sorted(base.iterdir()):
                 if source.is_file():
                     shutil.copy2(source, folder / source.name)
@@ -74,6 +77,14 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
                 _verify(base / file, folder / file, patches.get(file, []), tuned)
             write_json(folder / MERGED, manifest)
     return out
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or out}: {error.strerror or error}") from error
 
 
 def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_Patch]]:
@@ -101,7 +112,7 @@ def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_
     return {file: sorted(changes, key=lambda patch: patch.start) for file, changes in patches.items()}
 
 
-def _verify(before: Path, after: Path, patches: list[_Patch], tuned: Any) -> None:
+def _verify(before: Path, after: Path, patches: list[_Patch], tuned: AdapterWeights) -> None:
     """Raise InputError unless a written file holds the tuned bytes where it should and the base's everywhere else."""
     with open(before, "rb") as old, open(after, "rb") as new:
         place = 0

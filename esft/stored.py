@@ -74,8 +74,16 @@ class ExpertTensor:
 def expert_tensors(model: PreTrainedModel) -> list[ExpertTensor]:
     """What a checkpoint of this model, stock or swapped, holds of each routed expert.
 
-    Raises InputError for a checkpoint layout in which an expert has no slice of its own.
+    Found once and kept on the model, as it takes seconds for thousands of experts. Raises InputError for a checkpoint
+    layout in which an expert has no slice of its own.
     """
+    kept = vars(model).get("esft_expert_tensors")
+    if kept is None:
+        kept = model.esft_expert_tensors = _find_expert_tensors(model)
+    return kept
+
+
+def _find_expert_tensors(model: PreTrainedModel) -> list[ExpertTensor]:
     found, probes = [], {}
     layers = moe_layers(model)
     owners: list[tuple[MoELayer, int]] = []

@@ -58,6 +58,8 @@ def swap(
     """
     if swap_state(model) is not None:
         raise InputError("the model is swapped already (unswap it first)")
+    if getattr(getattr(model, "esft_adapters", None), "active", None) is not None:
+        raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
     layers = moe_layers(model)
     selection.check({layer.index: layer.num_experts for layer in layers})
     stacked = [layer for layer in layers if not isinstance(layer.experts, nn.ModuleList)]

@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
 
 import esft
 from esft.families import MoELayer, moe_layers
+from esft.files import safetensors_header
 from esft.layout import read_layout
 from esft.moe import PROJECTIONS
 from esft.select import ExpertSelection
@@ -49,6 +51,15 @@ def swapped(model, chosen: ExpertSelection):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return esft.swap(model, chosen)
+
+
+def tune(model) -> None:
+    """Move everything that trains."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
 
 
 def names_of(layer: MoELayer) -> tuple[str, ...]:
@@ -154,16 +165,30 @@ def gate_values(family: str, logits: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_checkpoint_loads_in_transformers_with_the_bases_names_and_shapes(family: str, tmp_path):
+    cls = zoo.model_class(family)
+    zoo.tiny(family).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base").eval()
+    chosen = selection(model)
+    swapped(model, chosen)
+    tune(model)
+    tuned = output(model)
+    esft.save_adapter(model, tmp_path / "a")
+    esft.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged, info = cls.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert close(output(merged.eval()), tuned)
+    headers = [safetensors_header(tmp_path / f / "model.safetensors") for f in ("base", "merged")]
+    assert headers[0] == headers[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_holds_the_checkpoints_tensors_and_brings_the_tuned_model_back(family: str, tmp_path):
     model, other = zoo.tiny(family), zoo.tiny(family)
     chosen = selection(model)
     stock_names = [name for name, _ in model.named_parameters()]
     swapped(model, chosen)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".trained_" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    tune(model)
     tuned = output(model)
     esft.save_adapter(model, tmp_path / "a")
     before = output(other)
@@ -175,8 +200,6 @@ def test_an_adapter_holds_the_checkpoints_tensors_and_brings_the_tuned_model_bac
     assert close(output(model), tuned)
     # The same tensors are in the checkpoint that transformers itself would write of the tuned model.
     written = revert_weight_conversion(model, copy.copy(model.state_dict()))
-    from safetensors.torch import load_file
-
     for name, tensor in load_file(tmp_path / "a" / "adapter.safetensors").items():
         if name in written:
             assert torch.equal(written[name], tensor)
