@@ -7,7 +7,7 @@ from esft.errors import InputError
 from esft.merge import merge
 from esft.score import ExpertScores, score_experts
 from esft.select import ExpertSelection, select_experts
-from esft.swap import swap, unswap
+from esft.swap import swap, thaw, unswap
 from esft.switch import load_adapter, set_adapter
 from esft.train import train
 
@@ -23,6 +23,7 @@ __all__ = [
     "select_experts",
     "set_adapter",
     "swap",
+    "thaw",
     "train",
     "unswap",
 ]

@@ -88,3 +88,10 @@ def _is_list(name: str, module: nn.Module) -> bool:
 def routed_parameters(layer: MoELayer) -> list[nn.Parameter]:
     """The parameters that belong to one routed expert or another; a norm that all share is none of them."""
     return [p for name, p in layer.experts.named_parameters() if not name.startswith("post_expert_norm.")]
+
+
+def trained_parameters(layer: MoELayer, experts: list[int]) -> list[nn.Parameter]:
+    """Of a swapped layer, the parameters of these experts: the trained pool, or the experts of a ModuleList."""
+    if isinstance(layer.experts, nn.ModuleList):
+        return [p for e in experts for p in layer.experts[e].parameters()]
+    return [p for name, p in layer.experts.named_parameters() if name.startswith("trained_")]

@@ -5,15 +5,16 @@ For models that are not swapped: inference, and training of all experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from esft.layout import Layout, read_layout
+from esft.layout import read_layout
 from esft.plain import plain_mlp
-from esft_kernels.expert_mlp import expert_mlp
+from esft_kernels.opaque import routed_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
-from esft_kernels.routing import route
 
 NAME = "esft"
 
@@ -24,7 +25,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     [T, D], expert ids [T, K], routing weights [T, K] -> [T, D]. On one rank of an expert-parallel model, ids of E and
     above are another rank's experts: such slots add nothing and get no gradient.
     """
-    layout = _layout(self)
+    assert _has_layout(self)
+    layout: Any = self.esft_layout
     weights = layout.weights(self)
     nothing = ExpertWeights(*(None if t is None else t[:0].detach() for t in weights.tensors()))
     trains = any(t is not None and t.requires_grad for t in weights.tensors())
@@ -41,18 +43,18 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     x_TD = hidden_states.to(weights.gate_up_EGD.dtype)
     if layout.is_fused:
         in_order = torch.arange(pools.num_experts, device=x_TD.device)
-        out_TD = expert_mlp(x_TD, top_k_weights, pools, route(top_k_index, in_order, pools.num_trained))
+        out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, in_order, pools)
     else:
         out_TD = plain_mlp(x_TD, top_k_index, top_k_weights, pools, layout.gate, layout.norm)
     return out_TD.to(hidden_states.dtype)
 
 
-def _layout(stock: nn.Module) -> Layout:
-    """The module's layout, read once."""
-    layout = vars(stock).get("esft_layout")
-    if layout is None:
-        layout = stock.esft_layout = read_layout(stock, type(stock).__name__)
-    return layout
+@torch.compiler.assume_constant_result  # so that torch.compile runs it while it traces, and does not look in
+def _has_layout(stock: nn.Module) -> bool:
+    """Read the module's layout the first time, and keep it there."""
+    if "esft_layout" not in vars(stock):
+        stock.esft_layout = read_layout(stock, type(stock).__name__)
+    return True
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

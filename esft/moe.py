@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esft_kernels.activation import Activation
-from esft_kernels.expert_mlp import expert_mlp
+from esft_kernels.opaque import routed_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
-from esft_kernels.routing import expert_order, route
+from esft_kernels.routing import expert_order
 
 SWIGLU = Activation()
 
@@ -82,10 +82,9 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
-        routing = route(top_k_index, self.position, len(self.trained))
         # Under autocast a norm hands on float32 where the weights are 16-bit, or the other way round.
         x_TD = hidden_states.to(self.trained_gate_up_proj.dtype)
-        out_TD = expert_mlp(x_TD, top_k_weights, self.pools, routing, self.backend, self.recompute)
+        out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, self.position, self.pools, self.backend, self.recompute)
         return out_TD.to(hidden_states.dtype)
 
     def weights_of(self, expert: int) -> list[Tensor]:

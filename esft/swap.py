@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint import model_digest
 from esft.errors import InputError
-from esft.families import MoELayer, moe_layers
+from esft.families import MoELayer, moe_layers, routed_parameters, trained_parameters
 from esft.layout import Layout, read_layout
 from esft.moe import Experts
 from esft.select import ExpertSelection
@@ -66,6 +66,8 @@ def swap(
     layouts = {layer.name: read_layout(layer.experts, layer.name) for layer in stacked}
     if spread := [layer.name for layer in stacked if getattr(layer.experts, "_is_expert_parallel", False)]:
         raise InputError(f"{spread[0]}: experts that are spread over ranks cannot be swapped")
+    if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
+        raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
     if recompute not in RECOMPUTE:
         raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     try:
@@ -75,23 +77,37 @@ def swap(
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     state = SwapState(selection, model_digest(model), {}, layouts, required_grad)
     _warn_where_slow(layers, layouts)
-    for parameter in model.parameters():
-        parameter.requires_grad_(selection.non_expert_modules)
-    for layer in layers:
-        chosen = selection.experts.get(layer.index, [])
-        if isinstance(layer.experts, nn.ModuleList):
-            for e, expert in enumerate(layer.experts):
-                expert.requires_grad_(e in chosen)
-        else:
-            stock, layout = layer.experts, layouts[layer.name]
-            experts = layout.swapped(stock, chosen, backend, recompute)
-            experts.train(stock.training)
-            setattr(layer.block, layer.attribute, experts)
-            _set_weights(stock, layout, [torch.empty(0)] * len(layout.names))
-            state.stock[layer.name] = stock
-        for shared in layer.shared_experts:
-            shared.requires_grad_(selection.shared_experts)
+    model.requires_grad_(False)
+    for layer in stacked:
+        stock, layout = layer.experts, layouts[layer.name]
+        experts = layout.swapped(stock, selection.experts.get(layer.index, []), backend, recompute)
+        experts.train(stock.training)
+        setattr(layer.block, layer.attribute, experts)
+        _set_weights(stock, layout, [torch.empty(0)] * len(layout.names))
+        state.stock[layer.name] = stock
     model.esft_state = state
+    return thaw(model)
+
+
+def thaw(model: PreTrainedModel) -> PreTrainedModel:
+    """Let what the selection names train, in place; nothing else is touched.
+
+    ``swap`` does this. It is for after another library has frozen the model, as PEFT does around its own weights.
+    Raises InputError for a stock model.
+    """
+    state = swap_state(model)
+    if state is None:
+        raise InputError("the model is not swapped")
+    layers = moe_layers(model)
+    of_experts = {p for layer in layers for p in routed_parameters(layer)}
+    shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
+    for parameter in model.parameters():
+        trains = state.selection.shared_experts if parameter in shared else state.selection.non_expert_modules
+        if trains and parameter not in of_experts:
+            parameter.requires_grad_()
+    for layer in layers:
+        for parameter in trained_parameters(layer, state.selection.experts.get(layer.index, [])):
+            parameter.requires_grad_()
     return model
 
 

@@ -12,7 +12,7 @@ STAGES = """errors files config loss moe plain layout interface families stored 
 switch data merge evaluate optim report train __main__""".split()
 KERNELS = (
     "activation routing pools tiles mainloop gate up_gemm grouped_gemm grad_gemm grouped_wgrad bias combine "
-    "reference cpu triton_backend expert_mlp"
+    "reference cpu triton_backend expert_mlp opaque"
 ).split()
 
 
