@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.families import GATE, MoELayer, moe_layers
+from esft.families import moe_layers
 from esft.files import read_json, write_json
+from esft.routers import Choice, watch_routers
 
 Scores = dict[int, dict[int, float]]  # layer -> expert -> score
 
@@ -78,71 +78,19 @@ def _from_json(raw: dict[str, dict[str, float]]) -> Scores:
     return {layer: dict(sorted(layers[layer].items())) for layer in sorted(layers)}
 
 
-def _softmax(logits_TE: Tensor) -> Tensor:
-    return logits_TE.softmax(dim=-1)
+class _Counts:
+    """Counts of one layer."""
 
+    def __init__(self, num_experts: int):
+        self.rows_E = torch.zeros(num_experts, dtype=torch.float64)
+        self.gates_E = torch.zeros(num_experts, dtype=torch.float64)
 
-# What routers make of their logits before they choose; some return the probabilities in the logits' place.
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": _softmax,
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
-    "probabilities": lambda logits_TE: logits_TE,
-}
-
-
-def gate_of(logits_TE: Tensor, index_TK: Tensor, weights_TK: Tensor) -> str | None:
-    """The name in ``GATES`` of what a router applied to its logits; None where it cannot be told.
-
-    Renormalising over the chosen experts, scaling, and a softmax over the chosen logits alone all leave a token's
-    weights in proportion to its gate values, so the right function is the one with that proportion. One choice a token
-    tells nothing.
-    """
-    if index_TK.shape[1] < 2:
-        return None
-    weights_dtype, weights_TK = weights_TK.dtype, weights_TK.float()
-    share_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    errors: dict[str, Tensor] = {}
-    for name, function in GATES.items():
-        gates_TK = function(logits_TE.float()).gather(1, index_TK)
-        errors[name] = (gates_TK / gates_TK.sum(dim=-1, keepdim=True) - share_TK).abs()
-    best = min(errors, key=lambda name: float(errors[name].mean()))
-    tolerance = 8 * max(torch.finfo(logits_TE.dtype).eps, torch.finfo(weights_dtype).eps)
-    return best if errors[best].max() <= tolerance else None
-
-
-class _Counter:
-    """Counts of one layer, filled by hooks on its router and its experts."""
-
-    def __init__(self, layer: MoELayer, gate: str | None):
-        self.layer, self.gate = layer, gate
-        self.rows_E = torch.zeros(layer.num_experts, dtype=torch.float64)
-        self.gates_E = torch.zeros(layer.num_experts, dtype=torch.float64)
-        self.logits: Tensor | None = None
-        self.keep_T: Tensor | None = None
-
-    def on_router(self, module: nn.Module, args: tuple, output: tuple) -> None:
-        self.logits = output[0]
-
-    def on_experts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        _, index_TK, weights_TK = (*args, *kwargs.values())
-        assert self.logits is not None and self.keep_T is not None
-        if index_TK.shape[0] != self.keep_T.numel():
-            tokens = f"{index_TK.shape[0]} of {self.keep_T.numel()} tokens"
-            raise InputError(f"{self.layer.name}: gets {tokens}, so they cannot be scored")
-        logits_TE = self.logits.reshape(index_TK.shape[0], -1)[self.keep_T]
-        index_TK, weights_TK = index_TK[self.keep_T], weights_TK[self.keep_T]
-        if not index_TK.numel():
-            return
-        self.gate = self.gate or gate_of(logits_TE, index_TK, weights_TK)
-        if self.gate is None:
-            raise InputError(f"{self.layer.name}: the router makes of its logits none of {', '.join(GATES)}")
-        gates_TE = GATES[self.gate](logits_TE.float())
-        # A weight of 0 says that the slot is empty: some routers can skip the experts.
-        taken = (weights_TK != 0).flatten().cpu()
-        chosen = index_TK.flatten().cpu()[taken]
+    def add(self, choice: Choice) -> None:
+        taken = choice.taken_TK.flatten().cpu()
+        chosen = choice.index_TK.flatten().cpu()[taken]
         self.rows_E += torch.bincount(chosen, minlength=self.rows_E.numel())
-        self.gates_E.index_add_(0, chosen, gates_TE.gather(1, index_TK).flatten().double().cpu()[taken])
+        gates = choice.gates_TE.gather(1, choice.index_TK).flatten().double().cpu()
+        self.gates_E.index_add_(0, chosen, gates[taken])
 
 
 @torch.no_grad()
@@ -157,16 +105,10 @@ def score_experts(
         max_tokens: stop after this many tokens (the paper's 32 x 4096).
 
     Scores are token means per layer, as in the published score files. What the router applies to its logits is told
-    from the weights that it makes of them (see ``gate_of``), or is known of the family. Raises InputError when no token
-    was seen, for a model without MoE layers, and for routers whose gate values cannot be told.
+    from the weights that it makes of them (see ``esft.routers``), or is known of the family. Raises InputError when no
+    token was seen, for a model without MoE layers, and for routers whose gate values cannot be told.
     """
-    layers = moe_layers(model)
-    if listed := [layer.name for layer in layers if isinstance(layer.experts, nn.ModuleList)]:
-        raise InputError(f"{listed[0]}: experts in a ModuleList hide which tokens they get, and cannot be scored")
-    known = GATE.get(model.config.get_text_config().model_type)
-    counters = [_Counter(layer, known) for layer in layers]
-    handles = [c.layer.router.register_forward_hook(c.on_router) for c in counters]
-    handles += [c.layer.experts.register_forward_pre_hook(c.on_experts, with_kwargs=True) for c in counters]
+    counts = {layer.index: _Counts(layer.num_experts) for layer in moe_layers(model)}
     was_training = model.training
     model.eval()
     seen = 0
@@ -177,21 +119,18 @@ def score_experts(
             mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
             keep_T = mask.flatten().bool()
             keep_T &= keep_T.cumsum(0) <= max_tokens - seen
-            for counter in counters:
-                counter.keep_T = keep_T
-            model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            with watch_routers(model, keep_T, lambda layer, choice: counts[layer.index].add(choice)):
+                model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
             seen += int(keep_T.sum())
             if seen >= max_tokens:
                 break
     finally:
-        for handle in handles:
-            handle.remove()
         model.train(was_training)
     if seen == 0:
         raise InputError("no tokens to score: the data set is empty")
-    counters = [c for c in counters if c.rows_E.any()]  # without the experts of a tower that saw no token
-    token_scores = {c.layer.index: _by_expert(c.rows_E / c.rows_E.sum()) for c in counters}
-    gate_scores = {c.layer.index: _by_expert(c.gates_E / seen) for c in counters}
+    counts = {index: c for index, c in counts.items() if c.rows_E.any()}  # without a tower that saw no token
+    token_scores = {index: _by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
+    gate_scores = {index: _by_expert(c.gates_E / seen) for index, c in counts.items()}
     return ExpertScores(token_scores, gate_scores)
 
 

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those before it.
-STAGES = """errors files config loss moe plain layout interface families stored checkpoint score select swap adapter
-switch data merge evaluate optim report train __main__""".split()
+STAGES = """errors files config loss moe plain layout interface families stored checkpoint routers balance score select
+swap adapter switch data merge evaluate optim report train __main__""".split()
 KERNELS = (
     "activation routing pools tiles mainloop gate up_gemm grouped_gemm grad_gemm grouped_wgrad bias combine "
     "reference cpu triton_backend expert_mlp opaque"

@@ -1,7 +1,9 @@
 """Every family that transformers gives the experts interface: swapped, it computes what the stock model does."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,8 @@ def names_of(layer: MoELayer) -> tuple[str, ...]:
 def test_every_family_is_tested_or_listed_with_a_reason():
     assert len(FAMILIES) > 60
     assert set(UNBUILDABLE) <= set(zoo.families())
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert set(zoo.families()) <= set(re.findall(r"\w+", readme))
     for family in UNBUILDABLE:
         with pytest.raises(Exception):  # noqa: B017 (whatever stands in the way; the list says what)
             output(zoo.tiny(family))
