@@ -138,7 +138,8 @@ def unswap(model: PreTrainedModel) -> PreTrainedModel:
             stock.train(layer.experts.training)
             setattr(layer.block, layer.attribute, stock)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.required_grad[name])
+        if name in state.required_grad:  # another library may have added some, as PEFT does
+            parameter.requires_grad_(state.required_grad[name])
     del model.esft_state
     return model
 

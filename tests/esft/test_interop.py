@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import esft
@@ -208,9 +208,9 @@ def test_lora_on_attention_trains_beside_the_experts_and_each_saves_its_own(tmp_
     assert {".lora_" in n for n in changed} == {True, False}
     tuned = both.eval()(**token_batch()).logits
     esft.save_adapter(model, tmp_path / "esft")
+    esft.unswap(model)
+    torch.testing.assert_close(both(**token_batch()).logits, tuned, atol=2e-6, rtol=1e-5)
     both.save_pretrained(tmp_path / "lora")
-    from peft import PeftModel
-
     again = PeftModel.from_pretrained(esft.load_adapter(tiny_model(), tmp_path / "esft"), tmp_path / "lora").eval()
     torch.testing.assert_close(again(**token_batch()).logits, tuned, atol=2e-6, rtol=1e-5)
 

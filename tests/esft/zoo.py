@@ -127,21 +127,27 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_omni_moe:Qwen3OmniMoeTalkerTextExperts": {"shared_expert_intermediate_size": 12},
     "qwen4_exp": {"layer_types": ["linear_attention", "linear_attention"]},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
 
+CLASSES = {"qwen3_omni_moe:Qwen3OmniMoeTalkerTextExperts": "Qwen3OmniMoeTalkerModel"}  # where the name does not tell
+
 
 @cache
-def families() -> dict[str, list[str]]:
-    """Family -> names of its experts classes, of every modelling file that uses the decorator."""
+def families() -> dict[str, str]:
+    """Family -> its experts class, of every modelling file that uses the decorator.
+
+    A family is named like its file; a file with several experts classes makes several, ``file:class`` after the first.
+    """
     found = {}
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         classes = re.findall(
             r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", path.read_text(encoding="utf-8"), re.M
         )
-        if classes:
-            found[path.stem.removeprefix("modeling_")] = classes
+        family = path.stem.removeprefix("modeling_")
+        found |= {f"{family}:{name}" if place else family: name for place, name in enumerate(classes)}
     return found
 
 
@@ -154,7 +160,10 @@ def _small(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> P
 
 def model_class(family: str) -> type[PreTrainedModel]:
     """The smallest class of a family's file that holds a language model: with a head where there is one."""
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    file = family.partition(":")[0]
+    module = importlib.import_module(f"transformers.models.{file}.modeling_{file}")
+    if family in CLASSES:
+        return getattr(module, CLASSES[family])
     classes = [
         c for c in vars(module).values()
         if inspect.isclass(c) and issubclass(c, PreTrainedModel) and c.__module__ == module.__name__
