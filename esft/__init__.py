@@ -1,26 +1,29 @@
-"""Expert-Specialized Fine-Tuning: train only the experts that a task uses (arXiv 2407.01906).
+"""Expert-Specialized Fine-Tuning: train only the experts that a task uses (arXiv 2407.01906)."""
 
-The public calls are those of ``esft.api``, which is imported when the first of them is used: PyTorch and transformers
-take seconds, and the command's help and its complaints need neither.
-"""
+import esft.interface  # noqa: F401 (importing it registers the "esft" experts backend of transformers)
+from esft.adapter import save_adapter
+from esft.config import TrainConfig
+from esft.errors import InputError
+from esft.merge import merge
+from esft.score import ExpertScores, score_experts
+from esft.select import ExpertSelection, select_experts
+from esft.swap import swap, thaw, unswap
+from esft.switch import load_adapter, set_adapter
+from esft.train import train
 
-import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from esft.api import *  # noqa: F403
-
-
-class _Package(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        return getattr(import_module("esft.api"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # An imported submodule is bound here, but these three have the name of a call, and the name means the call.
-        if not (isinstance(value, ModuleType) and name in ("merge", "swap", "train")):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__all__ = [
+    "ExpertScores",
+    "ExpertSelection",
+    "InputError",
+    "TrainConfig",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "score_experts",
+    "select_experts",
+    "set_adapter",
+    "swap",
+    "thaw",
+    "train",
+    "unswap",
+]

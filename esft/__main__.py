@@ -1,4 +1,4 @@
-"""The ``esft`` command: its arguments. What a stage imports, which takes seconds, is imported once they are right."""
+"""The ``esft`` command: its arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from esft.arguments import Parser, count
+from esft.commands import COMMANDS
+from esft.config import METHODS
 from esft.errors import InputError
+from esft_kernels.expert_mlp import BACKENDS, RECOMPUTE
 
 
 def keep_memory() -> None:
@@ -35,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     def common(sub: argparse.ArgumentParser, max_length: int | None = 4096, batch_size: int | None = 32) -> None:
         sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
         sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), help="auto is the checkpoint's")
-        sub.add_argument("--backend", choices=("auto", "triton", "cpu", "reference"), help="of the experts")
+        sub.add_argument("--backend", choices=BACKENDS, help="of the experts")
         sub.add_argument("--max-length", type=count, default=max_length, metavar="TOKENS")
         sub.add_argument("--batch-size", type=count, default=batch_size)
 
@@ -70,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--experts", help="selection file, for method esft")
     sub.add_argument("--out", required=True, help="run folder")
     sub.add_argument("--config", help="YAML settings; the arguments here override it")
-    sub.add_argument("--method", choices=("esft", "full", "lora"))
-    sub.add_argument("--recompute", choices=("none", "frozen"), help="frozen: keep less, compute more")
+    sub.add_argument("--method", choices=METHODS)
+    sub.add_argument("--recompute", choices=RECOMPUTE, help="frozen: keep less, compute more")
     sub.add_argument("--lr", type=float)
     sub.add_argument("--steps", type=int)
     sub.add_argument("--warmup-steps", type=int)
@@ -109,8 +112,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage. Returns the exit status: 0, or 2 after a one-line error for bad input."""
     args = _parser().parse_args(arguments)
-    from esft.commands import COMMANDS
-
     try:
         COMMANDS[args.stage](args)
     except InputError as error:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.checkpoint import model_digest
 from esft.errors import InputError
-from esft.families import checkpoint_name, expert_tensor_name, model_family, moe_layers
+from esft.families import moe_layers, routed_parameters
 from esft.files import new_folder, open_safetensors, read_json, write_json
-from esft.moe import Experts
 from esft.select import ExpertSelection
+from esft.stored import ExpertTensor, expert_tensors, expert_weight, stored_names
 from esft.swap import swap_state
 
 WEIGHTS = "adapter.safetensors"
@@ -24,31 +26,42 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
 
-def adapter_tensors(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Tensor]:
-    """Views of everything that the selection trains, by checkpoint name; of a stock or a swapped model."""
-    family, tensors = model_family(model), {}
-    swapped = swap_state(model) is not None
-    for layer in moe_layers(model):
-        for expert in selection.experts.get(layer.index, []):
-            if swapped:
-                assert isinstance(layer.experts, Experts)
-                # The pools of a swapped model may be ordered by another selection than this one.
-                weights = layer.experts.pools.at(int(layer.experts.position[expert]))
-                gate_up, down = weights.gate_up_EGD, weights.down_EDF
-            else:
-                gate_up, down = layer.experts.gate_up_proj[expert], layer.experts.down_proj[expert]
-            for projection, tensor in enumerate((*gate_up.chunk(2), down)):
-                tensors[expert_tensor_name(layer.name, expert, projection, family)] = tensor.detach()
-    shared = {p for layer in moe_layers(model) for m in layer.shared_experts for p in m.parameters()}
-    routed = {p for layer in moe_layers(model) for p in layer.experts.parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter in routed:
-            continue
-        if (parameter in shared and selection.shared_experts) or (
-            parameter not in shared and selection.non_expert_modules
-        ):
-            tensors[checkpoint_name(name, family)] = parameter.detach()
-    return tensors
+@dataclass(frozen=True)
+class Slot:
+    """Where in a model a tensor of an adapter belongs: a weight, and of an expert's weight the part that is stored."""
+
+    weight: Tensor
+    part: ExpertTensor | None = None
+
+    def read(self) -> Tensor:
+        return self.weight if self.part is None else self.part.read(self.weight)
+
+    def write(self, value: Tensor) -> None:
+        if self.part is None:
+            self.weight.copy_(value)
+        else:
+            self.part.write(self.weight, value)
+
+
+def adapter_slots(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Slot]:
+    """Everything that the selection trains, by its name in an adapter; of a stock or a swapped model."""
+    layers, slots = moe_layers(model), {}
+    by_index = {layer.index: layer for layer in layers}
+    chosen = {index: set(ids) for index, ids in selection.experts.items()}
+    for tensor in expert_tensors(model) if any(chosen.values()) else ():
+        if tensor.expert in chosen.get(tensor.layer, ()):
+            slots[tensor.name] = Slot(expert_weight(model, by_index[tensor.layer], tensor), tensor)
+    routed = {p for layer in layers for p in routed_parameters(layer)}
+    shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
+    others = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter not in routed
+        and (selection.shared_experts if parameter in shared else selection.non_expert_modules)
+    }
+    for name, stored in stored_names(model, list(others)).items():
+        slots[stored] = Slot(others[name])
+    return slots
 
 
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
@@ -61,7 +74,8 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         raise InputError("only a swapped model has an adapter to save")
     with new_folder(path, overwrite) as folder:
         state.selection.save(folder / SELECTION)
-        tensors = {name: t.contiguous().cpu() for name, t in adapter_tensors(model, state.selection).items()}
+        slots = adapter_slots(model, state.selection)
+        tensors = {name: slot.read().contiguous().cpu() for name, slot in slots.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         write_manifest(folder, model, state.base_digest, state.selection.chosen_by)
     return Path(path)
@@ -71,15 +85,6 @@ def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chose
     """What an adapter was trained from, and how its experts were chosen."""
     values = {"format_version": FORMAT_VERSION, "base_model": model.config._name_or_path, "base_digest": base_digest}
     write_json(folder / MANIFEST, values | {"chosen_by": chosen_by})
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of an adapter folder. Raises InputError naming what is missing or not understood."""
-    path = Path(path)
-    for name in (SELECTION, MANIFEST, WEIGHTS):
-        if not (path / name).is_file():
-            raise InputError(f"{path}: not an adapter folder (no {name})")
-    return open_manifest(path)
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
@@ -99,35 +104,57 @@ def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path) -> 
         )
 
 
-def check_tensors(path: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise InputError unless an adapter's tensors are exactly the wanted ones; names -> shapes."""
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise InputError(f"{path}: tensor {extra[0]} belongs to nothing selected ({len(extra)} such in all)")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise InputError(f"{path}: tensor {name} has shape {found[name]}, the base has {shape}")
+def check_adapter(path: Path, digest: Callable[[], str]) -> dict[str, Any]:
+    """The manifest of an adapter folder, held against the digest of the base.
 
-
-@torch.no_grad()
-def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """Write an adapter's tensors into a model, stock or swapped, in place.
-
-    Raises InputError, with nothing written, when the adapter is incomplete, does not fit the model, or was trained from
-    another base.
+    Published adapters have none: then the manifest is empty, and a warning says that the base was not checked. Raises
+    InputError for a folder that is no adapter, and for another base.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
-    selection = ExpertSelection.load(path / SELECTION)
-    selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
-    state = swap_state(model)
-    check_digest(manifest, state.base_digest if state else model_digest(model), path)
-    targets = adapter_tensors(model, selection)
-    with open_safetensors(path / WEIGHTS) as handle:
-        found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-        check_tensors(path / WEIGHTS, found, {name: tuple(t.shape) for name, t in targets.items()})
-        tensors = {name: handle.get_tensor(name) for name in found}
-    for name, target in targets.items():
-        target.copy_(tensors[name])
-    return model
+    if not (path / SELECTION).is_file():
+        raise InputError(f"{path}: not an adapter folder (no {SELECTION})")
+    if not (path / MANIFEST).is_file():
+        unknown = f"{path}: does not say which base it is of (no {MANIFEST})"
+        warnings.warn(f"{unknown}; only names and shapes are checked", stacklevel=3)
+        return {}
+    manifest = open_manifest(path)
+    check_digest(manifest, digest(), path)
+    return manifest
+
+
+class AdapterWeights:
+    """An adapter's tensors in its safetensors files, by the names that the model's slots have."""
+
+    def __init__(self, handles: dict[str, tuple[Any, str]]):
+        self._handles = handles  # name -> its open file and the name there
+
+    def get_tensor(self, name: str) -> Tensor:
+        handle, own = self._handles[name]
+        return handle.get_tensor(own)
+
+
+@contextmanager
+def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeights]:
+    """An adapter's open weights: ours, or the safetensors files of a published adapter.
+
+    Published adapters may leave out a leading ``model.`` of the names. Raises InputError unless the tensors are exactly
+    those that the slots are for, in their shapes.
+    """
+    files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path}: holds no safetensors file (pickled weights are never loaded)")
+    with ExitStack() as stack:
+        found: dict[str, tuple[Any, str]] = {}
+        for file in files:
+            handle = stack.enter_context(open_safetensors(file))
+            for own in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                found[f"model.{own}" if own not in slots and f"model.{own}" in slots else own] = handle, own
+        if missing := sorted(slots.keys() - found.keys()):
+            raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
+        if extra := sorted(found.keys() - slots.keys()):
+            raise InputError(f"{path}: tensor {extra[0]} belongs to nothing selected ({len(extra)} such in all)")
+        for name, slot in slots.items():
+            handle, own = found[name]
+            shape, wanted = tuple(handle.get_slice(own).get_shape()), tuple(slot.read().shape)
+            if shape != wanted:
+                raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")
+        yield AdapterWeights(found)

@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from esft.errors import InputError
-from esft.families import Family, checkpoint_name, expert_tensor_name, family_of, model_family, moe_layers
 from esft.files import open_safetensors, read_json
+from esft.stored import stored_state
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -65,9 +73,7 @@ class Checkpoint:
 
     folder: Path
     files: dict[str, str]  # tensor name -> file name
-    family: Family
-    num_layers: int
-    tied: bool  # whether the output projection is the embedding
+    config: PreTrainedConfig
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -89,8 +95,15 @@ class Checkpoint:
                 files = dict.fromkeys(handle.keys(), WEIGHTS)
         else:
             raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} (pickled weights are never loaded)")
-        text = config.get_text_config()
-        return cls(folder, files, family_of(config.model_type), text.num_hidden_layers, bool(text.tie_word_embeddings))
+        return cls(folder, files, config)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, which tells what the checkpoint's tensors are."""
+        named = getattr(transformers, (self.config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            if isinstance(named, type) and issubclass(named, PreTrainedModel):
+                return named._from_config(self.config)
+            return AutoModelForCausalLM.from_config(self.config)
 
     @contextmanager
     def read(self, file: str) -> Iterator:
@@ -110,8 +123,14 @@ class Checkpoint:
     def belongs(self, name: str) -> bool:
         """Whether a tensor is a weight of the model: some files hold further prediction layers or what is computed."""
         layer = _LAYER.search(name)
-        beyond = layer is not None and int(layer[1]) >= self.num_layers
-        return not (beyond or name.endswith("inv_freq") or (self.tied and name == "lm_head.weight"))
+        text = self.config.get_text_config()
+        beyond = layer is not None and int(layer[1]) >= text.num_hidden_layers
+        return not (beyond or name.endswith("inv_freq") or (name == "lm_head.weight" and _is_tied(self.config)))
+
+
+def _is_tied(config: PreTrainedConfig) -> bool:
+    """Whether the output projection is the embedding."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 def model_digest(model: PreTrainedModel) -> str:
@@ -119,20 +138,8 @@ def model_digest(model: PreTrainedModel) -> str:
 
     The rounding makes it the same for a checkpoint loaded in another dtype.
     """
-    family, samples = model_family(model), {}
-    layers = moe_layers(model)
-    routed = {f"{layer.name}.{name}" for layer in layers for name, _ in layer.experts.named_parameters()}
-    for layer in layers:
-        gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
-        for e in range(layer.num_experts):
-            gate, up = gate_up[e].chunk(2)
-            for projection, tensor in enumerate((gate, up, down[e])):
-                samples[expert_tensor_name(layer.name, e, projection, family)] = _sample(tensor)
-    tied = {"lm_head.weight"} if model.config.get_text_config().tie_word_embeddings else set()
-    for name, tensor in model.state_dict().items():
-        if name not in routed | tied:
-            samples[checkpoint_name(name, family)] = _sample(tensor)
-    return _hash(samples.items())
+    tied = {"lm_head.weight"} if _is_tied(model.config) else set()
+    return _hash({name: _sample(tensor) for name, tensor in stored_state(model, skip=tied)}.items())
 
 
 def _sample(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:

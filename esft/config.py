@@ -34,6 +34,7 @@ class TrainConfig:
         save_every: steps between resumable checkpoints.
         weight_decay, beta1, beta2: of AdamW.
         clip: largest norm of the whole gradient.
+        aux_loss: weight of the load-balancing loss, summed over layers; the router itself trains only where selected.
         lora_rank, lora_alpha: LoRA's rank, and its scaling times the rank.
         dtype: "auto" (the checkpoint's), "bfloat16" or "float32".
         seed: of the data order and of LoRA's initial weights.
@@ -54,6 +55,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0
+    aux_loss: float = 0.0
     lora_rank: int = 8
     lora_alpha: int = 16
     dtype: str = "auto"
@@ -80,8 +82,11 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise InputError(f"{name} must be in [0, 1), got {value}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        for name in ("weight_decay", "aux_loss"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise InputError(f"{name} must be at least 0 and finite, got {value}")
+        if self.aux_loss and self.method == "lora":
+            raise InputError("aux_loss goes with the methods esft and full, not with lora")
         if not self.clip > 0:
             raise InputError(f"clip must be above 0, got {self.clip}")
         for name, top in (("warmup_steps", math.inf), ("seed", 2**63)):

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esft.adapter import MANIFEST, check_digest, load_adapter, open_manifest
+from esft.adapter import MANIFEST, check_digest, open_manifest
 from esft.checkpoint import first_line, model_digest
 from esft.data import IGNORE, Example, Messages, collate
 from esft.errors import InputError
 from esft.loss import linear_cross_entropy
+from esft.switch import load_adapter
 
 
 def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,31 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
     with handle:
         yield handle
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: its dtype by the format's name, its shape, and the bytes of the file it is in."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def safetensors_header(path: Path) -> dict[str, Stored]:
+    """Where the tensors of a safetensors file lie (format: 8 bytes of header length, a JSON header, the data)."""
+    with open_safetensors(path):  # which checks the header against the file
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    begin = 8 + length
+    return {
+        name: Stored(t["dtype"], tuple(t["shape"]), *(begin + offset for offset in t["data_offsets"]))
+        for name, t in header.items()
+        if name != "__metadata__"
+    }
 
 
 @contextmanager

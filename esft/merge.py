@@ -1,27 +1,48 @@
-"""Merging an adapter into a checkpoint, file by file."""
+"""Merging an adapter into a checkpoint: the files are copied, and the tuned bytes written into the copies."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
 
-from esft.adapter import MANIFEST, SELECTION, WEIGHTS, check_digest, check_tensors, read_manifest
+from esft.adapter import MANIFEST, SELECTION, AdapterWeights, Slot, adapter_slots, adapter_weights, check_adapter
 from esft.checkpoint import Checkpoint
 from esft.errors import InputError
-from esft.families import expert_tensor_name
-from esft.files import check_apart, new_folder, open_safetensors
+from esft.families import moe_layers
+from esft.files import Stored, check_apart, new_folder, safetensors_header, write_json
 from esft.select import ExpertSelection
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
+CHUNK = 1 << 24  # bytes compared at a time
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """Bytes ``start:end`` of a file that an adapter's tensor replaces, in the dtype that the base has there."""
+
+    name: str
+    start: int
+    end: int
+    dtype: torch.dtype
+
+    def content(self, tuned: AdapterWeights) -> bytes:
+        tensor: Tensor = tuned.get_tensor(self.name).to(self.dtype).contiguous()
+        return tensor.view(torch.uint8).numpy().tobytes()
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     """Write a checkpoint with the adapter's tensors in the place of the base's.
 
-    Works a file at a time. Tensors that the adapter does not hold, and all other files, are copied as they are; the
-    adapter's are stored in the dtype that the base has there. The output appears whole or not at all.
+    Every file is copied and then patched, so that all other bytes, headers and index included, are those of the base,
+    and no more than one tensor of the adapter is in memory. Where the base stacks its experts, their slices are
+    replaced. The result is read back and compared before it appears under its name.
 
     Args:
         base: checkpoint folder.
@@ -29,62 +50,82 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
         out: folder to write.
         overwrite: replace an earlier merge that ``out`` holds; nothing else is replaced.
 
-    Raises InputError for an adapter of another base, for tensors that are missing or do not fit, and for an output
-    folder that holds something already.
+    Raises InputError for an adapter of another base, for tensors that are missing or do not fit, for an output folder
+    that holds something already, and for a disk that does not keep what was written.
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
     check_apart(out, base, adapter)
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / MERGED).is_file():
         raise InputError(f"{out}: holds no earlier merge (no {MERGED}), and is not overwritten")
     checkpoint = Checkpoint.open(base)
-    manifest = read_manifest(adapter)
-    selection = ExpertSelection.load(adapter / SELECTION)
-    check_digest(manifest, checkpoint.digest(), adapter)
-    with open_safetensors(adapter / WEIGHTS) as tuned:
-        shapes = {name: tuple(tuned.get_slice(name).get_shape()) for name in tuned.keys()}  # noqa: SIM118
-        _check(checkpoint, selection, adapter, shapes)
-        with new_folder(out, overwrite) as folder:
-            for source in base.iterdir():
-                if source.is_file() and source.name not in set(checkpoint.files.values()):
+    manifest = check_adapter(adapter, checkpoint.digest)
+    selection, skeleton = ExpertSelection.load(adapter / SELECTION), checkpoint.skeleton()
+    selection.check({layer.index: layer.num_experts for layer in moe_layers(skeleton)})
+    slots = adapter_slots(skeleton, selection)
+    with adapter_weights(adapter, slots) as tuned:
+        patches = _patches(checkpoint, slots)
+        with _disk_errors(out), new_folder(out, overwrite) as folder:
+            for source in sorted(base.iterdir()):
+                if source.is_file():
                     shutil.copy2(source, folder / source.name)
+            for file, changes in patches.items():
+                with open(folder / file, "r+b") as handle:
+                    for patch in changes:
+                        handle.seek(patch.start)
+                        handle.write(patch.content(tuned))
             for file in sorted(set(checkpoint.files.values())):
-                with checkpoint.read(file) as handle:
-                    tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                    metadata = handle.metadata()
-                for name in tensors.keys() & shapes.keys():
-                    tensors[name] = tuned.get_tensor(name).to(tensors[name].dtype)
-                save_file(tensors, folder / file, metadata)
-            shutil.copy2(adapter / MANIFEST, folder / MERGED)
+                _verify(base / file, folder / file, patches.get(file, []), tuned)
+            write_json(folder / MERGED, manifest)
     return out
 
 
-def _check(
-    checkpoint: Checkpoint, selection: ExpertSelection, adapter: Path, shapes: dict[str, tuple[int, ...]]
-) -> None:
-    """The adapter holds just what its selection says, in the shapes that the base has."""
-    wanted = {name for name in checkpoint.files if checkpoint.belongs(name) and _trains(name, selection)}
-    # A prefix such as "model.layers" differs between families, so the layer's path is read off the base's names.
-    paths = {name.split(".experts.")[0] for name in checkpoint.files if ".experts." in name}
-    for layer, ids in selection.experts.items():
-        path = next((p for p in paths if f".layers.{layer}." in f".{p}."), None)
-        if path is None:
-            raise InputError(f"{adapter}: selection names layer {layer}, which has no experts in {checkpoint.folder}")
-        for expert in ids:
-            for projection in range(3):
-                name = expert_tensor_name(f"{path}.experts", expert, projection, checkpoint.family)
-                if name not in checkpoint.files:
-                    raise InputError(f"{adapter}: selection names expert {expert} of layer {layer}, not in the base")
-                wanted.add(name)
-    base_shapes = {}
-    for file in sorted({checkpoint.files[name] for name in wanted}):
-        with checkpoint.read(file) as handle:
-            for name in wanted & set(handle.keys()):
-                base_shapes[name] = tuple(handle.get_slice(name).get_shape())
-    check_tensors(adapter / WEIGHTS, shapes, base_shapes)
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or out}: {error.strerror or error}") from error
 
 
-def _trains(name: str, selection: ExpertSelection) -> bool:
-    """Whether a tensor that belongs to no routed expert is part of the selection."""
-    if ".experts." in name or name.endswith("e_score_correction_bias"):  # which no gradient trains
-        return False
-    return selection.shared_experts if ".shared_expert" in name else selection.non_expert_modules
+def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_Patch]]:
+    """File -> what changes in it, in file order. Raises InputError for a tensor that has no place in the base."""
+    headers: dict[str, dict[str, Stored]] = {}
+    patches: dict[str, list[_Patch]] = {}
+    for name, slot in slots.items():
+        stored_name = slot.part.stored_name if slot.part else name
+        file = checkpoint.files.get(stored_name)
+        if file is None:
+            raise InputError(f"{checkpoint.folder}: holds no tensor {stored_name}, which the adapter changes")
+        if file not in headers:
+            headers[file] = safetensors_header(checkpoint.folder / file)
+        stored = headers[file][stored_name]
+        stacked = slot.part is not None and slot.part.stacked
+        shape, count = (stored.shape[1:], stored.shape[0]) if stacked else (stored.shape, 1)
+        where = f"{checkpoint.folder / file}: tensor {stored_name}"
+        if shape != tuple(slot.read().shape):
+            raise InputError(f"{where} has shape {stored.shape}, which is not the model's")
+        if stored.dtype not in DTYPES:
+            raise InputError(f"{where} is {stored.dtype}; only {', '.join(DTYPES)} can be merged into")
+        size = (stored.end - stored.start) // count
+        start = stored.start + (size * slot.part.expert if slot.part is not None and stacked else 0)
+        patches.setdefault(file, []).append(_Patch(name, start, start + size, DTYPES[stored.dtype]))
+    return {file: sorted(changes, key=lambda patch: patch.start) for file, changes in patches.items()}
+
+
+def _verify(before: Path, after: Path, patches: list[_Patch], tuned: AdapterWeights) -> None:
+    """Raise InputError unless a written file holds the tuned bytes where it should and the base's everywhere else."""
+    with open(before, "rb") as old, open(after, "rb") as new:
+        place = 0
+        for patch in [*patches, None]:
+            end = patch.start if patch else before.stat().st_size
+            while place < end:
+                step = min(CHUNK, end - place)
+                if old.read(step) != new.read(step):
+                    raise InputError(f"{after.name}: reads back other bytes than were written (is the disk sound?)")
+                place += step
+            if patch:
+                if new.read(patch.end - patch.start) != patch.content(tuned):
+                    raise InputError(f"{after.name}: tensor {patch.name} reads back otherwise than it was written")
+                place = old.seek(patch.end)
+        if new.read(1):
+            raise InputError(f"{after.name}: is longer than the base's file")

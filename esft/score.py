@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.families import MoELayer, model_family, moe_layers
+from esft.families import moe_layers
 from esft.files import read_json, write_json
+from esft.routers import Choice, watch_routers
 
 Scores = dict[int, dict[int, float]]  # layer -> expert -> score
 
@@ -77,28 +78,19 @@ def _from_json(raw: dict[str, dict[str, float]]) -> Scores:
     return {layer: dict(sorted(layers[layer].items())) for layer in sorted(layers)}
 
 
-class _Counter:
-    """Counts of one layer, filled by hooks on its router and its experts."""
+class _Counts:
+    """Counts of one layer."""
 
-    def __init__(self, layer: MoELayer, scoring: str):
-        self.layer, self.scoring = layer, scoring
-        self.rows_E = torch.zeros(layer.num_experts, dtype=torch.float64)
-        self.gates_E = torch.zeros(layer.num_experts, dtype=torch.float64)
-        self.logits_TE: Tensor | None = None
-        self.keep_T: Tensor | None = None
+    def __init__(self, num_experts: int):
+        self.rows_E = torch.zeros(num_experts, dtype=torch.float64)
+        self.gates_E = torch.zeros(num_experts, dtype=torch.float64)
 
-    def on_router(self, module: nn.Module, args: tuple, output: tuple) -> None:
-        self.logits_TE = output[0]
-
-    def on_experts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        index_TK = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-        assert self.logits_TE is not None and self.keep_T is not None
-        logits_TE = self.logits_TE.reshape(index_TK.shape[0], -1)[self.keep_T].float()
-        index_TK = index_TK[self.keep_T]
-        gates_TE = logits_TE.softmax(dim=-1) if self.scoring == "softmax" else logits_TE.sigmoid()
-        chosen = index_TK.flatten().cpu()
+    def add(self, choice: Choice) -> None:
+        taken = choice.taken_TK.flatten().cpu()
+        chosen = choice.index_TK.flatten().cpu()[taken]
         self.rows_E += torch.bincount(chosen, minlength=self.rows_E.numel())
-        self.gates_E.index_add_(0, chosen, gates_TE.gather(1, index_TK).flatten().double().cpu())
+        gates = choice.gates_TE.gather(1, choice.index_TK).flatten().double().cpu()
+        self.gates_E.index_add_(0, chosen, gates[taken])
 
 
 @torch.no_grad()
@@ -112,13 +104,11 @@ def score_experts(
         batches: dicts with ``input_ids`` [B, L] and optionally ``attention_mask`` [B, L]; masked positions never count.
         max_tokens: stop after this many tokens (the paper's 32 x 4096).
 
-    Scores are token means per layer, as in the published score files. Raises InputError when no token was seen and
-    for a model without MoE layers.
+    Scores are token means per layer, as in the published score files. What the router applies to its logits is told
+    from the weights that it makes of them (see ``esft.routers``), or is known of the family. Raises InputError when no
+    token was seen, for a model without MoE layers, and for routers whose gate values cannot be told.
     """
-    scoring = model_family(model).scoring
-    counters = [_Counter(layer, scoring) for layer in moe_layers(model)]
-    handles = [c.layer.router.register_forward_hook(c.on_router) for c in counters]
-    handles += [c.layer.experts.register_forward_pre_hook(c.on_experts, with_kwargs=True) for c in counters]
+    counts = {layer.index: _Counts(layer.num_experts) for layer in moe_layers(model)}
     was_training = model.training
     model.eval()
     seen = 0
@@ -129,20 +119,18 @@ def score_experts(
             mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
             keep_T = mask.flatten().bool()
             keep_T &= keep_T.cumsum(0) <= max_tokens - seen
-            for counter in counters:
-                counter.keep_T = keep_T
-            model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            with watch_routers(model, keep_T, lambda layer, choice: counts[layer.index].add(choice)):
+                model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
             seen += int(keep_T.sum())
             if seen >= max_tokens:
                 break
     finally:
-        for handle in handles:
-            handle.remove()
         model.train(was_training)
     if seen == 0:
         raise InputError("no tokens to score: the data set is empty")
-    token_scores = {c.layer.index: _by_expert(c.rows_E / c.rows_E.sum()) for c in counters}
-    gate_scores = {c.layer.index: _by_expert(c.gates_E / seen) for c in counters}
+    counts = {index: c for index, c in counts.items() if c.rows_E.any()}  # without a tower that saw no token
+    token_scores = {index: _by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
+    gate_scores = {index: _by_expert(c.gates_E / seen) for index, c in counts.items()}
     return ExpertScores(token_scores, gate_scores)
 
 

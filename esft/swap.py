@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint import model_digest
 from esft.errors import InputError
-from esft.families import check_layout, moe_layers
+from esft.families import MoELayer, moe_layers, routed_parameters, trained_parameters
+from esft.layout import Layout, read_layout
 from esft.moe import Experts
 from esft.select import ExpertSelection
 from esft_kernels.expert_mlp import RECOMPUTE, resolve_backend
@@ -23,6 +25,7 @@ class SwapState:
     selection: ExpertSelection
     base_digest: str
     stock: dict[str, nn.Module]  # experts' module path -> the stock module, its weights taken out
+    layouts: dict[str, Layout]  # the same paths -> how the stock module lays out its weights
     required_grad: dict[str, bool]  # the stock model's requires_grad, by parameter name
 
 
@@ -40,45 +43,86 @@ def swap(
     ``requires_grad=False``, except shared experts and non-expert modules where the selection includes them. Logits stay
     those of the stock model. At most one layer's experts exist twice at a time.
 
+    Experts that the kernels cannot compute (an activation of their own, a norm after them) train through plain PyTorch,
+    and experts that are a ModuleList stay as they are, with ``requires_grad`` set by expert; both warn once.
+
     Args:
-        model: a stock transformers model of a supported family.
+        model: a stock transformers model.
         selection: what trains; an empty one only brings the faster experts.
         backend: one of ``esft_kernels.expert_mlp.BACKENDS``.
         recompute: ``frozen`` keeps the pre-activations of the trained experts only, and makes the others again in the
             backward: less memory for one more up projection.
 
-    Raises InputError, with nothing touched, for a model without MoE layers, an expert layout the kernels do not read, a
+    Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
     selection that does not fit the model, a backend that cannot run here, and a model that is swapped already.
     """
     if swap_state(model) is not None:
         raise InputError("the model is swapped already (unswap it first)")
+    if getattr(getattr(model, "esft_adapters", None), "active", None) is not None:
+        raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
     layers = moe_layers(model)
     selection.check({layer.index: layer.num_experts for layer in layers})
-    for layer in layers:
-        check_layout(layer)
+    stacked = [layer for layer in layers if not isinstance(layer.experts, nn.ModuleList)]
+    layouts = {layer.name: read_layout(layer.experts, layer.name) for layer in stacked}
+    if spread := [layer.name for layer in stacked if getattr(layer.experts, "_is_expert_parallel", False)]:
+        raise InputError(f"{spread[0]}: experts that are spread over ranks cannot be swapped")
+    if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
+        raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
     if recompute not in RECOMPUTE:
         raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     try:
         resolve_backend(backend, model.device)
     except ValueError as error:
         raise InputError(str(error)) from error
-    state = SwapState(
-        selection, model_digest(model), {}, {name: p.requires_grad for name, p in model.named_parameters()}
-    )
-    for parameter in model.parameters():
-        parameter.requires_grad_(selection.non_expert_modules)
-    for layer in layers:
-        stock = layer.experts
-        chosen = selection.experts.get(layer.index, [])
-        experts = Experts(stock.gate_up_proj, stock.down_proj, chosen, backend, recompute)
+    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = SwapState(selection, model_digest(model), {}, layouts, required_grad)
+    _warn_where_slow(layers, layouts)
+    model.requires_grad_(False)
+    for layer in stacked:
+        stock, layout = layer.experts, layouts[layer.name]
+        experts = layout.swapped(stock, selection.experts.get(layer.index, []), backend, recompute)
         experts.train(stock.training)
         setattr(layer.block, layer.attribute, experts)
-        _set_weights(stock, torch.empty(0), torch.empty(0))
+        _set_weights(stock, layout, [torch.empty(0)] * len(layout.names))
         state.stock[layer.name] = stock
-        for shared in layer.shared_experts:
-            shared.requires_grad_(selection.shared_experts)
     model.esft_state = state
+    return thaw(model)
+
+
+def thaw(model: PreTrainedModel) -> PreTrainedModel:
+    """Let what the selection names train, in place; nothing else is touched.
+
+    ``swap`` does this. It is for after another library has frozen the model, as PEFT does around its own weights.
+    Raises InputError for a stock model.
+    """
+    state = swap_state(model)
+    if state is None:
+        raise InputError("the model is not swapped")
+    layers = moe_layers(model)
+    of_experts = {p for layer in layers for p in routed_parameters(layer)}
+    shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
+    for parameter in model.parameters():
+        trains = state.selection.shared_experts if parameter in shared else state.selection.non_expert_modules
+        if trains and parameter not in of_experts:
+            parameter.requires_grad_()
+    for layer in layers:
+        for parameter in trained_parameters(layer, state.selection.experts.get(layer.index, [])):
+            parameter.requires_grad_()
     return model
+
+
+def _warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None:
+    """Say once which experts train more slowly than the others, and why."""
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        layout = layouts.get(layer.name)
+        if layout is None:
+            reasons[type(layer.experts[0]).__name__] = "they are a ModuleList, which runs through the model's own loop"
+        elif not layout.is_fused:
+            why = "a norm after each expert" if layout.norm is not None else "an activation of their own"
+            reasons[type(layer.experts).__name__] = f"they have {why}, which runs through plain PyTorch"
+    for name, reason in reasons.items():
+        warnings.warn(f"{name}: the kernels do not compute these experts: {reason}, slower", stacklevel=3)
 
 
 @torch.no_grad()
@@ -88,17 +132,18 @@ def unswap(model: PreTrainedModel) -> PreTrainedModel:
     if state is None:
         raise InputError("the model is not swapped")
     for layer in moe_layers(model):
-        stock = state.stock[layer.name]
-        assert isinstance(layer.experts, Experts)
-        _set_weights(stock, *layer.experts.stacked())
-        stock.train(layer.experts.training)
-        setattr(layer.block, layer.attribute, stock)
+        if isinstance(layer.experts, Experts):
+            stock = state.stock[layer.name]
+            _set_weights(stock, state.layouts[layer.name], layer.experts.stacked())
+            stock.train(layer.experts.training)
+            setattr(layer.block, layer.attribute, stock)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.required_grad[name])
+        if name in state.required_grad:  # another library may have added some, as PEFT does
+            parameter.requires_grad_(state.required_grad[name])
     del model.esft_state
     return model
 
 
-def _set_weights(stock: nn.Module, gate_up, down) -> None:
-    stock.gate_up_proj = nn.Parameter(gate_up)
-    stock.down_proj = nn.Parameter(down)
+def _set_weights(stock: nn.Module, layout: Layout, weights: list[torch.Tensor]) -> None:
+    for name, weight in zip(layout.names, weights, strict=True):
+        setattr(stock, name, nn.Parameter(weight))

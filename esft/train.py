@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.adapter import save_adapter, write_manifest
+from esft.balance import balance_losses
 from esft.checkpoint import load_model, load_tokenizer, model_digest
 from esft.config import TrainConfig
 from esft.data import Example, collate, encode_all, epoch_batches, read_records
@@ -214,8 +215,7 @@ class _Run:
                     batches = epoch_batches(examples, config.batch_size, config.seed, epoch)
                 batch = collate([examples[i] for i in batches[place]], self.pad)
                 begun = time.monotonic()
-                total, targets = batch_loss(self.model, batch)
-                (total / targets).backward()
+                total, targets, extra = self._backward(batch)
                 rate = config.rate(step)
                 norm = self.optimizer.step(rate)
                 count = int(batch["attention_mask"].sum())
@@ -223,7 +223,8 @@ class _Run:
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate")
                 losses.append(loss)
-                log(step + 1, loss=loss, lr=rate, grad_norm=norm, tokens_per_second=count / (time.monotonic() - begun))
+                speed = count / (time.monotonic() - begun)
+                log(step + 1, loss=loss, **extra, lr=rate, grad_norm=norm, tokens_per_second=speed)
                 bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
                 bar.update()
                 last = step + 1 == config.steps
@@ -246,6 +247,18 @@ class _Run:
             tokens_per_second=tokens / seconds,
             peak_rss=peak_rss(),
         )
+
+    def _backward(self, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, float]]:
+        """Gradients of one batch. Returns summed cross entropy, the number of its positions, and what else to log."""
+        if not self.config.aux_loss:
+            total, targets = batch_loss(self.model, batch)
+            (total / targets).backward()
+            return total, targets, {}
+        with balance_losses(self.model, batch["attention_mask"]) as balance:
+            total, targets = batch_loss(self.model, batch)
+        aux = torch.stack(balance).sum()
+        (total / targets + self.config.aux_loss * aux).backward()
+        return total, targets, {"aux_loss": aux.item()}
 
     def _save(self, step: int) -> None:
         """A resumable checkpoint; the one before it goes when this one is whole."""

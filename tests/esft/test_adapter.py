@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.adapter import adapter_tensors
+from esft.adapter import adapter_slots
 from esft.checkpoint import load_model
 from esft.select import ExpertSelection
 from esft.swap import swap_state
@@ -19,8 +19,9 @@ def tuned(family: str = "deepseek_v2", **more):
     assert state is not None
     torch.manual_seed(7)
     with torch.no_grad():
-        for tensor in adapter_tensors(model, state.selection).values():
-            tensor.add_(torch.randn_like(tensor) * 0.05)
+        for slot in adapter_slots(model, state.selection).values():
+            tensor = slot.read()
+            slot.write(tensor + torch.randn_like(tensor) * 0.05)
     return model
 
 

@@ -37,6 +37,8 @@ def test_the_rate_warms_up_holds_and_falls():
         ("steps: 2.5", "steps must be int"),
         ("steps: 0", "steps must be at least 1"),
         ("lr: -1", "lr must be above 0"),
+        ("aux_loss: -1", "aux_loss must be at least 0 and finite"),
+        ("{aux_loss: 0.1, method: lora}", "aux_loss goes with the methods esft and full"),
         ("lr: .inf", "lr must be above 0 and finite"),
         ("lr: true", "lr must be float"),
         ("beta1: 1", "beta1 must be in"),

@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import esft
 from esft.__main__ import main
 from esft.checkpoint import load_model
-from esft.config import METHODS
 from esft.evaluate import load_any_adapter
-from esft_kernels.expert_mlp import BACKENDS, RECOMPUTE
 from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
 
 
@@ -135,25 +131,6 @@ def test_bad_arguments_are_one_clear_line(capsys, stage: str, message: str):
         main(stage.split())
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-
-
-def test_help_and_complaints_wait_for_no_heavy_import():
-    script = (
-        "import sys, esft.__main__ as command\ntry: command.main(['score'])\nexcept SystemExit: print(*sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "the following arguments are required" in done.stderr
-    assert not {"torch", "transformers"} & set(done.stdout.split())
-
-
-@pytest.mark.parametrize(
-    ("option", "values"), [("--method", METHODS), ("--backend", BACKENDS), ("--recompute", RECOMPUTE)]
-)
-def test_the_arguments_know_every_choice_of_the_settings(capsys, option: str, values: tuple[str, ...]):
-    with pytest.raises(SystemExit, match="2"):
-        main(["train", "--model", "base", "--data", "d.jsonl", "--out", "run", option, "neither"])
-    choices = capsys.readouterr().err.split("choose from ")[1].replace("'", "").strip(")\n")
-    assert choices.split(", ") == list(values)
 
 
 def test_a_run_resumes_with_the_settings_it_was_begun_with(work, capsys):

@@ -120,11 +120,31 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     # ``esft.merge`` names the function; its module is found by import.
-    monkeypatch.setattr(importlib.import_module("esft.merge"), "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(importlib.import_module("esft.merge").shutil, "copy2", full)
+    with pytest.raises(esft.InputError, match="out: No space left"):
         esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_disk_that_does_not_keep_what_was_written_is_noticed(tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    shutil = importlib.import_module("esft.merge").shutil
+    copy2 = shutil.copy2
+    for place in (-1, 100_000):  # in the last tensor of the file, and in one before the adapter's
+
+        def torn(source, target, place=place):
+            copy2(source, target)
+            if target.suffix == ".safetensors":
+                content = bytearray(target.read_bytes())
+                content[place] ^= 1
+                target.write_bytes(content)
+
+        monkeypatch.setattr(shutil, "copy2", torn)
+        with pytest.raises(esft.InputError, match="reads back other"):
+            esft.merge(base, tmp_path / "a", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path):

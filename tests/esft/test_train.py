@@ -154,3 +154,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(base, monkeypatch):
     monkeypatch.setattr(train_module, "batch_loss", lambda model, _: (next(model.parameters()).sum() * torch.nan, 1))
     with pytest.raises(esft.InputError, match="step 1: loss nan"):
         run(base, "run", settings(method="full"), None)
+
+
+def test_the_auxiliary_loss_is_off_by_default_and_falls_where_it_is_asked_for(base):
+    selection = ExpertSelection({1: [2, 7], 2: [0]}, non_expert_modules=True)
+    run(base, "plain", settings(steps=2), selection)
+    run(base, "balanced", settings(steps=12, aux_loss=3.0), selection)
+    plain, balanced = (
+        [json.loads(line).get("aux_loss") for line in (base.parent / out / "metrics.jsonl").read_text().splitlines()]
+        for out in ("plain", "balanced")
+    )
+    assert set(plain) == {None}
+    curve = [value for value in balanced if value is not None]
+    assert len(curve) == 12
+    assert 2 < curve[-1] < curve[0] - 0.1  # two layers, each at least about 1

@@ -1,0 +1,104 @@
+"""Loading adapters into a model, and switching between several on one base in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from esft.adapter import SELECTION, adapter_slots, adapter_weights, check_adapter
+from esft.checkpoint import model_digest
+from esft.errors import InputError
+from esft.families import moe_layers
+from esft.select import ExpertSelection
+from esft.swap import swap_state
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Adapters:
+    """The adapters that a model holds by name: kept as ``model.esft_adapters``."""
+
+    base_digest: str
+    held: dict[str, tuple[ExpertSelection, Tensors]] = field(default_factory=dict)
+    active: str | None = None
+    base: Tensors = field(default_factory=dict)  # the base's values where the active adapter has written its own
+
+
+@torch.no_grad()
+def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = None) -> PreTrainedModel:
+    """Write an adapter's tensors into a model, stock or swapped, in place; or hold them under a name.
+
+    Args:
+        model: the adapter's base.
+        path: adapter folder, or a published one without a manifest.
+        name: where given, the model stays as it is until ``set_adapter`` names this adapter.
+
+    Raises InputError, with nothing written, when the adapter is incomplete, does not fit the model, or was trained from
+    another base, and for a name that is taken.
+    """
+    path, adapters = Path(path), _adapters(model)
+    if adapters is not None and name in adapters.held:
+        raise InputError(f"{path}: the model holds an adapter named {name!r} already")
+    if adapters is not None and adapters.active is not None and name is None:
+        raise InputError(f"{path}: adapter {adapters.active!r} is set; set None first, or load under a name")
+    digest = _base_digest(model)
+    check_adapter(path, lambda: digest)
+    selection = ExpertSelection.load(path / SELECTION)
+    selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
+    slots = adapter_slots(model, selection)
+    with adapter_weights(path, slots) as weights:
+        tensors = {key: weights.get_tensor(key) for key in slots}
+    if name is None:
+        for key, slot in slots.items():
+            slot.write(tensors[key])
+        return model
+    if adapters is None:
+        adapters = model.esft_adapters = Adapters(digest)
+    adapters.held[name] = selection, tensors
+    return model
+
+
+@torch.no_grad()
+def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
+    """Switch, in place, to an adapter that the model holds, or with None to the base.
+
+    What has been trained of the adapter that was set until now is kept under its name. Raises InputError for a name
+    that the model does not hold.
+    """
+    adapters = _adapters(model)
+    held = adapters.held if adapters is not None else {}
+    if name is not None and name not in held:
+        raise InputError(f"the model holds no adapter named {name!r}; it holds {sorted(held)}")
+    if adapters is None or name == adapters.active:
+        return model
+    if adapters.active is not None:
+        selection, _ = held[adapters.active]
+        slots = adapter_slots(model, selection)
+        held[adapters.active] = selection, {key: slot.read().clone() for key, slot in slots.items()}
+        for key, slot in slots.items():
+            slot.write(adapters.base[key])
+        adapters.active, adapters.base = None, {}
+    if name is not None:
+        selection, tensors = held[name]
+        slots = adapter_slots(model, selection)
+        adapters.base = {key: slot.read().clone() for key, slot in slots.items()}
+        for key, slot in slots.items():
+            slot.write(tensors[key])
+        adapters.active = name
+    return model
+
+
+def _adapters(model: PreTrainedModel) -> Adapters | None:
+    return getattr(model, "esft_adapters", None)
+
+
+def _base_digest(model: PreTrainedModel) -> str:
+    adapters, state = _adapters(model), swap_state(model)
+    if adapters is not None:
+        return adapters.base_digest
+    return state.base_digest if state is not None else model_digest(model)

@@ -1,0 +1,132 @@
+"""Routing and experts together, and as one opaque node where torch.compile traces.
+
+``expert_mlp`` is what runs; inside a compiled graph it stands behind a custom operator, because the lengths of its
+parts depend on the data, and a compiler that looked in would only break the graph there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activation import Activation
+from .expert_mlp import expert_mlp, resolve_backend
+from .pools import ExpertPools, ExpertWeights, Needs
+from .routing import Routing, route
+
+_POOLS = ", ".join(
+    f"Tensor {pool}_gate_up, Tensor {pool}_down, Tensor? {pool}_gate_up_bias, Tensor? {pool}_down_bias"
+    for pool in ("trained", "frozen")
+)
+_SETTINGS = "str kind, bool gated, float slope, float? limit, float up_offset, bool interleaved, str backend"
+_ROUTING = "Tensor token_N, Tensor slot_N, Tensor row_TK, Tensor offsets_E1"
+_POOL_TENSORS, _NUM_SETTINGS = 8, 7
+
+
+def routed_mlp(
+    x_TD: Tensor,
+    top_k_index_TK: Tensor,
+    weights_TK: Tensor,
+    position_E: Tensor,
+    pools: ExpertPools,
+    backend: str = "auto",
+    recompute: str = "none",
+) -> Tensor:
+    """``expert_mlp`` of a top-k choice: see there, and ``route``, for the arguments and the errors."""
+    if not torch.compiler.is_compiling():
+        routing = route(top_k_index_TK, position_E, pools.num_trained)
+        return expert_mlp(x_TD, weights_TK, pools, routing, backend, recompute)
+    a = pools.activation
+    settings = (a.kind, a.gated, a.slope, a.limit, a.up_offset, pools.interleaved, backend)
+    tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
+    all_rows = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pools.trained.tensors())
+    keep = "all" if all_rows and recompute == "none" else "prefix" if all_rows or trains else "none"
+    return torch.ops.esft.routed_mlp(x_TD, top_k_index_TK, weights_TK, position_E, *tensors, *settings, keep)[0]
+
+
+def _pools(tensors: tuple, settings: tuple) -> ExpertPools:
+    kind, gated, slope, limit, up_offset, interleaved, _ = settings
+    activation = Activation(kind, gated, slope, limit, up_offset)
+    return ExpertPools(ExpertWeights(*tensors[:4]), ExpertWeights(*tensors[4:]), activation, interleaved)
+
+
+@torch.library.custom_op(
+    "esft::routed_mlp",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor index, Tensor weights, Tensor position, {_POOLS}, {_SETTINGS}, str keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(x, index, weights, position, *rest):
+    """The output [T, D], and for the backward H (all rows, the prefix or none) and the routing."""
+    tensors, settings, keep = rest[:_POOL_TENSORS], rest[_POOL_TENSORS:-1], rest[-1]
+    pools = _pools(tensors, settings)
+    routing = route(index, position, pools.num_trained)
+    rows = {"all": routing.num_rows, "none": 0}.get(keep)
+    rows = routing.prefix_rows() if rows is None else rows
+    backend = resolve_backend(settings[-1], x.device)
+    out, h = backend.forward(x.contiguous(), weights.contiguous(), pools, routing, rows)
+    return out, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1
+
+
+@_forward.register_fake
+def _(x, index, weights, position, *rest):
+    n, columns = index.numel(), rest[0].shape[1]
+    rows = {"all": n, "none": 0}.get(rest[-1])
+    rows = torch.library.get_ctx().new_dynamic_size() if rows is None else rows
+    long = [index.new_empty(shape, dtype=torch.int64) for shape in ((n,), (n,), index.shape, (position.numel() + 1,))]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(rows, columns), *long
+
+
+@torch.library.custom_op(
+    "esft::routed_mlp_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor x, Tensor weights, Tensor h, {_ROUTING}, {_POOLS}, {_SETTINGS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(grad_out, x, weights, h, token, slot, row, offsets, *rest):
+    """Gradients of x, the routing weights and the trained pool; without elements where they are not needed."""
+    tensors, settings, needs = rest[:_POOL_TENSORS], rest[_POOL_TENSORS:-1], Needs(*rest[-1])
+    pools = _pools(tensors, settings)
+    routing = Routing(token, slot, row, offsets, pools.num_trained)
+    x, weights = x.contiguous(), weights.contiguous()
+    backend = resolve_backend(settings[-1], x.device)
+    if needs.all_rows and h.shape[0] < routing.num_rows:
+        h = backend.rebuild(x, h, pools, routing)
+    grads = backend.backward(grad_out.contiguous(), x, h, weights, pools, routing, needs)
+    trained = grads.trained.tensors() if grads.trained is not None else (None,) * 4
+    found = (grads.x_TD, grads.weights_TK, *trained)
+    # As the compiler was told: in the inputs' strides, whatever the backend gives them.
+    inputs = (x, weights, *tensors[:4])
+    return tuple(
+        x.new_empty(0) if g is None else torch.empty_like(i).copy_(g) if g.stride() != i.stride() else g
+        for g, i in zip(found, inputs, strict=True)
+    )
+
+
+@_backward.register_fake
+def _(grad_out, x, weights, h, token, slot, row, offsets, *rest):
+    needs = Needs(*rest[-1])
+    contiguous = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weights)]
+    wanted = (needs.x, needs.weights, *(needs.trained and t is not None for t in rest[:4]))
+    inputs = (*contiguous, *rest[:4])
+    return tuple(torch.empty_like(t) if want else x.new_empty(0) for t, want in zip(inputs, wanted, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    x, _, weights, _, *rest = inputs
+    ctx.save_for_backward(x, weights, *output[1:], *rest[:_POOL_TENSORS])
+    ctx.settings = rest[_POOL_TENSORS:-1]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_out, *_):
+    needs = ctx.needs_input_grad
+    flags = [needs[0], needs[2], any(needs[4:8])]
+    grads = torch.ops.esft.routed_mlp_backward(grad_out, *ctx.saved_tensors, *ctx.settings, flags)
+    wanted = (needs[0], needs[2], *needs[4:8])
+    x, weights, *trained = (g if need else None for g, need in zip(grads, wanted, strict=True))
+    return x, None, weights, None, *trained, *(None,) * (4 + _NUM_SETTINGS + 1)
+
+
+torch.library.register_autograd("esft::routed_mlp", _gradients, setup_context=_setup_context)

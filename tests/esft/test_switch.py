@@ -1,0 +1,112 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import esft
+from esft.families import moe_layers
+from esft.select import ExpertSelection
+from tests.esft import zoo
+from tests.esft.models import save_tiny, tiny_model, token_batch
+
+
+def logits(model) -> torch.Tensor:
+    return model(**token_batch()).logits
+
+
+def saved(tmp_path, name: str, selection: ExpertSelection, scale: float) -> torch.Tensor:
+    """Write an adapter and return its logits."""
+    model = esft.swap(tiny_model(), selection)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(scale)
+    esft.save_adapter(model, tmp_path / name)
+    return logits(model)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_adapters_are_switched_on_one_base_and_the_base_comes_back(tmp_path, swapped: bool):
+    one = saved(tmp_path, "one", ExpertSelection({1: [5, 2]}), 1.5)
+    two = saved(tmp_path, "two", ExpertSelection({1: [2], 2: [0]}, shared_experts=True), -0.5)
+    model = tiny_model()
+    if swapped:
+        esft.swap(model, ExpertSelection({1: [2, 7]}))
+    base = logits(model)
+    for name in ("one", "two"):
+        esft.load_adapter(model, tmp_path / name, name=name)
+    assert torch.equal(logits(model), base)
+    for name, expected in (("one", one), ("two", two), ("one", one)):
+        torch.testing.assert_close(logits(esft.set_adapter(model, name)), expected, atol=2e-6, rtol=1e-5)
+    assert torch.equal(logits(esft.set_adapter(model, None)), base)
+
+
+def test_what_was_trained_of_an_adapter_stays_under_its_name(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    model = esft.swap(tiny_model(), ExpertSelection({1: [5]}))
+    base = logits(model)
+    esft.load_adapter(model, tmp_path / "one", name="one")
+    esft.set_adapter(model, "one")
+    with torch.no_grad():
+        moe_layers(model)[0].experts.trained_down_proj.mul_(2)
+    trained = logits(model)
+    assert torch.equal(logits(esft.set_adapter(model, None)), base)
+    assert torch.equal(logits(esft.set_adapter(model, "one")), trained)
+
+
+def test_names_that_are_taken_or_unknown_and_a_swap_over_an_adapter_are_refused(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    model = tiny_model()
+    with pytest.raises(esft.InputError, match=r"holds no adapter named 'one'; it holds \[\]"):
+        esft.set_adapter(model, "one")
+    esft.load_adapter(model, tmp_path / "one", name="one")
+    with pytest.raises(esft.InputError, match="an adapter named 'one' already"):
+        esft.load_adapter(model, tmp_path / "one", name="one")
+    esft.set_adapter(model, "one")
+    with pytest.raises(esft.InputError, match="'one' is set; set None first"):
+        esft.load_adapter(model, tmp_path / "one")
+    with pytest.raises(esft.InputError, match="has an adapter set"):
+        esft.swap(model, ExpertSelection({}))
+
+
+def published(tmp_path, prefix: bool, files: int):
+    """An adapter as the method's authors publish them: no manifest, other file names, perhaps no ``model.``."""
+    expected = saved(tmp_path, "ours", ExpertSelection({1: [5, 2], 2: [0]}), 1.5)
+    tensors = load_file(tmp_path / "ours" / "adapter.safetensors")
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / "expert_cfg.json").write_bytes((tmp_path / "ours" / "expert_cfg.json").read_bytes())
+    names = sorted(tensors)
+    for i in range(files):
+        part = {name if prefix else name.removeprefix("model."): tensors[name] for name in names[i::files]}
+        save_file(part, folder / f"model-{i + 1:05}-of-{files:05}.safetensors")
+    return folder, expected
+
+
+@pytest.mark.parametrize(("prefix", "files"), [(True, 1), (False, 1), (False, 3)])
+def test_a_published_adapter_loads_and_merges_and_its_base_is_not_vouched_for(tmp_path, prefix: bool, files: int):
+    folder, expected = published(tmp_path, prefix, files)
+    model = tiny_model()
+    with pytest.warns(UserWarning, match="does not say which base it is of"):
+        esft.load_adapter(model, folder)
+    torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
+    base = save_tiny(tmp_path / "base")
+    with pytest.warns(UserWarning, match="does not say which base it is of"):
+        esft.merge(base, folder, tmp_path / "merged")
+    before = load_file(base / "model.safetensors")
+    changed = {n for n, t in load_file(tmp_path / "merged" / "model.safetensors").items() if not t.equal(before[n])}
+    assert changed == load_file(tmp_path / "ours" / "adapter.safetensors").keys()
+
+
+def test_a_published_adapter_without_safetensors_or_of_another_shape_is_refused(tmp_path):
+    folder, _ = published(tmp_path, prefix=False, files=1)
+    other = zoo.tiny("qwen3_moe")
+    with pytest.warns(UserWarning), pytest.raises(esft.InputError, match="selection names layer 2"):
+        esft.load_adapter(other, folder)
+    (folder / "expert_cfg.json").write_text(json.dumps({"experts": {"1": [5]}}))
+    with pytest.warns(UserWarning), pytest.raises(esft.InputError, match=r"experts\.2\..* belongs to nothing selected"):
+        esft.load_adapter(tiny_model(), folder)
+    next(folder.glob("*.safetensors")).rename(folder / "pytorch_model.bin")
+    with pytest.warns(UserWarning), pytest.raises(esft.InputError, match="pickled weights are never loaded"):
+        esft.load_adapter(tiny_model(), folder)
