@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,17 @@ class Checkpoint:
                         samples[name] = _sample(handle.get_tensor(name))
         return _hash(samples.items())
 
+    @cached_property
+    def _stacks(self) -> set[str]:
+        """The paths of the layers that hold experts; a tower beside them has a number of layers of its own."""
+        layers = ((name, _LAYER.search(name)) for name in self.files if ".experts." in name)
+        return {name[: layer.start()] for name, layer in layers if layer}
+
     def belongs(self, name: str) -> bool:
         """Whether a tensor is a weight of the model: some files hold further prediction layers or what is computed."""
         layer = _LAYER.search(name)
         text = self.config.get_text_config()
-        beyond = layer is not None and int(layer[1]) >= text.num_hidden_layers
+        beyond = layer is not None and int(layer[1]) >= text.num_hidden_layers and name[: layer.start()] in self._stacks
         return not (beyond or name.endswith("inv_freq") or (name == "lm_head.weight" and _is_tied(self.config)))
 
 

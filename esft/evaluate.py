@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -46,13 +47,41 @@ def _causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@torch.no_grad()
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether the logits are the last hidden states times the head's weight; some models scale or cap them.
+
+    Tried out on two tokens the first time, and kept on the model.
+    """
+    causal_lm = _causal_lm(model)
+    kept = vars(causal_lm).get("esft_plain_head")
+    if kept is None:
+        seen = []
+        hook = causal_lm.base_model.register_forward_hook(lambda *args: seen.append(args[-1].last_hidden_state))
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.device)
+        logits = causal_lm(input_ids=tokens, use_cache=False).logits
+        hook.remove()
+        plain = seen[0] @ causal_lm.get_output_embeddings().weight.T
+        tolerance = 8 * torch.finfo(logits.dtype).eps
+        same = plain.shape == logits.shape and (plain - logits).abs().max() <= tolerance * logits.abs().max()
+        kept = causal_lm.esft_plain_head = bool(same)
+    return kept
+
+
 def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Summed cross entropy in nats over a batch's supervised positions, and their number.
 
-    Logits are made for supervised positions only.
+    Logits are made for supervised positions only, where the model has nothing but a matrix between hidden states and
+    logits.
     """
     causal_lm = _causal_lm(model)
     batch = {name: tensor.to(causal_lm.device) for name, tensor in batch.items()}
+    if not has_plain_head(model):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = causal_lm(**inputs, use_cache=False).logits[:, :-1].float()
+        labels = batch["labels"][:, 1:]
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        return total, int((labels != IGNORE).sum())
     hidden = causal_lm.base_model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).last_hidden_state

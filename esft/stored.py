@@ -28,10 +28,7 @@ _PARTS = {
     "whole": lambda x: x,
     "first half": lambda x: x.chunk(2)[0],
     "second half": lambda x: x.chunk(2)[1],
-    "even": lambda x: x[0::2],
-    "odd": lambda x: x[1::2],
     "in turn": lambda x: x.unflatten(0, (2, -1)).transpose(0, 1),  # the halves' rows, one of each after the other
-    "sorted": lambda x: x.unflatten(0, (-1, 2)).transpose(0, 1),  # all even rows before all odd ones
 }
 
 
@@ -60,7 +57,7 @@ class ExpertTensor:
     def read(self, weight: Tensor) -> Tensor:
         """The stored tensor, from the expert's weight as the model lays it out; a view where that can be."""
         view = self._view(weight)
-        return view.flatten(0, 1) if self.part in ("in turn", "sorted") else view
+        return view.flatten(0, 1) if self.part == "in turn" else view
 
     def write(self, weight: Tensor, value: Tensor) -> None:
         """Put a stored tensor back into the expert's weight."""

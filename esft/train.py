@@ -25,7 +25,7 @@ from esft.checkpoint import load_model, load_tokenizer, model_digest
 from esft.config import TrainConfig
 from esft.data import Example, collate, encode_all, epoch_batches, read_records
 from esft.errors import InputError
-from esft.evaluate import batch_loss, mean_loss
+from esft.evaluate import batch_loss, has_plain_head, mean_loss
 from esft.families import moe_layers
 from esft.files import check_apart, check_new_folder, new_folder, read_json, write_json
 from esft.optim import MasterAdamW
@@ -190,6 +190,7 @@ class _Run:
         self.pad: int = tokenizer.pad_token_id
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.checkpoints = out / "checkpoints"
+        has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
 
     def run(self, examples: Sequence[Example], held_out: Sequence[Example], resume: bool) -> TrainResult:
         config, first = self.config, self._resume() if resume else 0

@@ -94,3 +94,15 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         load_tokenizer(str(base))
     with pytest.raises(esft.InputError, match="cannot load a tokenizer"):
         load_tokenizer(str(tmp_path / "absent"))
+
+
+def test_further_prediction_layers_are_no_weights_of_the_model_but_those_of_another_tower_are(tmp_path):
+    from esft.checkpoint import Checkpoint
+
+    base = Checkpoint.open(save_tiny(tmp_path / "base"))  # three layers
+    names = {"model.layers.3.mlp.experts.0.up_proj.weight": "", "vision_tower.layers.7.attn.weight": ""}
+    checkpoint = Checkpoint(base.folder, base.files | names, base.config)
+    assert not checkpoint.belongs("model.layers.3.mlp.experts.0.up_proj.weight")
+    assert checkpoint.belongs("model.layers.2.mlp.experts.0.up_proj.weight")
+    assert checkpoint.belongs("vision_tower.layers.7.attn.weight")
+    assert not checkpoint.belongs("model.rotary_emb.inv_freq")

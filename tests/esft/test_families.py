@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
 
 import esft
+from esft.data import IGNORE
+from esft.evaluate import batch_loss
 from esft.families import MoELayer, moe_layers
 from esft.files import safetensors_header
 from esft.layout import read_layout
@@ -51,10 +53,10 @@ def selection(model) -> ExpertSelection:
     return ExpertSelection({layers[0].index: [5, 0, 2], layers[-1].index: [1]})
 
 
-def swapped(model, chosen: ExpertSelection):
+def swapped(model, chosen: ExpertSelection, backend: str = "auto"):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return esft.swap(model, chosen)
+        return esft.swap(model, chosen, backend)
 
 
 def tune(model) -> None:
@@ -80,12 +82,16 @@ def test_every_family_is_tested_or_listed_with_a_reason():
             output(zoo.tiny(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_of_the_selected_experts_equal_the_stock_models(family: str):
+# One family for each way that the weights lie and each activation, through the Triton kernels.
+TRITON = ["aria", "deepseek_v4", "gemma4", "gpt_oss", "mixtral", "nemotron_h", "openai_privacy_filter"]
+
+
+@pytest.mark.parametrize(("family", "backend"), [*((f, "auto") for f in FAMILIES), *((f, "triton") for f in TRITON)])
+def test_logits_and_gradients_of_the_selected_experts_equal_the_stock_models(family: str, backend: str):
     stock, ours = zoo.tiny(family), zoo.tiny(family)
     stock.set_experts_implementation("eager")
     chosen = selection(stock)
-    swapped(ours, chosen)
+    swapped(ours, chosen, backend)
     assert zoo.families()[family] in {type(layer.experts).__name__ for layer in moe_layers(stock)}
     expected, found = output(stock), output(ours)
     assert expected.isfinite().all()
@@ -169,6 +175,18 @@ def gate_values(family: str, logits: torch.Tensor) -> torch.Tensor:
     if family == "deepseek_v4":
         return (1 + logits.exp()).log().sqrt()
     return 1 / (1 + (-logits).exp()) if family in SIGMOID else logits.exp() / logits.exp().sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if zoo.model_class(f).__name__.endswith("ForCausalLM")])
+def test_the_training_loss_is_the_cross_entropy_of_the_models_own_logits(family: str):
+    model = zoo.tiny(family)
+    ids = zoo.tokens()
+    labels = ids.masked_fill(torch.arange(9) < 3, IGNORE)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    total, count = batch_loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    assert count == 12
+    assert close(total, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
