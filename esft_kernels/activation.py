@@ -69,6 +69,27 @@ class Activation:
             grad_gate, grad_up = grad_gate * (gate_in <= self.limit), grad_up * (up_in.abs() <= self.limit)
         return grad_gate, grad_up
 
+    def forward_into(self, a: Tensor, gate: Tensor, up: Tensor | None) -> None:
+        """``a = forward(gate, up)``, for plain SwiGLU without memory besides."""
+        if self == SWIGLU and up is not None:
+            torch.ops.aten.silu.out(gate, out=a)
+            a.mul_(up)
+        else:
+            a.copy_(self.forward(gate, up))
+
+    def backward_into(
+        self, grad_gate: Tensor, grad_up: Tensor | None, grad_a: Tensor, gate: Tensor, up: Tensor | None
+    ) -> None:
+        """``grad_gate, grad_up = backward(grad_a, gate, up)``, for plain SwiGLU in the memory of ``grad_a``."""
+        if self == SWIGLU and up is not None and grad_up is not None:
+            torch.ops.aten.silu.out(gate, out=grad_up)
+            grad_up.mul_(grad_a)
+            torch.ops.aten.silu_backward.grad_input(grad_a.mul_(up), gate, grad_input=grad_gate)
+            return
+        for out, grad in zip((grad_gate, grad_up), self.backward(grad_a, gate, up), strict=True):
+            if out is not None and grad is not None:
+                out.copy_(grad)
+
     def _value(self, z: Tensor) -> Tensor:
         if self.kind == "relu2":
             return z.relu().square()
@@ -87,3 +108,6 @@ class Activation:
     @property
     def _approximate(self) -> str:
         return "tanh" if self.kind == "gelu_tanh" else "none"
+
+
+SWIGLU = Activation()

@@ -21,8 +21,8 @@ from .routing import Routing
 
 
 def rounded(rows: int) -> int:
-    """The row count that a product is computed with: eight sizes per power of two, at most an eighth too many."""
-    step = 1 << max(0, rows.bit_length() - 4)
+    """The row count that a product is computed with: sixteen sizes per power of two, at most a sixteenth too many."""
+    step = 1 << max(0, rows.bit_length() - 5)
     return -(-rows // step) * step
 
 
@@ -82,7 +82,8 @@ def forward(
         if end <= keep_rows and not fits:
             h_XG[start:end] = h
         # The routing weight goes on A, which is narrower than the output row for every model with F < D.
-        torch.mul(pools.activation.forward(*pools.split(h)), weight, out=a_buf[:n])
+        pools.activation.forward_into(a_buf[:n], *pools.split(h))
+        a_buf[:n].mul_(weight)
         torch.mm(a_buf[:m], expert.down_EDF.T, out=y_ND[start : start + m])
         if expert.down_bias_ED is not None:
             y_ND[start:end].addcmul_(weight, expert.down_bias_ED)
@@ -117,7 +118,12 @@ def backward(
     longest, written = _rows_needed(spans)
     weight_N1 = weights_TK.reshape(-1)[routing.slot_N, None].to(x_TD.dtype)
 
-    grads = ExpertWeights(*(None if t is None else torch.zeros_like(t) for t in pools.trained.tensors()))
+    grads = ExpertWeights(*(None if t is None else torch.empty_like(t) for t in pools.trained.tensors()))
+    for e in range(s if needs.trained else 0):
+        if offsets[e] == offsets[e + 1]:  # no row, no gradient
+            for grad in grads.tensors():
+                if grad is not None:
+                    grad[e].zero_()
     grad_rows = x_TD.new_empty(written, d) if needs.x else None
     grad_weight_N = weights_TK.new_empty(routing.num_rows) if needs.weights else None
     do_buf, x_buf, dh_buf = x_TD.new_empty(longest, d), x_TD.new_empty(longest, d), x_TD.new_empty(longest, g)
@@ -129,7 +135,7 @@ def backward(
         for buffer in (do_buf, x_buf, a_buf, dh_buf):  # a weight gradient sums over the surplus rows
             buffer[n:m].zero_()
         da, a, dh = da_buf[:n], a_buf[:n], dh_buf[:n]
-        a.copy_(pools.activation.forward(gate, up))
+        pools.activation.forward_into(a, gate, up)
         torch.index_select(grad_out_TD, 0, token, out=do_buf[:n])
         torch.mm(do_buf[:m], expert.down_EDF, out=da_buf[:m])
         if grad_weight_N is not None:
@@ -138,16 +144,14 @@ def backward(
             if expert.down_bias_ED is not None:
                 sums += torch.mv(do_buf[:n], expert.down_bias_ED)
             grad_weight_N[routing.slot_N[start:end]] = sums
-        for part, grad in zip(pools.split(dh), pools.activation.backward(da.mul_(weight), gate, up), strict=True):
-            if part is not None:
-                part.copy_(grad)
+        pools.activation.backward_into(*pools.split(dh), da.mul_(weight), gate, up)
         if grad_rows is not None:
             torch.mm(dh_buf[:m], expert.gate_up_EGD, out=grad_rows[start : start + m])
         if needs.trained and e < s:
             torch.index_select(x_TD, 0, token, out=x_buf[:n])
             a.mul_(weight)
-            grads.gate_up_EGD[e] = torch.mm(dh_buf[:m].T, x_buf[:m])
-            grads.down_EDF[e] = torch.mm(do_buf[:m].T, a_buf[:m])
+            torch.mm(dh_buf[:m].T, x_buf[:m], out=grads.gate_up_EGD[e])
+            torch.mm(do_buf[:m].T, a_buf[:m], out=grads.down_EDF[e])
             if grads.gate_up_bias_EG is not None and grads.down_bias_ED is not None:
                 grads.gate_up_bias_EG[e] = dh.sum(dim=0)
                 grads.down_bias_ED[e] = torch.mv(do_buf[:n].T, weight[:, 0])

@@ -66,7 +66,7 @@ class _ExpertMLP(torch.autograd.Function):
         routing, pools, needs = Routing(*saved[:4], ctx.num_trained), _pools(ctx.layout, saved[4:]), ctx.needs
         if needs.all_rows and h.shape[0] < routing.num_rows:
             h = ctx.backend.rebuild(x, h, pools, routing)
-        grads = ctx.backend.backward(_aligned(grad_out), x, h, weights, pools, routing, needs)
+        grads = ctx.backend.backward(aligned(grad_out), x, h, weights, pools, routing, needs)
         trained = grads.trained.tensors() if grads.trained is not None else (None,) * 4
         return grads.x_TD, grads.weights_TK, None, None, None, None, *trained, None, None, None, None
 
@@ -105,7 +105,7 @@ def expert_mlp(
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     module = resolve_backend(backend, x_TD.device)
-    x_TD, weights_TK = _aligned(x_TD), _aligned(weights_TK)
+    x_TD, weights_TK = aligned(x_TD), aligned(weights_TK)
     tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x_TD, weights_TK, *tensors)):
         return module.forward(x_TD, weights_TK, pools, routing, 0)[0]
@@ -113,7 +113,7 @@ def expert_mlp(
     return _ExpertMLP.apply(x_TD, weights_TK, routing, layout, module, recompute, *tensors)  # pyright: ignore[reportReturnType]
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """Contiguous, and at an address that vector loads can start from; a copy where it is not."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

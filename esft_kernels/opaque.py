@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .expert_mlp import expert_mlp, resolve_backend
+from .expert_mlp import aligned, expert_mlp, resolve_backend
 from .pools import ExpertPools, ExpertWeights, Needs
 from .routing import Routing, route
 
@@ -65,7 +65,7 @@ def _forward(x, index, weights, position, *rest):
     rows = {"all": routing.num_rows, "none": 0}.get(keep)
     rows = routing.prefix_rows() if rows is None else rows
     backend = resolve_backend(settings[-1], x.device)
-    out, h = backend.forward(x.contiguous(), weights.contiguous(), pools, routing, rows)
+    out, h = backend.forward(aligned(x), aligned(weights), pools, routing, rows)
     return out, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1
 
 
@@ -89,11 +89,11 @@ def _backward(grad_out, x, weights, h, token, slot, row, offsets, *rest):
     tensors, settings, needs = rest[:_POOL_TENSORS], rest[_POOL_TENSORS:-1], Needs(*rest[-1])
     pools = _pools(tensors, settings)
     routing = Routing(token, slot, row, offsets, pools.num_trained)
-    x, weights = x.contiguous(), weights.contiguous()
+    x, weights = aligned(x), aligned(weights)
     backend = resolve_backend(settings[-1], x.device)
     if needs.all_rows and h.shape[0] < routing.num_rows:
         h = backend.rebuild(x, h, pools, routing)
-    grads = backend.backward(grad_out.contiguous(), x, h, weights, pools, routing, needs)
+    grads = backend.backward(aligned(grad_out), x, h, weights, pools, routing, needs)
     trained = grads.trained.tensors() if grads.trained is not None else (None,) * 4
     found = (grads.x_TD, grads.weights_TK, *trained)
     # As the compiler was told: in the inputs' strides, whatever the backend gives them.

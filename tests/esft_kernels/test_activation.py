@@ -16,6 +16,13 @@ def test_matches_autograd_through_the_definition(activation):
     grads = [g for g in activation.backward(grad, gate, up) if g is not None]
     assert_close(torch.cat(grads), expected_grad, 1e-12)
 
+    a, grad_gate = torch.empty_like(gate), torch.empty_like(gate)
+    grad_up = torch.empty_like(gate) if activation.gated else None
+    activation.forward_into(a, gate, up)
+    activation.backward_into(grad_gate, grad_up, grad.clone(), gate, up)
+    assert_close(a, expected.detach(), 1e-12)
+    assert_close(torch.cat([g for g in (grad_gate, grad_up) if g is not None]), expected_grad, 1e-12)
+
 
 def test_a_clamped_value_gets_no_gradient_and_one_at_the_limit_does():
     grad_gate, grad_up = Activation(limit=1.0).backward(

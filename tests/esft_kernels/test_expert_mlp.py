@@ -251,6 +251,6 @@ def test_pools_look_up_experts_by_position():
 
 def test_rounded_row_counts_are_few_and_little_too_many():
     sizes = {rounded(n) for n in range(1, 4097)}
-    assert len(sizes) <= 8 * 12 + 1
-    assert all(n <= rounded(n) <= n * 9 / 8 for n in range(1, 4097))
-    assert [rounded(n) for n in (1, 15, 17, 512, 513)] == [1, 15, 18, 512, 576]
+    assert len(sizes) <= 16 * 12 + 1
+    assert all(n <= rounded(n) <= n * 17 / 16 for n in range(1, 4097))
+    assert [rounded(n) for n in (1, 31, 33, 512, 513)] == [1, 31, 34, 512, 544]
