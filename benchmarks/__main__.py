@@ -2,11 +2,13 @@
 
     python -m benchmarks layer    [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
     python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
+    python -m benchmarks tune     --out tiles.json [--shapes deepseek-v2-lite] [--tokens 4096]
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
-model on the CPU. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be here: nothing
-in it is measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
+model on the CPU. ``tune`` tries other tiles on this machine's GPU and writes the fastest into a file for ESFT_TILES to
+name. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be here: nothing in it is
+measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 
 import torch
 
-from benchmarks import layer, roofline, step
+from benchmarks import layer, roofline, step, tune
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.report import table
 
@@ -86,7 +88,28 @@ def _step(argv: list[str]) -> None:
     print(json.dumps({"device": "cpu", "threads": torch.get_num_threads(), "measured": rows}))
 
 
-COMMANDS = {"layer": _layer, "step": _step, "roofline": _roofline}
+def _tune(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks tune", description="find the fastest tiles on this GPU")
+    parser.add_argument("--out", required=True, help="JSON file; what it holds of other shapes stays")
+    parser.add_argument("--shapes", default="deepseek-v2-lite", help=f"comma-separated, of {', '.join(SHAPES)}")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=10)
+    args = parser.parse_args(argv)
+    shapes = _shapes(parser, args.shapes)
+    if not torch.cuda.is_available():
+        parser.error("no GPU here: nothing is tuned")
+    device = torch.device("cuda")
+    rows = [
+        row
+        for s in shapes
+        for row in tune.run(s, args.tokens, getattr(torch, args.dtype), device, args.rounds, args.out)
+    ]
+    print(table(rows))
+    print(json.dumps({"device": torch.cuda.get_device_name(device), "dtype": args.dtype, "measured": rows}))
+
+
+COMMANDS = {"tune": _tune, "layer": _layer, "step": _step, "roofline": _roofline}
 
 
 def main(argv: list[str]) -> None:

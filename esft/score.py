@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.families import moe_layers
+from esft.families import MoELayer, moe_layers
 from esft.files import read_json, write_json
 from esft.routers import Choice, watch_routers
 
@@ -93,6 +94,10 @@ class _Counts:
         self.gates_E.index_add_(0, chosen, gates[taken])
 
 
+class _Watched(Exception):
+    """Every router of a batch has chosen; what comes after the last one tells nothing."""
+
+
 @torch.no_grad()
 def score_experts(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], max_tokens: int = 131_072
@@ -107,11 +112,21 @@ def score_experts(
     Scores are token means per layer, as in the published score files. What the router applies to its logits is told
     from the weights that it makes of them (see ``esft.routers``), or is known of the family. Raises InputError when no
     token was seen, for a model without MoE layers, and for routers whose gate values cannot be told.
+
+    The LM head never runs, and from the second batch on nothing after the last router does.
     """
     counts = {layer.index: _Counts(layer.num_experts) for layer in moe_layers(model)}
     was_training = model.training
     model.eval()
-    seen = 0
+    seen, calls, last = 0, 0, 0
+
+    def count(layer: MoELayer, choice: Choice) -> None:
+        nonlocal calls
+        counts[layer.index].add(choice)
+        calls += 1
+        if calls == last:
+            raise _Watched
+
     try:
         for batch in batches:
             input_ids = batch["input_ids"].to(model.device)
@@ -119,8 +134,9 @@ def score_experts(
             mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
             keep_T = mask.flatten().bool()
             keep_T &= keep_T.cumsum(0) <= max_tokens - seen
-            with watch_routers(model, keep_T, lambda layer, choice: counts[layer.index].add(choice)):
+            with suppress(_Watched), watch_routers(model, keep_T, count):
                 model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            last, calls = calls, 0
             seen += int(keep_T.sum())
             if seen >= max_tokens:
                 break

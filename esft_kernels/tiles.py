@@ -5,8 +5,11 @@ Plain Python and torch: what is chosen for a GPU can be asked, and tested, on a 
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -54,8 +57,31 @@ def device_arch(device: torch.device) -> str:
 
 
 def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
-    """``choose_tiles`` for the device and dtype of a tensor."""
-    return choose_tiles(device_arch(tensor.device), tensor.dtype, op, rows_per_expert, features)
+    """Tiles for the device and dtype of a tensor: those that a GPU was tuned to, else ``choose_tiles``."""
+    arch = device_arch(tensor.device)
+    if found := tuned().get(tile_key(arch, tensor.dtype, op, rows_per_expert, features)):
+        return found
+    return choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)
+
+
+def tile_key(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> str:
+    """What tuned tiles are kept under; row counts of one power of two share them."""
+    return f"{arch} {dtype} {op} {rows_per_expert.bit_length()} {features[0]}x{features[1]}"
+
+
+@cache
+def tuned() -> dict[str, Tiles]:
+    """The tiles in the file that the environment variable ESFT_TILES names; ``python -m benchmarks tune`` writes one.
+
+    Raises ValueError naming the file when it is not such a file.
+    """
+    path = os.environ.get("ESFT_TILES")
+    if not path:
+        return {}
+    try:
+        return {key: Tiles(**values) for key, values in json.loads(Path(path).read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"ESFT_TILES={path}: not a file of tuned tiles ({error})") from error
 
 
 def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:

@@ -81,3 +81,19 @@ def test_scores_of_another_model_are_refused():
     scores.check({1: 8, 2: 8})
     with pytest.raises(esft.InputError, match="score file is of another model: it has layers 1-2 with"):
         scores.check({1: 8, 2: 8, 3: 8})
+
+
+def test_nothing_after_the_last_router_runs_from_the_second_batch_on():
+    model = tiny_model()
+    ran: list[str] = []
+    model.model.norm.register_forward_hook(lambda *args: ran.append("norm"))
+    model.lm_head.register_forward_hook(lambda *args: ran.append("head"))
+    batches = [token_batch(seed=seed) for seed in range(3)]
+    together = esft.score_experts(model, batches)
+    assert ran == ["norm"]
+    apart = [esft.score_experts(model, [batch]) for batch in batches]
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches]
+    for layer, scores in together.token_scores.items():
+        for expert, score in scores.items():
+            mean = sum(n * one.token_scores[layer][expert] for n, one in zip(tokens, apart, strict=True)) / sum(tokens)
+            assert score == pytest.approx(mean, abs=1e-12)

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from benchmarks import layer, tune
+from benchmarks.shapes import LayerShape
+from esft_kernels import tiles
+from esft_kernels.tiles import Tiles, choose_tiles, tile_key, tiles_for
+
+SMALL = LayerShape("small", 32, 16, 3, 2)
+CPU = torch.device("cpu")
+OTHER = Tiles(16, 64, 32, 4, 1)
+
+
+@pytest.fixture
+def fresh():
+    tiles.tuned.cache_clear()
+    yield
+    tiles.tuned.cache_clear()
+
+
+def test_the_fastest_tiles_are_kept_and_then_used(tmp_path, monkeypatch, fresh):
+    out = tmp_path / "tiles.json"
+    out.write_text('{"kept": {"block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 1}}')
+    monkeypatch.setattr(tune, "candidates", lambda first, op: [first, OTHER])
+    ticks = iter(range(10**6, 0, -1))  # every step takes less time than the one before
+    monkeypatch.setattr(layer, "interleaved", lambda tasks, rounds, device: tasks["step"]() and {"step": [next(ticks)]})
+    rows = tune.run(SMALL, 5, torch.float32, CPU, 1, out)
+    found = json.loads(out.read_text())
+    assert len(rows) == len(found) - 1 >= 4 and "kept" in found
+    assert all(Tiles(**values) == OTHER for key, values in found.items() if key != "kept")
+
+    monkeypatch.setenv("ESFT_TILES", str(out))
+    key = next(key for key in found if " up " in key)
+    features = tuple(int(size) for size in key.split()[-1].split("x"))
+    tensor, rows_per_expert = torch.empty(0), 1 << int(key.split()[-2]) >> 1
+    assert tile_key("interpreter", torch.float32, "up", rows_per_expert, features) == key
+    assert tiles_for(tensor, "up", rows_per_expert, features) == OTHER
+    assert tiles_for(tensor, "up", 10**6, features) == choose_tiles("interpreter", torch.float32, "up", 10**6, features)
+
+
+def test_the_tables_choice_stays_where_nothing_is_faster(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "candidates", lambda first, op: [first, OTHER])
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(layer, "interleaved", lambda tasks, rounds, device: tasks["step"]() and {"step": [next(ticks)]})
+    rows = tune.run(SMALL, 5, torch.float32, CPU, 1, tmp_path / "tiles.json")
+    assert json.loads((tmp_path / "tiles.json").read_text()) == {}
+    assert all(row["before ms"] == row["after ms"] for row in rows)
+
+
+def test_candidates_are_tiles_that_registers_hold():
+    first = choose_tiles("sm_90", torch.bfloat16, "up", 1024, (2816, 2048))
+    found = tune.candidates(first, "up")
+    assert found[0] == first and len(found) == len(set(found)) > 20
+    assert all(t.block_m * t.block_n <= tune.MAX_ACCUMULATORS * 32 * t.num_warps for t in found[1:])
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"key": {"block_m": 16}}', '{"key": 3}'])
+def test_a_file_that_holds_no_tiles_is_named(text, tmp_path, monkeypatch, fresh):
+    (tmp_path / "tiles.json").write_text(text)
+    monkeypatch.setenv("ESFT_TILES", str(tmp_path / "tiles.json"))
+    with pytest.raises(ValueError, match="ESFT_TILES=.*tiles.json: not a file of tuned tiles"):
+        tiles.tuned()
