@@ -84,13 +84,19 @@ class Checkpoint:
             raise InputError(f"{folder}: not a checkpoint folder (no config.json)")
         try:
             config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the configurations' validators raise errors of their own kinds
             raise InputError(f"{folder / 'config.json'}: not a model's configuration ({first_line(error)})") from error
         if (folder / INDEX).is_file():
             index = read_json(folder / INDEX)
             files = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(files, dict):
                 raise InputError(f"{folder / INDEX}: has no weight_map")
+            if bad := [
+                f
+                for f in files.values()
+                if not isinstance(f, str) or Path(f).name != f or not f.endswith(".safetensors")
+            ]:
+                raise InputError(f"{folder / INDEX}: {bad[0]!r} is not the name of a safetensors file in this folder")
         elif (folder / WEIGHTS).is_file():
             with open_safetensors(folder / WEIGHTS) as handle:
                 files = dict.fromkeys(handle.keys(), WEIGHTS)
@@ -99,12 +105,18 @@ class Checkpoint:
         return cls(folder, files, config)
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without its weights, which tells what the checkpoint's tensors are."""
+        """The model without its weights, which tells what the checkpoint's tensors are.
+
+        Raises InputError for a configuration that no model can be made of.
+        """
         named = getattr(transformers, (self.config.architectures or [""])[0], None)
-        with torch.device("meta"):
-            if isinstance(named, type) and issubclass(named, PreTrainedModel):
-                return named._from_config(self.config)
-            return AutoModelForCausalLM.from_config(self.config)
+        try:
+            with torch.device("meta"):
+                if isinstance(named, type) and issubclass(named, PreTrainedModel):
+                    return named._from_config(self.config)
+                return AutoModelForCausalLM.from_config(self.config)
+        except Exception as error:  # whatever a model's constructor says of values that it cannot use
+            raise InputError(f"{self.folder / 'config.json'}: makes no model ({first_line(error)})") from error
 
     @contextmanager
     def read(self, file: str) -> Iterator:

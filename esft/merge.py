@@ -67,7 +67,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
         with _disk_errors(out), new_folder(out, overwrite) as folder:
             for source in sorted(base.iterdir()):
                 if source.is_file():
-                    shutil.copy2(source, folder / source.name)
+                    shutil.copyfile(source, folder / source.name)  # without its mode: it may be read-only
             for file, changes in patches.items():
                 with open(folder / file, "r+b") as handle:
                     for patch in changes:
@@ -98,7 +98,9 @@ def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_
             raise InputError(f"{checkpoint.folder}: holds no tensor {stored_name}, which the adapter changes")
         if file not in headers:
             headers[file] = safetensors_header(checkpoint.folder / file)
-        stored = headers[file][stored_name]
+        stored = headers[file].get(stored_name)
+        if stored is None:
+            raise InputError(f"{checkpoint.folder / file}: holds no tensor {stored_name}, which the index says it does")
         stacked = slot.part is not None and slot.part.stacked
         shape, count = (stored.shape[1:], stored.shape[0]) if stacked else (stored.shape, 1)
         where = f"{checkpoint.folder / file}: tensor {stored_name}"

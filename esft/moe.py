@@ -97,7 +97,13 @@ class Experts(nn.Module):
     def stacked(self) -> list[Tensor]:
         """Detached copies of all weights in expert-id order, laid out as they came in."""
         parts = [(getattr(self, f"trained_{name}"), getattr(self, f"frozen_{name}")) for name in PROJECTIONS]
-        return [torch.cat([t.detach(), f.detach()])[self.position] for t, f in parts if t is not None]
+        ids, s, whole = self.position.argsort(), len(self.trained), []
+        for trained, frozen in parts:
+            if trained is not None:
+                weights = trained.detach().new_empty(self.num_experts, *trained.shape[1:])
+                weights[ids[:s]], weights[ids[s:]] = trained.detach(), frozen.detach()
+                whole.append(weights)
+        return whole
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, trained={list(self.trained)}, backend={self.backend!r}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esft.moe import Experts
-from esft_kernels.pools import ExpertPools
+from esft_kernels.pools import ExpertPools, ExpertWeights
 
 
 def plain_mlp(
@@ -34,10 +34,18 @@ def plain_mlp(
     Returns [T, D]. Differentiable through autograd, which saves what it likes for every row; a frozen expert's weights
     still get no gradient.
     """
+    # One view of each expert: indexing a pool once per expert would make a gradient of the whole pool for each.
+    experts = [
+        ExpertWeights(*parts)
+        for pool in (pools.trained, pools.frozen)
+        for parts in zip(
+            *([None] * len(pool.gate_up_EGD) if t is None else t.unbind() for t in pool.tensors()), strict=True
+        )
+    ]
     out_TD = torch.zeros_like(x_TD)
     for position in position_TK.unique().tolist():
         token, slot = torch.where(position_TK == position)
-        expert = pools.at(position)
+        expert = experts[position]
         y = F.linear(gate(F.linear(x_TD[token], expert.gate_up_EGD, expert.gate_up_bias_EG)), expert.down_EDF)
         if expert.down_bias_ED is not None:
             y = y + expert.down_bias_ED

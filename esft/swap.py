@@ -78,14 +78,18 @@ def swap(
     state = SwapState(selection, model_digest(model), {}, layouts, required_grad)
     _warn_where_slow(layers, layouts)
     model.requires_grad_(False)
-    for layer in stacked:
-        stock, layout = layer.experts, layouts[layer.name]
-        experts = layout.swapped(stock, selection.experts.get(layer.index, []), backend, recompute)
-        experts.train(stock.training)
-        setattr(layer.block, layer.attribute, experts)
-        _set_weights(stock, layout, [torch.empty(0)] * len(layout.names))
-        state.stock[layer.name] = stock
     model.esft_state = state
+    try:
+        for layer in stacked:
+            stock, layout = layer.experts, layouts[layer.name]
+            experts = layout.swapped(stock, selection.experts.get(layer.index, []), backend, recompute)
+            experts.train(stock.training)
+            state.stock[layer.name] = stock
+            setattr(layer.block, layer.attribute, experts)
+            _set_weights(stock, layout, [torch.empty(0)] * len(layout.names))
+    except BaseException:  # out of memory, most likely: the layers done so far go back
+        unswap(model)
+        raise
     return thaw(model)
 
 
@@ -131,7 +135,9 @@ def unswap(model: PreTrainedModel) -> PreTrainedModel:
     state = swap_state(model)
     if state is None:
         raise InputError("the model is not swapped")
-    for layer in moe_layers(model):
+    layers = moe_layers(model)
+    while layers:
+        layer = layers.pop()  # and no other reference: the pools go before the next layer's weights are made
         if isinstance(layer.experts, Experts):
             stock = state.stock[layer.name]
             _set_weights(stock, state.layouts[layer.name], layer.experts.stacked())

@@ -1,4 +1,5 @@
 import importlib
+import json
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import esft
-from esft.checkpoint import load_model
+from esft.checkpoint import Checkpoint, load_model
+from esft.errors import InputError
 from esft.families import moe_layers
 from esft.select import ExpertSelection
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
@@ -120,7 +122,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     # ``esft.merge`` names the function; its module is found by import.
-    monkeypatch.setattr(importlib.import_module("esft.merge").shutil, "copy2", full)
+    monkeypatch.setattr(importlib.import_module("esft.merge").shutil, "copyfile", full)
     with pytest.raises(esft.InputError, match="out: No space left"):
         esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
@@ -131,17 +133,17 @@ def test_a_disk_that_does_not_keep_what_was_written_is_noticed(tmp_path, monkeyp
     base = save_tiny(tmp_path / "base")
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
     shutil = importlib.import_module("esft.merge").shutil
-    copy2 = shutil.copy2
+    copyfile = shutil.copyfile
     for place in (-1, 100_000):  # in the last tensor of the file, and in one before the adapter's
 
         def torn(source, target, place=place):
-            copy2(source, target)
+            copyfile(source, target)
             if target.suffix == ".safetensors":
                 content = bytearray(target.read_bytes())
                 content[place] ^= 1
                 target.write_bytes(content)
 
-        monkeypatch.setattr(shutil, "copy2", torn)
+        monkeypatch.setattr(shutil, "copyfile", torn)
         with pytest.raises(esft.InputError, match="reads back other"):
             esft.merge(base, tmp_path / "a", tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -157,3 +159,30 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(esft.InputError, match="never loaded"):
         esft.merge(base, tmp_path / "a", tmp_path / "out")
+
+
+def _rewrite_index(base, change) -> None:
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere/model.safetensors", "", 7, ".."])
+def test_an_index_that_names_no_file_of_its_folder_is_refused(tmp_path, name):
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base, max_shard_size="100KB")
+    _rewrite_index(base, lambda files: files.update({next(iter(files)): name}))
+    with pytest.raises(InputError, match="is not the name of a safetensors file"):
+        Checkpoint.open(base)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_act", "foo"), ("num_hidden_layers", "x"), ("architectures", ["BertModel"])]
+)
+def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match="config.json"):
+        Checkpoint.open(base).skeleton()

@@ -1,9 +1,15 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
 import esft
 from esft.families import moe_layers
+from esft.layout import Layout
+from esft.moe import Experts
 from esft.select import ExpertSelection
+from esft.swap import swap_state
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 
 TRAINED = [5, 2]
@@ -152,3 +158,41 @@ def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
         with pytest.raises(esft.InputError, match=message):
             esft.swap(model, ExpertSelection({}), backend)
     assert all(layer.experts.gate_up_proj.numel() for layer in moe_layers(model))
+
+
+def test_a_swap_that_fails_halfway_leaves_the_stock_model(monkeypatch):
+    model, batch = tiny_model(), token_batch()
+    with torch.no_grad():
+        before = model(**batch).logits
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    real, made = Layout.swapped, []
+
+    def fails_at_the_second(self, *args, **kwargs):
+        made.append(self)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Layout, "swapped", fails_at_the_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        esft.swap(model, ExpertSelection({1: [0]}))
+    assert swap_state(model) is None and len(made) == 2
+    assert grads == {name: p.requires_grad for name, p in model.named_parameters()}
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before)
+
+
+def test_unswap_holds_one_layers_pools_at_a_time(monkeypatch):
+    model = esft.swap(tiny_model(), ExpertSelection({1: [0], 2: [3]}))
+    pools = [weakref.ref(layer.experts) for layer in moe_layers(model)]
+    alive: list[int] = []
+    real = Experts.stacked
+
+    def counted(self):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in pools))
+        return real(self)
+
+    monkeypatch.setattr(Experts, "stacked", counted)
+    esft.unswap(model)
+    assert alive == list(range(len(pools), 0, -1))

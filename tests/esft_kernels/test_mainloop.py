@@ -25,4 +25,4 @@ def test_tf32_only_where_it_is_allowed_and_exists(setting, allowed, arch, monkey
 
 
 def test_blocks_of_positions():
-    assert [block_of(n) for n in (0, 1, 64, 65, 512)] == [64, 64, 64, 128, 512]
+    assert [block_of(n) for n in (0, 1, 256, 257, 512)] == [256, 256, 256, 512, 512]
