@@ -72,6 +72,8 @@ def peers_of(problem: Problem, backend: str) -> dict[str, Callable[[], Step]]:
     """What our step is timed beside, by name; only layers that transformers' plain experts can hold have others."""
     every = list(range(problem.shape.experts))
     made: dict[str, Callable[[], Step]] = {"esft, all trained": lambda: peers.ours(problem, every, backend)}
+    if problem.x_TD.device.type == "cpu":
+        made["esft, frozen packed"] = lambda: peers.ours(problem, problem.chosen, "cpu_packed")
     if problem.shape.activation == LayerShape.activation:
         made |= {
             "grouped_mm, all trained": lambda: peers.stock(problem, "grouped_mm", True),

@@ -12,6 +12,8 @@ the example model ran 1.7 times as fast once all shapes were remembered. Functio
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,26 +49,45 @@ def _sum_slots(rows_ND: Tensor, routing: Routing) -> Tensor:
     return F.embedding_bag(routing.row_TK, rows_ND, mode="sum")
 
 
-def _rebuilt(h_NG: Tensor, x_TD: Tensor, x_buf: Tensor, pools: ExpertPools, routing: Routing, span) -> Tensor:
+# What an expert's rows are multiplied by: [in, out] views of its weights.
+FACTORS: dict[str, Callable[[ExpertWeights], Tensor]] = {
+    "up": lambda expert: expert.gate_up_EGD.T,
+    "down": lambda expert: expert.down_EDF.T,
+    "grad_a": lambda expert: expert.down_EDF,
+    "grad_x": lambda expert: expert.gate_up_EGD,
+}
+
+
+class Products:
+    """The products of rows with an expert's weights; ``cpu_packed`` has others of the same results."""
+
+    def __init__(self, pools: ExpertPools):
+        self.pools = pools
+
+    def __call__(self, factor: str, position: int, rows: Tensor, out: Tensor) -> None:
+        """``out = rows @ FACTORS[factor](weights at position)``."""
+        torch.mm(rows, FACTORS[factor](self.pools.at(position)), out=out)
+
+
+def _write_h(h_NG: Tensor, x_TD: Tensor, x_buf: Tensor, product: Products, routing: Routing, span) -> Tensor:
     """Write one expert's rows of H and return them. The surplus rows of the product go with them."""
     e, start, end = span
-    m, expert = rounded(end - start), pools.at(e)
+    m, bias = rounded(end - start), product.pools.at(e).gate_up_bias_EG
     torch.index_select(x_TD, 0, routing.token_N[start:end], out=x_buf[: end - start])
-    out = h_NG[:m]
-    if expert.gate_up_bias_EG is None:
-        torch.mm(x_buf[:m], expert.gate_up_EGD.T, out=out)
-    else:
-        torch.addmm(expert.gate_up_bias_EG, x_buf[:m], expert.gate_up_EGD.T, out=out)
-    return out[: end - start]
+    product("up", e, x_buf[:m], h_NG[:m])
+    h = h_NG[: end - start]
+    return h if bias is None else h.add_(bias)
 
 
 def forward(
-    x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, keep_rows: int
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, keep_rows: int,
+    products: type[Products] = Products,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [T, D] of all routed experts, and the pre-activations H [keep_rows, G] of the first rows.
 
     ``keep_rows`` is 0, the prefix, or all rows: an expert's rows are kept or not.
     """
+    product = products(pools)
     offsets, f, d, g = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size, pools.gate_up_size
     spans = _spans(offsets, routing.num_experts)
     longest, written = _rows_needed(spans)
@@ -78,26 +99,29 @@ def forward(
         n, weight = end - start, weight_N1[start:end]
         m, expert = rounded(n), pools.at(e)
         fits = start + m <= keep_rows  # with its surplus rows
-        h = _rebuilt(h_XG[start:] if fits else h_buf, x_TD, x_buf, pools, routing, (e, start, end))
+        h = _write_h(h_XG[start:] if fits else h_buf, x_TD, x_buf, product, routing, (e, start, end))
         if end <= keep_rows and not fits:
             h_XG[start:end] = h
         # The routing weight goes on A, which is narrower than the output row for every model with F < D.
         pools.activation.forward_into(a_buf[:n], *pools.split(h))
         a_buf[:n].mul_(weight)
-        torch.mm(a_buf[:m], expert.down_EDF.T, out=y_ND[start : start + m])
+        product("down", e, a_buf[:m], y_ND[start : start + m])
         if expert.down_bias_ED is not None:
             y_ND[start:end].addcmul_(weight, expert.down_bias_ED)
     return _sum_slots(y_ND[: routing.num_rows], routing), h_XG
 
 
-def rebuild(x_TD: Tensor, h_prefix: Tensor, pools: ExpertPools, routing: Routing) -> Tensor:
+def rebuild(
+    x_TD: Tensor, h_prefix: Tensor, pools: ExpertPools, routing: Routing, products: type[Products] = Products
+) -> Tensor:
     """H of all rows, [N, G], from that of the prefix."""
+    product = products(pools)
     spans = _spans(routing.offsets_E1.tolist(), routing.num_experts)
     longest, written = _rows_needed(spans)
     h_NG, x_buf = x_TD.new_empty(written, pools.gate_up_size), x_TD.new_zeros(longest, pools.hidden_size)
     for span in spans:
         if span[0] >= routing.num_trained:
-            _rebuilt(h_NG[span[1] :], x_TD, x_buf, pools, routing, span)
+            _write_h(h_NG[span[1] :], x_TD, x_buf, product, routing, span)
     h_NG[: h_prefix.shape[0]] = h_prefix
     return h_NG[: routing.num_rows]
 
@@ -110,8 +134,10 @@ def backward(
     pools: ExpertPools,
     routing: Routing,
     needs: Needs,
+    products: type[Products] = Products,
 ) -> Gradients:
     """Gradients of ``forward``. Only the prefix of rows takes part when neither x nor weights need one."""
+    product = products(pools)
     offsets, f, d, g = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size, pools.gate_up_size
     s = routing.num_trained
     spans = _spans(offsets, routing.num_experts if needs.all_rows else s)
@@ -137,7 +163,7 @@ def backward(
         da, a, dh = da_buf[:n], a_buf[:n], dh_buf[:n]
         pools.activation.forward_into(a, gate, up)
         torch.index_select(grad_out_TD, 0, token, out=do_buf[:n])
-        torch.mm(do_buf[:m], expert.down_EDF, out=da_buf[:m])
+        product("grad_a", e, do_buf[:m], da_buf[:m])
         if grad_weight_N is not None:
             # Row sums of a product, accumulated in the weights' own (float32) precision.
             sums = (da * a).sum(dim=1, dtype=weights_TK.dtype)
@@ -146,7 +172,7 @@ def backward(
             grad_weight_N[routing.slot_N[start:end]] = sums
         pools.activation.backward_into(*pools.split(dh), da.mul_(weight), gate, up)
         if grad_rows is not None:
-            torch.mm(dh_buf[:m], expert.gate_up_EGD, out=grad_rows[start : start + m])
+            product("grad_x", e, dh_buf[:m], grad_rows[start : start + m])
         if needs.trained and e < s:
             torch.index_select(x_TD, 0, token, out=x_buf[:n])
             a.mul_(weight)

@@ -14,7 +14,7 @@ from .activation import Activation
 from .pools import ExpertPools, ExpertWeights, Needs
 from .routing import Routing
 
-BACKENDS = ("auto", "triton", "cpu", "reference")
+BACKENDS = ("auto", "triton", "cpu", "cpu_packed", "reference")
 RECOMPUTE = ("none", "frozen")
 ALIGNMENT = 16  # bytes, of the widest load
 
@@ -22,15 +22,18 @@ ALIGNMENT = 16  # bytes, of the widest load
 def resolve_backend(backend: str, device: torch.device) -> ModuleType:
     """The module that computes ``forward`` and ``backward`` on this device.
 
-    ``auto`` is Triton on a GPU and the CPU path elsewhere. Raises ValueError for a name that is not a backend
-    and for a backend that cannot run on the device.
+    ``auto`` is Triton on a GPU and the CPU path elsewhere; ``cpu_packed`` is a faster CPU path that takes three times
+    the frozen weights' memory. Raises ValueError for a name that is not a backend and for a backend that cannot run on
+    the device.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         backend = "cpu" if device.type == "cpu" else "triton"
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' computes on CPU tensors, got tensors on {device}")
+    if backend.startswith("cpu") and device.type != "cpu":
+        raise ValueError(f"backend {backend!r} computes on CPU tensors, got tensors on {device}")
+    if backend == "cpu_packed" and not torch.backends.mkldnn.is_available():
+        raise ValueError("backend 'cpu_packed' needs a PyTorch with oneDNN, which this one is not")
     if backend == "triton":
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("backend 'triton' on CPU tensors needs TRITON_INTERPRET=1 set before Python starts")

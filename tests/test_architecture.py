@@ -12,7 +12,7 @@ STAGES = """errors arguments files config loss moe plain layout interface famili
 score select swap adapter switch data merge evaluate optim report train commands __main__""".split()
 KERNELS = (
     "activation routing pools tiles mainloop gate up_gemm grouped_gemm grad_gemm grouped_wgrad bias_grad bias_dot "
-    "combine reference cpu triton_backend expert_mlp opaque"
+    "combine reference cpu cpu_packed triton_backend expert_mlp opaque"
 ).split()
 
 

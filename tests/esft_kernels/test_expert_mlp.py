@@ -45,7 +45,7 @@ NEEDS = {
 }
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=["reference", "cpu", "cpu_packed", "triton"])
 def backend(request) -> str:
     if request.param == "triton":
         pytest.importorskip("triton")
