@@ -124,7 +124,7 @@ def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, fe
         return full
     # Half a row tile per expert is padding on average, so few rows per expert want short tiles: below a tenth of all
     # rows from 320 an expert on. With fewer the weights' bytes bound the time on every GPU here, not the padding.
-    block_n = 64 if few and op == "grad" else min(full.block_n, 128)
+    block_n = 64 if few and op in ("up", "grad") else min(full.block_n, 128)  # with few rows registers go to occupancy
     return replace(full, block_m=16 if few else 64, block_n=block_n, block_k=64, num_warps=4)
 
 
