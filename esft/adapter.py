@@ -64,17 +64,39 @@ def adapter_slots(model: PreTrainedModel, selection: ExpertSelection) -> dict[st
     return slots
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The slots that adapters loaded without a name have written into a base: kept as ``model.esft_loaded``."""
+
+    base_digest: str
+    slots: frozenset[str]
+
+
+def loaded_slots(model: PreTrainedModel, base_digest: str) -> frozenset[str]:
+    """Where the model no longer has the values of the base with this digest, because of a load without a name."""
+    loaded = getattr(model, "esft_loaded", None)
+    return loaded.slots if loaded is not None and loaded.base_digest == base_digest else frozenset()
+
+
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
     """Write the trained tensors of a swapped model: selection, safetensors and a manifest.
 
-    Raises InputError for a stock model, and for a folder that holds something already unless ``overwrite``.
+    Raises InputError for a stock model, for one where another adapter has written what the selection does not cover,
+    and for a folder that holds something already unless ``overwrite``.
     """
     state = swap_state(model)
     if state is None:
         raise InputError("only a swapped model has an adapter to save")
+    slots = adapter_slots(model, state.selection)
+    adapters = getattr(model, "esft_adapters", None)
+    written = loaded_slots(model, state.base_digest) | (adapters.base.keys() if adapters is not None else set())
+    if uncovered := sorted(written - slots.keys()):
+        raise InputError(
+            f"a loaded adapter has changed {uncovered[0]}, which is not in the model's selection ({len(uncovered)} "
+            "such in all): what is saved would be incomplete"
+        )
     with new_folder(path, overwrite) as folder:
         state.selection.save(folder / SELECTION)
-        slots = adapter_slots(model, state.selection)
         tensors = {name: slot.read().contiguous().cpu() for name, slot in slots.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         write_manifest(folder, model, state.base_digest, state.selection.chosen_by)
