@@ -159,7 +159,7 @@ def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeigh
     """An adapter's open weights: ours, or the safetensors files of a published adapter.
 
     Published adapters may leave out a leading ``model.`` of the names. Raises InputError unless the tensors are exactly
-    those that the slots are for, in their shapes.
+    those that the slots are for, once each, in their shapes and of floating point.
     """
     files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
     if not files:
@@ -169,14 +169,20 @@ def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeigh
         for file in files:
             handle = stack.enter_context(open_safetensors(file))
             for own in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                found[f"model.{own}" if own not in slots and f"model.{own}" in slots else own] = handle, own
+                name = f"model.{own}" if own not in slots and f"model.{own}" in slots else own
+                if name in found:
+                    raise InputError(f"{path}: holds tensor {name} twice")
+                found[name] = handle, own
         if missing := sorted(slots.keys() - found.keys()):
             raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
         if extra := sorted(found.keys() - slots.keys()):
             raise InputError(f"{path}: tensor {extra[0]} belongs to nothing selected ({len(extra)} such in all)")
         for name, slot in slots.items():
             handle, own = found[name]
-            shape, wanted = tuple(handle.get_slice(own).get_shape()), tuple(slot.read().shape)
+            stored = handle.get_slice(own)
+            if not stored.get_dtype().startswith(("F", "BF")):
+                raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, not floating point")
+            shape, wanted = tuple(stored.get_shape()), tuple(slot.read().shape)
             if shape != wanted:
                 raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")
         yield AdapterWeights(found)
