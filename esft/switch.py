@@ -39,8 +39,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
         name: where given, the model stays as it is until ``set_adapter`` names this adapter.
 
     Raises InputError, with nothing written, when the adapter is incomplete, does not fit the model, or was trained from
-    another base, for a name that is taken, and where adapters would stack: a model loads all its adapters by name or all
-    without, and then each covers what the one before it wrote.
+    another base, for a name that is taken, and where adapters would stack: a model loads all its adapters by name or
+    all without, and then each covers what the one before it wrote.
     """
     path, adapters = Path(path), _adapters(model)
     if adapters is not None and name in adapters.held:
@@ -87,9 +87,9 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if adapters is None or name == adapters.active:
         return model
     if adapters.active is not None:
-        selection, _ = held[adapters.active]
+        selection, tensors = held[adapters.active]
         slots = adapter_slots(model, selection)
-        held[adapters.active] = selection, {key: slot.read().clone() for key, slot in slots.items()}
+        held[adapters.active] = selection, {key: _newer(tensors[key], slot.read()) for key, slot in slots.items()}
         for key, slot in slots.items():
             slot.write(adapters.base[key])
         adapters.active, adapters.base = None, {}
@@ -101,6 +101,11 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
             slot.write(tensors[key])
         adapters.active = name
     return model
+
+
+def _newer(held: Tensor, read: Tensor) -> Tensor:
+    """What a slot now reads, where that is more than the tensor it was written from, in a model of another dtype."""
+    return held if torch.equal(held.to(read), read) else read.clone()
 
 
 def _adapters(model: PreTrainedModel) -> Adapters | None:

@@ -55,6 +55,20 @@ def test_what_was_trained_of_an_adapter_stays_under_its_name(tmp_path):
     assert torch.equal(logits(esft.set_adapter(model, "one")), trained)
 
 
+def test_a_float32_adapter_keeps_its_precision_when_a_bfloat16_model_switches(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.1)
+    model = tiny_model(dtype=torch.bfloat16)
+    esft.load_adapter(model, tmp_path / "one", name="one")
+    esft.set_adapter(model, "one")
+    slot = "model.layers.1.mlp.experts.5.down_proj.weight"
+    with torch.no_grad():
+        moe_layers(model)[0].experts.down_proj[5].mul_(2)
+    esft.set_adapter(model, None)
+    before = load_file(tmp_path / "one" / "adapter.safetensors")
+    for name, tensor in model.esft_adapters.held["one"][1].items():
+        assert torch.equal(tensor, 2 * before[name].bfloat16() if name == slot else before[name])
+
+
 def test_names_that_are_taken_or_unknown_and_a_swap_over_an_adapter_are_refused(tmp_path):
     saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
     model = tiny_model()
