@@ -64,17 +64,39 @@ def adapter_slots(model: PreTrainedModel, selection: ExpertSelection) -> dict[st
     return slots
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The slots that adapters loaded without a name have written into a base: kept as ``model.esft_loaded``."""
+
+    base_digest: str
+    slots: frozenset[str]
+
+
+def loaded_slots(model: PreTrainedModel, base_digest: str) -> frozenset[str]:
+    """Where the model no longer has the values of the base with this digest, because of a load without a name."""
+    loaded = getattr(model, "esft_loaded", None)
+    return loaded.slots if loaded is not None and loaded.base_digest == base_digest else frozenset()
+
+
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
     """Write the trained tensors of a swapped model: selection, safetensors and a manifest.
 
-    Raises InputError for a stock model, and for a folder that holds something already unless ``overwrite``.
+    Raises InputError for a stock model, for one where another adapter has written what the selection does not cover,
+    and for a folder that holds something already unless ``overwrite``.
     """
     state = swap_state(model)
     if state is None:
         raise InputError("only a swapped model has an adapter to save")
+    slots = adapter_slots(model, state.selection)
+    adapters = getattr(model, "esft_adapters", None)
+    written = loaded_slots(model, state.base_digest) | (adapters.base.keys() if adapters is not None else set())
+    if uncovered := sorted(written - slots.keys()):
+        raise InputError(
+            f"a loaded adapter has changed {uncovered[0]}, which is not in the model's selection ({len(uncovered)} "
+            "such in all): what is saved would be incomplete"
+        )
     with new_folder(path, overwrite) as folder:
         state.selection.save(folder / SELECTION)
-        slots = adapter_slots(model, state.selection)
         tensors = {name: slot.read().contiguous().cpu() for name, slot in slots.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         write_manifest(folder, model, state.base_digest, state.selection.chosen_by)
@@ -137,7 +159,7 @@ def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeigh
     """An adapter's open weights: ours, or the safetensors files of a published adapter.
 
     Published adapters may leave out a leading ``model.`` of the names. Raises InputError unless the tensors are exactly
-    those that the slots are for, in their shapes.
+    those that the slots are for, once each, in their shapes and of floating point.
     """
     files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
     if not files:
@@ -147,14 +169,20 @@ def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeigh
         for file in files:
             handle = stack.enter_context(open_safetensors(file))
             for own in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                found[f"model.{own}" if own not in slots and f"model.{own}" in slots else own] = handle, own
+                name = f"model.{own}" if own not in slots and f"model.{own}" in slots else own
+                if name in found:
+                    raise InputError(f"{path}: holds tensor {name} twice")
+                found[name] = handle, own
         if missing := sorted(slots.keys() - found.keys()):
             raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
         if extra := sorted(found.keys() - slots.keys()):
             raise InputError(f"{path}: tensor {extra[0]} belongs to nothing selected ({len(extra)} such in all)")
         for name, slot in slots.items():
             handle, own = found[name]
-            shape, wanted = tuple(handle.get_slice(own).get_shape()), tuple(slot.read().shape)
+            stored = handle.get_slice(own)
+            if not stored.get_dtype().startswith(("F", "BF")):
+                raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, not floating point")
+            shape, wanted = tuple(stored.get_shape()), tuple(slot.read().shape)
             if shape != wanted:
                 raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")
         yield AdapterWeights(found)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from esft.errors import InputError
 from esft.routers import Choice, watch_routers
 
 
@@ -31,7 +32,12 @@ def balance_losses(model: nn.Module, attention_mask: Tensor) -> Iterator[list[Te
     Args:
         model: stock or swapped.
         attention_mask: [B, L] of the batch; padding does not count.
+
+    Raises InputError for a model that trains with gradient checkpointing: its forward pass makes no graph that the
+    losses could send gradients through, or makes it twice.
     """
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise InputError("the auxiliary loss and gradient checkpointing do not go together: turn one of them off")
     losses: list[Tensor] = []
     with watch_routers(model, attention_mask.flatten().bool(), lambda _, choice: losses.append(balance_loss(choice))):
         yield losses

@@ -49,23 +49,39 @@ def _causal_lm(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def has_plain_head(model: nn.Module) -> bool:
-    """Whether the logits are the last hidden states times the head's weight; some models scale or cap them.
+    """Whether the logits are the last hidden states times the head's weight; some models scale, shift or cap them.
 
     Tried out on two tokens the first time, and kept on the model.
     """
     causal_lm = _causal_lm(model)
     kept = vars(causal_lm).get("esft_plain_head")
     if kept is None:
-        seen = []
-        hook = causal_lm.base_model.register_forward_hook(lambda *args: seen.append(args[-1].last_hidden_state))
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.device)
-        logits = causal_lm(input_ids=tokens, use_cache=False).logits
-        hook.remove()
-        plain = seen[0] @ causal_lm.get_output_embeddings().weight.T
-        tolerance = 8 * torch.finfo(logits.dtype).eps
-        same = plain.shape == logits.shape and (plain - logits).abs().max() <= tolerance * logits.abs().max()
-        kept = causal_lm.esft_plain_head = bool(same)
+        head = causal_lm.get_output_embeddings()
+        # What PEFT puts in the head's place is no Linear, and starts out as if it were plain.
+        kept = isinstance(head, nn.Linear) and head.bias is None and _gives_products(causal_lm, head.weight)
+        causal_lm.esft_plain_head = kept
     return kept
+
+
+def _gives_products(causal_lm: Any, weight_VD: Tensor) -> bool:
+    """Whether a causal LM's logits are hidden states times this weight, also where they are large."""
+    plain = torch.empty(0)
+
+    def enlarge(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal plain
+        hidden = output.last_hidden_state
+        # A cap on small logits changes less than 16-bit rounding does; none leaves a thousand as it is.
+        output.last_hidden_state = hidden * (1e3 / (hidden @ weight_VD.T).abs().max())
+        plain = output.last_hidden_state @ weight_VD.T
+
+    hook = causal_lm.base_model.register_forward_hook(enlarge)
+    try:
+        tokens = torch.arange(2, device=causal_lm.device)[None]
+        logits = causal_lm(input_ids=tokens, use_cache=False).logits
+    finally:
+        hook.remove()
+    tolerance = 8 * torch.finfo(logits.dtype).eps
+    return plain.shape == logits.shape and bool((plain - logits).abs().max() <= tolerance * plain.abs().max())
 
 
 def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:

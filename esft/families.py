@@ -34,8 +34,9 @@ class MoELayer:
 
     index: int
     name: str
-    block: nn.Module  # holds experts, router and shared experts
+    block: nn.Module  # holds experts and router
     experts: nn.Module  # stacked experts, ``Experts`` in a swapped model, or a ModuleList
+    parent: nn.Module  # of the block: some families keep the shared experts there
 
     @property
     def attribute(self) -> str:
@@ -54,7 +55,8 @@ class MoELayer:
 
     @property
     def shared_experts(self) -> list[nn.Module]:
-        return [m for name in SHARED if isinstance(m := getattr(self.block, name, None), nn.Module)]
+        holders = (self.block, self.parent)
+        return [m for at in holders for name in SHARED if isinstance(m := getattr(at, name, None), nn.Module)]
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -69,7 +71,9 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     for name, module in modules.items():
         number = _LAYER.findall(name)
         if number and (is_stacked(module) or isinstance(module, Experts) or _is_list(name, module)):
-            found.append((int(number[0]), name, modules[name.rpartition(".")[0]], module))
+            block = name.rpartition(".")[0]
+            parent = modules[block.rpartition(".")[0]]
+            found.append((int(number[0]), name, modules[block], module, parent))
     if not found:
         raise InputError(f"{type(model).__name__} has no MoE layers with stacked experts")
     if max(Counter(index for index, *_ in found).values()) > 1:

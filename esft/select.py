@@ -64,7 +64,14 @@ class ExpertSelection:
 
     def check(self, layers: dict[int, int]) -> None:
         """Raise InputError unless every layer and expert exists; ``layers`` maps layer index -> number of experts."""
+        if not isinstance(self.experts, dict):
+            raise InputError(f"a selection's experts must be {{layer: [ids]}}, got {self.experts!r}")
         for layer, ids in self.experts.items():
+            # What only equals a whole number (5.0, True, a tensor) finds the expert, and then breaks the files.
+            if type(layer) is not int:
+                raise InputError(f"a selection's layers must be whole numbers, got {layer!r}")
+            if not isinstance(ids, list | tuple) or not all(type(e) is int for e in ids):
+                raise InputError(f"the selected experts of layer {layer} must be a list of whole numbers, got {ids!r}")
             if layer not in layers:
                 raise InputError(f"selection names layer {layer}; the model's MoE layers are {sorted(layers)}")
             if len(set(ids)) != len(ids):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.adapter import SELECTION, adapter_slots, adapter_weights, check_adapter
+from esft.adapter import SELECTION, Loaded, adapter_slots, adapter_weights, check_adapter, loaded_slots
 from esft.checkpoint import model_digest
 from esft.errors import InputError
 from esft.families import moe_layers
@@ -39,23 +39,33 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
         name: where given, the model stays as it is until ``set_adapter`` names this adapter.
 
     Raises InputError, with nothing written, when the adapter is incomplete, does not fit the model, or was trained from
-    another base, and for a name that is taken.
+    another base, for a name that is taken, and where adapters would stack: a model loads all its adapters by name or
+    all without, and then each covers what the one before it wrote.
     """
     path, adapters = Path(path), _adapters(model)
     if adapters is not None and name in adapters.held:
         raise InputError(f"{path}: the model holds an adapter named {name!r} already")
-    if adapters is not None and adapters.active is not None and name is None:
-        raise InputError(f"{path}: adapter {adapters.active!r} is set; set None first, or load under a name")
+    if adapters is not None and name is None:
+        raise InputError(f"{path}: the model holds {sorted(adapters.held)} by name; load this one under a name too")
     digest = _base_digest(model)
+    loaded = loaded_slots(model, digest)
+    if loaded and name is not None:
+        raise InputError(f"{path}: an adapter was loaded without a name, so the base that {name!r} is for is gone")
     check_adapter(path, lambda: digest)
     selection = ExpertSelection.load(path / SELECTION)
     selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
     slots = adapter_slots(model, selection)
+    if uncovered := sorted(loaded - slots.keys()):
+        raise InputError(
+            f"{path}: does not cover {uncovered[0]} ({len(uncovered)} such in all), which the adapter loaded before "
+            "has changed; load adapters under names to switch between them"
+        )
     with adapter_weights(path, slots) as weights:
         tensors = {key: weights.get_tensor(key) for key in slots}
     if name is None:
         for key, slot in slots.items():
             slot.write(tensors[key])
+        model.esft_loaded = Loaded(digest, frozenset(slots))
         return model
     if adapters is None:
         adapters = model.esft_adapters = Adapters(digest)
@@ -77,9 +87,9 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if adapters is None or name == adapters.active:
         return model
     if adapters.active is not None:
-        selection, _ = held[adapters.active]
+        selection, tensors = held[adapters.active]
         slots = adapter_slots(model, selection)
-        held[adapters.active] = selection, {key: slot.read().clone() for key, slot in slots.items()}
+        held[adapters.active] = selection, {key: _newer(tensors[key], slot.read()) for key, slot in slots.items()}
         for key, slot in slots.items():
             slot.write(adapters.base[key])
         adapters.active, adapters.base = None, {}
@@ -91,6 +101,11 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
             slot.write(tensors[key])
         adapters.active = name
     return model
+
+
+def _newer(held: Tensor, read: Tensor) -> Tensor:
+    """What a slot now reads, where that is more than the tensor it was written from, in a model of another dtype."""
+    return held if torch.equal(held.to(read), read) else read.clone()
 
 
 def _adapters(model: PreTrainedModel) -> Adapters | None:

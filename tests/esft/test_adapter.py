@@ -78,9 +78,21 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_written(tmp_path):
             lambda t: t.update({"model.layers.2.mlp.experts.0.up_proj.weight": torch.zeros(20, 31)}),
             r"has shape \(20, 31\), the base has \(20, 32\)",
         ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.experts.0.up_proj.weight": torch.ones(20, 32, dtype=torch.int8)}),
+            "experts.0.up_proj.weight is I8, not floating point",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.experts.0.up_proj.weight": torch.ones(20, 32, dtype=torch.bool)}),
+            "experts.0.up_proj.weight is BOOL, not floating point",
+        ),
+        (
+            lambda t: t.update({"layers.2.mlp.experts.0.up_proj.weight": torch.zeros(20, 32)}),
+            "holds tensor model.layers.2.mlp.experts.0.up_proj.weight twice",
+        ),
     ],
 )
-def test_a_missing_extra_or_misshapen_tensor_is_named(tmp_path, change, message: str):
+def test_a_missing_extra_misshapen_integer_or_doubled_tensor_is_named(tmp_path, change, message: str):
     esft.save_adapter(tuned(), tmp_path / "a")
     path = tmp_path / "a" / "adapter.safetensors"
     tensors = load_file(path)

@@ -45,3 +45,17 @@ def test_its_gradient_reaches_selected_experts_below_and_a_router_only_where_tha
         reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
         assert "model.layers.1.mlp.experts.trained_down_proj" in reached
         assert ("model.layers.2.mlp.gate.weight" in reached) == everything
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_refused_in_training_only(reentrant: bool):
+    model, batch = tiny_model(), token_batch()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    refused = pytest.raises(esft.InputError, match="auxiliary loss and gradient checkpointing")
+    with refused, balance_losses(model, batch["attention_mask"]):
+        pass
+    model.eval()
+    with balance_losses(model, batch["attention_mask"]) as losses:
+        model(**batch)
+    assert len(losses) == 2

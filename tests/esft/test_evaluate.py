@@ -6,7 +6,17 @@ import esft
 from esft.checkpoint import load_model
 from esft.config import TrainConfig
 from esft.data import IGNORE, collate, encode_all
-from esft.evaluate import answer, exact_match, load_any_adapter, matches, mean_loss, split_prompt
+from esft.evaluate import (
+    answer,
+    batch_loss,
+    exact_match,
+    has_plain_head,
+    load_any_adapter,
+    matches,
+    mean_loss,
+    split_prompt,
+)
+from tests.esft import zoo
 from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
 
 
@@ -24,6 +34,41 @@ def test_mean_loss_equals_transformers_own_loss():
         count += int((batch["labels"][0, 1:] != IGNORE).sum())
     for batch_size in (1, 3, 100):
         assert mean_loss(model, examples(), pad, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def capped(cap: float | None):
+    model = zoo.tiny("gemma4", final_logit_softcapping=cap).bfloat16()
+    model.set_experts_implementation("eager")  # the default cannot take rows this short in bfloat16
+    return model
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_in_bfloat16_a_cap_is_seen_though_the_logits_at_hand_are_far_below_it(cap: float | None):
+    assert has_plain_head(capped(cap)) == (cap is None)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_in_bfloat16_the_loss_is_that_of_the_models_own_logits(cap: float | None):
+    model, ids = capped(cap), zoo.tokens()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with torch.no_grad():
+        batch_loss(model, batch)  # what the model is taken for is settled now, before its logits grow
+        model.get_output_embeddings().weight.mul_(50)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss, _ = batch_loss(model, batch)
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    assert loss == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_head_with_a_bias_is_not_plain_and_no_hook_stays():
+    model = tiny_model()
+    model.lm_head.bias = torch.nn.Parameter(torch.full((300,), 1e-3))
+    assert not has_plain_head(model)
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        has_plain_head(model)
+    assert not model.model._forward_hooks
 
 
 def test_batched_answers_equal_single_ones_in_the_given_order():

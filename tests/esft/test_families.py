@@ -190,6 +190,17 @@ def test_the_training_loss_is_the_cross_entropy_of_the_models_own_logits(family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_shared_experts_is_found(family: str):
+    model = zoo.tiny(family)
+    layers = moe_layers(model)
+    found = {p for layer in layers for module in layer.shared_experts for p in module.parameters()}
+    decoder_layers = {match[0] for layer in layers if (match := re.match(r".*?\.\d+\.", layer.name))}
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(at) for at in decoder_layers):
+            assert (parameter in found) == ("share" in name), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_checkpoint_loads_in_transformers_with_the_bases_names_and_shapes(family: str, tmp_path):
     cls = zoo.model_class(family)
     zoo.tiny(family).save_pretrained(tmp_path / "base")

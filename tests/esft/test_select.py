@@ -1,10 +1,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import esft
 from esft.score import ExpertScores
 from esft.select import ExpertSelection
+from esft.swap import swap_state
+from tests.esft.models import tiny_model
 
 OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "esft-official"
 
@@ -80,3 +83,26 @@ def test_a_file_that_holds_no_selection_is_refused_by_name(tmp_path, text: str):
     (tmp_path / "e.json").write_text(text)
     with pytest.raises(esft.InputError, match="e.json"):
         ExpertSelection.load(tmp_path / "e.json")
+
+
+@pytest.mark.parametrize(
+    ("experts", "value"),
+    [
+        ({1: [5.0]}, r"\[5.0\]"),
+        ({1: [True]}, r"\[True\]"),
+        ({1: 2}, "got 2"),
+        ({1: "5"}, "got '5'"),
+        ({1: ["a"]}, r"\['a'\]"),
+        ({1: torch.tensor([5])}, r"tensor\(\[5\]\)"),
+        ({1: [torch.tensor(5)]}, r"tensor\(5\)"),
+        ({1.0: [5]}, "layers must be whole numbers, got 1.0"),
+        ({True: [5]}, "layers must be whole numbers, got True"),
+        ([5], r"got \[5\]"),
+    ],
+)
+def test_a_selection_of_anything_but_whole_numbers_is_refused_with_the_model_untouched(experts, value: str):
+    model = tiny_model()
+    with pytest.raises(esft.InputError, match=value):
+        esft.swap(model, ExpertSelection(experts))
+    assert swap_state(model) is None
+    assert all(p.requires_grad for p in model.parameters())

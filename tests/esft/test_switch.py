@@ -55,6 +55,20 @@ def test_what_was_trained_of_an_adapter_stays_under_its_name(tmp_path):
     assert torch.equal(logits(esft.set_adapter(model, "one")), trained)
 
 
+def test_a_float32_adapter_keeps_its_precision_when_a_bfloat16_model_switches(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.1)
+    model = tiny_model(dtype=torch.bfloat16)
+    esft.load_adapter(model, tmp_path / "one", name="one")
+    esft.set_adapter(model, "one")
+    slot = "model.layers.1.mlp.experts.5.down_proj.weight"
+    with torch.no_grad():
+        moe_layers(model)[0].experts.down_proj[5].mul_(2)
+    esft.set_adapter(model, None)
+    before = load_file(tmp_path / "one" / "adapter.safetensors")
+    for name, tensor in model.esft_adapters.held["one"][1].items():
+        assert torch.equal(tensor, 2 * before[name].bfloat16() if name == slot else before[name])
+
+
 def test_names_that_are_taken_or_unknown_and_a_swap_over_an_adapter_are_refused(tmp_path):
     saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
     model = tiny_model()
@@ -64,10 +78,46 @@ def test_names_that_are_taken_or_unknown_and_a_swap_over_an_adapter_are_refused(
     with pytest.raises(esft.InputError, match="an adapter named 'one' already"):
         esft.load_adapter(model, tmp_path / "one", name="one")
     esft.set_adapter(model, "one")
-    with pytest.raises(esft.InputError, match="'one' is set; set None first"):
-        esft.load_adapter(model, tmp_path / "one")
     with pytest.raises(esft.InputError, match="has an adapter set"):
         esft.swap(model, ExpertSelection({}))
+
+
+def test_adapters_never_stack_in_silence(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    saved(tmp_path, "wide", ExpertSelection({1: [2, 5]}), 0.5)
+    saved(tmp_path, "two", ExpertSelection({2: [0]}), 0.5)
+    model = esft.swap(tiny_model(), ExpertSelection({1: [5]}))
+    esft.load_adapter(model, tmp_path / "one")
+    esft.load_adapter(model, tmp_path / "wide")
+    before = logits(model)
+    for name in ("one", "two"):
+        with pytest.raises(
+            esft.InputError, match=r"does not cover model\.layers\.1.*changed; load adapters under names"
+        ):
+            esft.load_adapter(model, tmp_path / name)
+    with pytest.raises(esft.InputError, match="an adapter was loaded without a name"):
+        esft.load_adapter(model, tmp_path / "two", name="two")
+    assert torch.equal(logits(model), before)
+    named = esft.load_adapter(tiny_model(), tmp_path / "two", name="two")
+    with pytest.raises(esft.InputError, match=r"holds \['two'\] by name; load this one under a name too"):
+        esft.load_adapter(named, tmp_path / "one")
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+def test_what_a_loaded_adapter_wrote_is_saved_whole_or_refused(tmp_path, name: str | None):
+    expected = saved(tmp_path, "one", ExpertSelection({1: [2, 5]}), 1.5)
+    for selection in (ExpertSelection({1: [5]}), ExpertSelection({1: [5, 2, 0]})):
+        model = esft.load_adapter(esft.swap(tiny_model(), selection), tmp_path / "one", name)
+        if name is not None:
+            esft.set_adapter(model, name)
+        if len(selection.experts[1]) == 1:
+            with pytest.raises(esft.InputError, match=r"changed model\.layers\.1\.mlp\.experts\.2.*incomplete"):
+                esft.save_adapter(model, tmp_path / "again")
+            assert not (tmp_path / "again").exists()
+        else:
+            esft.save_adapter(model, tmp_path / "again")
+            again = esft.load_adapter(tiny_model(), tmp_path / "again")
+            torch.testing.assert_close(logits(again), expected, atol=2e-6, rtol=1e-5)
 
 
 def published(tmp_path, prefix: bool, files: int):
