@@ -17,7 +17,11 @@ def balance_loss(choice: Choice) -> Tensor:
 
     1 where all experts are chosen alike, E where all tokens choose one (arXiv 2101.03961, section 2.2; for K > 1 as in
     arXiv 2405.04434, section 2.2.3). Differentiable through the gate values.
+
+    Raises InputError for a choice without gate values.
     """
+    if choice.gates_TE is None:
+        raise InputError("routers of one expert a token do not tell their gate values, which the auxiliary loss needs")
     num_experts = choice.gates_TE.shape[1]
     share_E = (choice.gates_TE / choice.gates_TE.sum(dim=-1, keepdim=True)).mean(dim=0)
     chosen = choice.index_TK[choice.taken_TK]

@@ -27,7 +27,8 @@ class ExpertScores:
     Attributes:
         token_scores: share of a layer's (token, slot) assignments that an expert got; a layer sums to 1.
         gate_scores: mean over tokens of the expert's gate value before any renormalisation or scaling, counted as 0
-            where the expert is not among a token's top K; a layer sums to less than 1.
+            where the expert is not among a token's top K; a layer sums to less than 1. Empty where the gate values
+            cannot be told (see ``esft.routers.Choice``).
     """
 
     token_scores: Scores
@@ -55,7 +56,7 @@ class ExpertScores:
 
     def check(self, layers: Mapping[int, int]) -> None:
         """Raise InputError unless the scores are of a model with these layers (index -> number of experts)."""
-        for scores in (self.token_scores, self.gate_scores):
+        for scores in (self.token_scores, self.gate_scores or self.token_scores):
             scored = {layer: len(experts) for layer, experts in scores.items()}
             if scored != dict(layers):
                 raise InputError(
@@ -84,12 +85,15 @@ class _Counts:
 
     def __init__(self, num_experts: int):
         self.rows_E = torch.zeros(num_experts, dtype=torch.float64)
-        self.gates_E = torch.zeros(num_experts, dtype=torch.float64)
+        self.gates_E: Tensor | None = torch.zeros(num_experts, dtype=torch.float64)
 
     def add(self, choice: Choice) -> None:
         taken = choice.taken_TK.flatten().cpu()
         chosen = choice.index_TK.flatten().cpu()[taken]
         self.rows_E += torch.bincount(chosen, minlength=self.rows_E.numel())
+        if choice.gates_TE is None or self.gates_E is None:
+            self.gates_E = None
+            return
         gates = choice.gates_TE.gather(1, choice.index_TK).flatten().double().cpu()
         self.gates_E.index_add_(0, chosen, gates[taken])
 
@@ -110,8 +114,9 @@ def score_experts(
         max_tokens: stop after this many tokens (the paper's 32 x 4096).
 
     Scores are token means per layer, as in the published score files. What the router applies to its logits is told
-    from the weights that it makes of them (see ``esft.routers``), or is known of the family. Raises InputError when no
-    token was seen, for a model without MoE layers, and for routers whose gate values cannot be told.
+    from the weights that it makes of them (see ``esft.routers``), or is known of the family; one expert a token tells
+    nothing, so gate scores are left out there. Raises InputError when no token was seen, for a model without MoE
+    layers, and for routers of several experts a token whose gate values cannot be told.
 
     The LM head never runs, and from the second batch on nothing after the last router does.
     """
@@ -146,7 +151,8 @@ def score_experts(
         raise InputError("no tokens to score: the data set is empty")
     counts = {index: c for index, c in counts.items() if c.rows_E.any()}  # without a tower that saw no token
     token_scores = {index: _by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
-    gate_scores = {index: _by_expert(c.gates_E / seen) for index, c in counts.items()}
+    gates = {index: c.gates_E for index, c in counts.items() if c.gates_E is not None}
+    gate_scores = {index: _by_expert(gates_E / seen) for index, gates_E in gates.items()}
     return ExpertScores(token_scores, gate_scores)
 
 

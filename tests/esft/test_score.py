@@ -2,8 +2,10 @@ import pytest
 import torch
 
 import esft
+from esft.balance import balance_losses
 from esft.families import moe_layers
 from esft.select import ExpertSelection
+from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 
 
@@ -49,6 +51,30 @@ def test_scores_agree_with_a_count_by_hand_and_padding_never_counts(family: str,
         assert scores.token_scores[index] == pytest.approx(dict(enumerate(tokens[index].tolist())), abs=1e-6)
         assert scores.gate_scores[index] == pytest.approx(dict(enumerate(gates[index].tolist())), abs=1e-5)
         assert sum(scores.token_scores[index].values()) == pytest.approx(1)
+
+
+def test_one_expert_a_token_has_token_scores_and_gate_scores_only_where_the_family_tells(tmp_path):
+    model, batch = zoo.tiny("qwen3_moe", num_experts_per_tok=1), {"input_ids": zoo.tokens()}
+    chosen = {}
+    for layer in moe_layers(model):
+        layer.router.register_forward_hook(lambda _, __, out, i=layer.index: chosen.update({i: out[2].flatten()}))
+    scores = esft.score_experts(model, [batch])
+    for index, experts in chosen.items():
+        expected = torch.bincount(experts, minlength=8) / 18
+        assert scores.token_scores[index] == pytest.approx(dict(enumerate(expected.tolist())))
+    assert scores.gate_scores == {}
+    scores.save(tmp_path / "s.json")
+    again = esft.ExpertScores.load(tmp_path / "s.json")
+    again.check({0: 8, 1: 8})
+    assert esft.select_experts(again, by="token").num_experts > 0
+    with pytest.raises(esft.InputError, match="no gate scores to select by"):
+        esft.select_experts(again, by="gate")
+    assert esft.score_experts(zoo.tiny("zaya"), [batch]).gate_scores
+    with (
+        pytest.raises(esft.InputError, match="one expert a token do not tell their gate values"),
+        balance_losses(model, torch.ones(2, 9)),
+    ):
+        model(**batch)
 
 
 def test_hooks_are_gone_and_the_mode_is_kept():
