@@ -47,12 +47,13 @@ def find_tile(
 
 @triton.jit
 def expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert):
-    """Where the expert at a position begins; both pools have the same strides."""
-    if position < num_trained:
-        pointer = trained_ptr + position.to(tl.int64) * stride_expert
-    else:
-        pointer = frozen_ptr + (position - num_trained).to(tl.int64) * stride_expert
-    return pointer
+    """Where the expert at a position begins; both pools have the same strides.
+
+    Selected, not branched to: a pointer out of an ``if`` does not always compile for AMD (Triton 3.9).
+    """
+    ours = position < num_trained
+    base = tl.where(ours, trained_ptr, frozen_ptr)
+    return base + tl.where(ours, position, position - num_trained).to(tl.int64) * stride_expert
 
 
 @triton.jit
