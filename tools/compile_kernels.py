@@ -4,8 +4,9 @@
 
 The backend itself is run on meta tensors with launches turned into compilations, so what is compiled is what a
 real step of that model would launch: same tiles, same specialisation of sizes, strides and missing pointers.
-Fails on a compile error, a register spill, more shared memory than the chip has, or a 16-bit GEMM without the target's
-matrix instructions in its main loop.
+Fails on a compile error, a register spill, more shared memory than the chip has, or a 16-bit or tf32 GEMM without the
+target's matrix instructions in its main loop. What tf32 leaves as fp32 (a kernel without a product, a chip without
+tf32) is compiled as that.
 
 Columns: registers per thread; bytes of local memory (stack) and instructions that spill to it; bytes of shared memory;
 programs that fit a processor at once; matrix and other instructions in one turn of the main loop; and, for sm_90, the
@@ -49,7 +50,7 @@ MODELS = SHAPES | {
         "ungated": Activation("silu", gated=False),
     }.items()
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 ROWS_PER_EXPERT = (8, 128, 1024)  # between them they meet every tile that a model can get
 MANY_TOKENS = 1 << 20  # whose elements 32-bit offsets do not reach
@@ -146,6 +147,17 @@ def compiling_for(target: str) -> Iterator[dict[str, CompiledKernel]]:
         yield compiled
 
 
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Inside, PyTorch allows what fp32 products may lose, or does not."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, name
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def launch_all(shape: LayerShape, dtype: torch.dtype) -> None:
     """Every launch that a training step of this layer can make, on tensors without storage."""
 
@@ -190,8 +202,10 @@ def inspect(kernel: CompiledKernel, target: str) -> Row:
     sizes = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
     blocks = [sizes[f"BLOCK_{letter}"] for letter in "MNKFD" if f"BLOCK_{letter}" in sizes]
     dtype = next(kind[1:] for kind in source.signature.values() if kind.startswith("*"))
+    if sizes.get("PRECISION") == "tf32":
+        dtype = "tf32"
     slots = ""
-    if target == "sm_90" and code.loop.matrix and dtype != "fp32":
+    if target == "sm_90" and code.loop.matrix and not dtype.endswith("32"):
         cycles = 2 * blocks[0] * blocks[1] * blocks[2] / SM_90_FLOPS_PER_CYCLE
         slots = f"{1 - code.loop.others * options.num_warps / (4 * cycles):.0%}"
     return Row(
@@ -232,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
             for name in args.models.split(","):
                 for dtype in args.dtypes.split(","):
                     try:
-                        launch_all(MODELS[name], DTYPES[dtype])
+                        with matmul_precision("tf32" if dtype == "tf32" else "ieee"):
+                            launch_all(MODELS[name], DTYPES[dtype])
                     except Exception as error:  # whatever the compiler raised: report it and go on
                         failures.append(f"{target} {dtype} {name}: {type(error).__name__}: {error}")
         rows |= {key: inspect(kernel, target) for key, kernel in compiled.items()}
