@@ -1,8 +1,8 @@
 """The experts on a CPU, through oneDNN's matrix kernels.
 
-One loop over the experts that have rows, so that an expert's rows stay in cache from the gather to the down
-projection. Buffers are taken once per call and reused by every expert: a first touch of fresh memory can
-cost more than the arithmetic done in it.
+One loop over groups of experts whose rows stay in cache from the gather to the down projection: one large expert, or
+many small ones, for which everything but the products is then a single call. Buffers are taken once per call and
+reused by every group: a first touch of fresh memory can cost more than the arithmetic done in it.
 
 Row counts are rounded up for the matrix products. oneDNN generates code for every new shape and remembers a thousand;
 routing makes thousands of row counts, which also drove the rest of a model's shapes out of that memory: pretraining
@@ -12,7 +12,8 @@ the example model ran 1.7 times as fast once all shapes were remembered. Functio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torch import Tensor
 from .pools import ExpertPools, ExpertWeights, Gradients, Needs
 from .routing import Routing
 
+CACHE = 2 << 20  # bytes that one group's rows may take: what a core's second cache, or its share of the last, holds
+
 
 def rounded(rows: int) -> int:
     """The row count that a product is computed with: sixteen sizes per power of two, at most a sixteenth too many."""
@@ -28,33 +31,12 @@ def rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _spans(offsets: list[int], last: int) -> list[tuple[int, int, int]]:
-    """(position, start, end) of every expert below ``last`` that has rows."""
-    return [(e, offsets[e], offsets[e + 1]) for e in range(last) if offsets[e + 1] > offsets[e]]
-
-
-def _rows_needed(spans: list[tuple[int, int, int]]) -> tuple[int, int]:
-    """Rows of the per-expert buffers, and of an output into which every expert writes its rounded row count.
-
-    An expert's surplus rows lie over the next one's, which are written after it.
-    """
-    sizes = [(rounded(end - start), start) for _, start, end in spans]
-    return max((n for n, _ in sizes), default=0), max((start + n for n, start in sizes), default=0)
-
-
-def _sum_slots(rows_ND: Tensor, routing: Routing) -> Tensor:
-    """Sum of each token's K rows, [T, D]; one pass, accumulated in float32 for the 16-bit dtypes."""
-    if routing.num_tokens == 0:
-        return rows_ND.new_zeros(0, rows_ND.shape[1])
-    return F.embedding_bag(routing.row_TK, rows_ND, mode="sum")
-
-
-# What an expert's rows are multiplied by: [in, out] views of its weights.
+# What an expert's rows are multiplied by: [E, in, out] views of a pool's weights.
 FACTORS: dict[str, Callable[[ExpertWeights], Tensor]] = {
-    "up": lambda expert: expert.gate_up_EGD.T,
-    "down": lambda expert: expert.down_EDF.T,
-    "grad_a": lambda expert: expert.down_EDF,
-    "grad_x": lambda expert: expert.gate_up_EGD,
+    "up": lambda pool: pool.gate_up_EGD.mT,
+    "down": lambda pool: pool.down_EDF.mT,
+    "grad_a": lambda pool: pool.down_EDF,
+    "grad_x": lambda pool: pool.gate_up_EGD,
 }
 
 
@@ -65,18 +47,91 @@ class Products:
         self.pools = pools
 
     def __call__(self, factor: str, position: int, rows: Tensor, out: Tensor) -> None:
-        """``out = rows @ FACTORS[factor](weights at position)``."""
-        torch.mm(rows, FACTORS[factor](self.pools.at(position)), out=out)
+        """``out = rows @ FACTORS[factor](pool)[expert]``, the expert being the one at this position."""
+        s = self.pools.num_trained
+        pool, index = (self.pools.trained, position) if position < s else (self.pools.frozen, position - s)
+        torch.mm(rows, FACTORS[factor](pool)[index], out=out)
 
 
-def _write_h(h_NG: Tensor, x_TD: Tensor, x_buf: Tensor, product: Products, routing: Routing, span) -> Tensor:
-    """Write one expert's rows of H and return them. The surplus rows of the product go with them."""
-    e, start, end = span
-    m, bias = rounded(end - start), product.pools.at(e).gate_up_bias_EG
-    torch.index_select(x_TD, 0, routing.token_N[start:end], out=x_buf[: end - start])
-    product("up", e, x_buf[:m], h_NG[:m])
-    h = h_NG[: end - start]
-    return h if bias is None else h.add_(bias)
+@dataclass(frozen=True)
+class Group:
+    """Experts with rows, next to each other and on one side of the prefix, whose rows are worked on together."""
+
+    spans: list[tuple[int, int, int]]  # (position, start, end) of every expert
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.spans[0][1], self.spans[-1][2])
+
+    @property
+    def size(self) -> int:
+        return self.spans[-1][2] - self.spans[0][1]
+
+    @property
+    def rounded_size(self) -> int:
+        """Rows of buffers that every expert's products may run over with their surplus rows.
+
+        A surplus lies over the next expert's rows: as input it only has to be finite, as output it is written again.
+        """
+        return max(start - self.spans[0][1] + rounded(end - start) for _, start, end in self.spans)
+
+    def products(self, product: Products, factor: str, rows: Tensor, out: Tensor) -> None:
+        """``out = rows @ factor`` expert by expert; both begin at the group's first row."""
+        for position, start, end in self.spans:
+            place = start - self.spans[0][1]
+            part = slice(place, place + rounded(end - start))
+            product(factor, position, rows[part], out[part])
+
+    def biases(self, pools: ExpertPools) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The place of every expert's rows among the group's, and its biases [G] and [D]; nothing where it has none."""
+        for position, start, end in self.spans if pools.trained.down_bias_ED is not None else ():
+            expert = pools.at(position)
+            if expert.gate_up_bias_EG is not None and expert.down_bias_ED is not None:
+                place = slice(start - self.spans[0][1], end - self.spans[0][1])
+                yield place, expert.gate_up_bias_EG, expert.down_bias_ED
+
+
+def _groups(offsets: list[int], first: int, last: int, most_rows: int) -> list[Group]:
+    """The experts at positions ``first`` to ``last`` that have rows; more than one together up to so many rows.
+
+    What is done to all rows of a group at once is one call, which for small experts takes longer than the work in it.
+    """
+    groups: list[Group] = []
+    for e in range(first, last):
+        span = e, offsets[e], offsets[e + 1]
+        if span[1] == span[2]:
+            continue
+        if groups and span[2] - groups[-1].rows.start <= most_rows:
+            groups[-1].spans.append(span)
+        else:
+            groups.append(Group([span]))
+    return groups
+
+
+def _rows_needed(groups: list[Group]) -> tuple[int, int]:
+    """Rows of the buffers that groups share, and of an output into which every expert writes its rounded row count."""
+    sizes = [(group.rounded_size, group.rows.start) for group in groups]
+    return max((n for n, _ in sizes), default=0), max((start + n for n, start in sizes), default=0)
+
+
+def _most_rows(pools: ExpertPools, dtype: torch.dtype) -> int:
+    """How many rows of X, H and A the cache holds."""
+    return CACHE // ((pools.hidden_size + pools.gate_up_size + pools.intermediate_size) * dtype.itemsize)
+
+
+def _sum_slots(rows_ND: Tensor, routing: Routing) -> Tensor:
+    """Sum of each token's K rows, [T, D]; one pass, accumulated in float32 for the 16-bit dtypes."""
+    if routing.num_tokens == 0:
+        return rows_ND.new_zeros(0, rows_ND.shape[1])
+    return F.embedding_bag(routing.row_TK, rows_ND, mode="sum")
+
+
+def _write_h(h_NG: Tensor, x_TD: Tensor, x_buf: Tensor, product: Products, routing: Routing, group: Group) -> None:
+    """Write a group's rows of H, from the front of ``h_NG`` on. The surplus rows of the products go with them."""
+    torch.index_select(x_TD, 0, routing.token_N[group.rows], out=x_buf[: group.size])
+    group.products(product, "up", x_buf, h_NG)
+    for place, gate_up_bias_G, _ in group.biases(product.pools):
+        h_NG[place].add_(gate_up_bias_G)
 
 
 def forward(
@@ -85,29 +140,30 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [T, D] of all routed experts, and the pre-activations H [keep_rows, G] of the first rows.
 
-    ``keep_rows`` is 0, the prefix, or all rows: an expert's rows are kept or not.
+    ``keep_rows`` is 0, the prefix, or all rows: a group's rows are kept or not.
     """
     product = products(pools)
     offsets, f, d, g = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size, pools.gate_up_size
-    spans = _spans(offsets, routing.num_experts)
-    longest, written = _rows_needed(spans)
+    most, s = _most_rows(pools, x_TD.dtype), routing.num_trained
+    groups = _groups(offsets, 0, s, most) + _groups(offsets, s, routing.num_experts, most)
+    longest, written = _rows_needed(groups)
     weight_N1 = weights_TK.reshape(-1)[routing.slot_N, None].to(x_TD.dtype)
     h_XG, y_ND = x_TD.new_empty(keep_rows, g), x_TD.new_empty(written, d)
     # Zeros, because the surplus rows are multiplied too, and what lies in fresh memory may be slow or not a number.
     x_buf, a_buf, h_buf = x_TD.new_zeros(longest, d), x_TD.new_zeros(longest, f), x_TD.new_empty(longest, g)
-    for e, start, end in spans:
-        n, weight = end - start, weight_N1[start:end]
-        m, expert = rounded(n), pools.at(e)
-        fits = start + m <= keep_rows  # with its surplus rows
-        h = _write_h(h_XG[start:] if fits else h_buf, x_TD, x_buf, product, routing, (e, start, end))
-        if end <= keep_rows and not fits:
-            h_XG[start:end] = h
+    for group in groups:
+        rows, n = group.rows, group.size
+        fits = rows.start + group.rounded_size <= keep_rows  # with its surplus rows
+        h = h_XG[rows.start :] if fits else h_buf
+        _write_h(h, x_TD, x_buf, product, routing, group)
+        if rows.stop <= keep_rows and not fits:
+            h_XG[rows] = h[:n]
         # The routing weight goes on A, which is narrower than the output row for every model with F < D.
-        pools.activation.forward_into(a_buf[:n], *pools.split(h))
-        a_buf[:n].mul_(weight)
-        product("down", e, a_buf[:m], y_ND[start : start + m])
-        if expert.down_bias_ED is not None:
-            y_ND[start:end].addcmul_(weight, expert.down_bias_ED)
+        pools.activation.forward_into(a_buf[:n], *pools.split(h[:n]))
+        a_buf[:n].mul_(weight_N1[rows])
+        group.products(product, "down", a_buf, y_ND[rows.start :])
+        for place, _, down_bias_D in group.biases(pools):
+            y_ND[rows][place].addcmul_(weight_N1[rows][place], down_bias_D)
     return _sum_slots(y_ND[: routing.num_rows], routing), h_XG
 
 
@@ -116,12 +172,13 @@ def rebuild(
 ) -> Tensor:
     """H of all rows, [N, G], from that of the prefix."""
     product = products(pools)
-    spans = _spans(routing.offsets_E1.tolist(), routing.num_experts)
-    longest, written = _rows_needed(spans)
-    h_NG, x_buf = x_TD.new_empty(written, pools.gate_up_size), x_TD.new_zeros(longest, pools.hidden_size)
-    for span in spans:
-        if span[0] >= routing.num_trained:
-            _write_h(h_NG[span[1] :], x_TD, x_buf, product, routing, span)
+    most = _most_rows(pools, x_TD.dtype)
+    groups = _groups(routing.offsets_E1.tolist(), routing.num_trained, routing.num_experts, most)
+    longest, written = _rows_needed(groups)
+    h_NG = x_TD.new_empty(max(written, routing.num_rows), pools.gate_up_size)
+    x_buf = x_TD.new_zeros(longest, pools.hidden_size)
+    for group in groups:
+        _write_h(h_NG[group.rows.start :], x_TD, x_buf, product, routing, group)
     h_NG[: h_prefix.shape[0]] = h_prefix
     return h_NG[: routing.num_rows]
 
@@ -139,9 +196,12 @@ def backward(
     """Gradients of ``forward``. Only the prefix of rows takes part when neither x nor weights need one."""
     product = products(pools)
     offsets, f, d, g = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size, pools.gate_up_size
-    s = routing.num_trained
-    spans = _spans(offsets, routing.num_experts if needs.all_rows else s)
-    longest, written = _rows_needed(spans)
+    s, most = routing.num_trained, _most_rows(pools, x_TD.dtype)
+    # Trained experts one by one: their weight gradients sum over surplus rows, which must be zero then.
+    groups = _groups(offsets, 0, s, 0)
+    if needs.all_rows:
+        groups += _groups(offsets, s, routing.num_experts, most)
+    longest, written = _rows_needed(groups)
     weight_N1 = weights_TK.reshape(-1)[routing.slot_N, None].to(x_TD.dtype)
 
     grads = ExpertWeights(*(None if t is None else torch.empty_like(t) for t in pools.trained.tensors()))
@@ -154,27 +214,27 @@ def backward(
     grad_weight_N = weights_TK.new_empty(routing.num_rows) if needs.weights else None
     do_buf, x_buf, dh_buf = x_TD.new_empty(longest, d), x_TD.new_empty(longest, d), x_TD.new_empty(longest, g)
     da_buf, a_buf = x_TD.new_empty(longest, f), x_TD.new_empty(longest, f)
-    for e, start, end in spans:
-        n, token, weight = end - start, routing.token_N[start:end], weight_N1[start:end]
-        m, expert = rounded(n), pools.at(e)
-        gate, up = pools.split(h_NG[start:end])
-        for buffer in (do_buf, x_buf, a_buf, dh_buf):  # a weight gradient sums over the surplus rows
+    for group in groups:
+        rows, n, m = group.rows, group.size, group.rounded_size
+        weight, (gate, up) = weight_N1[rows], pools.split(h_NG[rows])
+        for buffer in (do_buf, x_buf, a_buf, dh_buf):
             buffer[n:m].zero_()
         da, a, dh = da_buf[:n], a_buf[:n], dh_buf[:n]
         pools.activation.forward_into(a, gate, up)
-        torch.index_select(grad_out_TD, 0, token, out=do_buf[:n])
-        product("grad_a", e, do_buf[:m], da_buf[:m])
+        torch.index_select(grad_out_TD, 0, routing.token_N[rows], out=do_buf[:n])
+        group.products(product, "grad_a", do_buf, da_buf)
         if grad_weight_N is not None:
             # Row sums of a product, accumulated in the weights' own (float32) precision.
             sums = (da * a).sum(dim=1, dtype=weights_TK.dtype)
-            if expert.down_bias_ED is not None:
-                sums += torch.mv(do_buf[:n], expert.down_bias_ED)
-            grad_weight_N[routing.slot_N[start:end]] = sums
+            for place, _, down_bias_D in group.biases(pools):
+                sums[place] += torch.mv(do_buf[place], down_bias_D)
+            grad_weight_N[routing.slot_N[rows]] = sums
         pools.activation.backward_into(*pools.split(dh), da.mul_(weight), gate, up)
         if grad_rows is not None:
-            product("grad_x", e, dh_buf[:m], grad_rows[start : start + m])
-        if needs.trained and e < s:
-            torch.index_select(x_TD, 0, token, out=x_buf[:n])
+            group.products(product, "grad_x", dh_buf, grad_rows[rows.start :])
+        if needs.trained and rows.stop <= offsets[s]:
+            e = group.spans[0][0]
+            torch.index_select(x_TD, 0, routing.token_N[rows], out=x_buf[:n])
             a.mul_(weight)
             torch.mm(dh_buf[:m].T, x_buf[:m], out=grads.gate_up_EGD[e])
             torch.mm(do_buf[:m].T, a_buf[:m], out=grads.down_EDF[e])

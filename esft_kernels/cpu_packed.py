@@ -45,10 +45,11 @@ def _packed(pools: ExpertPools) -> list[dict[str, Tensor]]:
     state = tuple((t.data_ptr(), t._version, t.dtype) for t in weights)
     kept = getattr(holder, "esft_packed", None)
     if kept is None or kept[0] != state:
-        s = pools.num_trained
-        experts = [pools.at(position) for position in range(s, pools.num_experts)]
         with torch.no_grad():
-            made = [{name: _pack(factor(expert)) for name, factor in FACTORS.items()} for expert in experts]
+            made = [
+                {name: _pack(factor(pools.frozen)[index]) for name, factor in FACTORS.items()}
+                for index in range(len(weights[0]))
+            ]
         holder.esft_packed = kept = (state, made)
     return kept[1]
 
