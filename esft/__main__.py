@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def common(sub: argparse.ArgumentParser, max_length: int | None = 4096, batch_size: int | None = 32) -> None:
         sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
-        sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), help="auto is the checkpoint's")
+        dtype = "auto is the checkpoint's, or float32 on a CPU without bf16 arithmetic"
+        sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), help=dtype)
         sub.add_argument("--backend", choices=BACKENDS, help="of the experts")
         sub.add_argument("--max-length", type=count, default=max_length, metavar="TOKENS")
         sub.add_argument("--batch-size", type=count, default=batch_size)

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from esft.device import compute_dtype, placement
 from esft.errors import InputError
 from esft.files import open_safetensors, read_json
 from esft.stored import stored_state
@@ -36,12 +37,18 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
-    """A causal language model in evaluation mode.
+    """A causal language model in evaluation mode, on the GPUs where there are any.
+
+    Args:
+        path: checkpoint folder or hub id.
+        dtype: "auto" (the checkpoint's; float32 on a CPU without bf16 arithmetic), "bfloat16" or "float32".
 
     Raises InputError when the folder is not a checkpoint, or lacks a tensor that the model has.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=compute_dtype(dtype), output_loading_info=True, **placement()
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{path}: cannot load a model ({first_line(error)})") from error
     model, info = loaded
@@ -163,8 +170,9 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def _sample(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
     flat = tensor.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device=flat.device, dtype=torch.float64)
-    return tuple(tensor.shape), flat[index.long()].bfloat16().float().cpu()
+    # Made on the CPU: a GPU may round them otherwise.
+    index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return tuple(tensor.shape), flat[index.to(flat.device)].bfloat16().float().cpu()
 
 
 def _hash(samples: Iterable[tuple[str, tuple[tuple[int, ...], Tensor]]]) -> str:

@@ -36,7 +36,7 @@ class TrainConfig:
         clip: largest norm of the whole gradient.
         aux_loss: weight of the load-balancing loss, summed over layers; the router itself trains only where selected.
         lora_rank, lora_alpha: LoRA's rank, and its scaling times the rank.
-        dtype: "auto" (the checkpoint's), "bfloat16" or "float32".
+        dtype: "auto" (the checkpoint's; float32 on a CPU without bf16 arithmetic), "bfloat16" or "float32".
         seed: of the data order and of LoRA's initial weights.
         backend: of the experts, see ``esft.swap``.
         recompute: "none", or "frozen" to keep less for the backward, see ``esft.swap``.

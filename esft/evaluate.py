@@ -71,8 +71,9 @@ def _gives_products(causal_lm: Any, weight_VD: Tensor) -> bool:
         nonlocal plain
         hidden = output.last_hidden_state
         # A cap on small logits changes less than 16-bit rounding does; none leaves a thousand as it is.
-        output.last_hidden_state = hidden * (1e3 / (hidden @ weight_VD.T).abs().max())
-        plain = output.last_hidden_state @ weight_VD.T
+        weight_DV = weight_VD.T.to(hidden.device)
+        output.last_hidden_state = hidden * (1e3 / (hidden @ weight_DV).abs().max())
+        plain = output.last_hidden_state @ weight_DV
 
     hook = causal_lm.base_model.register_forward_hook(enlarge)
     try:
@@ -81,6 +82,7 @@ def _gives_products(causal_lm: Any, weight_VD: Tensor) -> bool:
     finally:
         hook.remove()
     tolerance = 8 * torch.finfo(logits.dtype).eps
+    plain = plain.to(logits.device)
     return plain.shape == logits.shape and bool((plain - logits).abs().max() <= tolerance * plain.abs().max())
 
 
@@ -95,7 +97,7 @@ def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]
     if not has_plain_head(model):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = causal_lm(**inputs, use_cache=False).logits[:, :-1].float()
-        labels = batch["labels"][:, 1:]
+        labels = batch["labels"][:, 1:].to(logits.device)
         total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         return total, int((labels != IGNORE).sum())
     hidden = causal_lm.base_model(
@@ -103,7 +105,9 @@ def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]
     ).last_hidden_state
     wanted = batch["labels"][:, 1:] != IGNORE
     head = causal_lm.get_output_embeddings()
-    total = linear_cross_entropy(hidden[:, :-1][wanted], head.weight, batch["labels"][:, 1:][wanted])
+    hidden, labels = hidden[:, :-1][wanted.to(hidden.device)], batch["labels"][:, 1:][wanted]
+    where = head.weight.device  # over several GPUs not every layer is where the inputs go
+    total = linear_cross_entropy(hidden.to(where), head.weight, labels.to(where))
     return total, int(wanted.sum())
 
 

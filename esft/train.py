@@ -24,6 +24,7 @@ from esft.balance import balance_losses
 from esft.checkpoint import load_model, load_tokenizer, model_digest
 from esft.config import TrainConfig
 from esft.data import Example, collate, encode_all, epoch_batches, read_records
+from esft.device import peak_memory
 from esft.errors import InputError
 from esft.evaluate import batch_loss, has_plain_head, mean_loss
 from esft.families import moe_layers
@@ -45,7 +46,8 @@ SUMMARY = "summary.json"
 class TrainResult:
     """What a run measured.
 
-    ``peak_rss`` is the process's largest resident memory so far in bytes; ``seconds`` is the loop's own time.
+    ``peak_rss`` is the process's largest resident memory so far and ``peak_gpu_memory`` that of its tensors on the
+    GPUs, in bytes; ``seconds`` is the loop's own time.
     """
 
     steps: int
@@ -56,6 +58,7 @@ class TrainResult:
     seconds: float
     tokens_per_second: float
     peak_rss: int
+    peak_gpu_memory: int
 
 
 def train(
@@ -247,6 +250,7 @@ class _Run:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             peak_rss=peak_rss(),
+            peak_gpu_memory=peak_memory(),
         )
 
     def _backward(self, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, float]]:
@@ -257,7 +261,7 @@ class _Run:
             return total, targets, {}
         with balance_losses(self.model, batch["attention_mask"]) as balance:
             total, targets = batch_loss(self.model, batch)
-        aux = torch.stack(balance).sum()
+        aux = torch.stack([loss.to(total.device) for loss in balance]).sum()  # layers may be on several GPUs
         (total / targets + self.config.aux_loss * aux).backward()
         return total, targets, {"aux_loss": aux.item()}
 

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from esft import checkpoint
+from esft.checkpoint import load_model
+from esft.device import compute_dtype, peak_memory, placement
+from tests.esft.models import save_tiny
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+@pytest.mark.parametrize("count, wanted", [(0, {}), (1, {"device_map": "cuda"}), (2, {"device_map": "auto"})])
+def test_a_model_goes_to_the_gpus_that_there_are(gpus, count, wanted):
+    gpus(count)
+    assert placement() == wanted
+
+
+@pytest.mark.parametrize(
+    "count, capabilities, dtype",
+    [
+        (0, {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
+        (0, {"avx512_bf16": True, "amx_bf16": False}, "auto"),
+        (0, {"amx_bf16": True}, "auto"),
+        (0, {"bf16": True}, "auto"),  # Arm
+        (0, {}, "float32"),
+        (1, {}, "auto"),
+    ],
+)
+def test_a_cpu_without_bf16_arithmetic_computes_in_float32(gpus, monkeypatch, count, capabilities, dtype):
+    gpus(count)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert compute_dtype("auto") == dtype
+    assert compute_dtype("bfloat16") == "bfloat16" and compute_dtype("float32") == "float32"
+
+
+def test_load_model_asks_for_both(gpus, monkeypatch, tmp_path):
+    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    gpus(0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    model = load_model(str(base))
+    assert model.dtype == torch.float32 and model.device.type == "cpu"
+    assert load_model(str(base), "bfloat16").dtype == torch.bfloat16
+
+    gpus(2)
+    asked = {}
+    monkeypatch.setattr(checkpoint, "AutoModelForCausalLM", type("", (), {
+        "from_pretrained": staticmethod(lambda path, **options: asked.update(options) or (model, {"missing_keys": []}))
+    }))  # fmt: skip
+    load_model(str(base))
+    assert asked["device_map"] == "auto" and asked["dtype"] == "auto"
+
+
+def test_no_gpu_has_no_memory(gpus):
+    gpus(0)
+    assert peak_memory() == 0
