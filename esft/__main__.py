@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from esft.arguments import Parser, count
 from esft.commands import COMMANDS
-from esft.config import METHODS
+from esft.config import METHODS, RECOMPUTES
 from esft.errors import InputError
-from esft_kernels.expert_mlp import BACKENDS, RECOMPUTE
+from esft_kernels.expert_mlp import BACKENDS
 
 
 def keep_memory() -> None:
@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="run folder")
     sub.add_argument("--config", help="YAML settings; the arguments here override it")
     sub.add_argument("--method", choices=METHODS)
-    sub.add_argument("--recompute", choices=RECOMPUTE, help="frozen: keep less, compute more")
+    sub.add_argument("--micro-batch-size", type=int, metavar="RECORDS", help="that go through the model together")
+    sub.add_argument("--recompute", choices=RECOMPUTES, help="keep less and compute more: of frozen experts, of layers")
     sub.add_argument("--lr", type=float)
     sub.add_argument("--steps", type=int)
     sub.add_argument("--warmup-steps", type=int)

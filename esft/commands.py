@@ -52,10 +52,8 @@ def _select(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    overrides = {name: getattr(args, name) for name in ("method", "lr", "steps", "batch_size", "max_length")}
-    overrides |= {
-        name: getattr(args, name) for name in ("seed", "dtype", "backend", "recompute", "warmup_steps", "decay")
-    }
+    settings = "method lr steps batch_size micro_batch_size max_length seed dtype backend recompute warmup_steps decay"
+    overrides = {name: getattr(args, name) for name in settings.split()}
     begun = Path(args.out) / CONFIG
     resumes = args.resume and not args.config and begun.is_file()
     config = TrainConfig.load(begun if resumes else args.config, **overrides)

@@ -14,6 +14,7 @@ from esft.files import read_text
 from esft_kernels.expert_mlp import BACKENDS, RECOMPUTE
 
 METHODS = ("esft", "full", "lora")
+RECOMPUTES = (*RECOMPUTE, "layers")
 # Learning rates of the paper (appendix A); any other default would need a reason of its own.
 PAPER_LR = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}
 
@@ -27,6 +28,8 @@ class TrainConfig:
         lr: constant learning rate; None takes the paper's for the method.
         steps: optimizer steps.
         batch_size: records a step.
+        micro_batch_size: records that go through the model together, their gradients added up over a step; None takes
+            the whole batch. Less memory for smaller products.
         max_length: tokens of a record; longer ones are cut.
         warmup_steps: steps over which the learning rate rises linearly.
         decay: share of the steps, at the end, over which it falls linearly to zero; 0 keeps it constant.
@@ -39,13 +42,15 @@ class TrainConfig:
         dtype: "auto" (the checkpoint's; float32 on a CPU without bf16 arithmetic), "bfloat16" or "float32".
         seed: of the data order and of LoRA's initial weights.
         backend: of the experts, see ``esft.swap``.
-        recompute: "none", or "frozen" to keep less for the backward, see ``esft.swap``.
+        recompute: "none"; "frozen" to keep less of the experts for the backward, see ``esft.swap``; "layers" to keep
+            the input of every layer only (gradient checkpointing), for a second forward pass.
     """
 
     method: str = "esft"
     lr: float | None = None
     steps: int = 500
     batch_size: int = 32
+    micro_batch_size: int | None = None
     max_length: int = 4096
     warmup_steps: int = 0
     decay: float = 0.0
@@ -71,10 +76,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "max_length", "eval_every", "save_every", "lora_rank", "lora_alpha"):
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
+            raise InputError(f"micro_batch_size must be from 1 to batch_size, got {self.micro_batch_size}")
         if self.backend not in BACKENDS:
             raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
-        if self.recompute not in RECOMPUTE:
-            raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {self.recompute!r}")
+        if self.recompute not in RECOMPUTES:
+            raise InputError(f"recompute must be one of {', '.join(RECOMPUTES)}, got {self.recompute!r}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(f"lr must be above 0 and finite, got {self.lr}")
         if not 0 <= self.decay <= 1:
@@ -85,6 +92,8 @@ class TrainConfig:
         for name in ("weight_decay", "aux_loss"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise InputError(f"{name} must be at least 0 and finite, got {value}")
+        if self.aux_loss and self.recompute == "layers":
+            raise InputError("aux_loss and recompute layers do not go together: the second pass routes again")
         if self.aux_loss and self.method == "lora":
             raise InputError("aux_loss goes with the methods esft and full, not with lora")
         if not self.clip > 0:
@@ -142,10 +151,12 @@ def _convert(name: str, value: Any, kind: str, path: str | Path | None) -> Any:
     try:
         if isinstance(value, bool):
             raise ValueError
+        if value is None and "None" in kind:
+            return None
         if "float" in kind:
-            return None if value is None and "None" in kind else float(value)
-        if kind == "int" and int(value) != value:
+            return float(value)
+        if "int" in kind and int(value) != value:
             raise ValueError
-        return int(value) if kind == "int" else str(value)
+        return int(value) if "int" in kind else str(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path or 'settings'}: {name} must be {kind}, got {value!r}") from error

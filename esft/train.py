@@ -8,13 +8,14 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ from esft.adapter import save_adapter, write_manifest
 from esft.balance import balance_losses
 from esft.checkpoint import load_model, load_tokenizer, model_digest
 from esft.config import TrainConfig
-from esft.data import Example, collate, encode_all, epoch_batches, read_records
+from esft.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
 from esft.device import peak_memory
 from esft.errors import InputError
 from esft.evaluate import batch_loss, has_plain_head, mean_loss
@@ -141,12 +142,17 @@ def _resumed(
 
 def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
     """The model with exactly what the method trains requiring gradients."""
+    if config.recompute == "layers":
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise InputError(f"recompute layers: {error}") from error
     if config.method == "lora":
         return _add_lora(model, config)
     if selection is None:  # full: every expert through the same kernels, and all the rest
         everything = {layer.index: list(range(layer.num_experts)) for layer in moe_layers(model)}
         selection = ExpertSelection(everything, shared_experts=True, non_expert_modules=True)
-    return swap(model, selection, config.backend, config.recompute)
+    return swap(model, selection, config.backend, "frozen" if config.recompute == "frozen" else "none")
 
 
 def _add_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
@@ -191,6 +197,7 @@ class _Run:
         self.model, self.tokenizer, self.config, self.out, self.progress = model, tokenizer, config, out, progress
         self.base_digest = base_digest
         self.pad: int = tokenizer.pad_token_id
+        self.together = config.micro_batch_size or config.batch_size
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.checkpoints = out / "checkpoints"
         has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
@@ -217,13 +224,13 @@ class _Run:
                 epoch, place = divmod(step, per_epoch)
                 if not batches or place == 0:
                     batches = epoch_batches(examples, config.batch_size, config.seed, epoch)
-                batch = collate([examples[i] for i in batches[place]], self.pad)
+                records = [examples[i] for i in batches[place]]
                 begun = time.monotonic()
-                total, targets, extra = self._backward(batch)
+                loss, extra = self._backward(records)
                 rate = config.rate(step)
                 norm = self.optimizer.step(rate)
-                count = int(batch["attention_mask"].sum())
-                loss, tokens = total.item() / targets, tokens + count
+                count = sum(len(record.ids) for record in records)
+                tokens += count
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate")
                 losses.append(loss)
@@ -233,7 +240,7 @@ class _Run:
                 bar.update()
                 last = step + 1 == config.steps
                 if held_out and ((step + 1) % config.eval_every == 0 or last):
-                    eval_loss = mean_loss(self.model, held_out, self.pad, config.batch_size)
+                    eval_loss = mean_loss(self.model, held_out, self.pad, self.together)
                     self.model.train()
                     log(step + 1, eval_loss=eval_loss)
                 if (step + 1) % config.save_every == 0 and not last:
@@ -253,17 +260,25 @@ class _Run:
             peak_gpu_memory=peak_memory(),
         )
 
-    def _backward(self, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, float]]:
-        """Gradients of one batch. Returns summed cross entropy, the number of its positions, and what else to log."""
-        if not self.config.aux_loss:
-            total, targets = batch_loss(self.model, batch)
-            (total / targets).backward()
-            return total, targets, {}
-        with balance_losses(self.model, batch["attention_mask"]) as balance:
-            total, targets = batch_loss(self.model, batch)
-        aux = torch.stack([loss.to(total.device) for loss in balance]).sum()  # layers may be on several GPUs
-        (total / targets + self.config.aux_loss * aux).backward()
-        return total, targets, {"aux_loss": aux.item()}
+    def _backward(self, records: Sequence[Example]) -> tuple[float, dict[str, float]]:
+        """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
+        parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
+        targets = sum(label != IGNORE for record in records for label in record.labels[1:])
+        losses, balances = [], []
+        for part in parts:
+            batch, share = collate(part, self.pad), len(part) / len(records)
+            watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
+            with watched as aux:
+                total, _ = batch_loss(self.model, batch)
+            loss = total / targets
+            losses.append(loss.detach())
+            if aux:
+                balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
+                balances.append(balance.detach())
+                loss = loss + self.config.aux_loss * balance
+            loss.backward()
+        extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
+        return torch.stack(losses).sum().item(), extra
 
     def _save(self, step: int) -> None:
         """A resumable checkpoint; the one before it goes when this one is whole."""

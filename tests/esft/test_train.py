@@ -41,6 +41,45 @@ def losses(folder) -> list[float]:
     return [m["loss"] for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in m]
 
 
+@pytest.mark.parametrize("less", [{"micro_batch_size": 3}, {"recompute": "layers"}, {"recompute": "frozen"}])
+@pytest.mark.parametrize("method", ["esft", "full", "lora"])
+def test_less_memory_trains_alike(base, method: str, less: dict):
+    if method == "lora":
+        pytest.importorskip("peft")
+    selection = SELECTION if method == "esft" else None
+    # Steps so small that rounding, which AdamW's first steps blow up, does not grow.
+    plain, lean = (
+        run(base, name, settings(method=method, steps=3, dtype="float32", lr=1e-4, **more), selection)
+        for name, more in (("plain", {}), ("lean", less))
+    )
+    assert losses(base.parent / "lean") == pytest.approx(losses(base.parent / "plain"), rel=1e-5)
+    assert lean.eval_loss == pytest.approx(plain.eval_loss, rel=1e-5)
+    norms = [
+        [
+            m["grad_norm"]
+            for m in map(json.loads, (base.parent / name / "metrics.jsonl").read_text().splitlines())
+            if "loss" in m
+        ]
+        for name in ("plain", "lean")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_layers_are_made_again_in_the_backward(base, monkeypatch):
+    calls = []
+    real = train_module.batch_loss
+    monkeypatch.setattr(
+        train_module,
+        "batch_loss",
+        lambda model, batch: (
+            calls.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+            or real(model, batch)
+        ),
+    )
+    run(base, "layers", settings(steps=1, batch_size=8, micro_batch_size=3, recompute="layers"))
+    assert calls == [True] * 3
+
+
 @pytest.mark.parametrize("method", ["esft", "full", "lora"])
 def test_every_method_learns_and_leaves_a_whole_run_folder(base, method: str):
     if method == "lora":
