@@ -97,12 +97,13 @@ class Experts(nn.Module):
     def stacked(self) -> list[Tensor]:
         """Detached copies of all weights in expert-id order, laid out as they came in."""
         parts = [(getattr(self, f"trained_{name}"), getattr(self, f"frozen_{name}")) for name in PROJECTIONS]
-        ids, s, whole = self.position.argsort(), len(self.trained), []
-        for trained, frozen in parts:
-            if trained is not None:
-                weights = trained.detach().new_empty(self.num_experts, *trained.shape[1:])
-                weights[ids[:s]], weights[ids[s:]] = trained.detach(), frozen.detach()
-                whole.append(weights)
+        return [self.in_order(trained.detach(), frozen.detach()) for trained, frozen in parts if trained is not None]
+
+    def in_order(self, trained: Tensor, frozen: Tensor) -> Tensor:
+        """The rows of two pools, [S, ...] and [E - S, ...], as one new tensor [E, ...] in expert-id order."""
+        ids, s = self.position.argsort().to(trained.device), len(self.trained)
+        whole = trained.new_empty(self.num_experts, *trained.shape[1:])
+        whole[ids[:s]], whole[ids[s:]] = trained, frozen
         return whole
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from esft.errors import InputError
 from esft.families import MoELayer, moe_layers, routed_parameters, trained_parameters
 from esft.layout import Layout, read_layout
 from esft.moe import Experts
+from esft.pretrained import attach, detach
 from esft.select import ExpertSelection
 from esft_kernels.expert_mlp import RECOMPUTE, resolve_backend
 
@@ -42,6 +43,9 @@ def swap(
     The routed experts of a layer that are in ``selection.experts`` form its trained pool; all other parameters get
     ``requires_grad=False``, except shared experts and non-expert modules where the selection includes them. Logits stay
     those of the stock model. At most one layer's experts exist twice at a time.
+
+    ``model.save_pretrained`` still writes the stock model's checkpoint. ``model.state_dict()`` has the pools under
+    names of their own; ``load_state_dict`` reads either.
 
     Experts that the kernels cannot compute (an activation of their own, a norm after them) train through plain PyTorch,
     and experts that are a ModuleList stay as they are, with ``requires_grad`` set by expert; both warn once.
@@ -79,6 +83,7 @@ def swap(
     _warn_where_slow(layers, layouts)
     model.requires_grad_(False)
     model.esft_state = state
+    attach(model)
     try:
         for layer in stacked:
             stock, layout = layer.experts, layouts[layer.name]
@@ -146,6 +151,7 @@ def unswap(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if name in state.required_grad:  # another library may have added some, as PEFT does
             parameter.requires_grad_(state.required_grad[name])
+    detach(model)
     del model.esft_state
     return model
 

@@ -69,12 +69,15 @@ def test_trl_sft_trainer_trains_the_selected_experts_only(tmp_path):
         per_device_train_batch_size=8,
         max_length=48,
         bf16=False,
-        **QUIET,
+        **QUIET | {"save_strategy": "steps", "save_steps": 6},
     )
     trainer = trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tiny_tokenizer())
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0] - 0.1
     assert moved(model, before) == {"trained"}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", dtype=torch.float32).eval()
+    expected = model.eval()(**token_batch()).logits
+    torch.testing.assert_close(saved(**token_batch()).logits, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_accelerate_prepares_and_steps_it():
