@@ -14,54 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.families import moe_layers, routed_parameters
 from esft.files import new_folder, open_safetensors, read_json, write_json
-from esft.select import ExpertSelection
-from esft.stored import ExpertTensor, expert_tensors, expert_weight, stored_names
+from esft.slots import Slot, adapter_slots
 from esft.swap import swap_state
 
 WEIGHTS = "adapter.safetensors"
 SELECTION = "expert_cfg.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where in a model a tensor of an adapter belongs: a weight, and of an expert's weight the part that is stored."""
-
-    weight: Tensor
-    part: ExpertTensor | None = None
-
-    def read(self) -> Tensor:
-        return self.weight if self.part is None else self.part.read(self.weight)
-
-    def write(self, value: Tensor) -> None:
-        if self.part is None:
-            self.weight.copy_(value)
-        else:
-            self.part.write(self.weight, value)
-
-
-def adapter_slots(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Slot]:
-    """Everything that the selection trains, by its name in an adapter; of a stock or a swapped model."""
-    layers, slots = moe_layers(model), {}
-    by_index = {layer.index: layer for layer in layers}
-    chosen = {index: set(ids) for index, ids in selection.experts.items()}
-    for tensor in expert_tensors(model) if any(chosen.values()) else ():
-        if tensor.expert in chosen.get(tensor.layer, ()):
-            slots[tensor.name] = Slot(expert_weight(model, by_index[tensor.layer], tensor), tensor)
-    routed = {p for layer in layers for p in routed_parameters(layer)}
-    shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
-    others = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter not in routed
-        and (selection.shared_experts if parameter in shared else selection.non_expert_modules)
-    }
-    for name, stored in stored_names(model, list(others)).items():
-        slots[stored] = Slot(others[name])
-    return slots
 
 
 @dataclass(frozen=True)
@@ -182,7 +142,7 @@ def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeigh
             stored = handle.get_slice(own)
             if not stored.get_dtype().startswith(("F", "BF")):
                 raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, not floating point")
-            shape, wanted = tuple(stored.get_shape()), tuple(slot.read().shape)
+            shape, wanted = tuple(stored.get_shape()), slot.shape
             if shape != wanted:
                 raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")
         yield AdapterWeights(found)

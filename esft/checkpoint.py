@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from esft.conversion import stored_by_layer
 from esft.errors import InputError
 from esft.files import open_safetensors, read_json
-from esft.stored import stored_state
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -104,6 +104,7 @@ class Checkpoint:
             raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} (pickled weights are never loaded)")
         return cls(folder, files, config)
 
+    @cached_property
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights, which tells what the checkpoint's tensors are.
 
@@ -118,6 +119,13 @@ class Checkpoint:
         except Exception as error:  # whatever a model's constructor says of values that it cannot use
             raise InputError(f"{self.folder / 'config.json'}: makes no model ({first_line(error)})") from error
 
+    @cached_property
+    def as_in_memory(self) -> bool:
+        """Whether the files hold the tensors as the model does, and not in the original format."""
+        own = self.skeleton.state_dict()
+        original = dict(stored_by_layer(self.skeleton, own, own.__getitem__))
+        return len(own.keys() & self.files.keys()) > len(original.keys() & self.files.keys())
+
     @contextmanager
     def read(self, file: str) -> Iterator:
         with open_safetensors(self.folder / file) as handle:
@@ -125,13 +133,19 @@ class Checkpoint:
 
     def digest(self) -> str:
         """The digest of these weights; equal to ``model_digest`` of the model loaded from them."""
-        samples = {}
-        for file in sorted(set(self.files.values())):
-            with self.read(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    if self.belongs(name):
-                        samples[name] = _sample(handle.get_tensor(name))
-        return _hash(samples.items())
+        return _hash((name, _sample(tensor)) for name, tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's weights in the files, under the names of the original format."""
+        with ExitStack() as stack:
+            at: dict[str, Any] = {}
+            for file in sorted(set(self.files.values())):
+                handle = stack.enter_context(self.read(file))
+                at |= dict.fromkeys(filter(self.belongs, handle.keys()), handle)
+            if self.as_in_memory:
+                yield from stored_by_layer(self.skeleton, at, lambda name: at[name].get_tensor(name))
+            else:
+                yield from ((name, handle.get_tensor(name)) for name, handle in at.items())
 
     @cached_property
     def _stacks(self) -> set[str]:
@@ -158,7 +172,9 @@ def model_digest(model: PreTrainedModel) -> str:
     The rounding makes it the same for a checkpoint loaded in another dtype.
     """
     tied = {"lm_head.weight"} if _is_tied(model.config) else set()
-    return _hash({name: _sample(tensor) for name, tensor in stored_state(model, skip=tied)}.items())
+    state = model.state_dict()
+    tensors = stored_by_layer(model, state.keys() - tied, state.__getitem__)
+    return _hash((name, _sample(tensor)) for name, tensor in tensors)
 
 
 def _sample(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:

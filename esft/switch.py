@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.adapter import SELECTION, Loaded, adapter_slots, adapter_weights, check_adapter, loaded_slots
+from esft.adapter import SELECTION, Loaded, adapter_weights, check_adapter, loaded_slots
 from esft.checkpoint import model_digest
 from esft.errors import InputError
 from esft.families import moe_layers
 from esft.select import ExpertSelection
+from esft.slots import adapter_slots
 from esft.swap import swap_state
 
 Tensors = dict[str, Tensor]

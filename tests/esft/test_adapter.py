@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.adapter import adapter_slots
 from esft.checkpoint import load_model
 from esft.select import ExpertSelection
+from esft.slots import adapter_slots
 from esft.swap import swap_state
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 

@@ -185,4 +185,4 @@ def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(InputError, match="config.json"):
-        Checkpoint.open(base).skeleton()
+        _ = Checkpoint.open(base).skeleton
