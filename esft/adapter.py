@@ -42,7 +42,7 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
     """Write the trained tensors of a swapped model: selection, safetensors and a manifest.
 
     Raises InputError for a stock model, for one where another adapter has written what the selection does not cover,
-    and for a folder that holds something already unless ``overwrite``.
+    for a folder that holds something already unless ``overwrite``, and for a full disk; then no file is left.
     """
     state = swap_state(model)
     if state is None:

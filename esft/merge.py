@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +68,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     slots = adapter_slots(skeleton, selection)
     with adapter_weights(adapter, slots) as tuned:
         patches = _patches(checkpoint, slots)
-        with _disk_errors(out), new_folder(out, overwrite) as folder:
+        with new_folder(out, overwrite) as folder:
             for source in sorted(base.iterdir()):
                 if source.is_file():
                     shutil.copyfile(source, folder / source.name)  # without its mode: it may be read-only
@@ -85,14 +83,6 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
                 _verify(base / file, folder / file, patches.get(file, []), tuned)
             write_json(folder / MERGED, manifest)
     return out
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{error.filename or out}: {error.strerror or error}") from error
 
 
 def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_Patch]]:
