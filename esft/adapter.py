@@ -26,16 +26,27 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Loaded:
-    """The slots that adapters loaded without a name have written into a base: kept as ``model.esft_loaded``."""
+    """The slots that adapters loaded without a name have written into a base: kept as ``model.esft_loaded``.
+
+    ``slots`` are of the base with this digest; ``ever`` adds those that were written before it became this base.
+    """
 
     base_digest: str
     slots: frozenset[str]
+    ever: frozenset[str]
 
 
-def loaded_slots(model: PreTrainedModel, base_digest: str) -> frozenset[str]:
-    """Where the model no longer has the values of the base with this digest, because of a load without a name."""
+def loaded_slots(model: PreTrainedModel, base_digest: str | None) -> frozenset[str]:
+    """Where the model no longer has the values of the base with this digest, because of a load without a name.
+
+    Without a digest: of the base that the model was before all loads, as nothing tells that a later one is meant.
+    """
     loaded = getattr(model, "esft_loaded", None)
-    return loaded.slots if loaded is not None and loaded.base_digest == base_digest else frozenset()
+    if loaded is None:
+        return frozenset()
+    if base_digest is None:
+        return loaded.ever
+    return loaded.slots if loaded.base_digest == base_digest else frozenset()
 
 
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
