@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -76,8 +77,12 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
 
 def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chosen_by: dict[str, Any]) -> None:
     """What an adapter was trained from, and how its experts were chosen."""
-    values = {"format_version": FORMAT_VERSION, "base_model": model.config._name_or_path, "base_digest": base_digest}
-    write_json(folder / MANIFEST, values | {"chosen_by": chosen_by})
+    base = {"base_model": model.config._name_or_path, "base_digest": base_digest, "base_dtype": _name(model.dtype)}
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **base, "chosen_by": chosen_by})
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
@@ -88,17 +93,22 @@ def open_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path) -> None:
-    """Raise InputError unless the adapter's manifest names these weights."""
+def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Raise InputError unless the adapter's manifest names these weights, which are in this dtype."""
     if manifest.get("base_digest") != digest:
+        trained, hint = manifest.get("base_dtype"), ""
+        if dtype is not None and trained is not None and trained != _name(dtype):
+            hint = (
+                f"; it was trained in {trained} and these are in {_name(dtype)}: should they be the same, load them so"
+            )
         raise InputError(
             f"{adapter}: made from another base ({manifest.get('base_model')}, digest "
-            f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest[:12]})"
+            f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest[:12]}){hint}"
         )
 
 
-def check_adapter(path: Path, digest: Callable[[], str]) -> dict[str, Any]:
-    """The manifest of an adapter folder, held against the digest of the base.
+def check_adapter(path: Path, digest: Callable[[torch.dtype | None], str], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The manifest of an adapter folder, held against the base's digest, which may be asked for as rounded to a dtype.
 
     Published adapters have none: then the manifest is empty, and a warning says that the base was not checked. Raises
     InputError for a folder that is no adapter, and for another base.
@@ -110,7 +120,8 @@ def check_adapter(path: Path, digest: Callable[[], str]) -> dict[str, Any]:
         warnings.warn(f"{unknown}; only names and shapes are checked", stacklevel=3)
         return {}
     manifest = open_manifest(path)
-    check_digest(manifest, digest(), path)
+    if manifest.get("base_dtype") != "float16" or manifest.get("base_digest") != digest(torch.float16):
+        check_digest(manifest, digest(None), path, dtype)
     return manifest
 
 

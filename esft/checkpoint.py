@@ -131,9 +131,15 @@ class Checkpoint:
         with open_safetensors(self.folder / file) as handle:
             yield handle
 
-    def digest(self) -> str:
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the weights, as far as the configuration says it."""
+        dtype = self.config.get_text_config().dtype
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def digest(self, rounded: torch.dtype | None = None) -> str:
         """The digest of these weights; equal to ``model_digest`` of the model loaded from them."""
-        return _hash((name, _sample(tensor)) for name, tensor in self._tensors())
+        return _hash((name, _sample(tensor, rounded)) for name, tensor in self._tensors())
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The model's weights in the files, under the names of the original format."""
@@ -166,21 +172,22 @@ def _is_tied(config: PreTrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
-def model_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:
     """A digest of the weights of a stock model: 64 evenly spaced values of every tensor, rounded to bfloat16.
 
-    The rounding makes it the same for a checkpoint loaded in another dtype.
+    The rounding makes it the same for a checkpoint loaded in another dtype. float16 is the exception, as its small
+    values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it.
     """
     tied = {"lm_head.weight"} if _is_tied(model.config) else set()
     state = model.state_dict()
     tensors = stored_by_layer(model, state.keys() - tied, state.__getitem__)
-    return _hash((name, _sample(tensor)) for name, tensor in tensors)
+    return _hash((name, _sample(tensor, rounded)) for name, tensor in tensors)
 
 
-def _sample(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
+def _sample(tensor: Tensor, rounded: torch.dtype | None) -> tuple[tuple[int, ...], Tensor]:
     flat = tensor.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device=flat.device, dtype=torch.float64)
-    return tuple(tensor.shape), flat[index.long()].bfloat16().float().cpu()
+    return tuple(tensor.shape), flat[index.long()].to(rounded).bfloat16().float().cpu()
 
 
 def _hash(samples: Iterable[tuple[str, tuple[tuple[int, ...], Tensor]]]) -> str:

@@ -62,7 +62,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / MERGED).is_file():
         raise InputError(f"{out}: holds no earlier merge (no {MERGED}), and is not overwritten")
     checkpoint = Checkpoint.open(base)
-    manifest = check_adapter(adapter, checkpoint.digest)
+    manifest = check_adapter(adapter, checkpoint.digest, checkpoint.dtype)
     selection, skeleton = ExpertSelection.load(adapter / SELECTION), checkpoint.skeleton
     selection.check({layer.index: layer.num_experts for layer in moe_layers(skeleton)})
     slots = adapter_slots(skeleton, selection)

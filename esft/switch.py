@@ -50,7 +50,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     if adapters is not None and name is None:
         raise InputError(f"{path}: the model holds {sorted(adapters.held)} by name; load this one under a name too")
     digest = _base_digest(model)
-    manifest = check_adapter(path, lambda: digest)
+    held = swap_state(model) is not None or adapters is not None  # whose base can no longer be read
+    manifest = check_adapter(path, lambda to: digest if held or to is None else model_digest(model, to), model.dtype)
     loaded = loaded_slots(model, digest if manifest else None)
     if loaded and name is not None:
         raise InputError(f"{path}: an adapter was loaded without a name, so the base that {name!r} is for is gone")
