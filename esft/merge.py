@@ -33,6 +33,8 @@ class _Patch:
 
     def content(self, base: bytes, tuned: AdapterWeights) -> bytes:
         """What takes the place of the base's bytes."""
+        if not base:  # a tensor without elements, of which torch makes no buffer
+            return base
         block = bytearray(base)
         tensor = torch.frombuffer(block, dtype=self.dtype).view(self.shape)
         for name, place in self.changes:
