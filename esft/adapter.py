@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.families import moe_layers, routed_parameters
 from esft.files import new_folder, open_safetensors, read_json, write_json
-from esft.select import ExpertSelection
-from esft.stored import ExpertTensor, expert_tensors, expert_weight, stored_names
+from esft.slots import Slot, adapter_slots
 from esft.swap import swap_state
 
 WEIGHTS = "adapter.safetensors"
@@ -27,62 +26,35 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where in a model a tensor of an adapter belongs: a weight, and of an expert's weight the part that is stored."""
-
-    weight: Tensor
-    part: ExpertTensor | None = None
-
-    def read(self) -> Tensor:
-        return self.weight if self.part is None else self.part.read(self.weight)
-
-    def write(self, value: Tensor) -> None:
-        if self.part is None:
-            self.weight.copy_(value)
-        else:
-            self.part.write(self.weight, value)
-
-
-def adapter_slots(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, Slot]:
-    """Everything that the selection trains, by its name in an adapter; of a stock or a swapped model."""
-    layers, slots = moe_layers(model), {}
-    by_index = {layer.index: layer for layer in layers}
-    chosen = {index: set(ids) for index, ids in selection.experts.items()}
-    for tensor in expert_tensors(model) if any(chosen.values()) else ():
-        if tensor.expert in chosen.get(tensor.layer, ()):
-            slots[tensor.name] = Slot(expert_weight(model, by_index[tensor.layer], tensor), tensor)
-    routed = {p for layer in layers for p in routed_parameters(layer)}
-    shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
-    others = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter not in routed
-        and (selection.shared_experts if parameter in shared else selection.non_expert_modules)
-    }
-    for name, stored in stored_names(model, list(others)).items():
-        slots[stored] = Slot(others[name])
-    return slots
-
-
-@dataclass(frozen=True)
 class Loaded:
-    """The slots that adapters loaded without a name have written into a base: kept as ``model.esft_loaded``."""
+    """The slots that adapters loaded without a name have written into a base: kept as ``model.esft_loaded``.
+
+    ``slots`` are of the base with this digest; ``ever`` adds those that were written before it became this base.
+    """
 
     base_digest: str
     slots: frozenset[str]
+    ever: frozenset[str]
 
 
-def loaded_slots(model: PreTrainedModel, base_digest: str) -> frozenset[str]:
-    """Where the model no longer has the values of the base with this digest, because of a load without a name."""
+def loaded_slots(model: PreTrainedModel, base_digest: str | None) -> frozenset[str]:
+    """Where the model no longer has the values of the base with this digest, because of a load without a name.
+
+    Without a digest: of the base that the model was before all loads, as nothing tells that a later one is meant.
+    """
     loaded = getattr(model, "esft_loaded", None)
-    return loaded.slots if loaded is not None and loaded.base_digest == base_digest else frozenset()
+    if loaded is None:
+        return frozenset()
+    if base_digest is None:
+        return loaded.ever
+    return loaded.slots if loaded.base_digest == base_digest else frozenset()
 
 
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
     """Write the trained tensors of a swapped model: selection, safetensors and a manifest.
 
     Raises InputError for a stock model, for one where another adapter has written what the selection does not cover,
-    and for a folder that holds something already unless ``overwrite``.
+    for a folder that holds something already unless ``overwrite``, and for a full disk; then no file is left.
     """
     state = swap_state(model)
     if state is None:
@@ -105,8 +77,12 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
 
 def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chosen_by: dict[str, Any]) -> None:
     """What an adapter was trained from, and how its experts were chosen."""
-    values = {"format_version": FORMAT_VERSION, "base_model": model.config._name_or_path, "base_digest": base_digest}
-    write_json(folder / MANIFEST, values | {"chosen_by": chosen_by})
+    base = {"base_model": model.config._name_or_path, "base_digest": base_digest, "base_dtype": _name(model.dtype)}
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **base, "chosen_by": chosen_by})
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
@@ -117,17 +93,22 @@ def open_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path) -> None:
-    """Raise InputError unless the adapter's manifest names these weights."""
+def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Raise InputError unless the adapter's manifest names these weights, which are in this dtype."""
     if manifest.get("base_digest") != digest:
+        trained, hint = manifest.get("base_dtype"), ""
+        if dtype is not None and trained is not None and trained != _name(dtype):
+            hint = (
+                f"; it was trained in {trained} and these are in {_name(dtype)}: should they be the same, load them so"
+            )
         raise InputError(
             f"{adapter}: made from another base ({manifest.get('base_model')}, digest "
-            f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest[:12]})"
+            f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest[:12]}){hint}"
         )
 
 
-def check_adapter(path: Path, digest: Callable[[], str]) -> dict[str, Any]:
-    """The manifest of an adapter folder, held against the digest of the base.
+def check_adapter(path: Path, digest: Callable[[torch.dtype | None], str], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The manifest of an adapter folder, held against the base's digest, which may be asked for as rounded to a dtype.
 
     Published adapters have none: then the manifest is empty, and a warning says that the base was not checked. Raises
     InputError for a folder that is no adapter, and for another base.
@@ -139,7 +120,8 @@ def check_adapter(path: Path, digest: Callable[[], str]) -> dict[str, Any]:
         warnings.warn(f"{unknown}; only names and shapes are checked", stacklevel=3)
         return {}
     manifest = open_manifest(path)
-    check_digest(manifest, digest(), path)
+    if manifest.get("base_dtype") != "float16" or manifest.get("base_digest") != digest(torch.float16):
+        check_digest(manifest, digest(None), path, dtype)
     return manifest
 
 
@@ -182,7 +164,7 @@ def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeigh
             stored = handle.get_slice(own)
             if not stored.get_dtype().startswith(("F", "BF")):
                 raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, not floating point")
-            shape, wanted = tuple(stored.get_shape()), tuple(slot.read().shape)
+            shape, wanted = tuple(stored.get_shape()), slot.shape
             if shape != wanted:
                 raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")
         yield AdapterWeights(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from esft.conversion import stored_by_layer
 from esft.device import compute_dtype, placement
 from esft.errors import InputError
 from esft.files import open_safetensors, read_json
-from esft.stored import stored_state
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -111,6 +111,7 @@ class Checkpoint:
             raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} (pickled weights are never loaded)")
         return cls(folder, files, config)
 
+    @cached_property
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights, which tells what the checkpoint's tensors are.
 
@@ -125,20 +126,39 @@ class Checkpoint:
         except Exception as error:  # whatever a model's constructor says of values that it cannot use
             raise InputError(f"{self.folder / 'config.json'}: makes no model ({first_line(error)})") from error
 
+    @cached_property
+    def as_in_memory(self) -> bool:
+        """Whether the files hold the tensors as the model does, and not in the original format."""
+        own = self.skeleton.state_dict()
+        original = dict(stored_by_layer(self.skeleton, own, own.__getitem__))
+        return len(own.keys() & self.files.keys()) > len(original.keys() & self.files.keys())
+
     @contextmanager
     def read(self, file: str) -> Iterator:
         with open_safetensors(self.folder / file) as handle:
             yield handle
 
-    def digest(self) -> str:
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the weights, as far as the configuration says it."""
+        dtype = self.config.get_text_config().dtype
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def digest(self, rounded: torch.dtype | None = None) -> str:
         """The digest of these weights; equal to ``model_digest`` of the model loaded from them."""
-        samples = {}
-        for file in sorted(set(self.files.values())):
-            with self.read(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    if self.belongs(name):
-                        samples[name] = _sample(handle.get_tensor(name))
-        return _hash(samples.items())
+        return _hash((name, _sample(tensor, rounded)) for name, tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's weights in the files, under the names of the original format."""
+        with ExitStack() as stack:
+            at: dict[str, Any] = {}
+            for file in sorted(set(self.files.values())):
+                handle = stack.enter_context(self.read(file))
+                at |= dict.fromkeys(filter(self.belongs, handle.keys()), handle)
+            if self.as_in_memory:
+                yield from stored_by_layer(self.skeleton, at, lambda name: at[name].get_tensor(name))
+            else:
+                yield from ((name, handle.get_tensor(name)) for name, handle in at.items())
 
     @cached_property
     def _stacks(self) -> set[str]:
@@ -159,20 +179,23 @@ def _is_tied(config: PreTrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
-def model_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:
     """A digest of the weights of a stock model: 64 evenly spaced values of every tensor, rounded to bfloat16.
 
-    The rounding makes it the same for a checkpoint loaded in another dtype.
+    The rounding makes it the same for a checkpoint loaded in another dtype. float16 is the exception, as its small
+    values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it.
     """
     tied = {"lm_head.weight"} if _is_tied(model.config) else set()
-    return _hash({name: _sample(tensor) for name, tensor in stored_state(model, skip=tied)}.items())
+    state = model.state_dict()
+    tensors = stored_by_layer(model, state.keys() - tied, state.__getitem__)
+    return _hash((name, _sample(tensor, rounded)) for name, tensor in tensors)
 
 
-def _sample(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
+def _sample(tensor: Tensor, rounded: torch.dtype | None) -> tuple[tuple[int, ...], Tensor]:
     flat = tensor.detach().reshape(-1)
     # Made on the CPU: a GPU may round them otherwise.
     index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return tuple(tensor.shape), flat[index.to(flat.device)].bfloat16().float().cpu()
+    return tuple(tensor.shape), flat[index.to(flat.device)].to(rounded).bfloat16().float().cpu()
 
 
 def _hash(samples: Iterable[tuple[str, tuple[tuple[int, ...], Tensor]]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -124,22 +125,43 @@ def safetensors_header(path: Path) -> dict[str, Stored]:
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended without an error.
 
-    Raises InputError when ``path`` exists and holds anything, unless ``overwrite``; the old folder then stays until
-    the new one is whole.
+    Raises InputError when ``path`` exists and holds anything, unless ``overwrite``, and when the disk is full or fails
+    in the block; the old folder stays until the new one is whole.
     """
     path = Path(path)
     check_new_folder(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
-        yield temporary
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+        with _disk_errors(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(path: Path, temporary: Path) -> Iterator[None]:
+    """What the system says while a folder is written, in one line that names the folder or the file at fault."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a copy's error then names its source
+        raise InputError(f"{path if full else error.filename or path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: {error}") from error
+    except InputError as error:  # of a file in the folder, which is gone when this is read
+        if str(temporary) not in str(error):
+            raise
+        raise InputError(str(error).replace(str(temporary), str(path))) from error

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from esft.adapter import MANIFEST, SELECTION, AdapterWeights, Slot, adapter_slots, adapter_weights, check_adapter
+from esft.adapter import MANIFEST, SELECTION, AdapterWeights, adapter_weights, check_adapter
 from esft.checkpoint import Checkpoint
 from esft.errors import InputError
 from esft.families import moe_layers
 from esft.files import Stored, check_apart, new_folder, safetensors_header, write_json
 from esft.select import ExpertSelection
+from esft.slots import Place, Slot, adapter_slots
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
 CHUNK = 1 << 24  # bytes compared at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Patch:
-    """Bytes ``start:end`` of a file that an adapter's tensor replaces, in the dtype that the base has there."""
+    """Bytes ``start:end`` of a file, a tensor or a slice of one, that an adapter's tensors replace all or a part of."""
 
-    name: str
     start: int
     end: int
-    dtype: torch.dtype
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # that the base has there
+    changes: list[tuple[str, Place]]  # the adapter's tensors
 
-    def content(self, tuned: AdapterWeights) -> bytes:
-        tensor: Tensor = tuned.get_tensor(self.name).to(self.dtype).contiguous()
-        return tensor.view(torch.uint8).numpy().tobytes()
+    def content(self, base: bytes, tuned: AdapterWeights) -> bytes:
+        """What takes the place of the base's bytes."""
+        if not base:  # a tensor without elements, of which torch makes no buffer
+            return base
+        block = bytearray(base)
+        tensor = torch.frombuffer(block, dtype=self.dtype).view(self.shape)
+        for name, place in self.changes:
+            place.put(tensor, tuned.get_tensor(name).to(self.dtype))
+        return bytes(block)
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path:
@@ -42,7 +47,8 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
 
     Every file is copied and then patched, so that all other bytes, headers and index included, are those of the base,
     and no more than one tensor of the adapter is in memory. Where the base stacks its experts, their slices are
-    replaced. The result is read back and compared before it appears under its name.
+    replaced; it may hold its tensors in the original format or as the model does (``save_original_format=False``). The
+    result is read back and compared before it appears under its name.
 
     Args:
         base: checkpoint folder.
@@ -58,13 +64,13 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / MERGED).is_file():
         raise InputError(f"{out}: holds no earlier merge (no {MERGED}), and is not overwritten")
     checkpoint = Checkpoint.open(base)
-    manifest = check_adapter(adapter, checkpoint.digest)
-    selection, skeleton = ExpertSelection.load(adapter / SELECTION), checkpoint.skeleton()
+    manifest = check_adapter(adapter, checkpoint.digest, checkpoint.dtype)
+    selection, skeleton = ExpertSelection.load(adapter / SELECTION), checkpoint.skeleton
     selection.check({layer.index: layer.num_experts for layer in moe_layers(skeleton)})
     slots = adapter_slots(skeleton, selection)
     with adapter_weights(adapter, slots) as tuned:
         patches = _patches(checkpoint, slots)
-        with _disk_errors(out), new_folder(out, overwrite) as folder:
+        with new_folder(out, overwrite) as folder:
             for source in sorted(base.iterdir()):
                 if source.is_file():
                     shutil.copyfile(source, folder / source.name)  # without its mode: it may be read-only
@@ -72,46 +78,42 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
                 with open(folder / file, "r+b") as handle:
                     for patch in changes:
                         handle.seek(patch.start)
-                        handle.write(patch.content(tuned))
+                        content = patch.content(handle.read(patch.end - patch.start), tuned)
+                        handle.seek(patch.start)
+                        handle.write(content)
             for file in sorted(set(checkpoint.files.values())):
                 _verify(base / file, folder / file, patches.get(file, []), tuned)
             write_json(folder / MERGED, manifest)
     return out
 
 
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{error.filename or out}: {error.strerror or error}") from error
-
-
 def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_Patch]]:
     """File -> what changes in it, in file order. Raises InputError for a tensor that has no place in the base."""
     headers: dict[str, dict[str, Stored]] = {}
-    patches: dict[str, list[_Patch]] = {}
+    patches: dict[str, dict[int, _Patch]] = {}  # file -> where it begins -> the patch
     for name, slot in slots.items():
-        stored_name = slot.part.stored_name if slot.part else name
-        file = checkpoint.files.get(stored_name)
-        if file is None:
-            raise InputError(f"{checkpoint.folder}: holds no tensor {stored_name}, which the adapter changes")
-        if file not in headers:
-            headers[file] = safetensors_header(checkpoint.folder / file)
-        stored = headers[file].get(stored_name)
-        if stored is None:
-            raise InputError(f"{checkpoint.folder / file}: holds no tensor {stored_name}, which the index says it does")
-        stacked = slot.part is not None and slot.part.stacked
-        shape, count = (stored.shape[1:], stored.shape[0]) if stacked else (stored.shape, 1)
-        where = f"{checkpoint.folder / file}: tensor {stored_name}"
-        if shape != tuple(slot.read().shape):
-            raise InputError(f"{where} has shape {stored.shape}, which is not the model's")
-        if stored.dtype not in DTYPES:
-            raise InputError(f"{where} is {stored.dtype}; only {', '.join(DTYPES)} can be merged into")
-        size = (stored.end - stored.start) // count
-        start = stored.start + (size * slot.part.expert if slot.part is not None and stacked else 0)
-        patches.setdefault(file, []).append(_Patch(name, start, start + size, DTYPES[stored.dtype]))
-    return {file: sorted(changes, key=lambda patch: patch.start) for file, changes in patches.items()}
+        for place in slot.places(checkpoint.as_in_memory):
+            file = checkpoint.files.get(place.name)
+            if file is None:
+                raise InputError(f"{checkpoint.folder}: holds no tensor {place.name}, which the adapter changes")
+            if file not in headers:
+                headers[file] = safetensors_header(checkpoint.folder / file)
+            if (stored := headers[file].get(place.name)) is None:
+                raise InputError(f"{checkpoint.folder / file}: holds no tensor {place.name}, as the index says it does")
+            patch = _patch(stored, place, f"{checkpoint.folder / file}: tensor {place.name}")
+            patches.setdefault(file, {}).setdefault(patch.start, patch).changes.append((name, place))
+    return {file: [changes[start] for start in sorted(changes)] for file, changes in patches.items()}
+
+
+def _patch(stored: Stored, place: Place, where: str) -> _Patch:
+    shape, count = (stored.shape, 1) if place.index is None else (stored.shape[1:], stored.shape[0])
+    if shape != place.shape:
+        raise InputError(f"{where} has shape {stored.shape}, which is not the model's")
+    if stored.dtype not in DTYPES:
+        raise InputError(f"{where} is {stored.dtype}; only {', '.join(DTYPES)} can be merged into")
+    size = (stored.end - stored.start) // count
+    start = stored.start + size * (place.index or 0)
+    return _Patch(start, start + size, shape, DTYPES[stored.dtype], [])
 
 
 def _verify(before: Path, after: Path, patches: list[_Patch], tuned: AdapterWeights) -> None:
@@ -126,8 +128,9 @@ def _verify(before: Path, after: Path, patches: list[_Patch], tuned: AdapterWeig
                     raise InputError(f"{after.name}: reads back other bytes than were written (is the disk sound?)")
                 place += step
             if patch:
-                if new.read(patch.end - patch.start) != patch.content(tuned):
-                    raise InputError(f"{after.name}: tensor {patch.name} reads back otherwise than it was written")
-                place = old.seek(patch.end)
+                place, size = patch.end, patch.end - patch.start
+                if new.read(size) != patch.content(old.read(size), tuned):
+                    names = ", ".join(name for name, _ in patch.changes)
+                    raise InputError(f"{after.name}: tensor {names} reads back otherwise than it was written")
         if new.read(1):
             raise InputError(f"{after.name}: is longer than the base's file")

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from esft.errors import InputError
 from esft.families import MoELayer, moe_layers
 from esft.moe import PROJECTIONS, Experts
-from esft.stored import ExpertTensor, expert_tensors, expert_weight, stock_names, stored_names
+from esft.parameters import stored_tensors
+from esft.slots import Piece
+from esft.stored import ExpertTensor, expert_tensors, expert_weights, stock_names
 
 _POOLS = tuple(f".{pool}_{name}" for pool, name in product(("trained", "frozen"), PROJECTIONS))
 
@@ -174,7 +175,7 @@ def _read_experts(model: PreTrainedModel, foreign: dict[str, Tensor]) -> dict[st
                 ids = range(layer.num_experts)
                 stored[name] = [ExpertTensor(layer.index, e, name, name, True, place, "whole", False) for e in ids]
     missing = {index: sum(p.numel() for p in _pools(layer).values()) for index, layer in layers.items()}
-    written = set()
+    written: dict[int, dict[int, list]] = {}  # layer -> its experts' weights
     for name in [name for name in stored if name in foreign]:
         value = foreign.pop(name)
         for tensor in stored[name]:
@@ -182,15 +183,19 @@ def _read_experts(model: PreTrainedModel, foreign: dict[str, Tensor]) -> dict[st
             if tensor.layer not in written:
                 pools = (layer.experts.trained_down_proj, layer.experts.frozen_down_proj)
                 _whole(layer, pools, "load the checkpoint before it is spread")
-                written.add(tensor.layer)
-            weight = expert_weight(model, layer, tensor)
+                written[tensor.layer] = expert_weights(model, layer, range(layer.num_experts))
+            weight, _, _ = written[tensor.layer][tensor.expert][tensor.projection]
             shape = (layer.num_experts,) * tensor.stacked + tuple(tensor.read(weight).shape)
-            if value.shape != shape:
-                raise InputError(f"{name}: has shape {tuple(value.shape)}, the model's has {shape}")
+            _check_shape(name, value, shape)
             part = value[tensor.expert] if tensor.stacked else value
             tensor.write(weight, part)
             missing[tensor.layer] -= part.numel()
     return {name: p for index in written if not missing[index] for name, p in _pools(layers[index]).items()}
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise InputError(f"{name}: has shape {tuple(value.shape)}, the model's has {shape}")
 
 
 def _pools(layer: MoELayer) -> dict[str, Tensor]:
@@ -198,22 +203,14 @@ def _pools(layer: MoELayer) -> dict[str, Tensor]:
 
 
 def _read_others(model: PreTrainedModel, absent: dict[str, Tensor], foreign: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take out of ``foreign`` what the checkpoint keeps under another name or in parts; returns it by the model's name.
-
-    Parts are found as those of experts are: by letting transformers convert element numbers.
-    """
-    stored = stored_names(model, list(absent))
-    found = {name: foreign.pop(stored[name]) for name in absent if stored[name] in foreign}
-    for name, tensor in absent.items():
-        if not foreign:
-            break
-        numbers = torch.arange(tensor.numel()).view(tensor.shape)
-        try:
-            parts = {} if name in found else revert_weight_conversion(model, {name: numbers})
-        except (RuntimeError, ValueError, IndexError, KeyError, AttributeError):  # a conversion that needs its partners
-            continue
-        if here := parts.keys() & foreign.keys():
-            found[name] = tensor.clone(memory_format=torch.contiguous_format)
-            for part in here:
-                found[name].view(-1)[parts[part].flatten()] = foreign.pop(part).to(tensor).flatten()
+    """Take out of ``foreign`` what the checkpoint has under other names or in parts; returns it by the model's."""
+    found: dict[str, Tensor] = {}
+    for name, stored in stored_tensors(model, absent).items():
+        if name in foreign:
+            value = foreign.pop(name)
+            _check_shape(name, value, stored.shape)
+            for share in stored.shares:
+                if share.parameter not in found:
+                    found[share.parameter] = absent[share.parameter].clone(memory_format=torch.contiguous_format)
+                Piece(found[share.parameter], share.parameter, None, share).put(found[share.parameter], value)
     return found

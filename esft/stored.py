@@ -7,15 +7,15 @@ expert is found by letting it convert tensors of element numbers: where a number
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
+from esft.conversion import to_stored
 from esft.errors import InputError
 from esft.families import MoELayer, moe_layers
 from esft.layout import read_layout
@@ -93,7 +93,7 @@ def _find_expert_tensors(model: PreTrainedModel) -> list[ExpertTensor]:
             probes[f"{layer.name}.{name}"] = _probe(layer.num_experts, names[0], projection, transposed, len(owners))
             owners.append((layer, projection))
     by_owner: list[dict[str, Tensor]] = [{} for _ in owners]
-    for name, numbers in revert_weight_conversion(model, probes).items():
+    for name, numbers in to_stored(model, probes).items():
         by_owner[int(numbers.flatten()[0]) // _OWNER][name] = numbers
     for (layer, projection), probe, stored in zip(owners, probes.values(), by_owner, strict=True):
         for name, numbers in stored.items():
@@ -165,42 +165,24 @@ def _listed(layer: MoELayer) -> Iterator[ExpertTensor]:
             yield ExpertTensor(layer.index, expert, own, own, False, place, "whole", False)
 
 
-def expert_weight(model: nn.Module, layer: MoELayer, tensor: ExpertTensor) -> Tensor:
-    """The model's weight that a tensor is a part of: a view of one expert's, detached."""
-    experts = layer.experts
-    if isinstance(experts, Experts):
-        return experts.weights_of(tensor.expert)[tensor.projection]
-    if isinstance(experts, nn.ModuleList):
-        return list(experts[tensor.expert].parameters())[tensor.projection].detach()
-    names, _ = stock_names(model, layer)
-    return getattr(experts, names[tensor.projection]).detach()[tensor.expert]
+def expert_weights(
+    model: nn.Module, layer: MoELayer, experts: Iterable[int]
+) -> dict[int, list[tuple[Tensor, str, int | None]]]:
+    """Of each of these experts its weights, in the order of its projections.
 
-
-def stored_state(model: PreTrainedModel, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a stock model as its checkpoint holds them, without the parameters in ``skip``.
-
-    Layer by layer, so that what the conversion copies is never more than one layer.
+    A weight is a detached view, and comes with the parameter of the stock model and which slice of that it is.
     """
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in model.state_dict().items():
-        if name not in skip:
-            number = re.search(r"^.*?\.\d+(?=\.)", name)
-            groups.setdefault(number[0] if number else "", {})[name] = tensor
-    for group in groups.values():
-        yield from revert_weight_conversion(model, group).items()
-
-
-def stored_names(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-    """Parameter name -> the checkpoint's name, of parameters that it stores as they are; others keep their own name."""
-    marks = {name: torch.empty(0, device="meta") for name in names}
-    by_mark = {id(mark): name for name, mark in marks.items()}
-    stored = {by_mark[id(t)]: name for name, t in _renamed(model, marks) if id(t) in by_mark}
-    return {name: stored.get(name, name) for name in names}
-
-
-def _renamed(model: PreTrainedModel, marks: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for name, mark in marks.items():
-        try:
-            yield from revert_weight_conversion(model, {name: mark}).items()
-        except (RuntimeError, ValueError, IndexError, KeyError, AttributeError):  # a conversion that needs its partners
-            continue
+    module = layer.experts
+    if isinstance(module, nn.ModuleList):
+        return {
+            e: [(p.detach(), f"{layer.name}.{e}.{name}", None) for name, p in module[e].named_parameters()]
+            for e in experts
+        }
+    names, _ = stock_names(model, layer)
+    found = {}
+    for e in experts:
+        weights = (
+            module.weights_of(e) if isinstance(module, Experts) else [getattr(module, n).detach()[e] for n in names]
+        )
+        found[e] = [(weight, f"{layer.name}.{name}", e) for name, weight in zip(names, weights, strict=True)]
+    return found

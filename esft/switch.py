@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.adapter import SELECTION, Loaded, adapter_slots, adapter_weights, check_adapter, loaded_slots
+from esft.adapter import SELECTION, Loaded, adapter_weights, check_adapter, loaded_slots
 from esft.checkpoint import model_digest
 from esft.errors import InputError
 from esft.families import moe_layers
 from esft.select import ExpertSelection
+from esft.slots import adapter_slots
 from esft.swap import swap_state
 
 Tensors = dict[str, Tensor]
@@ -40,7 +41,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
 
     Raises InputError, with nothing written, when the adapter is incomplete, does not fit the model, or was trained from
     another base, for a name that is taken, and where adapters would stack: a model loads all its adapters by name or
-    all without, and then each covers what the one before it wrote.
+    all without, and then each covers what the one before it wrote (one with a manifest may also have been trained from
+    the weights that the one before it left).
     """
     path, adapters = Path(path), _adapters(model)
     if adapters is not None and name in adapters.held:
@@ -48,10 +50,11 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     if adapters is not None and name is None:
         raise InputError(f"{path}: the model holds {sorted(adapters.held)} by name; load this one under a name too")
     digest = _base_digest(model)
-    loaded = loaded_slots(model, digest)
+    held = swap_state(model) is not None or adapters is not None  # whose base can no longer be read
+    manifest = check_adapter(path, lambda to: digest if held or to is None else model_digest(model, to), model.dtype)
+    loaded = loaded_slots(model, digest if manifest else None)
     if loaded and name is not None:
         raise InputError(f"{path}: an adapter was loaded without a name, so the base that {name!r} is for is gone")
-    check_adapter(path, lambda: digest)
     selection = ExpertSelection.load(path / SELECTION)
     selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
     slots = adapter_slots(model, selection)
@@ -65,7 +68,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     if name is None:
         for key, slot in slots.items():
             slot.write(tensors[key])
-        model.esft_loaded = Loaded(digest, frozenset(slots))
+        model.esft_loaded = Loaded(digest, frozenset(slots), loaded_slots(model, None) | slots.keys())
         return model
     if adapters is None:
         adapters = model.esft_adapters = Adapters(digest)

@@ -8,8 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those before it.
-STAGES = """errors arguments files device config loss moe plain layout interface families stored pretrained checkpoint
-routers balance score select swap adapter switch data merge evaluate optim report train commands __main__""".split()
+STAGES = """errors arguments files device config loss moe plain layout interface families conversion stored parameters
+checkpoint routers balance score select slots pretrained swap adapter switch data merge evaluate optim report train
+commands __main__""".split()
 KERNELS = (
     "activation routing pools tiles mainloop gate up_gemm grouped_gemm grad_gemm grouped_wgrad bias_grad bias_dot "
     "combine reference cpu cpu_packed triton_backend expert_mlp opaque"

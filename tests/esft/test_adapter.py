@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.adapter import adapter_slots
 from esft.checkpoint import load_model
 from esft.select import ExpertSelection
+from esft.slots import adapter_slots
 from esft.swap import swap_state
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
@@ -136,9 +136,34 @@ def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
         esft.save_adapter(tiny_model(), tmp_path / "b")
 
 
-def test_an_adapter_trained_in_bfloat16_fits_its_float32_base(tmp_path):
-    base = save_tiny(tmp_path / "base")
-    model = esft.swap(load_model(str(base), "bfloat16"), ExpertSelection({1: [0]}))
+def save_small(folder, dtype: torch.dtype):
+    """A base whose values are so small that float16 does not keep all of their bits."""
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-3)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapter_trained_in_another_dtype_fits_its_base(tmp_path, stored: torch.dtype, trained: str):
+    base = save_small(tmp_path / "base", stored)
+    model = esft.swap(load_model(str(base), trained), ExpertSelection({1: [0]}))
     esft.save_adapter(model, tmp_path / "a")
     esft.load_adapter(load_model(str(base)), tmp_path / "a")
+    esft.load_adapter(load_model(str(base)), tmp_path / "a", name="a")
     esft.merge(base, tmp_path / "a", tmp_path / "merged")
+
+
+def test_where_float16_hides_whether_a_base_is_the_same_the_error_says_so(tmp_path):
+    base = save_small(tmp_path / "base", torch.bfloat16)
+    for trained, loaded in (("bfloat16", "float16"), ("float16", "bfloat16")):
+        model = esft.swap(load_model(str(base), trained), ExpertSelection({1: [0]}))
+        esft.save_adapter(model, tmp_path / "a", overwrite=True)
+        other = load_model(str(base), loaded)
+        if trained == "float16":  # and what it was before the swap is not kept
+            esft.swap(other, ExpertSelection({1: [0]}))
+        with pytest.raises(esft.InputError, match=f"another base.* trained in {trained} and these are in {loaded}"):
+            esft.load_adapter(other, tmp_path / "a")

@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 import esft
 from esft.data import IGNORE
 from esft.evaluate import batch_loss
-from esft.families import MoELayer, moe_layers
+from esft.families import MoELayer, moe_layers, routed_parameters
 from esft.files import safetensors_header
 from esft.layout import read_layout
 from esft.moe import PROJECTIONS
@@ -219,6 +219,28 @@ def test_a_merged_checkpoint_loads_in_transformers_with_the_bases_names_and_shap
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_shared_experts_and_non_expert_modules_merge_to_the_tuned_models_weights(family: str, tmp_path):
+    cls = zoo.model_class(family)
+    zoo.tiny(family).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base")
+    chosen = ExpertSelection(selection(model).experts, shared_experts=True, non_expert_modules=True)
+    swapped(model, chosen)
+    tune(model)
+    esft.save_adapter(model, tmp_path / "a")
+    esft.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged, info = cls.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected, base = esft.unswap(model).state_dict(), zoo.tiny(family)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+    routed = {p for layer in moe_layers(base) for p in routed_parameters(layer)}
+    assert not any(torch.equal(p, expected[name]) for name, p in base.named_parameters() if p not in routed)
+    headers = [safetensors_header(tmp_path / f / "model.safetensors") for f in ("base", "merged")]
+    assert headers[0] == headers[1]
+    esft.load_adapter(base, tmp_path / "a")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in base.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_holds_the_checkpoints_tensors_and_brings_the_tuned_model_back(family: str, tmp_path):
     model, other = zoo.tiny(family), zoo.tiny(family)
     chosen = selection(model)
@@ -244,3 +266,31 @@ def test_an_adapter_holds_the_checkpoints_tensors_and_brings_the_tuned_model_bac
             numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
             stacked = written[".".join(p for i, p in enumerate(parts) if i != numbers[-1])]
             assert torch.equal(stacked[int(parts[numbers[-1]])], tensor)
+
+
+FORMS = ["mixtral", "granitemoe", "kimi_linear", "laguna", "gpt_oss", "nemotron_h"]
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_a_base_that_holds_tensors_as_the_model_does_has_the_same_digest_adapters_and_weights(family: str, tmp_path):
+    cls = zoo.model_class(family)
+    zoo.tiny(family).save_pretrained(tmp_path / "original")
+    zoo.tiny(family).save_pretrained(tmp_path / "own", save_original_format=False)
+    adapters, merged = {}, {}
+    for form in ("original", "own"):
+        model = cls.from_pretrained(tmp_path / form)
+        chosen = ExpertSelection(selection(model).experts, shared_experts=True, non_expert_modules=True)
+        swapped(model, chosen)
+        tune(model)
+        adapters[form] = load_file(esft.save_adapter(model, tmp_path / f"a-{form}") / "adapter.safetensors")
+        esft.merge(tmp_path / form, tmp_path / "a-original", tmp_path / f"merged-{form}")
+        merged[form], info = cls.from_pretrained(tmp_path / f"merged-{form}", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        headers = [safetensors_header(tmp_path / f / "model.safetensors") for f in (form, f"merged-{form}")]
+        assert headers[0] == headers[1]
+        expected = esft.unswap(model).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in merged[form].state_dict().items())
+    assert all(torch.equal(adapters["own"][name], tensor) for name, tensor in adapters["original"].items())
+    esft.load_adapter(cls.from_pretrained(tmp_path / "original"), tmp_path / "a-own")  # so it is the same base
+    if family != "gpt_oss":  # whose two forms are one
+        assert adapters["own"].keys() - safetensors_header(tmp_path / "own" / "model.safetensors").keys()

@@ -1,5 +1,11 @@
 import importlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,21 +118,70 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path, lacks: str):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_disk_that_fills_up_leaves_the_old_output_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["first copy", "last copy", "patch", "manifest", "rename"])
+def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_path, monkeypatch, place: str):
     base = save_tiny(tmp_path / "base")
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
     esft.merge(base, tmp_path / "a", tmp_path / "out")
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    # ``esft.merge`` names the function; its module is found by import.
+    module = importlib.import_module("esft.merge")
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device", str(base / "model.safetensors"))
 
-    # ``esft.merge`` names the function; its module is found by import.
-    monkeypatch.setattr(importlib.import_module("esft.merge").shutil, "copyfile", full)
-    with pytest.raises(esft.InputError, match="out: No space left"):
+    def last(copyfile, source, target):
+        copyfile(source, target)
+        if len(list(target.parent.iterdir())) == len(list(base.iterdir())):
+            full()
+
+    def second(replace, source, target):  # puts the old output aside, and then fails to set the new one
+        full() if str(source).endswith(".out.tmp") else replace(source, target)
+
+    if place in ("first copy", "last copy"):
+        monkeypatch.setattr(module.shutil, "copyfile", full if place[0] == "f" else partial(last, shutil.copyfile))
+    elif place == "patch":
+        monkeypatch.setattr(module._Patch, "content", full)
+    elif place == "manifest":
+        monkeypatch.setattr(Path, "write_text", full)
+    else:
+        monkeypatch.setattr("esft.files.os.replace", partial(second, os.replace))
+    with pytest.raises(esft.InputError, match=r"/out(/esft_manifest.json)?: No space left on device$"):
         esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob(".out*"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import esft
+from esft.checkpoint import load_model
+from esft.select import ExpertSelection
+
+base, adapter, out = map(Path, sys.argv[1:])
+model = esft.swap(load_model(str(base)), ExpertSelection({1: [3]}))
+for limit, write in (
+    ((base / "model.safetensors").stat().st_size - 1, lambda: esft.merge(base, adapter, out)),
+    (5000, lambda: esft.save_adapter(model, out)),
+):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        write()
+    except esft.InputError as error:
+        print(error)
+"""
+
+
+def test_the_systems_own_limit_on_a_file_is_one_error_for_merged_checkpoints_and_adapters(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, "-c", LIMITED, base, tmp_path / "a", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    merged, saved = done.stdout.splitlines()
+    assert merged == f"{tmp_path / 'out'}: File too large"
+    assert saved.startswith(f"{tmp_path / 'out'}: ") and "File too large" in saved
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_disk_that_does_not_keep_what_was_written_is_noticed(tmp_path, monkeypatch):
@@ -185,4 +240,4 @@ def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(InputError, match="config.json"):
-        Checkpoint.open(base).skeleton()
+        _ = Checkpoint.open(base).skeleton

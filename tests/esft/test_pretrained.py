@@ -150,7 +150,7 @@ def test_a_copy_saves_itself_and_unswap_leaves_nothing_behind(tmp_path):
     before = vars(tiny_model()).keys()
     for m in (model, other):
         esft.unswap(m)
-        assert {name for name in vars(m).keys() - before if name != "esft_expert_tensors"} == set()
+        assert vars(m).keys() - before <= {"esft_expert_tensors", "esft_conversions"}  # found once, and kept
         assert not m._load_state_dict_pre_hooks
 
 

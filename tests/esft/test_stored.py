@@ -39,7 +39,7 @@ def test_a_checkpoint_in_which_experts_have_no_slice_of_their_own_is_refused(mon
     def mixed(model, state):  # expert by expert along the second dimension
         return {name: tensor.transpose(0, 1) for name, tensor in state.items()}
 
-    monkeypatch.setattr("esft.stored.revert_weight_conversion", mixed)
+    monkeypatch.setattr("esft.stored.to_stored", mixed)
     with pytest.raises(esft.InputError, match="stores experts in a way that is not supported"):
         expert_tensors(zoo.tiny("mixtral"))
 

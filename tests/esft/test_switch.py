@@ -149,6 +149,44 @@ def test_a_published_adapter_loads_and_merges_and_its_base_is_not_vouched_for(tm
     assert changed == load_file(tmp_path / "ours" / "adapter.safetensors").keys()
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say which base")
+@pytest.mark.parametrize("then", ["", "swap", "swap, unswap"])
+def test_published_adapters_never_stack_in_silence_either(tmp_path, then: str):
+    for name, selection in (("one", {1: [5]}), ("wide", {1: [2, 5], 2: [0]}), ("two", {2: [0]})):
+        saved(tmp_path, name, ExpertSelection(selection), 0.5)
+        (tmp_path / name / "manifest.json").unlink()
+    model = esft.load_adapter(tiny_model(), tmp_path / "one")
+    esft.load_adapter(model, tmp_path / "one")
+    if "swap" in then:
+        esft.swap(model, ExpertSelection({1: [5]}))
+    if "unswap" in then:
+        esft.unswap(model)
+    before = logits(model)
+    with pytest.raises(esft.InputError, match=r"two: does not cover model\.layers\.1.*under names"):
+        esft.load_adapter(model, tmp_path / "two")
+    with pytest.raises(esft.InputError, match="an adapter was loaded without a name"):
+        esft.load_adapter(model, tmp_path / "two", name="two")
+    assert torch.equal(logits(model), before)
+    esft.load_adapter(model, tmp_path / "wide")
+    expected = logits(esft.load_adapter(tiny_model(), tmp_path / "wide"))
+    torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
+    with pytest.raises(esft.InputError, match=r"does not cover model\.layers\.1"):
+        esft.load_adapter(model, tmp_path / "two")
+
+
+def test_an_adapter_trained_on_top_of_a_loaded_one_loads_on_top_of_it_and_counts_as_both(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 0.5)
+    both = esft.swap(esft.load_adapter(tiny_model(), tmp_path / "one"), ExpertSelection({2: [0]}))
+    with torch.no_grad():
+        moe_layers(both)[1].experts.trained_down_proj.mul_(2)
+    esft.save_adapter(both, tmp_path / "top")
+    model = esft.load_adapter(esft.load_adapter(tiny_model(), tmp_path / "one"), tmp_path / "top")
+    torch.testing.assert_close(logits(model), logits(both), atol=2e-6, rtol=1e-5)
+    (tmp_path / "top" / "manifest.json").unlink()
+    with pytest.warns(UserWarning), pytest.raises(esft.InputError, match=r"does not cover model\.layers\.1"):
+        esft.load_adapter(model, tmp_path / "top")
+
+
 def test_a_published_adapter_without_safetensors_or_of_another_shape_is_refused(tmp_path):
     folder, _ = published(tmp_path, prefix=False, files=1)
     other = zoo.tiny("qwen3_moe")
