@@ -34,16 +34,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         *((weights, nothing) if trains else (nothing, weights)), layout.activation or ExpertPools.activation,
         layout.interleaved,
     )  # fmt: skip
-    if self._is_expert_parallel:
-        elsewhere = top_k_index >= pools.num_experts
-        # Such a row takes the way of expert 0 with the weight 0: a length that depended on the data would wait for the
-        # device. The weight is masked, not trusted to be 0 already, so that its gradient is.
-        top_k_index = top_k_index.masked_fill(elsewhere, 0)
-        top_k_weights = top_k_weights.masked_fill(elsewhere, 0.0)
     x_TD = hidden_states.to(weights.gate_up_EGD.dtype)
     if layout.is_fused:
         in_order = torch.arange(pools.num_experts, device=x_TD.device)
-        out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, in_order, pools)
+        out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, in_order, pools, elsewhere=self._is_expert_parallel)
     else:
         out_TD = plain_mlp(x_TD, top_k_index, top_k_weights, pools, layout.gate, layout.norm)
     return out_TD.to(hidden_states.dtype)

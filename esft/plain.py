@@ -25,7 +25,7 @@ def plain_mlp(
 
     Args:
         x_TD: [T, D].
-        position_TK: [T, K] places of the chosen experts in the pools.
+        position_TK: [T, K] places of the chosen experts in the pools; what lies past those adds nothing.
         weights_TK: [T, K] routing weights.
         pools: the weights; the pools' activation is not used.
         gate: [rows, G] -> [rows, F], differentiable.
@@ -43,7 +43,7 @@ def plain_mlp(
         )
     ]
     out_TD = torch.zeros_like(x_TD)
-    for position in position_TK.unique().tolist():
+    for position in position_TK[position_TK < len(experts)].unique().tolist():
         token, slot = torch.where(position_TK == position)
         expert = experts[position]
         y = F.linear(gate(F.linear(x_TD[token], expert.gate_up_EGD, expert.gate_up_bias_EG)), expert.down_EDF)

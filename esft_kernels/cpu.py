@@ -108,10 +108,10 @@ def _groups(offsets: list[int], first: int, last: int, most_rows: int) -> list[G
     return groups
 
 
-def _rows_needed(groups: list[Group]) -> tuple[int, int]:
-    """Rows of the buffers that groups share, and of an output into which every expert writes its rounded row count."""
+def _rows_needed(groups: list[Group], num_rows: int) -> tuple[int, int]:
+    """Rows of the buffers that groups share, and of an output that has all rows and every expert's surplus ones."""
     sizes = [(group.rounded_size, group.rows.start) for group in groups]
-    return max((n for n, _ in sizes), default=0), max((start + n for n, start in sizes), default=0)
+    return max((n for n, _ in sizes), default=0), max([num_rows, *(start + n for n, start in sizes)])
 
 
 def _most_rows(pools: ExpertPools, dtype: torch.dtype) -> int:
@@ -119,11 +119,12 @@ def _most_rows(pools: ExpertPools, dtype: torch.dtype) -> int:
     return CACHE // ((pools.hidden_size + pools.gate_up_size + pools.intermediate_size) * dtype.itemsize)
 
 
-def _sum_slots(rows_ND: Tensor, routing: Routing) -> Tensor:
+def _sum_slots(rows_XD: Tensor, routing: Routing) -> Tensor:
     """Sum of each token's K rows, [T, D]; one pass, accumulated in float32 for the 16-bit dtypes."""
     if routing.num_tokens == 0:
-        return rows_ND.new_zeros(0, rows_ND.shape[1])
-    return F.embedding_bag(routing.row_TK, rows_ND, mode="sum")
+        return rows_XD.new_zeros(0, rows_XD.shape[1])
+    rows_XD[int(routing.offsets_E1[-1]) : routing.num_rows] = 0  # the rows of no expert
+    return F.embedding_bag(routing.row_TK, rows_XD[: routing.num_rows], mode="sum")
 
 
 def _write_h(h_NG: Tensor, x_TD: Tensor, x_buf: Tensor, product: Products, routing: Routing, group: Group) -> None:
@@ -146,9 +147,9 @@ def forward(
     offsets, f, d, g = routing.offsets_E1.tolist(), pools.intermediate_size, pools.hidden_size, pools.gate_up_size
     most, s = _most_rows(pools, x_TD.dtype), routing.num_trained
     groups = _groups(offsets, 0, s, most) + _groups(offsets, s, routing.num_experts, most)
-    longest, written = _rows_needed(groups)
+    longest, written = _rows_needed(groups, routing.num_rows)
     weight_N1 = weights_TK.reshape(-1)[routing.slot_N, None].to(x_TD.dtype)
-    h_XG, y_ND = x_TD.new_empty(keep_rows, g), x_TD.new_empty(written, d)
+    h_XG, y_XD = x_TD.new_empty(keep_rows, g), x_TD.new_empty(written, d)
     # Zeros, because the surplus rows are multiplied too, and what lies in fresh memory may be slow or not a number.
     x_buf, a_buf, h_buf = x_TD.new_zeros(longest, d), x_TD.new_zeros(longest, f), x_TD.new_empty(longest, g)
     for group in groups:
@@ -161,10 +162,10 @@ def forward(
         # The routing weight goes on A, which is narrower than the output row for every model with F < D.
         pools.activation.forward_into(a_buf[:n], *pools.split(h[:n]))
         a_buf[:n].mul_(weight_N1[rows])
-        group.products(product, "down", a_buf, y_ND[rows.start :])
+        group.products(product, "down", a_buf, y_XD[rows.start :])
         for place, _, down_bias_D in group.biases(pools):
-            y_ND[rows][place].addcmul_(weight_N1[rows][place], down_bias_D)
-    return _sum_slots(y_ND[: routing.num_rows], routing), h_XG
+            y_XD[rows][place].addcmul_(weight_N1[rows][place], down_bias_D)
+    return _sum_slots(y_XD, routing), h_XG
 
 
 def rebuild(
@@ -174,8 +175,8 @@ def rebuild(
     product = products(pools)
     most = _most_rows(pools, x_TD.dtype)
     groups = _groups(routing.offsets_E1.tolist(), routing.num_trained, routing.num_experts, most)
-    longest, written = _rows_needed(groups)
-    h_NG = x_TD.new_empty(max(written, routing.num_rows), pools.gate_up_size)
+    longest, written = _rows_needed(groups, routing.num_rows)
+    h_NG = x_TD.new_empty(written, pools.gate_up_size)
     x_buf = x_TD.new_zeros(longest, pools.hidden_size)
     for group in groups:
         _write_h(h_NG[group.rows.start :], x_TD, x_buf, product, routing, group)
@@ -201,7 +202,7 @@ def backward(
     groups = _groups(offsets, 0, s, 0)
     if needs.all_rows:
         groups += _groups(offsets, s, routing.num_experts, most)
-    longest, written = _rows_needed(groups)
+    longest, written = _rows_needed(groups, routing.num_rows)
     weight_N1 = weights_TK.reshape(-1)[routing.slot_N, None].to(x_TD.dtype)
 
     grads = ExpertWeights(*(None if t is None else torch.empty_like(t) for t in pools.trained.tensors()))
@@ -211,7 +212,7 @@ def backward(
                 if grad is not None:
                     grad[e].zero_()
     grad_rows = x_TD.new_empty(written, d) if needs.x else None
-    grad_weight_N = weights_TK.new_empty(routing.num_rows) if needs.weights else None
+    grad_weight_N = weights_TK.new_zeros(routing.num_rows) if needs.weights else None
     do_buf, x_buf, dh_buf = x_TD.new_empty(longest, d), x_TD.new_empty(longest, d), x_TD.new_empty(longest, g)
     da_buf, a_buf = x_TD.new_empty(longest, f), x_TD.new_empty(longest, f)
     for group in groups:
@@ -242,7 +243,7 @@ def backward(
                 grads.gate_up_bias_EG[e] = dh.sum(dim=0)
                 grads.down_bias_ED[e] = torch.mv(do_buf[:n].T, weight[:, 0])
     return Gradients(
-        x_TD=_sum_slots(grad_rows[: routing.num_rows], routing) if grad_rows is not None else None,
+        x_TD=_sum_slots(grad_rows, routing) if grad_rows is not None else None,
         weights_TK=grad_weight_N.view_as(weights_TK) if grad_weight_N is not None else None,
         trained=grads if needs.trained else None,
     )

@@ -18,9 +18,10 @@ _POOLS = ", ".join(
     f"Tensor {pool}_gate_up, Tensor {pool}_down, Tensor? {pool}_gate_up_bias, Tensor? {pool}_down_bias"
     for pool in ("trained", "frozen")
 )
-_SETTINGS = "str kind, bool gated, float slope, float? limit, float up_offset, bool interleaved, str backend"
+_ACTIVATION = "str kind, bool gated, float slope, float? limit, float up_offset"
+_SETTINGS = f"{_ACTIVATION}, bool interleaved, str backend, bool elsewhere"
 _ROUTING = "Tensor token_N, Tensor slot_N, Tensor row_TK, Tensor offsets_E1"
-_POOL_TENSORS, _NUM_SETTINGS = 8, 7
+_POOL_TENSORS, _NUM_SETTINGS = 8, 8
 
 
 def routed_mlp(
@@ -31,13 +32,14 @@ def routed_mlp(
     pools: ExpertPools,
     backend: str = "auto",
     recompute: str = "none",
+    elsewhere: bool = False,
 ) -> Tensor:
     """``expert_mlp`` of a top-k choice: see there, and ``route``, for the arguments and the errors."""
     if not torch.compiler.is_compiling():
-        routing = route(top_k_index_TK, position_E, pools.num_trained)
+        routing = route(top_k_index_TK, position_E, pools.num_trained, elsewhere)
         return expert_mlp(x_TD, weights_TK, pools, routing, backend, recompute)
     a = pools.activation
-    settings = (a.kind, a.gated, a.slope, a.limit, a.up_offset, pools.interleaved, backend)
+    settings = (a.kind, a.gated, a.slope, a.limit, a.up_offset, pools.interleaved, backend, elsewhere)
     tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
     all_rows = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pools.trained.tensors())
@@ -46,7 +48,7 @@ def routed_mlp(
 
 
 def _pools(tensors: tuple, settings: tuple) -> ExpertPools:
-    kind, gated, slope, limit, up_offset, interleaved, _ = settings
+    kind, gated, slope, limit, up_offset, interleaved, *_ = settings
     activation = Activation(kind, gated, slope, limit, up_offset)
     return ExpertPools(ExpertWeights(*tensors[:4]), ExpertWeights(*tensors[4:]), activation, interleaved)
 
@@ -61,10 +63,10 @@ def _forward(x, index, weights, position, *rest):
     """The output [T, D], and for the backward H (all rows, the prefix or none) and the routing."""
     tensors, settings, keep = rest[:_POOL_TENSORS], rest[_POOL_TENSORS:-1], rest[-1]
     pools = _pools(tensors, settings)
-    routing = route(index, position, pools.num_trained)
+    routing = route(index, position, pools.num_trained, settings[-1])
     rows = {"all": routing.num_rows, "none": 0}.get(keep)
     rows = routing.prefix_rows() if rows is None else rows
-    backend = resolve_backend(settings[-1], x.device)
+    backend = resolve_backend(settings[-2], x.device)
     out, h = backend.forward(aligned(x), aligned(weights), pools, routing, rows)
     return out, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1
 
@@ -90,7 +92,7 @@ def _backward(grad_out, x, weights, h, token, slot, row, offsets, *rest):
     pools = _pools(tensors, settings)
     routing = Routing(token, slot, row, offsets, pools.num_trained)
     x, weights = aligned(x), aligned(weights)
-    backend = resolve_backend(settings[-1], x.device)
+    backend = resolve_backend(settings[-2], x.device)
     if needs.all_rows and h.shape[0] < routing.num_rows:
         h = backend.rebuild(x, h, pools, routing)
     grads = backend.backward(aligned(grad_out), x, h, weights, pools, routing, needs)

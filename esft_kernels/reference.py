@@ -9,6 +9,7 @@ through the naive definition of a MoE layer.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .pools import ExpertPools, ExpertWeights, Gradients, Needs
@@ -16,8 +17,11 @@ from .routing import Routing
 
 
 def grouped_gemm(rows: Tensor, weight, offsets: list[int], out_features: int, bias=None) -> Tensor:
-    """rows[offsets[e]:offsets[e+1]] @ weight(e).T + bias(e) for every position e; ``weight`` gives [out, in]."""
-    out = rows.new_empty(rows.shape[0], out_features)
+    """rows[offsets[e]:offsets[e+1]] @ weight(e).T + bias(e) for every position e; ``weight`` gives [out, in].
+
+    Rows past the last position's are zeros.
+    """
+    out = rows.new_zeros(rows.shape[0], out_features)
     for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         out[start:end] = rows[start:end] @ weight(e).T
         if bias is not None and (b := bias(e)) is not None:
@@ -115,12 +119,12 @@ def backward(
         for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
             if (bias := pools.at(e).down_bias_ED) is not None:
                 grad_weight_N[start:end] += grad_y_ND[start:end] @ bias
-        grad_weights = torch.empty_like(weights_TK).reshape(-1)
+        grad_weights = torch.zeros_like(weights_TK).reshape(-1)
         grad_weights[slot] = grad_weight_N.to(weights_TK.dtype)
         grad_weights = grad_weights.view_as(weights_TK)
     if needs.x:
         grad_rows = grouped_gemm(grad_h_NG, lambda e: pools.at(e).gate_up_EGD.T, offsets, pools.hidden_size)
-        grad_x = combine(grad_rows[routing.row_TK])
+        grad_x = combine(F.pad(grad_rows, (0, 0, 0, routing.num_rows - rows))[routing.row_TK])
     if needs.trained:
         s, biased = routing.num_trained, pools.trained.down_bias_ED is not None
         trained = ExpertWeights(

@@ -32,7 +32,8 @@ class Routing:
     """The T*K (token, slot) rows of one layer, grouped by expert, trained experts first.
 
     Experts are numbered by *position*: positions 0..S-1 are the trained pool, S..E-1 the frozen pool. The rows
-    of the trained experts are therefore the prefix ``[:offsets_E1[S]]`` of every row-indexed tensor.
+    of the trained experts are therefore the prefix ``[:offsets_E1[S]]`` of every row-indexed tensor. Rows from
+    ``offsets_E1[E]`` on are of no expert here: they add nothing and get no gradient.
     """
 
     token_N: Tensor  # int64 [N], row -> token
@@ -62,13 +63,14 @@ class Routing:
         return int(self.offsets_E1[self.num_trained])
 
 
-def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int) -> Routing:
+def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int, elsewhere: bool = False) -> Routing:
     """Sort the rows of a top-k choice by expert position.
 
     Args:
         top_k_index_TK: integer [T, K], expert ids in ``range(E)``; a token never names an expert twice.
         position_E: int64 [E], expert id -> position (the inverse of ``expert_order``).
         num_trained: S.
+        elsewhere: ids of E and above are allowed, and name experts that are not here (of another rank).
 
     The sort is stable, so equal inputs give equal routings and the rows of an expert keep token order. Ids out of range
     raise ValueError on a CPU; on a GPU, where looking would wait for the device, only with ESFT_DEBUG=1.
@@ -79,12 +81,16 @@ def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int) -> Routi
         )
     num_tokens, top_k = top_k_index_TK.shape
     if top_k_index_TK.device.type == "cpu" or os.environ.get("ESFT_DEBUG") == "1":
-        _check_ids(top_k_index_TK, position_E.numel())
-    position_N = position_E[top_k_index_TK.reshape(-1)]
+        _check_ids(top_k_index_TK, None if elsewhere else position_E.numel())
+    index_N, num_experts = top_k_index_TK.reshape(-1), position_E.numel()
+    if elsewhere:
+        index_N = index_N.clamp(max=num_experts)
+        position_E = torch.cat([position_E, torch.full_like(position_E[:1], num_experts)])
+    position_N = position_E[index_N]
     sorted_N, slot_N = torch.sort(position_N, stable=True)
     row_N = torch.empty_like(slot_N)
     row_N[slot_N] = torch.arange(slot_N.numel(), device=slot_N.device)
-    edges_E1 = torch.arange(position_E.numel() + 1, device=slot_N.device)
+    edges_E1 = torch.arange(num_experts + 1, device=slot_N.device)
     return Routing(
         token_N=torch.div(slot_N, max(top_k, 1), rounding_mode="floor"),
         slot_N=slot_N,
@@ -94,10 +100,11 @@ def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int) -> Routi
     )
 
 
-def _check_ids(top_k_index_TK: Tensor, num_experts: int) -> None:
-    outside = (top_k_index_TK < 0) | (top_k_index_TK >= num_experts)
+def _check_ids(top_k_index_TK: Tensor, num_experts: int | None) -> None:
+    outside = top_k_index_TK < 0
+    if num_experts is not None:
+        outside |= top_k_index_TK >= num_experts
     if outside.any():
         token, slot = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"top_k_index[{token}, {slot}] is {int(top_k_index_TK[token, slot])}, not an expert in 0..{num_experts - 1}"
-        )
+        found = f"top_k_index[{token}, {slot}] is {int(top_k_index_TK[token, slot])}"
+        raise ValueError(f"{found}, not an expert" + (f" in 0..{num_experts - 1}" if num_experts is not None else ""))

@@ -25,7 +25,7 @@ def _paired(pools: ExpertPools) -> bool:
 
 
 def _by_token(rows_ND: Tensor, routing: Routing) -> Tensor:
-    return combine(rows_ND.view(*routing.row_TK.shape, rows_ND.shape[1]))
+    return combine(rows_ND.view(*routing.row_TK.shape, rows_ND.shape[1]), routing.row_TK, routing.offsets_E1)
 
 
 def forward(
@@ -76,7 +76,8 @@ def backward(
             grad_weight_N = sums_NX.sum(dim=1)
             if trained.down_bias_ED is not None:
                 grad_weight_N += bias_dot(grad_out_TD, pools, routing)
-            grad_weights_TK = grad_weight_N[routing.row_TK].to(weights_TK.dtype)
+            here_TK = routing.row_TK < routing.offsets_E1[-1]
+            grad_weights_TK = grad_weight_N[routing.row_TK].where(here_TK, 0.0).to(weights_TK.dtype)
         if weighted_a_NF is not None:
             assert grad_h_NG is not None
             biased = trained.down_bias_ED is not None

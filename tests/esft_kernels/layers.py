@@ -83,7 +83,7 @@ class Layer:
     @property
     def routing(self) -> Routing:
         order = torch.tensor(expert_order(self.trained, len(self.down_EDF)))
-        return route(self.ids_TK, torch.argsort(order), len(self.trained))
+        return route(self.ids_TK, torch.argsort(order), len(self.trained), elsewhere=True)
 
     def to(self, dtype: torch.dtype) -> Layer:
         """The same values in another dtype; routing weights stay in float32 unless the dtype is wider."""
@@ -102,15 +102,22 @@ def make_layer(
     tokens: int = 20, top_k: int = 3, experts: int = 6, hidden: int = 72, intermediate: int = 40,
     trained: tuple[int, ...] = (4, 1), used: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float64,
     activation: Activation = SILU, interleaved: bool = False, transposed: bool = False, biased: bool = False,
+    elsewhere: bool = False,
 ) -> Layer:  # fmt: skip
-    """A random layer whose tokens choose among the ``used`` experts (all of them when None), in this dtype's values."""
+    """A random layer whose tokens choose among the ``used`` experts (all of them when None), in this dtype's values.
+
+    ``elsewhere``: a third of the slots name experts that are not here.
+    """
     candidates = torch.tensor(used or tuple(range(experts)))
     chosen = [candidates[torch.randperm(len(candidates))[:top_k]] for _ in range(tokens)]
+    ids = torch.stack(chosen) if chosen else torch.empty(0, top_k, dtype=torch.int64)
+    if elsewhere:
+        ids.view(-1)[::3] = experts
     columns = intermediate * activation.width
     layer = Layer(
         x_TD=torch.randn(tokens, hidden),
         grad_out_TD=torch.randn(tokens, hidden),
-        ids_TK=torch.stack(chosen) if chosen else torch.empty(0, top_k, dtype=torch.int64),
+        ids_TK=ids,
         weights_TK=torch.rand(tokens, top_k),
         gate_up_EGD=torch.randn(experts, columns, hidden) * hidden**-0.5,
         down_EDF=torch.randn(experts, hidden, intermediate) * intermediate**-0.5,
@@ -130,6 +137,8 @@ def naive_moe(layer: Layer, x_TD: Tensor, weights_TK: Tensor, gate_up_EGD, down_
     gate_up, down = gate_up_EGD.unbind(), down_EDF.unbind()
     for t, (ids, weights) in enumerate(zip(layer.ids_TK.tolist(), weights_TK, strict=True)):
         for e, weight in zip(ids, weights, strict=True):
+            if e >= len(down):  # not here
+                continue
             h = gate_up[e] @ x_TD[t]
             if gate_up_bias is not None:
                 h = h + gate_up_bias[e]

@@ -31,7 +31,7 @@ def layers(draw) -> Layer:
     return make_layer(
         tokens, top_k, experts, draw(st.integers(1, 80)), draw(st.integers(1, 70)), tuple(trained), tuple(used), dtype,
         draw(st.sampled_from(sorted(ACTIVATIONS.values(), key=str))),
-        draw(st.booleans()), draw(st.booleans()), draw(st.booleans()),
+        draw(st.booleans()), draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([False, False, True])),
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_schema_autograd_and_fake_agree_with_what_it_does(needs: tuple[bool, boo
     for tensor in pools.trained.tensors()[:2]:
         tensor.requires_grad_(needs[2])
     tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
-    settings = ("silu", True, 1.0, None, 0.0, False, "reference", keep)
+    settings = ("silu", True, 1.0, None, 0.0, False, "reference", True, keep)
     torch.library.opcheck(
         torch.ops.esft.routed_mlp.default,
         (x, layer.ids_TK, weights, position, *tensors, *settings),

@@ -16,6 +16,7 @@ CASES = {
     "no token": {"tokens": 0},
     "one token": {"tokens": 1},
     "biases": {"biased": True},
+    "experts elsewhere": {"elsewhere": True, "biased": True},
     "interleaved": {"interleaved": True},
     "interleaved and transposed, with biases, as in gpt-oss": {
         "interleaved": True,

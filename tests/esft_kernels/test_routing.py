@@ -47,6 +47,15 @@ def test_route_names_an_id_out_of_range(bad):
         route(ids, torch.arange(4), num_trained=0)
 
 
+def test_experts_that_are_elsewhere_come_last():
+    ids = torch.tensor([[0, 4], [7, 1], [4, 4], [2, 0]])
+    routing = route(ids, torch.tensor([1, 2, 0, 3]), num_trained=1, elsewhere=True)
+    assert routing.offsets_E1.tolist() == [0, 1, 3, 4, 4]
+    assert routing.slot_N.tolist() == [6, 0, 7, 3, 1, 2, 4, 5]
+    with pytest.raises(ValueError, match=r"top_k_index\[0, 0\] is -1, not an expert"):
+        route(ids - 1, torch.arange(4), num_trained=0, elsewhere=True)
+
+
 @pytest.mark.parametrize("ids", [torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2)])
 def test_route_refuses_what_is_not_a_top_k_index(ids):
     with pytest.raises(ValueError, match="top_k_index"):
