@@ -6,9 +6,10 @@
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
-model on the CPU. ``tune`` tries other tiles on this machine's GPU and writes the fastest into a file for ESFT_TILES to
-name. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be here: nothing in it is
-measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
+model, on the GPU where there is one. ``tune`` tries other tiles on this machine's GPU and writes the fastest into a
+file for ESFT_TILES to name. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be
+here: nothing in it is measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for
+machines.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _roofline(argv: list[str]) -> None:
 
 
 def _step(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks step", description="check, then time, training steps on the CPU")
+    parser = argparse.ArgumentParser(prog="benchmarks step", description="check, then time, training steps")
     parser.add_argument("--model", default="examples/tiny-moe", help="checkpoint folder")
     parser.add_argument("--records", type=int, default=32)
     parser.add_argument("--length", type=int, default=64, help="tokens a record")
@@ -85,7 +86,8 @@ def _step(argv: list[str]) -> None:
     only = set(args.peers.split(";")) if args.peers else None
     rows = step.run(args.model, args.records, args.length, args.rounds, only)
     print(table(rows))
-    print(json.dumps({"device": "cpu", "threads": torch.get_num_threads(), "measured": rows}))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(json.dumps({"device": name, "threads": torch.get_num_threads(), "measured": rows}))
 
 
 def _tune(argv: list[str]) -> None:

@@ -73,6 +73,7 @@ def stock(path: str, batch: dict[str, Tensor], implementation: str, lora: bool =
     """transformers' model with its own loss and PyTorch's fused AdamW on bf16: everything trained, or LoRA by PEFT."""
     model: nn.Module = load_model(path, "bfloat16")
     model.set_experts_implementation(implementation)
+    device = model.device
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -86,7 +87,10 @@ def stock(path: str, batch: dict[str, Tensor], implementation: str, lora: bool =
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Trainer(lambda: model(**batch, use_cache=False).loss, update)
+    def loss() -> Tensor:
+        return model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+
+    return Trainer(loss, update)
 
 
 def peers_of(path: str, batch: dict[str, Tensor]) -> dict[str, Callable[[], Trainer]]:
@@ -99,11 +103,13 @@ def peers_of(path: str, batch: dict[str, Tensor]) -> dict[str, Callable[[], Trai
 
 def run(path: str, records: int, length: int, rounds: int, only: set[str] | None = None) -> list[dict]:
     """A row for every peer, one at a time beside our step: tokens a second of both, and how many times the peer's time
-    is ours. Measured on this machine's CPU.
+    is ours. Measured where ``load_model`` puts the model.
 
     Raises RuntimeError when a peer's loss on the untrained model is not ours.
     """
-    batch = make_batch(load_model(path).config.vocab_size, records, length)
+    model = load_model(path)
+    batch, device = make_batch(model.config.vocab_size, records, length), model.device
+    del model
     mine = ours(path, batch, "esft")
     first, rows = mine.loss().item(), []
     for name, make in peers_of(path, batch).items():
@@ -112,7 +118,7 @@ def run(path: str, records: int, length: int, rounds: int, only: set[str] | None
         peer = make()
         if not abs((theirs := peer.loss().item()) - first) <= 0.02 * first:
             raise RuntimeError(f"{name}: loss {theirs:.4f} where esft has {first:.4f}; not timed")
-        seconds = interleaved({"esft": mine.step, name: peer.step}, rounds, torch.device("cpu"))
+        seconds = interleaved({"esft": mine.step, name: peer.step}, rounds, device)
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         speeds = [batch["input_ids"].numel() / statistics.median(values) for values in seconds.values()]

@@ -87,28 +87,28 @@ def _gives_products(causal_lm: Any, weight_VD: Tensor) -> bool:
 
 
 def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """Summed cross entropy in nats over a batch's supervised positions, and their number.
+    """Summed cross entropy in nats over the supervised positions of a batch in the CPU's memory, and their number.
 
     Logits are made for supervised positions only, where the model has nothing but a matrix between hidden states and
     logits.
     """
     causal_lm = _causal_lm(model)
-    batch = {name: tensor.to(causal_lm.device) for name, tensor in batch.items()}
+    inputs = {name: batch[name].to(causal_lm.device) for name in ("input_ids", "attention_mask")}
+    # The supervised positions are found on the CPU and sent ahead: afterwards, either would wait for the forward pass.
+    labels = batch["labels"][:, 1:]
+    wanted = torch.where(labels != IGNORE)
+    count = len(wanted[0])
     if not has_plain_head(model):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        labels = labels.to(causal_lm.device)
         logits = causal_lm(**inputs, use_cache=False).logits[:, :-1].float()
-        labels = batch["labels"][:, 1:].to(logits.device)
-        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        return total, int((labels != IGNORE).sum())
-    hidden = causal_lm.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
-    wanted = batch["labels"][:, 1:] != IGNORE
-    head = causal_lm.get_output_embeddings()
-    hidden, labels = hidden[:, :-1][wanted.to(hidden.device)], batch["labels"][:, 1:][wanted]
-    where = head.weight.device  # over several GPUs not every layer is where the inputs go
-    total = linear_cross_entropy(hidden.to(where), head.weight, labels.to(where))
-    return total, int(wanted.sum())
+        labels = labels.to(logits.device)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"), count
+    weight = causal_lm.get_output_embeddings().weight
+    where = weight.device  # over several GPUs not every layer is where the inputs go
+    labels, *places = (tensor.to(where) for tensor in (labels[wanted], *wanted))
+    hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden = hidden[tuple(place.to(hidden.device) for place in places)]
+    return linear_cross_entropy(hidden.to(where), weight, labels), count
 
 
 @torch.no_grad()

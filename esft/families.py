@@ -98,4 +98,4 @@ def trained_parameters(layer: MoELayer, experts: list[int]) -> list[nn.Parameter
     """Of a swapped layer, the parameters of these experts: the trained pool, or the experts of a ModuleList."""
     if isinstance(layer.experts, nn.ModuleList):
         return [p for e in experts for p in layer.experts[e].parameters()]
-    return [p for name, p in layer.experts.named_parameters() if name.startswith("trained_")]
+    return [p for name, p in layer.experts.named_parameters() if experts and name.startswith("trained_")]

@@ -62,7 +62,9 @@ class Experts(nn.Module):
         s = len(self.trained)
         for name, tensor in zip(PROJECTIONS, (gate_up, down, gate_up_bias, down_bias), strict=True):
             for pool, ids in (("trained", order[:s]), ("frozen", order[s:])):
-                part = None if tensor is None else nn.Parameter(tensor.detach()[ids], requires_grad=pool == "trained")
+                # An empty pool that required a gradient would drag the backward through all layers below.
+                trains = pool == "trained" and s > 0
+                part = None if tensor is None else nn.Parameter(tensor.detach()[ids], requires_grad=trains)
                 self.register_parameter(f"{pool}_{name}", part)
         position = torch.empty(len(order), dtype=torch.int64)
         position[torch.tensor(order)] = torch.arange(len(order))

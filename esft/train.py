@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -226,6 +227,8 @@ class _Run:
                     batches = epoch_batches(examples, config.batch_size, config.seed, epoch)
                 records = [examples[i] for i in batches[place]]
                 begun = time.monotonic()
+                # What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too.
+                torch.manual_seed(random.Random(f"{config.seed}/{step}").getrandbits(63))
                 loss, extra = self._backward(records)
                 rate = config.rate(step)
                 norm = self.optimizer.step(rate)

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -60,3 +64,11 @@ def test_load_model_asks_for_both(gpus, monkeypatch, tmp_path):
 def test_no_gpu_has_no_memory(gpus):
     gpus(0)
     assert peak_memory() == 0
+
+
+def test_no_operation_mixes_devices():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.esft.pretend_gpus"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -68,6 +68,15 @@ def test_shared_experts_and_non_expert_modules_train_when_the_selection_says_so(
     assert not any("shared_experts" in n or "frozen" in n for n in trained)
 
 
+def test_no_gradient_goes_below_the_lowest_trained_layer():
+    model = esft.swap(tiny_model(), ExpertSelection({2: [0]}))
+    needed = {}
+    for layer in moe_layers(model):
+        layer.experts.register_forward_hook(lambda _, args, out, i=layer.index: needed.update({i: out.requires_grad}))
+    logits(model)
+    assert needed == {1: False, 2: True}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unswap_gives_the_stock_modules_back_with_tuned_weights(family: str):
     model = tiny_model(family)

@@ -125,8 +125,10 @@ def test_two_runs_of_one_seed_are_the_same_and_another_seed_is_not(base):
     assert a == b != c
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, dtype: str):
+@pytest.mark.parametrize("dtype, dropout", [("float32", 0.0), ("bfloat16", 0.0), ("float32", 0.2)])
+def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, dtype: str, dropout: float):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"attention_dropout": dropout}))
     whole = run(base, "whole", settings(dtype=dtype))
     real, calls = train_module.batch_loss, []
 
