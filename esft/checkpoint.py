@@ -27,7 +27,7 @@ from transformers import (
 from esft.conversion import stored_by_layer
 from esft.device import compute_dtype, placement
 from esft.errors import InputError
-from esft.files import open_safetensors, read_json
+from esft.files import open_safetensors, read_json, safetensors_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -131,7 +131,13 @@ class Checkpoint:
         """Whether the files hold the tensors as the model does, and not in the original format."""
         own = self.skeleton.state_dict()
         original = dict(stored_by_layer(self.skeleton, own, own.__getitem__))
-        return len(own.keys() & self.files.keys()) > len(original.keys() & self.files.keys())
+        held = {
+            (name, stored.shape)
+            for file in set(self.files.values())
+            for name, stored in safetensors_header(self.folder / file).items()
+        }  # some families keep the names and only transpose
+        matches = [{(name, tuple(t.shape)) for name, t in form.items()} & held for form in (own, original)]
+        return len(matches[0]) > len(matches[1])
 
     @contextmanager
     def read(self, file: str) -> Iterator:
