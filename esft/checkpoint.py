@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from esft.conversion import stored_by_layer
+from esft.conversion import stored_by_layer, to_stored
 from esft.device import compute_dtype, placement
 from esft.errors import InputError
-from esft.files import open_safetensors, read_json, safetensors_header
+from esft.files import Stored, open_safetensors, read_json, safetensors_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -131,13 +131,21 @@ class Checkpoint:
         """Whether the files hold the tensors as the model does, and not in the original format."""
         own = self.skeleton.state_dict()
         original = dict(stored_by_layer(self.skeleton, own, own.__getitem__))
-        held = {
-            (name, stored.shape)
-            for file in set(self.files.values())
-            for name, stored in safetensors_header(self.folder / file).items()
-        }  # some families keep the names and only transpose
+        # The shapes too: a family may keep the names and only transpose.
+        held = {(name, stored.shape) for header in self._headers.values() for name, stored in header.items()}
         matches = [{(name, tuple(t.shape)) for name, t in form.items()} & held for form in (own, original)]
         return len(matches[0]) > len(matches[1])
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, Stored]]:
+        return {file: safetensors_header(self.folder / file) for file in set(self.files.values())}
+
+    def stored(self, name: str) -> Stored:
+        """Where in its file a tensor lies. Raises InputError where the index is wrong about the file."""
+        file = self.files[name]
+        if name not in self._headers[file]:
+            raise InputError(f"{self.folder / file}: holds no tensor {name}, as the index says it does")
+        return self._headers[file][name]
 
     @contextmanager
     def read(self, file: str) -> Iterator:
@@ -157,14 +165,15 @@ class Checkpoint:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The model's weights in the files, under the names of the original format."""
         with ExitStack() as stack:
-            at: dict[str, Any] = {}
+            held: dict[str, Callable[[], Tensor]] = {}
             for file in sorted(set(self.files.values())):
                 handle = stack.enter_context(self.read(file))
-                at |= dict.fromkeys(filter(self.belongs, handle.keys()), handle)
+                names = filter(self.belongs, handle.keys())
+                held |= {self.tied.get(own, own): partial(handle.get_tensor, own) for own in names}
             if self.as_in_memory:
-                yield from stored_by_layer(self.skeleton, at, lambda name: at[name].get_tensor(name))
+                yield from stored_by_layer(self.skeleton, held, lambda name: held[name]())
             else:
-                yield from ((name, handle.get_tensor(name)) for name, handle in at.items())
+                yield from ((name, read()) for name, read in held.items())
 
     @cached_property
     def _stacks(self) -> set[str]:
@@ -172,17 +181,40 @@ class Checkpoint:
         layers = ((name, _LAYER.search(name)) for name in self.files if ".experts." in name)
         return {name[: layer.start()] for name, layer in layers if layer}
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Tensors that are another one under a second name: that name in the files -> the other one's.
+
+        As in transformers, two that the files hold with different values are not tied, whatever the configuration says.
+        """
+        state, found = self.skeleton.state_dict(), {}
+        for pair in _tied(self.skeleton).items():
+            names = pair if self.as_in_memory else [next(iter(to_stored(self.skeleton, {n: state[n]}))) for n in pair]
+            if not self.files.keys() >= set(names) or self._equal(*names):
+                found[names[0]] = names[1]
+        return found
+
+    def _equal(self, *names: str) -> bool:
+        kinds = {(stored.dtype, stored.shape) for stored in map(self.stored, names)}
+        with ExitStack() as stack:
+            handles = {name: stack.enter_context(self.read(self.files[name])) for name in names}
+            return len(kinds) == 1 and torch.equal(*(handles[name].get_tensor(name) for name in names))
+
+    def names_of(self, name: str) -> list[str]:
+        """Under which names the files hold a tensor: one, or each of those that are tied; none where they lack it."""
+        return [own for own in (name, *(n for n, first in self.tied.items() if first == name)) if own in self.files]
+
     def belongs(self, name: str) -> bool:
         """Whether a tensor is a weight of the model: some files hold further prediction layers or what is computed."""
         layer = _LAYER.search(name)
         text = self.config.get_text_config()
         beyond = layer is not None and int(layer[1]) >= text.num_hidden_layers and name[: layer.start()] in self._stacks
-        return not (beyond or name.endswith("inv_freq") or (name == "lm_head.weight" and _is_tied(self.config)))
+        return not (beyond or name.endswith("inv_freq"))
 
 
-def _is_tied(config: PreTrainedConfig) -> bool:
-    """Whether the output projection is the embedding."""
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """The weights that are another one under a second name: that name -> the other one's."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:
@@ -191,9 +223,8 @@ def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> 
     The rounding makes it the same for a checkpoint loaded in another dtype. float16 is the exception, as its small
     values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it.
     """
-    tied = {"lm_head.weight"} if _is_tied(model.config) else set()
     state = model.state_dict()
-    tensors = stored_by_layer(model, state.keys() - tied, state.__getitem__)
+    tensors = stored_by_layer(model, state.keys() - _tied(model).keys(), state.__getitem__)
     return _hash((name, _sample(tensor, rounded)) for name, tensor in tensors)
 
 

@@ -12,7 +12,7 @@ from esft.adapter import MANIFEST, SELECTION, AdapterWeights, adapter_weights, c
 from esft.checkpoint import Checkpoint
 from esft.errors import InputError
 from esft.families import moe_layers
-from esft.files import Stored, check_apart, new_folder, safetensors_header, write_json
+from esft.files import Stored, check_apart, new_folder, write_json
 from esft.select import ExpertSelection
 from esft.slots import Place, Slot, adapter_slots
 
@@ -89,19 +89,15 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
 
 def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_Patch]]:
     """File -> what changes in it, in file order. Raises InputError for a tensor that has no place in the base."""
-    headers: dict[str, dict[str, Stored]] = {}
     patches: dict[str, dict[int, _Patch]] = {}  # file -> where it begins -> the patch
     for name, slot in slots.items():
         for place in slot.places(checkpoint.as_in_memory):
-            file = checkpoint.files.get(place.name)
-            if file is None:
+            if not (own_names := checkpoint.names_of(place.name)):
                 raise InputError(f"{checkpoint.folder}: holds no tensor {place.name}, which the adapter changes")
-            if file not in headers:
-                headers[file] = safetensors_header(checkpoint.folder / file)
-            if (stored := headers[file].get(place.name)) is None:
-                raise InputError(f"{checkpoint.folder / file}: holds no tensor {place.name}, as the index says it does")
-            patch = _patch(stored, place, f"{checkpoint.folder / file}: tensor {place.name}")
-            patches.setdefault(file, {}).setdefault(patch.start, patch).changes.append((name, place))
+            for own in own_names:
+                file = checkpoint.files[own]
+                patch = _patch(checkpoint.stored(own), place, f"{checkpoint.folder / file}: tensor {own}")
+                patches.setdefault(file, {}).setdefault(patch.start, patch).changes.append((name, place))
     return {file: [changes[start] for start in sorted(changes)] for file, changes in patches.items()}
 
 

@@ -241,3 +241,28 @@ def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
     (base / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(InputError, match="config.json"):
         _ = Checkpoint.open(base).skeleton
+
+
+@pytest.mark.parametrize("held", ["both", "second", "two values"])
+def test_a_tied_weight_that_the_files_hold_under_a_second_name_stays_tied(tmp_path, held: str):
+    model = tiny_model("qwen3_moe", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (2 if held == "two values" else 1)
+    if held == "second":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    tuned = esft.swap(load_model(str(tmp_path / "base")), ExpertSelection({1: [3]}, non_expert_modules=True))
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight.mul_(1.5)
+    esft.save_adapter(tuned, tmp_path / "a")
+    if held == "two values":  # which the configuration denies
+        with pytest.raises(InputError, match=r"lm_head.weight belongs to nothing selected"):
+            esft.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+        return
+    esft.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    again = load_model(str(tmp_path / "merged"))
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert torch.equal(again.lm_head.weight, tuned.lm_head.weight)
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == tensors.keys()
