@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.files import new_folder, open_safetensors, read_json, write_json
+from esft.files import check_earlier, new_folder, open_safetensors, read_json, write_json
 from esft.slots import Slot, adapter_slots
 from esft.swap import swap_state
 
@@ -53,8 +53,14 @@ def loaded_slots(model: PreTrainedModel, base_digest: str | None) -> frozenset[s
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
     """Write the trained tensors of a swapped model: selection, safetensors and a manifest.
 
+    Args:
+        model: a swapped model.
+        path: folder to write.
+        overwrite: replace an earlier adapter that ``path`` holds; nothing else is replaced.
+
     Raises InputError for a stock model, for one where another adapter has written what the selection does not cover,
-    for a folder that holds something already unless ``overwrite``, and for a full disk; then no file is left.
+    where another library has exchanged modules that the selection trains, for a folder that holds something already,
+    and for a full disk; then no file is left.
     """
     state = swap_state(model)
     if state is None:
@@ -67,6 +73,13 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
             f"a loaded adapter has changed {uncovered[0]}, which is not in the model's selection ({len(uncovered)} "
             "such in all): what is saved would be incomplete"
         )
+    if foreign := {p.parameter for slot in slots.values() for p in slot.pieces} - state.required_grad.keys():
+        raise InputError(
+            f"{min(foreign)}: is not of the model that was swapped, but the selection's non-expert modules hold it: "
+            "take out what another library has put in (PEFT: merge_and_unload or unload) before saving the adapter"
+        )
+    if overwrite:
+        check_earlier(path, "adapter", SELECTION, MANIFEST)
     with new_folder(path, overwrite) as folder:
         state.selection.save(folder / SELECTION)
         tensors = {name: slot.read().contiguous().cpu() for name, slot in slots.items()}

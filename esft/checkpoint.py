@@ -221,9 +221,12 @@ def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> 
     """A digest of the weights of a stock model: 64 evenly spaced values of every tensor, rounded to bfloat16.
 
     The rounding makes it the same for a checkpoint loaded in another dtype. float16 is the exception, as its small
-    values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it.
+    values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it. Raises InputError for
+    weights that are not in memory.
     """
     state = model.state_dict()
+    if away := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise InputError(f"{away[0]}: the weights are not in memory (offloaded?)")
     tensors = stored_by_layer(model, state.keys() - _tied(model).keys(), state.__getitem__)
     return _hash((name, _sample(tensor, rounded)) for name, tensor in tensors)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from esft.adapter import MANIFEST, SELECTION, AdapterWeights, adapter_weights, check_adapter
 from esft.checkpoint import Checkpoint
 from esft.errors import InputError
 from esft.families import moe_layers
-from esft.files import Stored, check_apart, new_folder, write_json
+from esft.files import Stored, check_apart, check_earlier, new_folder, write_json
 from esft.select import ExpertSelection
 from esft.slots import Place, Slot, adapter_slots
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
+OTHER_FORMATS = ("pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*", "consolidated*", "*.gguf")
 CHUNK = 1 << 24  # bytes compared at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -45,10 +48,11 @@ class _Patch:
 def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     """Write a checkpoint with the adapter's tensors in the place of the base's.
 
-    Every file is copied and then patched, so that all other bytes, headers and index included, are those of the base,
+    The files are copied and then patched, so that all other bytes, headers and index included, are those of the base,
     and no more than one tensor of the adapter is in memory. Where the base stacks its experts, their slices are
     replaced; it may hold its tensors in the original format or as the model does (``save_original_format=False``). The
-    result is read back and compared before it appears under its name.
+    result is read back and compared before it appears under its name. Left out is what has the base's weights in other
+    formats, as they would be loaded for the tuned ones, and subfolders but for that of chat templates.
 
     Args:
         base: checkpoint folder.
@@ -61,8 +65,8 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
     check_apart(out, base, adapter)
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / MERGED).is_file():
-        raise InputError(f"{out}: holds no earlier merge (no {MERGED}), and is not overwritten")
+    if overwrite:
+        check_earlier(out, "merge", MERGED)
     checkpoint = Checkpoint.open(base)
     manifest = check_adapter(adapter, checkpoint.digest, checkpoint.dtype)
     selection, skeleton = ExpertSelection.load(adapter / SELECTION), checkpoint.skeleton
@@ -71,9 +75,10 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     with adapter_weights(adapter, slots) as tuned:
         patches = _patches(checkpoint, slots)
         with new_folder(out, overwrite) as folder:
-            for source in sorted(base.iterdir()):
-                if source.is_file():
-                    shutil.copyfile(source, folder / source.name)  # without its mode: it may be read-only
+            for source in _to_copy(checkpoint):
+                target = folder / source.relative_to(base)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)  # the content of a link, and without its mode: it may be read-only
             for file, changes in patches.items():
                 with open(folder / file, "r+b") as handle:
                     for patch in changes:
@@ -85,6 +90,15 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
                 _verify(base / file, folder / file, patches.get(file, []), tuned)
             write_json(folder / MERGED, manifest)
     return out
+
+
+def _to_copy(checkpoint: Checkpoint) -> Iterator[Path]:
+    weights = set(checkpoint.files.values())
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.is_file() and (path.name in weights or not any(path.match(p) for p in OTHER_FORMATS)):
+            yield path
+    if (templates := checkpoint.folder / CHAT_TEMPLATE_DIR).is_dir():
+        yield from sorted(path for path in templates.iterdir() if path.is_file())
 
 
 def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_Patch]]:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import esft
@@ -132,8 +133,32 @@ def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
     with pytest.raises(esft.InputError, match="holds something already"):
         esft.save_adapter(tuned(), tmp_path / "a")
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["precious"]
+    with pytest.raises(esft.InputError, match="holds no earlier adapter"):
+        esft.save_adapter(tuned(), tmp_path / "a", overwrite=True)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["precious"]
+    for overwrite in (False, True):
+        esft.save_adapter(tuned(), tmp_path / "c", overwrite)
     with pytest.raises(esft.InputError, match="only a swapped model"):
         esft.save_adapter(tiny_model(), tmp_path / "b")
+
+
+def test_a_model_whose_weights_are_elsewhere_is_refused(tmp_path):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    model = tiny_model()
+    model.model.embed_tokens.to("meta")
+    for touch in (lambda: esft.load_adapter(model, tmp_path / "a"), lambda: esft.swap(model, ExpertSelection({}))):
+        with pytest.raises(esft.InputError, match="embed_tokens.weight: the weights are not in memory"):
+            touch()
+
+
+def test_what_another_library_put_into_trained_modules_is_not_saved_as_theirs(tmp_path):
+    model = tuned(non_expert_modules=True)
+    both = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(esft.InputError, match=r"q_proj\.base_layer\.weight: is not of the model that was swapped"):
+        esft.save_adapter(model, tmp_path / "a")
+    both.unload()
+    esft.save_adapter(model, tmp_path / "a")
+    torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
 
 
 def save_small(folder, dtype: torch.dtype):

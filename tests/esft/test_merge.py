@@ -266,3 +266,30 @@ def test_a_tied_weight_that_the_files_hold_under_a_second_name_stays_tied(tmp_pa
     assert again.lm_head.weight is again.get_input_embeddings().weight
     assert torch.equal(again.lm_head.weight, tuned.lm_head.weight)
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == tensors.keys()
+
+
+def test_a_base_of_links_into_a_cache_is_copied_without_its_weights_in_other_formats(tmp_path):
+    plain = save_tiny(tmp_path / "plain")
+    (plain / "additional_chat_templates").mkdir()
+    (plain / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    copied = {p.relative_to(plain): p.read_bytes() for p in plain.rglob("*") if p.is_file()}
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model-q4.gguf", "original/consolidated.00.pth"):
+        (plain / name).parent.mkdir(exist_ok=True)
+        (plain / name).write_text("the base's weights")
+    base, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(p for p in plain.rglob("*") if p.is_file()):
+        blob = blobs / str(number)
+        blob.write_bytes(file.read_bytes())
+        blob.chmod(0o444)
+        link = base / file.relative_to(plain)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    content = {blob: blob.read_bytes() for blob in blobs.iterdir()}
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    merged = esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert {blob: blob.read_bytes() for blob in blobs.iterdir()} == content
+    found = {p.relative_to(merged): p.read_bytes() for p in merged.rglob("*") if p.is_file()}
+    assert not any(p.is_symlink() for p in merged.rglob("*"))
+    assert found.keys() == copied.keys() | {Path("esft_manifest.json")}
+    assert {p.name for p in copied if copied[p] != found[p]} == {"model.safetensors"}
