@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
+from esft.families import moe_layers
 from esft.files import check_earlier, new_folder, open_safetensors, read_json, write_json
+from esft.select import ExpertSelection
 from esft.slots import Slot, adapter_slots
 from esft.swap import swap_state
 
@@ -136,6 +138,16 @@ def check_adapter(path: Path, digest: Callable[[torch.dtype | None], str], dtype
     if manifest.get("base_dtype") != "float16" or manifest.get("base_digest") != digest(torch.float16):
         check_digest(manifest, digest(None), path, dtype)
     return manifest
+
+
+def load_selection(path: Path, model: PreTrainedModel) -> ExpertSelection:
+    """An adapter's selection. Raises InputError where it is not one or does not fit the model."""
+    selection = ExpertSelection.load(path / SELECTION)
+    try:
+        selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
+    except InputError as error:
+        raise InputError(f"{path / SELECTION}: {error}") from error
+    return selection
 
 
 class AdapterWeights:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from esft.adapter import MANIFEST, SELECTION, AdapterWeights, adapter_weights, check_adapter
+from esft.adapter import MANIFEST, AdapterWeights, adapter_weights, check_adapter, load_selection
 from esft.checkpoint import Checkpoint
 from esft.errors import InputError
-from esft.families import moe_layers
 from esft.files import Stored, check_apart, check_earlier, new_folder, write_json
-from esft.select import ExpertSelection
 from esft.slots import Place, Slot, adapter_slots
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
@@ -35,13 +33,16 @@ class _Patch:
     changes: list[tuple[str, Place]]  # the adapter's tensors
 
     def content(self, base: bytes, tuned: AdapterWeights) -> bytes:
-        """What takes the place of the base's bytes."""
+        """What takes the place of the base's bytes. Raises InputError for values that the base's dtype cannot hold."""
         if not base:  # a tensor without elements, of which torch makes no buffer
             return base
         block = bytearray(base)
         tensor = torch.frombuffer(block, dtype=self.dtype).view(self.shape)
         for name, place in self.changes:
-            place.put(tensor, tuned.get_tensor(name).to(self.dtype))
+            value = tuned.get_tensor(name)
+            if (held := value.to(self.dtype)).isinf().any() and not value.isinf().any():
+                raise InputError(f"adapter's tensor {name} has values beyond {self.dtype}, which the base has there")
+            place.put(tensor, held)
         return bytes(block)
 
 
@@ -69,9 +70,8 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
         check_earlier(out, "merge", MERGED)
     checkpoint = Checkpoint.open(base)
     manifest = check_adapter(adapter, checkpoint.digest, checkpoint.dtype)
-    selection, skeleton = ExpertSelection.load(adapter / SELECTION), checkpoint.skeleton
-    selection.check({layer.index: layer.num_experts for layer in moe_layers(skeleton)})
-    slots = adapter_slots(skeleton, selection)
+    skeleton = checkpoint.skeleton
+    slots = adapter_slots(skeleton, load_selection(adapter, skeleton))
     with adapter_weights(adapter, slots) as tuned:
         patches = _patches(checkpoint, slots)
         with new_folder(out, overwrite) as folder:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.adapter import SELECTION, Loaded, adapter_weights, check_adapter, loaded_slots
+from esft.adapter import Loaded, adapter_weights, check_adapter, load_selection, loaded_slots
 from esft.checkpoint import model_digest
 from esft.errors import InputError
-from esft.families import moe_layers
 from esft.select import ExpertSelection
 from esft.slots import adapter_slots
 from esft.swap import swap_state
@@ -55,8 +54,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     loaded = loaded_slots(model, digest if manifest else None)
     if loaded and name is not None:
         raise InputError(f"{path}: an adapter was loaded without a name, so the base that {name!r} is for is gone")
-    selection = ExpertSelection.load(path / SELECTION)
-    selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
+    selection = load_selection(path, model)
     slots = adapter_slots(model, selection)
     if uncovered := sorted(loaded - slots.keys()):
         raise InputError(

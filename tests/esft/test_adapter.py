@@ -127,6 +127,26 @@ def test_an_unknown_format_and_an_incomplete_folder_are_refused(tmp_path):
         esft.load_adapter(tiny_model(), tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({"0": [1]}, r"names layer 0; the model's MoE layers are \[1, 2\]"),
+        ({"2": [8]}, r"names experts \[8\] of layer 2, which has 8"),
+        ({"2": [-1]}, r"names experts \[-1\] of layer 2"),
+        ({"2": [1, 1]}, "layer 2 names an expert twice"),
+    ],
+)
+def test_a_selection_that_does_not_fit_is_named_with_its_file(tmp_path, experts, message: str):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    base = save_tiny(tmp_path / "base")
+    (tmp_path / "a" / "expert_cfg.json").write_text(json.dumps({"experts": experts}))
+    with pytest.raises(esft.InputError, match=f"a/expert_cfg.json: .*{message}"):
+        esft.load_adapter(tiny_model(), tmp_path / "a")
+    with pytest.raises(esft.InputError, match=f"a/expert_cfg.json: .*{message}"):
+        esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "precious").write_text("keep")

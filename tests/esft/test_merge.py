@@ -293,3 +293,14 @@ def test_a_base_of_links_into_a_cache_is_copied_without_its_weights_in_other_for
     assert not any(p.is_symlink() for p in merged.rglob("*"))
     assert found.keys() == copied.keys() | {Path("esft_manifest.json")}
     assert {p.name for p in copied if copied[p] != found[p]} == {"model.safetensors"}
+
+
+def test_values_that_the_bases_dtype_cannot_hold_are_refused(tmp_path):
+    base = save_tiny(tmp_path / "base", dtype=torch.float16)
+    model = esft.swap(load_model(str(base), "float32"), ExpertSelection({1: [3]}))
+    with torch.no_grad():
+        moe_layers(model)[0].experts.trained_down_proj[0, 0, 0] = 1e6
+    esft.save_adapter(model, tmp_path / "a")
+    with pytest.raises(InputError, match=r"experts\.3\.down_proj\.weight has values beyond torch\.float16"):
+        esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
