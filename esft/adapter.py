@@ -60,10 +60,11 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         path: folder to write.
         overwrite: replace an earlier adapter that ``path`` holds; nothing else is replaced.
 
-    Raises InputError for a stock model, for one where another adapter has written what the selection does not cover,
-    where another library has exchanged modules that the selection trains, for a folder that holds something already,
-    and for a full disk; then no file is left.
+    Raises InputError for a stock model, for a wrapped one, for one where another adapter has written what the selection
+    does not cover, where another library has exchanged modules that the selection trains, for a folder that holds
+    something already, and for a full disk; then no file is left.
     """
+    check_model(model)
     state = swap_state(model)
     if state is None:
         raise InputError("only a swapped model has an adapter to save")
@@ -88,6 +89,12 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         write_manifest(folder, model, state.base_digest, state.selection.chosen_by)
     return Path(path)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise InputError for a wrapper around a model, in which tensors have other names."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"{type(model).__name__} is no transformers model; one that is wrapped has to be unwrapped")
 
 
 def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chosen_by: dict[str, Any]) -> None:

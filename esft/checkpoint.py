@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -85,7 +85,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Raises InputError when the folder has no config or no safetensors weights."""
+        """Raises InputError when the folder has no config, and no safetensors weights or two sets of them."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder}: not a checkpoint folder (no config.json)")
@@ -94,16 +94,7 @@ class Checkpoint:
         except Exception as error:  # the configurations' validators raise errors of their own kinds
             raise InputError(f"{folder / 'config.json'}: not a model's configuration ({first_line(error)})") from error
         if (folder / INDEX).is_file():
-            index = read_json(folder / INDEX)
-            files = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(files, dict):
-                raise InputError(f"{folder / INDEX}: has no weight_map")
-            if bad := [
-                f
-                for f in files.values()
-                if not isinstance(f, str) or Path(f).name != f or not f.endswith(".safetensors")
-            ]:
-                raise InputError(f"{folder / INDEX}: {bad[0]!r} is not the name of a safetensors file in this folder")
+            files = _indexed(folder)
         elif (folder / WEIGHTS).is_file():
             with open_safetensors(folder / WEIGHTS) as handle:
                 files = dict.fromkeys(handle.keys(), WEIGHTS)
@@ -147,11 +138,6 @@ class Checkpoint:
             raise InputError(f"{self.folder / file}: holds no tensor {name}, as the index says it does")
         return self._headers[file][name]
 
-    @contextmanager
-    def read(self, file: str) -> Iterator:
-        with open_safetensors(self.folder / file) as handle:
-            yield handle
-
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the weights, as far as the configuration says it."""
@@ -167,7 +153,7 @@ class Checkpoint:
         with ExitStack() as stack:
             held: dict[str, Callable[[], Tensor]] = {}
             for file in sorted(set(self.files.values())):
-                handle = stack.enter_context(self.read(file))
+                handle = stack.enter_context(open_safetensors(self.folder / file))
                 names = filter(self.belongs, handle.keys())
                 held |= {self.tied.get(own, own): partial(handle.get_tensor, own) for own in names}
             if self.as_in_memory:
@@ -197,7 +183,7 @@ class Checkpoint:
     def _equal(self, *names: str) -> bool:
         kinds = {(stored.dtype, stored.shape) for stored in map(self.stored, names)}
         with ExitStack() as stack:
-            handles = {name: stack.enter_context(self.read(self.files[name])) for name in names}
+            handles = {name: stack.enter_context(open_safetensors(self.folder / self.files[name])) for name in names}
             return len(kinds) == 1 and torch.equal(*(handles[name].get_tensor(name) for name in names))
 
     def names_of(self, name: str) -> list[str]:
@@ -210,6 +196,20 @@ class Checkpoint:
         text = self.config.get_text_config()
         beyond = layer is not None and int(layer[1]) >= text.num_hidden_layers and name[: layer.start()] in self._stacks
         return not (beyond or name.endswith("inv_freq"))
+
+
+def _indexed(folder: Path) -> dict[str, str]:
+    """What the index of a checkpoint folder says; see ``Checkpoint.open``."""
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict):
+        raise InputError(f"{folder / INDEX}: has no weight_map")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file in this folder")
+    if (folder / WEIGHTS).is_file() and set(files.values()) != {WEIGHTS}:  # some libraries read the one, some the other
+        raise InputError(f"{folder}: holds {WEIGHTS} and an index of other files; take out what is not the model")
+    return files
 
 
 def _tied(model: PreTrainedModel) -> dict[str, str]:

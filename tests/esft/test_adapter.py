@@ -181,6 +181,19 @@ def test_what_another_library_put_into_trained_modules_is_not_saved_as_theirs(tm
     torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
 
 
+def test_a_wrapped_model_is_refused(tmp_path):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    compiled = torch.compile(tuned(), backend="eager")
+    for touch in (
+        lambda: esft.save_adapter(compiled, tmp_path / "b"),
+        lambda: esft.load_adapter(compiled, tmp_path / "a"),
+        lambda: esft.set_adapter(compiled, "a"),
+    ):
+        with pytest.raises(esft.InputError, match="OptimizedModule is no transformers model; .* unwrapped"):
+            touch()
+    assert not (tmp_path / "b").exists()
+
+
 def save_small(folder, dtype: torch.dtype):
     """A base whose values are so small that float16 does not keep all of their bits."""
     model = tiny_model()

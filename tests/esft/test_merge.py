@@ -231,6 +231,18 @@ def test_an_index_that_names_no_file_of_its_folder_is_refused(tmp_path, name):
         Checkpoint.open(base)
 
 
+def test_a_base_with_two_sets_of_weights_is_refused_and_an_index_of_the_one_file_is_not(tmp_path):
+    base, shards = tmp_path / "base", tmp_path / "shards"
+    tiny_model().save_pretrained(base)
+    tiny_model().save_pretrained(shards, max_shard_size="100KB")
+    index = "model.safetensors.index.json"
+    shutil.copyfile(shards / index, base / index)
+    with pytest.raises(InputError, match=r"base: holds model\.safetensors and an index of other files"):
+        Checkpoint.open(base)
+    _rewrite_index(base, lambda files: files.update(dict.fromkeys(files, "model.safetensors")))
+    assert Checkpoint.open(base).digest() == Checkpoint.open(shards).digest()
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("hidden_act", "foo"), ("num_hidden_layers", "x"), ("architectures", ["BertModel"])]
 )
