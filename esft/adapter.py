@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.files import new_folder, open_safetensors, read_json, write_json
+from esft.families import moe_layers
+from esft.files import check_earlier, new_folder, open_safetensors, read_json, write_json
+from esft.select import ExpertSelection
 from esft.slots import Slot, adapter_slots
 from esft.swap import swap_state
 
@@ -53,9 +55,16 @@ def loaded_slots(model: PreTrainedModel, base_digest: str | None) -> frozenset[s
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
     """Write the trained tensors of a swapped model: selection, safetensors and a manifest.
 
-    Raises InputError for a stock model, for one where another adapter has written what the selection does not cover,
-    for a folder that holds something already unless ``overwrite``, and for a full disk; then no file is left.
+    Args:
+        model: a swapped model.
+        path: folder to write.
+        overwrite: replace an earlier adapter that ``path`` holds; nothing else is replaced.
+
+    Raises InputError for a stock model, for a wrapped one, for one where another adapter has written what the selection
+    does not cover, where another library has exchanged modules that the selection trains, for a folder that holds
+    something already, and for a full disk; then no file is left.
     """
+    check_model(model)
     state = swap_state(model)
     if state is None:
         raise InputError("only a swapped model has an adapter to save")
@@ -67,12 +76,25 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
             f"a loaded adapter has changed {uncovered[0]}, which is not in the model's selection ({len(uncovered)} "
             "such in all): what is saved would be incomplete"
         )
+    if foreign := {p.parameter for slot in slots.values() for p in slot.pieces} - state.required_grad.keys():
+        raise InputError(
+            f"{min(foreign)}: is not of the model that was swapped, but the selection's non-expert modules hold it: "
+            "take out what another library has put in (PEFT: merge_and_unload or unload) before saving the adapter"
+        )
+    if overwrite:
+        check_earlier(path, "adapter", SELECTION, MANIFEST)
     with new_folder(path, overwrite) as folder:
         state.selection.save(folder / SELECTION)
         tensors = {name: slot.read().contiguous().cpu() for name, slot in slots.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         write_manifest(folder, model, state.base_digest, state.selection.chosen_by)
     return Path(path)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise InputError for a wrapper around a model, in which tensors have other names."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"{type(model).__name__} is no transformers model; one that is wrapped has to be unwrapped")
 
 
 def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chosen_by: dict[str, Any]) -> None:
@@ -123,6 +145,16 @@ def check_adapter(path: Path, digest: Callable[[torch.dtype | None], str], dtype
     if manifest.get("base_dtype") != "float16" or manifest.get("base_digest") != digest(torch.float16):
         check_digest(manifest, digest(None), path, dtype)
     return manifest
+
+
+def load_selection(path: Path, model: PreTrainedModel) -> ExpertSelection:
+    """An adapter's selection. Raises InputError where it is not one or does not fit the model."""
+    selection = ExpertSelection.load(path / SELECTION)
+    try:
+        selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
+    except InputError as error:
+        raise InputError(f"{path / SELECTION}: {error}") from error
+    return selection
 
 
 class AdapterWeights:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from esft.conversion import stored_by_layer
+from esft.conversion import stored_by_layer, to_stored
 from esft.device import compute_dtype, placement
 from esft.errors import InputError
-from esft.files import open_safetensors, read_json
+from esft.files import Stored, open_safetensors, read_json, safetensors_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,7 +43,7 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
         path: checkpoint folder or hub id.
         dtype: "auto" (the checkpoint's; float32 on a CPU without bf16 arithmetic), "bfloat16" or "float32".
 
-    Raises InputError when the folder is not a checkpoint, or lacks a tensor that the model has.
+    Raises InputError when the folder is not a checkpoint, lacks a tensor that the model has, or does not fit the GPUs.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -54,6 +54,8 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
+    if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise InputError(f"{path}: does not fit the memory of the GPUs ({away[0]} would be left outside)")
     return model.eval()
 
 
@@ -85,7 +87,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Raises InputError when the folder has no config or no safetensors weights."""
+        """Raises InputError when the folder has no config, and no safetensors weights or two sets of them."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder}: not a checkpoint folder (no config.json)")
@@ -94,16 +96,7 @@ class Checkpoint:
         except Exception as error:  # the configurations' validators raise errors of their own kinds
             raise InputError(f"{folder / 'config.json'}: not a model's configuration ({first_line(error)})") from error
         if (folder / INDEX).is_file():
-            index = read_json(folder / INDEX)
-            files = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(files, dict):
-                raise InputError(f"{folder / INDEX}: has no weight_map")
-            if bad := [
-                f
-                for f in files.values()
-                if not isinstance(f, str) or Path(f).name != f or not f.endswith(".safetensors")
-            ]:
-                raise InputError(f"{folder / INDEX}: {bad[0]!r} is not the name of a safetensors file in this folder")
+            files = _indexed(folder)
         elif (folder / WEIGHTS).is_file():
             with open_safetensors(folder / WEIGHTS) as handle:
                 files = dict.fromkeys(handle.keys(), WEIGHTS)
@@ -131,12 +124,21 @@ class Checkpoint:
         """Whether the files hold the tensors as the model does, and not in the original format."""
         own = self.skeleton.state_dict()
         original = dict(stored_by_layer(self.skeleton, own, own.__getitem__))
-        return len(own.keys() & self.files.keys()) > len(original.keys() & self.files.keys())
+        # The shapes too: a family may keep the names and only transpose.
+        held = {(name, stored.shape) for header in self._headers.values() for name, stored in header.items()}
+        matches = [{(name, tuple(t.shape)) for name, t in form.items()} & held for form in (own, original)]
+        return len(matches[0]) > len(matches[1])
 
-    @contextmanager
-    def read(self, file: str) -> Iterator:
-        with open_safetensors(self.folder / file) as handle:
-            yield handle
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, Stored]]:
+        return {file: safetensors_header(self.folder / file) for file in set(self.files.values())}
+
+    def stored(self, name: str) -> Stored:
+        """Where in its file a tensor lies. Raises InputError where the index is wrong about the file."""
+        file = self.files[name]
+        if name not in self._headers[file]:
+            raise InputError(f"{self.folder / file}: holds no tensor {name}, as the index says it does")
+        return self._headers[file][name]
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -151,14 +153,15 @@ class Checkpoint:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The model's weights in the files, under the names of the original format."""
         with ExitStack() as stack:
-            at: dict[str, Any] = {}
+            held: dict[str, Callable[[], Tensor]] = {}
             for file in sorted(set(self.files.values())):
-                handle = stack.enter_context(self.read(file))
-                at |= dict.fromkeys(filter(self.belongs, handle.keys()), handle)
+                handle = stack.enter_context(open_safetensors(self.folder / file))
+                names = filter(self.belongs, handle.keys())
+                held |= {self.tied.get(own, own): partial(handle.get_tensor, own) for own in names}
             if self.as_in_memory:
-                yield from stored_by_layer(self.skeleton, at, lambda name: at[name].get_tensor(name))
+                yield from stored_by_layer(self.skeleton, held, lambda name: held[name]())
             else:
-                yield from ((name, handle.get_tensor(name)) for name, handle in at.items())
+                yield from ((name, read()) for name, read in held.items())
 
     @cached_property
     def _stacks(self) -> set[str]:
@@ -166,28 +169,67 @@ class Checkpoint:
         layers = ((name, _LAYER.search(name)) for name in self.files if ".experts." in name)
         return {name[: layer.start()] for name, layer in layers if layer}
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Tensors that are another one under a second name: that name in the files -> the other one's.
+
+        As in transformers, two that the files hold with different values are not tied, whatever the configuration says.
+        """
+        state, found = self.skeleton.state_dict(), {}
+        for pair in _tied(self.skeleton).items():
+            names = pair if self.as_in_memory else [next(iter(to_stored(self.skeleton, {n: state[n]}))) for n in pair]
+            if not self.files.keys() >= set(names) or self._equal(*names):
+                found[names[0]] = names[1]
+        return found
+
+    def _equal(self, *names: str) -> bool:
+        kinds = {(stored.dtype, stored.shape) for stored in map(self.stored, names)}
+        with ExitStack() as stack:
+            handles = {name: stack.enter_context(open_safetensors(self.folder / self.files[name])) for name in names}
+            return len(kinds) == 1 and torch.equal(*(handles[name].get_tensor(name) for name in names))
+
+    def names_of(self, name: str) -> list[str]:
+        """Under which names the files hold a tensor: one, or each of those that are tied; none where they lack it."""
+        return [own for own in (name, *(n for n, first in self.tied.items() if first == name)) if own in self.files]
+
     def belongs(self, name: str) -> bool:
         """Whether a tensor is a weight of the model: some files hold further prediction layers or what is computed."""
         layer = _LAYER.search(name)
         text = self.config.get_text_config()
         beyond = layer is not None and int(layer[1]) >= text.num_hidden_layers and name[: layer.start()] in self._stacks
-        return not (beyond or name.endswith("inv_freq") or (name == "lm_head.weight" and _is_tied(self.config)))
+        return not (beyond or name.endswith("inv_freq"))
 
 
-def _is_tied(config: PreTrainedConfig) -> bool:
-    """Whether the output projection is the embedding."""
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+def _indexed(folder: Path) -> dict[str, str]:
+    """What the index of a checkpoint folder says; see ``Checkpoint.open``."""
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict):
+        raise InputError(f"{folder / INDEX}: has no weight_map")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file in this folder")
+    if (folder / WEIGHTS).is_file() and set(files.values()) != {WEIGHTS}:  # some libraries read the one, some the other
+        raise InputError(f"{folder}: holds {WEIGHTS} and an index of other files; take out what is not the model")
+    return files
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """The weights that are another one under a second name: that name -> the other one's."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:
     """A digest of the weights of a stock model: 64 evenly spaced values of every tensor, rounded to bfloat16.
 
     The rounding makes it the same for a checkpoint loaded in another dtype. float16 is the exception, as its small
-    values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it.
+    values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it. Raises InputError for
+    weights that are not in memory.
     """
-    tied = {"lm_head.weight"} if _is_tied(model.config) else set()
     state = model.state_dict()
-    tensors = stored_by_layer(model, state.keys() - tied, state.__getitem__)
+    if away := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise InputError(f"{away[0]}: the weights are not in memory (offloaded?)")
+    tensors = stored_by_layer(model, state.keys() - _tied(model).keys(), state.__getitem__)
     return _hash((name, _sample(tensor, rounded)) for name, tensor in tensors)
 
 

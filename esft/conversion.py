@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -54,6 +55,13 @@ class _Original:
     def __init__(self, model: PreTrainedModel):
         self._model = model
         self._weight_conversions = _conversions(model)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """Of no shape: where a conversion transposes tensors unless they have the model's shape already, it does.
+
+        A swapped model has no such parameter, and the original format is the one that differs from the model's.
+        """
+        return torch.empty(0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

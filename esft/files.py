@@ -28,9 +28,16 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The file's JSON value. Raises InputError when it cannot be read or is not JSON."""
+    """The file's JSON value. Raises InputError when it cannot be read, is not JSON, or has a key twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+            raise InputError(f"{path}: has the key {twice!r} twice")
+        return found
+
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
 
@@ -67,6 +74,13 @@ def check_new_folder(path: str | Path, overwrite: bool = False) -> None:
     _check_parent(path)
 
 
+def check_earlier(path: str | Path, kind: str, *marks: str) -> None:
+    """Raise InputError for a folder that holds something but none of the files that mark an earlier one of a kind."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()) and not any((path / mark).is_file() for mark in marks):
+        raise InputError(f"{path}: holds no earlier {kind} (no {marks[0]}), and is not overwritten")
+
+
 def check_apart(out: str | Path, *inputs: str | Path) -> None:
     """Raise InputError when the output is one of the inputs, or a folder above one, which replacing it would delete."""
     out = Path(out).resolve()
@@ -78,7 +92,7 @@ def check_apart(out: str | Path, *inputs: str | Path) -> None:
 
 def _check_parent(path: Path) -> None:
     """Raise InputError unless the nearest folder above that exists is one, and can be written to."""
-    parent = next(p for p in path.absolute().parents if p.exists())
+    parent = next(p for p in path.resolve().parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"{path}: {parent} is not a folder")
     if not os.access(parent, os.W_OK):
@@ -125,11 +139,14 @@ def safetensors_header(path: Path) -> dict[str, Stored]:
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended without an error.
 
-    Raises InputError when ``path`` exists and holds anything, unless ``overwrite``, and when the disk is full or fails
-    in the block; the old folder stays until the new one is whole.
+    Raises InputError when ``path`` exists and holds anything, unless ``overwrite``, when it is or holds the working
+    folder, and when the disk is full or fails in the block; the old folder stays until the new one is whole. Of a link
+    to a folder, that folder is replaced.
     """
-    path = Path(path)
     check_new_folder(path, overwrite)
+    path, working = Path(path).resolve(), Path.cwd()
+    if path == working or path in working.parents:
+        raise InputError(f"{path}: the working folder cannot be replaced; name one below it or go elsewhere")
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
         with _disk_errors(path, temporary):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from esft.adapter import MANIFEST, SELECTION, AdapterWeights, adapter_weights, check_adapter
+from esft.adapter import MANIFEST, AdapterWeights, adapter_weights, check_adapter, load_selection
 from esft.checkpoint import Checkpoint
 from esft.errors import InputError
-from esft.families import moe_layers
-from esft.files import Stored, check_apart, new_folder, safetensors_header, write_json
-from esft.select import ExpertSelection
+from esft.files import Stored, check_apart, check_earlier, new_folder, write_json
 from esft.slots import Place, Slot, adapter_slots
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
+OTHER_FORMATS = ("pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*", "consolidated*", "*.gguf")
 CHUNK = 1 << 24  # bytes compared at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -32,23 +33,27 @@ class _Patch:
     changes: list[tuple[str, Place]]  # the adapter's tensors
 
     def content(self, base: bytes, tuned: AdapterWeights) -> bytes:
-        """What takes the place of the base's bytes."""
+        """What takes the place of the base's bytes. Raises InputError for values that the base's dtype cannot hold."""
         if not base:  # a tensor without elements, of which torch makes no buffer
             return base
         block = bytearray(base)
         tensor = torch.frombuffer(block, dtype=self.dtype).view(self.shape)
         for name, place in self.changes:
-            place.put(tensor, tuned.get_tensor(name).to(self.dtype))
+            value = tuned.get_tensor(name)
+            if (held := value.to(self.dtype)).isinf().any() and not value.isinf().any():
+                raise InputError(f"adapter's tensor {name} has values beyond {self.dtype}, which the base has there")
+            place.put(tensor, held)
         return bytes(block)
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     """Write a checkpoint with the adapter's tensors in the place of the base's.
 
-    Every file is copied and then patched, so that all other bytes, headers and index included, are those of the base,
+    The files are copied and then patched, so that all other bytes, headers and index included, are those of the base,
     and no more than one tensor of the adapter is in memory. Where the base stacks its experts, their slices are
     replaced; it may hold its tensors in the original format or as the model does (``save_original_format=False``). The
-    result is read back and compared before it appears under its name.
+    result is read back and compared before it appears under its name. Left out is what has the base's weights in other
+    formats, as they would be loaded for the tuned ones, and subfolders but for that of chat templates.
 
     Args:
         base: checkpoint folder.
@@ -61,19 +66,19 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
     check_apart(out, base, adapter)
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / MERGED).is_file():
-        raise InputError(f"{out}: holds no earlier merge (no {MERGED}), and is not overwritten")
+    if overwrite:
+        check_earlier(out, "merge", MERGED)
     checkpoint = Checkpoint.open(base)
     manifest = check_adapter(adapter, checkpoint.digest, checkpoint.dtype)
-    selection, skeleton = ExpertSelection.load(adapter / SELECTION), checkpoint.skeleton
-    selection.check({layer.index: layer.num_experts for layer in moe_layers(skeleton)})
-    slots = adapter_slots(skeleton, selection)
+    skeleton = checkpoint.skeleton
+    slots = adapter_slots(skeleton, load_selection(adapter, skeleton))
     with adapter_weights(adapter, slots) as tuned:
         patches = _patches(checkpoint, slots)
         with new_folder(out, overwrite) as folder:
-            for source in sorted(base.iterdir()):
-                if source.is_file():
-                    shutil.copyfile(source, folder / source.name)  # without its mode: it may be read-only
+            for source in _to_copy(checkpoint):
+                target = folder / source.relative_to(base)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)  # the content of a link, and without its mode: it may be read-only
             for file, changes in patches.items():
                 with open(folder / file, "r+b") as handle:
                     for patch in changes:
@@ -87,21 +92,26 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     return out
 
 
+def _to_copy(checkpoint: Checkpoint) -> Iterator[Path]:
+    weights = set(checkpoint.files.values())
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.is_file() and (path.name in weights or not any(path.match(p) for p in OTHER_FORMATS)):
+            yield path
+    if (templates := checkpoint.folder / CHAT_TEMPLATE_DIR).is_dir():
+        yield from sorted(path for path in templates.iterdir() if path.is_file())
+
+
 def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_Patch]]:
     """File -> what changes in it, in file order. Raises InputError for a tensor that has no place in the base."""
-    headers: dict[str, dict[str, Stored]] = {}
     patches: dict[str, dict[int, _Patch]] = {}  # file -> where it begins -> the patch
     for name, slot in slots.items():
         for place in slot.places(checkpoint.as_in_memory):
-            file = checkpoint.files.get(place.name)
-            if file is None:
+            if not (own_names := checkpoint.names_of(place.name)):
                 raise InputError(f"{checkpoint.folder}: holds no tensor {place.name}, which the adapter changes")
-            if file not in headers:
-                headers[file] = safetensors_header(checkpoint.folder / file)
-            if (stored := headers[file].get(place.name)) is None:
-                raise InputError(f"{checkpoint.folder / file}: holds no tensor {place.name}, as the index says it does")
-            patch = _patch(stored, place, f"{checkpoint.folder / file}: tensor {place.name}")
-            patches.setdefault(file, {}).setdefault(patch.start, patch).changes.append((name, place))
+            for own in own_names:
+                file = checkpoint.files[own]
+                patch = _patch(checkpoint.stored(own), place, f"{checkpoint.folder / file}: tensor {own}")
+                patches.setdefault(file, {}).setdefault(patch.start, patch).changes.append((name, place))
     return {file: [changes[start] for start in sorted(changes)] for file, changes in patches.items()}
 
 

@@ -86,14 +86,33 @@ def save_pretrained(
         raise InputError("a swapped model that transformers has spread over ranks cannot be saved whole")
     if not is_main_process:
         return save({}, *args, **kwargs)
-    if state_dict is not None:
-        return save(stock_state(model, state_dict), *args, **kwargs)
+    swapped = [layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)]
+    shapes = {name: shape for layer in swapped for name, shape in _stock_shapes(model, layer).items()}
+    vars(model)["get_parameter"] = partial(_get_parameter, model, shapes)  # some conversions ask for shapes
     # Not handed over: the save_pretrained of a quantised model asks the model for its state in any case.
-    hook = model.register_state_dict_post_hook(_write_stock)
+    hook = model.register_state_dict_post_hook(_write_stock) if state_dict is None else None
     try:
-        return save(None, *args, **kwargs)
+        return save(None if state_dict is None else stock_state(model, state_dict), *args, **kwargs)
     finally:
-        hook.remove()
+        del vars(model)["get_parameter"]
+        if hook is not None:
+            hook.remove()
+
+
+def _get_parameter(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], name: str) -> Tensor:
+    """``get_parameter`` of the stock model; of its experts only the shape."""
+    return torch.empty(shapes[name], device="meta") if name in shapes else type(model).get_parameter(model, name)
+
+
+def _stock_shapes(model: nn.Module, layer: MoELayer) -> dict[str, tuple[int, ...]]:
+    """The parameters of a layer's stock experts, by their names in the model."""
+    pools = {name: getattr(layer.experts, f"frozen_{ours}") for name, ours in _ours(model, layer).items()}
+    return {f"{layer.name}.{name}": (layer.num_experts, *pool.shape[1:]) for name, pool in pools.items()}
+
+
+def _ours(model: nn.Module, layer: MoELayer) -> dict[str, str]:
+    """The stock module's parameter names -> what the pools call them."""
+    return dict(zip(stock_names(model, layer)[0], PROJECTIONS, strict=False))
 
 
 def _write_stock(model: PreTrainedModel, state_dict: dict[str, Tensor], *_: Any) -> None:
@@ -125,7 +144,7 @@ def stock_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dic
 
 def _stacked(model: nn.Module, layer: MoELayer, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A layer's experts by the names of the stock module's parameters, in the order of those."""
-    ours = dict(zip(stock_names(model, layer)[0], PROJECTIONS, strict=False))
+    ours = _ours(model, layer)
     for name, _ in model.esft_state.stock[layer.name].named_parameters(recurse=False):
         pools = [state_dict.get(f"{layer.name}.{pool}_{ours[name]}") for pool in ("trained", "frozen")]
         trained, frozen = _whole(layer, pools, "to save it, collect the state: save_pretrained(..., state_dict=...)")
@@ -170,8 +189,10 @@ def _read_experts(model: PreTrainedModel, foreign: dict[str, Tensor]) -> dict[st
     for tensor in expert_tensors(model):
         stored[tensor.stored_name].append(tensor)
     for layer in layers.values():  # what a stock model's own state has, and a save with save_original_format=False
-        for place, name in enumerate(f"{layer.name}.{name}" for name in stock_names(model, layer)[0]):
-            if name in foreign and name not in stored:
+        for place, (name, shape) in enumerate(_stock_shapes(model, layer).items()):
+            # Where only the shape tells which of the two it is, it does so for transformers too.
+            told_by_shape = name in stored and stored[name][0].transposed
+            if name in foreign and (name not in stored or (told_by_shape and foreign[name].shape == shape)):
                 ids = range(layer.num_experts)
                 stored[name] = [ExpertTensor(layer.index, e, name, name, True, place, "whole", False) for e in ids]
     missing = {index: sum(p.numel() for p in _pools(layer).values()) for index, layer in layers.items()}

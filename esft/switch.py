@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.adapter import SELECTION, Loaded, adapter_weights, check_adapter, loaded_slots
+from esft.adapter import Loaded, adapter_weights, check_adapter, check_model, load_selection, loaded_slots
 from esft.checkpoint import model_digest
 from esft.errors import InputError
-from esft.families import moe_layers
 from esft.select import ExpertSelection
 from esft.slots import adapter_slots
 from esft.swap import swap_state
@@ -39,11 +38,12 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
         path: adapter folder, or a published one without a manifest.
         name: where given, the model stays as it is until ``set_adapter`` names this adapter.
 
-    Raises InputError, with nothing written, when the adapter is incomplete, does not fit the model, or was trained from
-    another base, for a name that is taken, and where adapters would stack: a model loads all its adapters by name or
-    all without, and then each covers what the one before it wrote (one with a manifest may also have been trained from
-    the weights that the one before it left).
+    Raises InputError, with nothing written, for a wrapped model, when the adapter is incomplete, does not fit the
+    model, or was trained from another base, for a name that is taken, and where adapters would stack: a model loads all
+    its adapters by name or all without, and then each covers what the one before it wrote (one with a manifest may also
+    have been trained from the weights that the one before it left).
     """
+    check_model(model)
     path, adapters = Path(path), _adapters(model)
     if adapters is not None and name in adapters.held:
         raise InputError(f"{path}: the model holds an adapter named {name!r} already")
@@ -55,8 +55,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     loaded = loaded_slots(model, digest if manifest else None)
     if loaded and name is not None:
         raise InputError(f"{path}: an adapter was loaded without a name, so the base that {name!r} is for is gone")
-    selection = ExpertSelection.load(path / SELECTION)
-    selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
+    selection = load_selection(path, model)
     slots = adapter_slots(model, selection)
     if uncovered := sorted(loaded - slots.keys()):
         raise InputError(
@@ -83,6 +82,7 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     What has been trained of the adapter that was set until now is kept under its name. Raises InputError for a name
     that the model does not hold.
     """
+    check_model(model)
     adapters = _adapters(model)
     held = adapters.held if adapters is not None else {}
     if name is not None and name not in held:

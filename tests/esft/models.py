@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -44,10 +45,12 @@ FAMILIES: dict[str, tuple[dict, int]] = {
 }
 
 
-def tiny_model(family: str = "deepseek_v2", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    family: str = "deepseek_v2", seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> PreTrainedModel:
     """A random model with 8 experts in its MoE layers; every weight, router included, is large enough to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_SIZES | FAMILIES[family][0])))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_SIZES | FAMILIES[family][0] | settings)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import esft
@@ -126,14 +127,71 @@ def test_an_unknown_format_and_an_incomplete_folder_are_refused(tmp_path):
         esft.load_adapter(tiny_model(), tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({"0": [1]}, r"names layer 0; the model's MoE layers are \[1, 2\]"),
+        ({"2": [8]}, r"names experts \[8\] of layer 2, which has 8"),
+        ({"2": [-1]}, r"names experts \[-1\] of layer 2"),
+        ({"2": [1, 1]}, "layer 2 names an expert twice"),
+    ],
+)
+def test_a_selection_that_does_not_fit_is_named_with_its_file(tmp_path, experts, message: str):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    base = save_tiny(tmp_path / "base")
+    (tmp_path / "a" / "expert_cfg.json").write_text(json.dumps({"experts": experts}))
+    with pytest.raises(esft.InputError, match=f"a/expert_cfg.json: .*{message}"):
+        esft.load_adapter(tiny_model(), tmp_path / "a")
+    with pytest.raises(esft.InputError, match=f"a/expert_cfg.json: .*{message}"):
+        esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "precious").write_text("keep")
     with pytest.raises(esft.InputError, match="holds something already"):
         esft.save_adapter(tuned(), tmp_path / "a")
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["precious"]
+    with pytest.raises(esft.InputError, match="holds no earlier adapter"):
+        esft.save_adapter(tuned(), tmp_path / "a", overwrite=True)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["precious"]
+    for overwrite in (False, True):
+        esft.save_adapter(tuned(), tmp_path / "c", overwrite)
     with pytest.raises(esft.InputError, match="only a swapped model"):
         esft.save_adapter(tiny_model(), tmp_path / "b")
+
+
+def test_a_model_whose_weights_are_elsewhere_is_refused(tmp_path):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    model = tiny_model()
+    model.model.embed_tokens.to("meta")
+    for touch in (lambda: esft.load_adapter(model, tmp_path / "a"), lambda: esft.swap(model, ExpertSelection({}))):
+        with pytest.raises(esft.InputError, match="embed_tokens.weight: the weights are not in memory"):
+            touch()
+
+
+def test_what_another_library_put_into_trained_modules_is_not_saved_as_theirs(tmp_path):
+    model = tuned(non_expert_modules=True)
+    both = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(esft.InputError, match=r"q_proj\.base_layer\.weight: is not of the model that was swapped"):
+        esft.save_adapter(model, tmp_path / "a")
+    both.unload()
+    esft.save_adapter(model, tmp_path / "a")
+    torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
+
+
+def test_a_wrapped_model_is_refused(tmp_path):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    compiled = torch.compile(tuned(), backend="eager")
+    for touch in (
+        lambda: esft.save_adapter(compiled, tmp_path / "b"),
+        lambda: esft.load_adapter(compiled, tmp_path / "a"),
+        lambda: esft.set_adapter(compiled, "a"),
+    ):
+        with pytest.raises(esft.InputError, match="OptimizedModule is no transformers model; .* unwrapped"):
+            touch()
+    assert not (tmp_path / "b").exists()
 
 
 def save_small(folder, dtype: torch.dtype):

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import esft
 from esft import checkpoint
 from esft.checkpoint import load_model
 from esft.device import compute_dtype, peak_memory, placement
@@ -59,6 +60,9 @@ def test_load_model_asks_for_both(gpus, monkeypatch, tmp_path):
     }))  # fmt: skip
     load_model(str(base))
     assert asked["device_map"] == "auto" and asked["dtype"] == "auto"
+    model.lm_head.to("meta")  # as where accelerate leaves to the disk what the GPUs do not hold
+    with pytest.raises(esft.InputError, match=r"base: does not fit the memory of the GPUs \(lm_head.weight"):
+        load_model(str(base))
 
 
 def test_no_gpu_has_no_memory(gpus):

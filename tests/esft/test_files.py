@@ -59,3 +59,29 @@ def test_an_output_above_an_input_is_refused_and_one_beside_it_is_not(tmp_path):
             check_apart(out, source)
     check_apart(tmp_path / "b", source)
     check_apart(source / "run", source)
+
+
+def test_a_link_to_a_folder_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    for link, target in (("link", "real"), ("dangling", "new")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+        for content in "12":
+            with new_folder(tmp_path / link, overwrite=True) as folder:
+                (folder / "file").write_text(content)
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "file").read_text() == "2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "link", "new", "real"]
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for path in (".", "..", tmp_path, tmp_path / "work"):
+        with pytest.raises(esft.InputError, match="the working folder cannot be replaced"), new_folder(path, True):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["work"]
+
+
+def test_a_key_that_a_file_has_twice_is_named(tmp_path):
+    (tmp_path / "x.json").write_text('{"experts": {"1": [0], "2": [3], "1": [5]}}')
+    with pytest.raises(esft.InputError, match="x.json: has the key '1' twice"):
+        read_json(tmp_path / "x.json")

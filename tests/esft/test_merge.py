@@ -231,6 +231,18 @@ def test_an_index_that_names_no_file_of_its_folder_is_refused(tmp_path, name):
         Checkpoint.open(base)
 
 
+def test_a_base_with_two_sets_of_weights_is_refused_and_an_index_of_the_one_file_is_not(tmp_path):
+    base, shards = tmp_path / "base", tmp_path / "shards"
+    tiny_model().save_pretrained(base)
+    tiny_model().save_pretrained(shards, max_shard_size="100KB")
+    index = "model.safetensors.index.json"
+    shutil.copyfile(shards / index, base / index)
+    with pytest.raises(InputError, match=r"base: holds model\.safetensors and an index of other files"):
+        Checkpoint.open(base)
+    _rewrite_index(base, lambda files: files.update(dict.fromkeys(files, "model.safetensors")))
+    assert Checkpoint.open(base).digest() == Checkpoint.open(shards).digest()
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("hidden_act", "foo"), ("num_hidden_layers", "x"), ("architectures", ["BertModel"])]
 )
@@ -241,3 +253,66 @@ def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
     (base / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(InputError, match="config.json"):
         _ = Checkpoint.open(base).skeleton
+
+
+@pytest.mark.parametrize("held", ["both", "second", "two values"])
+def test_a_tied_weight_that_the_files_hold_under_a_second_name_stays_tied(tmp_path, held: str):
+    model = tiny_model("qwen3_moe", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (2 if held == "two values" else 1)
+    if held == "second":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    tuned = esft.swap(load_model(str(tmp_path / "base")), ExpertSelection({1: [3]}, non_expert_modules=True))
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight.mul_(1.5)
+    esft.save_adapter(tuned, tmp_path / "a")
+    if held == "two values":  # which the configuration denies
+        with pytest.raises(InputError, match=r"lm_head.weight belongs to nothing selected"):
+            esft.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+        return
+    esft.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    again = load_model(str(tmp_path / "merged"))
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert torch.equal(again.lm_head.weight, tuned.lm_head.weight)
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == tensors.keys()
+
+
+def test_a_base_of_links_into_a_cache_is_copied_without_its_weights_in_other_formats(tmp_path):
+    plain = save_tiny(tmp_path / "plain")
+    (plain / "additional_chat_templates").mkdir()
+    (plain / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    copied = {p.relative_to(plain): p.read_bytes() for p in plain.rglob("*") if p.is_file()}
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model-q4.gguf", "original/consolidated.00.pth"):
+        (plain / name).parent.mkdir(exist_ok=True)
+        (plain / name).write_text("the base's weights")
+    base, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(p for p in plain.rglob("*") if p.is_file()):
+        blob = blobs / str(number)
+        blob.write_bytes(file.read_bytes())
+        blob.chmod(0o444)
+        link = base / file.relative_to(plain)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    content = {blob: blob.read_bytes() for blob in blobs.iterdir()}
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    merged = esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert {blob: blob.read_bytes() for blob in blobs.iterdir()} == content
+    found = {p.relative_to(merged): p.read_bytes() for p in merged.rglob("*") if p.is_file()}
+    assert not any(p.is_symlink() for p in merged.rglob("*"))
+    assert found.keys() == copied.keys() | {Path("esft_manifest.json")}
+    assert {p.name for p in copied if copied[p] != found[p]} == {"model.safetensors"}
+
+
+def test_values_that_the_bases_dtype_cannot_hold_are_refused(tmp_path):
+    base = save_tiny(tmp_path / "base", dtype=torch.float16)
+    model = esft.swap(load_model(str(base), "float32"), ExpertSelection({1: [3]}))
+    with torch.no_grad():
+        moe_layers(model)[0].experts.trained_down_proj[0, 0, 0] = 1e6
+    esft.save_adapter(model, tmp_path / "a")
+    with pytest.raises(InputError, match=r"experts\.3\.down_proj\.weight has values beyond torch\.float16"):
+        esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
