@@ -96,12 +96,16 @@ class _Watcher:
         self.layer, self.keep_T, self.then, self.gate = layer, keep_T, then, gate
         self.logits: Tensor | None = None
 
-    def on_router(self, module: nn.Module, args: tuple, output: tuple) -> None:
-        self.logits = output[0]
+    def on_router(self, module: nn.Module, args: tuple, output: tuple | Tensor) -> None:
+        # The logits come first, last or alone: that depends on the family and on the version of transformers. There may
+        # be more of them than experts, for what else a token can choose.
+        outputs, experts = output if isinstance(output, tuple) else (output,), self.layer.num_experts
+        self.logits = next((t for t in outputs if t.is_floating_point() and t.shape[-1] >= experts), None)
 
     def on_experts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         _, index_TK, weights_TK = (*args, *kwargs.values())
-        assert self.logits is not None
+        if self.logits is None:
+            raise InputError(f"{self.layer.name}: the router gives no logits, so its tokens cannot be scored")
         if index_TK.shape[0] != self.keep_T.numel():
             tokens = f"{index_TK.shape[0]} of {self.keep_T.numel()} tokens"
             raise InputError(f"{self.layer.name}: gets {tokens}, so they cannot be scored")

