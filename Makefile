@@ -5,10 +5,14 @@ RUN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 THP_MEM_ALLOC_ENAB
 CONSTRAINTS := tools/constraints.txt
 DATA := build/home_assistant
 
-.PHONY: test lint demo compare clean
+.PHONY: test test-fast mutants lint demo compare clean
 
 test: .venv/installed lint
 	$(RUN) -m pytest
+
+# M: a module, or several in quotes; all where it is left out. N: mutants of each.
+mutants: .venv/installed
+	.venv/bin/python -m tools.mutants $(M) --count $(or $(N),20)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
