@@ -7,8 +7,12 @@ DATA := build/home_assistant
 
 .PHONY: test test-fast mutants lint demo compare clean
 
+# T: a test file or folder; all where it is left out.
 test: .venv/installed lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(or $(T),-n auto --dist worksteal)
+
+test-fast: .venv/installed
+	$(RUN) -m pytest -n auto --dist worksteal -m "not slow"
 
 # M: a module, or several in quotes; all where it is left out. N: mutants of each.
 mutants: .venv/installed

@@ -1,7 +1,7 @@
 """Small wrong changes to a module: one at a time, each a piece of its text put in another's place.
 
-Finished tools were looked at first. mutmut 3 turns functions into trampolines, which Triton cannot compile; cosmic-ray 8
-knows neither a left-out statement nor a left-out argument or call, which are the mistakes that people make.
+Finished tools were looked at first. mutmut 3 turns functions into trampolines, which Triton cannot compile; cosmic-ray
+8 knows neither a left-out statement nor a left-out argument or call, which are the mistakes that people make.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def mutants(path: str, source: str) -> list[Mutant]:
 
 
 class _Finder(ast.NodeVisitor):
-    """Collects (start, end, text); what changes no behaviour (texts, annotations, decorators, messages) is passed over."""
+    """Collects (start, end, text); texts, messages, annotations and decorators are passed over."""
 
     def __init__(self, source: str):
         self.source, self.changes = source, []

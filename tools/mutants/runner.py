@@ -1,7 +1,7 @@
 """Runs tests against mutants, several at a time, each in a copy of the tree.
 
-Importing PyTorch, Triton and transformers takes longer than most test files. So they are imported once, and every run is
-a fork of the process that has them; this project's own modules are imported after the fork, from the copy.
+Importing PyTorch, Triton and transformers takes longer than most test files. So they are imported once, and every run
+is a fork of the process that has them; this project's own modules are imported after the fork, from the copy.
 """
 
 from __future__ import annotations
