@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import esft
 from benchmarks.layer import interleaved
-from esft.checkpoint import load_model
-from esft.config import TrainConfig
-from esft.data import IGNORE
-from esft.evaluate import batch_loss
-from esft.families import moe_layers
-from esft.optim import MasterAdamW
-from esft.train import prepare
+from esft.checkpoint.load import load_model
+from esft.experts.moe_layers import moe_layers
+from esft.training.config import TrainConfig
+from esft.training.data import IGNORE
+from esft.training.evaluate import batch_loss
+from esft.training.methods import prepare
+from esft.training.optim import MasterAdamW
 
 RATE = 1e-6  # small enough that a model timed for long stays what it was
 TRAINED_SHARE = 5 / 64  # of the experts, as published

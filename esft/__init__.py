@@ -1,15 +1,17 @@
 """Expert-Specialized Fine-Tuning: train only the experts that a task uses (arXiv 2407.01906)."""
 
-import esft.interface  # noqa: F401 (importing it registers the "esft" experts backend of transformers)
-from esft.adapter import save_adapter
-from esft.config import TrainConfig
+import esft.experts.transformers_backend  # noqa: F401 (importing it registers the "esft" experts backend of transformers)
+from esft.adapters.load import load_adapter, set_adapter
+from esft.adapters.merge import merge
+from esft.adapters.save import save_adapter
 from esft.errors import InputError
-from esft.merge import merge
-from esft.score import ExpertScores, score_experts
-from esft.select import ExpertSelection, select_experts
-from esft.swap import swap, thaw, unswap
-from esft.switch import load_adapter, set_adapter
-from esft.train import train
+from esft.scoring.expert_scores import ExpertScores
+from esft.scoring.score import score_experts
+from esft.scoring.select import select_experts
+from esft.selection import ExpertSelection
+from esft.swapping.swap import swap, thaw, unswap
+from esft.training.config import TrainConfig
+from esft.training.loop import train
 
 __all__ = [
     "ExpertScores",

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import esft
-from esft.checkpoint import load_model, load_tokenizer
-from esft.evaluate import load_any_adapter, mean_loss
-from esft.report import table
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.training.evaluate import load_any_adapter, mean_loss
+from esft.training.report import table
 from examples.demo import ESFT, MODEL, choose, load, score_task, task_score
 from examples.general import encode_general
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import esft
-from esft.checkpoint import load_model, load_tokenizer
-from esft.data import encode_all, read_records, windows
-from esft.evaluate import exact_match
-from esft.report import plot_scores
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.scoring.plot import plot_scores
+from esft.training.data import encode_all, read_records, windows
+from esft.training.evaluate import exact_match
 
 MODEL = Path(__file__).parent / "tiny-moe"
 # The best of the six settings tried on the validation data that keep the adapter under 15% of the parameters.

@@ -16,7 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from random import Random
 
-from esft.data import Example, Messages, encode
+from esft.training.data import Example, Messages, encode
 from tools.pretrain.instruction_words import Lexicon
 from tools.pretrain.instructions import record
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from esft.arguments import Parser, count
+from esft.cli.arguments import Parser, count
 
 
 class Example(NamedTuple):

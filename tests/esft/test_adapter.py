@@ -2,14 +2,14 @@ import json
 
 import pytest
 import torch
+from esft.select import ExpertSelection
+from esft.slots import adapter_slots
+from esft.swap import swap_state
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import esft
 from esft.checkpoint import load_model
-from esft.select import ExpertSelection
-from esft.slots import adapter_slots
-from esft.swap import swap_state
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
 

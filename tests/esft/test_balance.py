@@ -2,11 +2,11 @@ import importlib
 
 import pytest
 import torch
-
-import esft
 from esft.balance import balance_loss, balance_losses
 from esft.routers import Choice
 from esft.select import ExpertSelection
+
+import esft
 from tests.esft.models import tiny_model, token_batch
 
 

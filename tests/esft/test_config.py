@@ -1,7 +1,7 @@
 import pytest
+from esft.config import TrainConfig
 
 import esft
-from esft.config import TrainConfig
 
 
 def test_defaults_are_the_papers():

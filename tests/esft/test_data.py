@@ -1,9 +1,9 @@
 import json
 
 import pytest
+from esft.data import IGNORE, collate, encode, encode_all, epoch_batches, read_records, windows
 
 import esft
-from esft.data import IGNORE, collate, encode, encode_all, epoch_batches, read_records, windows
 from tests.esft.models import chat, tiny_tokenizer, write_records
 
 

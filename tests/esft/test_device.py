@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
+from esft.device import compute_dtype, peak_memory, placement
 
 import esft
 from esft import checkpoint
 from esft.checkpoint import load_model
-from esft.device import compute_dtype, peak_memory, placement
 from tests.esft.models import save_tiny
 
 

@@ -1,9 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
-import esft
-from esft.checkpoint import load_model
 from esft.config import TrainConfig
 from esft.data import IGNORE, collate, encode_all
 from esft.evaluate import (
@@ -16,6 +13,9 @@ from esft.evaluate import (
     mean_loss,
     split_prompt,
 )
+
+import esft
+from esft.checkpoint import load_model
 from tests.esft import zoo
 from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from esft.data import IGNORE
+from esft.evaluate import batch_loss
+from esft.families import MoELayer, moe_layers, routed_parameters
+from esft.layout import read_layout
+from esft.select import ExpertSelection
 from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
 
 import esft
-from esft.data import IGNORE
-from esft.evaluate import batch_loss
-from esft.families import MoELayer, moe_layers, routed_parameters
 from esft.files import safetensors_header
-from esft.layout import read_layout
 from esft.moe import PROJECTIONS
-from esft.select import ExpertSelection
 from tests.esft import zoo
 
 # Families that cannot be built and run here, with the reason; none of them may be runnable.

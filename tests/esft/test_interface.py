@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from esft.families import moe_layers
+
 from tests.esft import zoo
 
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from esft.families import moe_layers
+from esft.layout import read_layout
+from esft.select import ExpertSelection
 from torch import nn
 from transformers.activations import ACT2FN
 
 import esft
-from esft.families import moe_layers
-from esft.layout import read_layout
-from esft.select import ExpertSelection
 from esft_kernels.activation import Activation
 from tests.esft import zoo
 from tests.esft.models import tiny_model, token_batch

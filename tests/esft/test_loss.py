@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from esft.loss import linear_cross_entropy
 
 from esft import loss
-from esft.loss import linear_cross_entropy
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 20])

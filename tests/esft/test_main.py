@@ -5,12 +5,12 @@ import shlex
 
 import pytest
 import torch
+from esft.evaluate import load_any_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import esft
 from esft.__main__ import main
 from esft.checkpoint import load_model
-from esft.evaluate import load_any_adapter
 from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from esft.families import moe_layers
+from esft.select import ExpertSelection
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import esft
 from esft.checkpoint import Checkpoint, load_model
 from esft.errors import InputError
-from esft.families import moe_layers
-from esft.select import ExpertSelection
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from esft.families import moe_layers
+
 from esft.moe import DeepSeekMoE, Experts, Router, RouterConfig
 from tests.esft.models import tiny_model
 

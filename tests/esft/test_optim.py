@@ -1,8 +1,7 @@
 import torch
-from torch import nn
-
 from esft.config import TrainConfig
 from esft.optim import MasterAdamW
+from torch import nn
 
 
 def test_float32_parameters_move_as_under_plain_adamw():

@@ -2,11 +2,11 @@ import re
 
 import pytest
 import torch
-
-import esft
 from esft.parameters import strided
 from esft.select import ExpertSelection
 from esft.slots import adapter_slots
+
+import esft
 from tests.esft.models import tiny_model
 
 NUMBERS = torch.arange(24).view(4, 6)

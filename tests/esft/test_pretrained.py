@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from esft.families import moe_layers
+from esft.select import ExpertSelection
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import esft
-from esft.families import moe_layers
-from esft.select import ExpertSelection
 from tests.esft import test_families as families
 from tests.esft import zoo
 from tests.esft.models import tiny_model, token_batch

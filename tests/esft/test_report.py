@@ -1,9 +1,9 @@
 import json
 
 import pytest
+from esft.report import plot_scores, read_metrics, report, table
 
 import esft
-from esft.report import plot_scores, read_metrics, report, table
 
 
 def write_run(folder, steps: int, ended: bool):

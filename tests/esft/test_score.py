@@ -1,10 +1,10 @@
 import pytest
 import torch
-
-import esft
 from esft.balance import balance_losses
 from esft.families import moe_layers
 from esft.select import ExpertSelection
+
+import esft
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import esft
 from esft.score import ExpertScores
 from esft.select import ExpertSelection
 from esft.swap import swap_state
+
+import esft
 from tests.esft.models import tiny_model
 
 OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "esft-official"

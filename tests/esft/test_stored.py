@@ -1,9 +1,9 @@
 import pytest
 import torch
-
-import esft
 from esft.families import moe_layers
 from esft.stored import ExpertTensor, expert_tensors, slice_name
+
+import esft
 from tests.esft import zoo
 
 PARTS = {"whole": [0, 1, 2, 3], "first half": [0, 1], "second half": [2, 3], "in turn": [0, 2, 1, 3]}

@@ -3,13 +3,13 @@ import weakref
 
 import pytest
 import torch
-
-import esft
 from esft.families import moe_layers
 from esft.layout import Layout
-from esft.moe import Experts
 from esft.select import ExpertSelection
 from esft.swap import swap_state
+
+import esft
+from esft.moe import Experts
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 
 TRAINED = [5, 2]

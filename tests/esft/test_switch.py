@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
+from esft.families import moe_layers
+from esft.select import ExpertSelection
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.families import moe_layers
-from esft.select import ExpertSelection
 from tests.esft import zoo
 from tests.esft.models import save_tiny, tiny_model, token_batch
 

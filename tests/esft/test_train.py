@@ -4,14 +4,14 @@ import json
 import pytest
 import torch
 import yaml
+from esft.config import TrainConfig
+from esft.evaluate import load_any_adapter
+from esft.select import ExpertSelection
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import esft
 from esft.checkpoint import load_model
-from esft.config import TrainConfig
-from esft.evaluate import load_any_adapter
-from esft.select import ExpertSelection
 from tests.esft.models import save_tiny, token_batch, write_records
 
 train_module = importlib.import_module("esft.train")  # ``esft.train`` is the function
@@ -99,6 +99,7 @@ def test_every_method_learns_and_leaves_a_whole_run_folder(base, method: str):
         tuned = load_any_adapter(tuned, out / "adapter")
     from esft.data import encode_all, read_records
     from esft.evaluate import mean_loss
+
     from tests.esft.models import tiny_tokenizer
 
     examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")

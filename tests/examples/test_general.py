@@ -5,8 +5,8 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
-
 from esft.data import IGNORE
+
 from examples import general
 from examples.compare import read_general
 from tests.esft.models import chat, tiny_tokenizer

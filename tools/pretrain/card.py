@@ -17,10 +17,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import esft
-from esft.checkpoint import load_model, load_tokenizer
-from esft.data import Example, encode_all, windows
-from esft.evaluate import exact_match, mean_loss
-from esft.report import table
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.training.data import Example, encode_all, windows
+from esft.training.evaluate import exact_match, mean_loss
+from esft.training.report import table
 from tools.pretrain import data
 from tools.pretrain.instruction_words import Lexicon
 from tools.pretrain.instructions import KINDS, probes

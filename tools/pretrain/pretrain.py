@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from transformers import AttentionInterface, DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
-from esft.loss import linear_cross_entropy
-from esft.moe import Experts
+from esft.experts.experts import Experts
+from esft.training.loss import linear_cross_entropy
 from tools.pretrain import data
 from tools.pretrain.muon import Muon
 

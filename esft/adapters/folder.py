@@ -1,0 +1,135 @@
+"""An adapter's folder: its manifest, its selection and its tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from esft.checkpoint.adapter_tensors import Slot
+from esft.errors import InputError
+from esft.experts.moe_layers import moe_layers
+from esft.files import open_safetensors, read_json, write_json
+from esft.selection import ExpertSelection
+
+WEIGHTS = "adapter.safetensors"
+SELECTION = "expert_cfg.json"
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise InputError for a wrapper around a model, in which tensors have other names."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"{type(model).__name__} is no transformers model; one that is wrapped has to be unwrapped")
+
+
+def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chosen_by: dict[str, Any]) -> None:
+    """What an adapter was trained from, and how its experts were chosen."""
+    base = {"base_model": model.config._name_or_path, "base_digest": base_digest, "base_dtype": _name(model.dtype)}
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **base, "chosen_by": chosen_by})
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def open_manifest(path: Path) -> dict[str, Any]:
+    """The manifest alone, of an adapter of any kind. Raises InputError for one of another format."""
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path / MANIFEST}: format_version must be {FORMAT_VERSION}")
+    return manifest
+
+
+def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Raise InputError unless the adapter's manifest names these weights, which are in this dtype."""
+    if manifest.get("base_digest") != digest:
+        trained, hint = manifest.get("base_dtype"), ""
+        if dtype is not None and trained is not None and trained != _name(dtype):
+            hint = (
+                f"; it was trained in {trained} and these are in {_name(dtype)}: should they be the same, load them so"
+            )
+        raise InputError(
+            f"{adapter}: made from another base ({manifest.get('base_model')}, digest "
+            f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest[:12]}){hint}"
+        )
+
+
+def check_adapter(path: Path, digest: Callable[[torch.dtype | None], str], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The manifest of an adapter folder, held against the base's digest, which may be asked for as rounded to a dtype.
+
+    Published adapters have none: then the manifest is empty, and a warning says that the base was not checked. Raises
+    InputError for a folder that is no adapter, and for another base.
+    """
+    if not (path / SELECTION).is_file():
+        raise InputError(f"{path}: not an adapter folder (no {SELECTION})")
+    if not (path / MANIFEST).is_file():
+        unknown = f"{path}: does not say which base it is of (no {MANIFEST})"
+        warnings.warn(f"{unknown}; only names and shapes are checked", stacklevel=3)
+        return {}
+    manifest = open_manifest(path)
+    if manifest.get("base_dtype") != "float16" or manifest.get("base_digest") != digest(torch.float16):
+        check_digest(manifest, digest(None), path, dtype)
+    return manifest
+
+
+def load_selection(path: Path, model: PreTrainedModel) -> ExpertSelection:
+    """An adapter's selection. Raises InputError where it is not one or does not fit the model."""
+    selection = ExpertSelection.load(path / SELECTION)
+    try:
+        selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
+    except InputError as error:
+        raise InputError(f"{path / SELECTION}: {error}") from error
+    return selection
+
+
+class AdapterWeights:
+    """An adapter's tensors in its safetensors files, by the names that the model's slots have."""
+
+    def __init__(self, handles: dict[str, tuple[Any, str]]):
+        self._handles = handles  # name -> its open file and the name there
+
+    def get_tensor(self, name: str) -> Tensor:
+        handle, own = self._handles[name]
+        return handle.get_tensor(own)
+
+
+@contextmanager
+def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeights]:
+    """An adapter's open weights: ours, or the safetensors files of a published adapter.
+
+    Published adapters may leave out a leading ``model.`` of the names. Raises InputError unless the tensors are exactly
+    those that the slots are for, once each, in their shapes and of floating point.
+    """
+    files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path}: holds no safetensors file (pickled weights are never loaded)")
+    with ExitStack() as stack:
+        found: dict[str, tuple[Any, str]] = {}
+        for file in files:
+            handle = stack.enter_context(open_safetensors(file))
+            for own in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                name = f"model.{own}" if own not in slots and f"model.{own}" in slots else own
+                if name in found:
+                    raise InputError(f"{path}: holds tensor {name} twice")
+                found[name] = handle, own
+        if missing := sorted(slots.keys() - found.keys()):
+            raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
+        if extra := sorted(found.keys() - slots.keys()):
+            raise InputError(f"{path}: tensor {extra[0]} belongs to nothing selected ({len(extra)} such in all)")
+        for name, slot in slots.items():
+            handle, own = found[name]
+            stored = handle.get_slice(own)
+            if not stored.get_dtype().startswith(("F", "BF")):
+                raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, not floating point")
+            shape, wanted = tuple(stored.get_shape()), slot.shape
+            if shape != wanted:
+                raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")
+        yield AdapterWeights(found)

@@ -1,0 +1,50 @@
+"""Where a model goes, and the dtype that it computes in there."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+
+def placement() -> dict[str, Any]:
+    """What ``from_pretrained`` is told: all of a model on the GPU, or its layers over several; nothing on a CPU.
+
+    ``CUDA_VISIBLE_DEVICES`` chooses among the GPUs, and hides them all when it is empty.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    return {"device_map": "cuda" if torch.cuda.device_count() == 1 else "auto"}
+
+
+def compute_dtype(dtype: str) -> str:
+    """The dtype to load in: ``auto``, the checkpoint's, is float32 on a CPU that has no bf16 arithmetic.
+
+    PyTorch computes 16-bit products there all the same, but more slowly than it does float32.
+    """
+    if dtype == "auto" and not torch.cuda.is_available() and not _has_bf16():
+        return "float32"
+    return dtype
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU multiplies bf16: amx_bf16, avx512_bf16, and Arm's extensions end alike."""
+    return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+
+
+def peak_memory() -> int:
+    """Largest memory that tensors took on the GPUs so far, bytes in all; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+
+
+def peak_rss() -> int:
+    """The process's largest resident memory so far, bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,167 @@
+"""Checkpoint folders: loading models, reading tensors, and the digest that tells one base from another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from esft.checkpoint.digest import digest_of, sample, tied_names
+from esft.checkpoint.original_format import stored_by_layer, to_stored
+from esft.errors import InputError, first_line
+from esft.files import Stored, open_safetensors, read_json, safetensors_header
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of a folder: which tensor lies in which file."""
+
+    folder: Path
+    files: dict[str, str]  # tensor name -> file name
+    config: PreTrainedConfig
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Raises InputError when the folder has no config, and no safetensors weights or two sets of them."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder}: not a checkpoint folder (no config.json)")
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # the configurations' validators raise errors of their own kinds
+            raise InputError(f"{folder / 'config.json'}: not a model's configuration ({first_line(error)})") from error
+        if (folder / INDEX).is_file():
+            files = _indexed(folder)
+        elif (folder / WEIGHTS).is_file():
+            with open_safetensors(folder / WEIGHTS) as handle:
+                files = dict.fromkeys(handle.keys(), WEIGHTS)
+        else:
+            raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} (pickled weights are never loaded)")
+        return cls(folder, files, config)
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, which tells what the checkpoint's tensors are.
+
+        Raises InputError for a configuration that no model can be made of.
+        """
+        named = getattr(transformers, (self.config.architectures or [""])[0], None)
+        try:
+            with torch.device("meta"):
+                if isinstance(named, type) and issubclass(named, PreTrainedModel):
+                    return named._from_config(self.config)
+                return AutoModelForCausalLM.from_config(self.config)
+        except Exception as error:  # whatever a model's constructor says of values that it cannot use
+            raise InputError(f"{self.folder / 'config.json'}: makes no model ({first_line(error)})") from error
+
+    @cached_property
+    def as_in_memory(self) -> bool:
+        """Whether the files hold the tensors as the model does, and not in the original format."""
+        own = self.skeleton.state_dict()
+        original = dict(stored_by_layer(self.skeleton, own, own.__getitem__))
+        # The shapes too: a family may keep the names and only transpose.
+        held = {(name, stored.shape) for header in self._headers.values() for name, stored in header.items()}
+        matches = [{(name, tuple(t.shape)) for name, t in form.items()} & held for form in (own, original)]
+        return len(matches[0]) > len(matches[1])
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, Stored]]:
+        return {file: safetensors_header(self.folder / file) for file in set(self.files.values())}
+
+    def stored(self, name: str) -> Stored:
+        """Where in its file a tensor lies. Raises InputError where the index is wrong about the file."""
+        file = self.files[name]
+        if name not in self._headers[file]:
+            raise InputError(f"{self.folder / file}: holds no tensor {name}, as the index says it does")
+        return self._headers[file][name]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the weights, as far as the configuration says it."""
+        dtype = self.config.get_text_config().dtype
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def digest(self, rounded: torch.dtype | None = None) -> str:
+        """The digest of these weights; equal to ``model_digest`` of the model loaded from them."""
+        return digest_of((name, sample(tensor, rounded)) for name, tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's weights in the files, under the names of the original format."""
+        with ExitStack() as stack:
+            held: dict[str, Callable[[], Tensor]] = {}
+            for file in sorted(set(self.files.values())):
+                handle = stack.enter_context(open_safetensors(self.folder / file))
+                names = filter(self.belongs, handle.keys())
+                held |= {self.tied.get(own, own): partial(handle.get_tensor, own) for own in names}
+            if self.as_in_memory:
+                yield from stored_by_layer(self.skeleton, held, lambda name: held[name]())
+            else:
+                yield from ((name, read()) for name, read in held.items())
+
+    @cached_property
+    def _stacks(self) -> set[str]:
+        """The paths of the layers that hold experts; a tower beside them has a number of layers of its own."""
+        layers = ((name, _LAYER.search(name)) for name in self.files if ".experts." in name)
+        return {name[: layer.start()] for name, layer in layers if layer}
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Tensors that are another one under a second name: that name in the files -> the other one's.
+
+        As in transformers, two that the files hold with different values are not tied, whatever the configuration says.
+        """
+        state, found = self.skeleton.state_dict(), {}
+        for pair in tied_names(self.skeleton).items():
+            names = pair if self.as_in_memory else [next(iter(to_stored(self.skeleton, {n: state[n]}))) for n in pair]
+            if not self.files.keys() >= set(names) or self._equal(*names):
+                found[names[0]] = names[1]
+        return found
+
+    def _equal(self, *names: str) -> bool:
+        kinds = {(stored.dtype, stored.shape) for stored in map(self.stored, names)}
+        with ExitStack() as stack:
+            handles = {name: stack.enter_context(open_safetensors(self.folder / self.files[name])) for name in names}
+            return len(kinds) == 1 and torch.equal(*(handles[name].get_tensor(name) for name in names))
+
+    def names_of(self, name: str) -> list[str]:
+        """Under which names the files hold a tensor: one, or each of those that are tied; none where they lack it."""
+        return [own for own in (name, *(n for n, first in self.tied.items() if first == name)) if own in self.files]
+
+    def belongs(self, name: str) -> bool:
+        """Whether a tensor is a weight of the model: some files hold further prediction layers or what is computed."""
+        layer = _LAYER.search(name)
+        text = self.config.get_text_config()
+        beyond = layer is not None and int(layer[1]) >= text.num_hidden_layers and name[: layer.start()] in self._stacks
+        return not (beyond or name.endswith("inv_freq"))
+
+
+def _indexed(folder: Path) -> dict[str, str]:
+    """What the index of a checkpoint folder says; see ``Checkpoint.open``."""
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict):
+        raise InputError(f"{folder / INDEX}: has no weight_map")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file in this folder")
+    if (folder / WEIGHTS).is_file() and set(files.values()) != {WEIGHTS}:  # some libraries read the one, some the other
+        raise InputError(f"{folder}: holds {WEIGHTS} and an index of other files; take out what is not the model")
+    return files

@@ -1,0 +1,123 @@
+"""The stages as commands: each is a thin cover over a Python call, and reads and writes files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from esft.adapters.merge import merge
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.experts.moe_layers import moe_layers
+from esft.files import check_new_file, write_json
+from esft.scoring.expert_scores import ExpertScores
+from esft.scoring.plot import plot_scores
+from esft.scoring.score import score_experts
+from esft.scoring.select import select_experts
+from esft.selection import ExpertSelection
+from esft.swapping.swap import swap
+from esft.training.config import TrainConfig
+from esft.training.data import encode_all, read_records, windows
+from esft.training.evaluate import answer, exact_match, load_any_adapter, mean_loss
+from esft.training.loop import train
+from esft.training.report import report
+from esft.training.run_folder import CONFIG
+
+
+def _score(args: argparse.Namespace) -> None:
+    check_new_file(args.out, args.overwrite)
+    model, tokenizer = load_model(args.model, args.dtype), load_tokenizer(args.model)
+    examples = encode_all(tokenizer, read_records(args.data), args.max_length, args.data)
+    # Without a selection the swap only brings the faster experts.
+    swap(model, ExpertSelection({}), args.backend)
+    batches = windows(examples, args.max_length, args.batch_size)
+    scores = score_experts(model, batches, args.max_tokens)
+    scores.save(args.out)
+    print(f"scores of {len(scores.token_scores)} layers in {args.out}")
+
+
+def _select(args: argparse.Namespace) -> None:
+    check_new_file(args.out, args.overwrite)
+    if args.plot:
+        check_new_file(args.plot, args.overwrite)
+    scores = ExpertScores.load(args.scores)
+    if args.model:
+        scores.check({layer.index: layer.num_experts for layer in moe_layers(load_model(args.model))})
+    chosen = select_experts(scores, args.by, args.top_p)
+    selection = replace(chosen, shared_experts=args.shared_experts, non_expert_modules=args.non_expert_modules)
+    if args.plot:
+        plot_scores(scores, selection, args.plot, by=args.by)
+    selection.save(args.out)
+    for layer, ids in selection.experts.items():
+        print(f"layer {layer}: {ids}")
+    total = sum(len(experts) for experts in scores.token_scores.values())
+    print(f"{selection.num_experts} of {total} experts in {args.out}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    settings = "method lr steps batch_size micro_batch_size max_length seed dtype backend recompute warmup_steps decay"
+    overrides = {name: getattr(args, name) for name in settings.split()}
+    begun = Path(args.out) / CONFIG
+    resumes = args.resume and not args.config and begun.is_file()
+    config = TrainConfig.load(begun if resumes else args.config, **overrides)
+    selection = ExpertSelection.load(args.experts) if args.experts else None
+    result = train(
+        args.model, args.data, args.out, config, selection, args.eval_data, args.resume, args.overwrite,
+        progress=not args.quiet,
+    )  # fmt: skip
+    print(
+        f"loss {result.train_loss:.3f}, {result.trained_parameters:,} parameters trained, "
+        f"{result.stored_bytes:,} bytes stored, {result.seconds:.0f} s, run in {args.out}"
+    )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    if args.out:
+        check_new_file(args.out, args.overwrite)
+    model, tokenizer = _model_with_adapter(args), load_tokenizer(args.model)
+    records = read_records(args.data)[: args.limit]
+    examples = encode_all(tokenizer, records, args.max_length, args.data)
+    result = {"records": len(records), "loss": mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)}
+    outcomes = []
+    if not args.loss_only:
+        result["exact_match"], outcomes = exact_match(model, tokenizer, records, args.batch_size, not args.quiet)
+    print(json.dumps(result))
+    if args.out:
+        write_json(args.out, result | {"answers": outcomes})
+
+
+def _generate(args: argparse.Namespace) -> None:
+    model, tokenizer = _model_with_adapter(args), load_tokenizer(args.model)
+    prompts = [[{"role": "user", "content": text}] for text in args.prompt]
+    for text, reply in zip(args.prompt, answer(model, tokenizer, prompts, args.max_new_tokens), strict=True):
+        print(f"{text}\n    {reply}")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    print(f"merged checkpoint in {merge(args.model, args.adapter, args.out, args.overwrite)}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    print(report(args.run))
+
+
+def _model_with_adapter(args: argparse.Namespace):
+    """The model with its adapter, on our experts where nothing but ESFT has touched them."""
+    model = load_model(args.model, args.dtype)
+    if args.adapter:
+        model = load_any_adapter(model, args.adapter)
+    if not hasattr(model, "peft_config"):
+        swap(model, ExpertSelection({}), args.backend)
+    return model
+
+
+COMMANDS = {
+    "score": _score,
+    "select": _select,
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "merge": _merge,
+    "report": _report,
+}

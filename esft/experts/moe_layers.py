@@ -1,0 +1,101 @@
+"""Where a model keeps its experts. What differs between model families is data here, or read off the modules."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from esft.errors import InputError
+from esft.experts.experts import Experts
+from esft.experts.stock_layout import is_stacked
+
+# What a MoE block calls its router and its shared experts.
+ROUTERS = ("gate", "router", "wg", "moe_gate")
+SHARED = ("shared_experts", "shared_expert", "shared_expert_gate", "shared_mlp", "share_expert")
+
+# Model types whose gate function (``esft.scoring.routers.GATES``) does not show in the routing weights: they hold a
+# scale for each expert, are made one expert at a time (arXiv 2310.00811), or are one a token.
+GATE = {
+    "diffusion_gemma_text": "probabilities",
+    "gemma4_text": "probabilities",
+    "phimoe": "softmax",
+    "zaya": "softmax",
+}
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer of a model: its index, the module path of its experts, and the modules themselves."""
+
+    index: int
+    name: str
+    block: nn.Module  # holds experts and router
+    experts: nn.Module  # stacked experts, ``Experts`` in a swapped model, or a ModuleList
+    parent: nn.Module  # of the block: some families keep the shared experts there
+
+    @property
+    def attribute(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts) if isinstance(self.experts, nn.ModuleList) else int(self.experts.num_experts)
+
+    @property
+    def router(self) -> nn.Module:
+        for name in ROUTERS:
+            if isinstance(module := getattr(self.block, name, None), nn.Module):
+                return module
+        raise InputError(f"layer {self.index}: no router beside {self.name}")
+
+    @property
+    def shared_experts(self) -> list[nn.Module]:
+        holders = (self.block, self.parent)
+        return [m for at in holders for name in SHARED if isinstance(m := getattr(at, name, None), nn.Module)]
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """All MoE layers in order of their index, of a stock or a swapped model.
+
+    A layer's index is its number in the module path. Where two groups of experts share a number (a model of two towers,
+    or experts of text beside experts of images), all are numbered by their place in the model instead.
+
+    Raises InputError for a model without any.
+    """
+    modules, found = dict(model.named_modules()), []
+    for name, module in modules.items():
+        number = _LAYER.findall(name)
+        if number and (is_stacked(module) or isinstance(module, Experts) or _is_list(name, module)):
+            block = name.rpartition(".")[0]
+            parent = modules[block.rpartition(".")[0]]
+            found.append((int(number[0]), name, modules[block], module, parent))
+    if not found:
+        raise InputError(f"{type(model).__name__} has no MoE layers with stacked experts")
+    if max(Counter(index for index, *_ in found).values()) > 1:
+        found = [(place, *rest) for place, (_, *rest) in enumerate(found)]
+    return sorted((MoELayer(*layer) for layer in found), key=lambda layer: layer.index)
+
+
+def _is_list(name: str, module: nn.Module) -> bool:
+    """Whether a module is a list of experts of one shape, as in older code."""
+    if not isinstance(module, nn.ModuleList) or not name.endswith(".experts") or len(module) < 2:
+        return False
+    shapes = [[(n, p.shape) for n, p in expert.named_parameters()] for expert in module]
+    return bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
+
+
+def routed_parameters(layer: MoELayer) -> list[nn.Parameter]:
+    """The parameters that belong to one routed expert or another; a norm that all share is none of them."""
+    return [p for name, p in layer.experts.named_parameters() if not name.startswith("post_expert_norm.")]
+
+
+def trained_parameters(layer: MoELayer, experts: list[int]) -> list[nn.Parameter]:
+    """Of a swapped layer, the parameters of these experts: the trained pool, or the experts of a ModuleList."""
+    if isinstance(layer.experts, nn.ModuleList):
+        return [p for e in experts for p in layer.experts[e].parameters()]
+    return [p for name, p in layer.experts.named_parameters() if experts and name.startswith("trained_")]

@@ -1,0 +1,77 @@
+"""Routed experts through plain PyTorch: slower, for what the kernels do not compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esft.experts.experts import Experts
+from esft_kernels.pools import ExpertPools, ExpertWeights
+
+
+def plain_mlp(
+    x_TD: Tensor,
+    position_TK: Tensor,
+    weights_TK: Tensor,
+    pools: ExpertPools,
+    gate: Callable[[Tensor], Tensor],
+    norm: nn.Module | None = None,
+) -> Tensor:
+    """What ``expert_mlp`` computes, one expert after the other, with any function between the projections.
+
+    Args:
+        x_TD: [T, D].
+        position_TK: [T, K] places of the chosen experts in the pools; what lies past those adds nothing.
+        weights_TK: [T, K] routing weights.
+        pools: the weights; the pools' activation is not used.
+        gate: [rows, G] -> [rows, F], differentiable.
+        norm: applied to an expert's output [rows, D] before the routing weight.
+
+    Returns [T, D]. Differentiable through autograd, which saves what it likes for every row; a frozen expert's weights
+    still get no gradient.
+    """
+    # One view of each expert: indexing a pool once per expert would make a gradient of the whole pool for each.
+    experts = [
+        ExpertWeights(*parts)
+        for pool in (pools.trained, pools.frozen)
+        for parts in zip(
+            *([None] * len(pool.gate_up_EGD) if t is None else t.unbind() for t in pool.tensors()), strict=True
+        )
+    ]
+    out_TD = torch.zeros_like(x_TD)
+    for position in position_TK[position_TK < len(experts)].unique().tolist():
+        token, slot = torch.where(position_TK == position)
+        expert = experts[position]
+        y = F.linear(gate(F.linear(x_TD[token], expert.gate_up_EGD, expert.gate_up_bias_EG)), expert.down_EDF)
+        if expert.down_bias_ED is not None:
+            y = y + expert.down_bias_ED
+        if norm is not None:
+            y = norm(y)
+        # No token names an expert twice, so no element is added to twice here and the sums have one order.
+        out_TD = out_TD.index_add(0, token, (y * weights_TK[token, slot, None]).to(out_TD.dtype))
+    return out_TD
+
+
+class PlainExperts(Experts):
+    """``Experts`` through ``plain_mlp``.
+
+    Args:
+        gate: see ``plain_mlp``.
+        norm: see ``plain_mlp``; it stays a submodule named ``post_expert_norm``.
+        The others are those of ``Experts``.
+    """
+
+    def __init__(self, *args: Any, gate: Callable[[Tensor], Tensor], norm: nn.Module | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.gate, self.post_expert_norm = gate, norm
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
+        x_TD = hidden_states.to(self.trained_gate_up_proj.dtype)
+        position_TK = self.position[top_k_index]
+        out_TD = plain_mlp(x_TD, position_TK, top_k_weights, self.pools, self.gate, self.post_expert_norm)
+        return out_TD.to(hidden_states.dtype)

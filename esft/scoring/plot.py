@@ -1,0 +1,49 @@
+"""A picture of the scores, with the chosen experts marked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from esft.errors import InputError
+from esft.scoring.expert_scores import ExpertScores
+from esft.selection import ExpertSelection
+
+
+def plot_scores(
+    scores: ExpertScores, selection: ExpertSelection, path: str | Path, title: str = "", by: str = "token"
+) -> Path:
+    """A PNG of every expert's score, layers downwards, experts by falling score, the chosen ones framed.
+
+    Needs matplotlib (extra ``plot``).
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        from matplotlib.patches import Rectangle
+    except ModuleNotFoundError as error:
+        raise InputError("a picture needs matplotlib: pip install 'esft[plot]'") from error
+    per_layer = scores.token_scores if by == "token" else scores.gate_scores
+    layers = list(per_layer)
+    ranked = {layer: sorted(per_layer[layer].items(), key=lambda item: (-item[1], item[0])) for layer in layers}
+    values = [[score for _, score in ranked[layer]] for layer in layers]
+    width = max(len(row) for row in values)
+    figure, axes = plt.subplots(figsize=(max(6, width * 0.34), 1.6 + 0.42 * len(layers)), layout="constrained")
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    for row, layer in enumerate(layers):
+        for column, (expert, _) in enumerate(ranked[layer]):
+            if width <= 64:
+                axes.text(column, row, str(expert), ha="center", va="center", fontsize=6, color="white")
+            if expert in selection.experts.get(layer, []):
+                axes.add_patch(
+                    Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, edgecolor="red", linewidth=1.8)
+                )
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_ylabel("layer")
+    axes.set_xlabel("experts by falling score (the number is the expert's id; framed: chosen)")
+    axes.set_title(title or f"{by} scores, {selection.num_experts} experts chosen")
+    figure.colorbar(image, ax=axes, label=f"{by} score")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return Path(path)

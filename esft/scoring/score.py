@@ -1,0 +1,95 @@
+"""Measuring which routed experts a task uses (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from esft.errors import InputError
+from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.scoring.expert_scores import ExpertScores
+from esft.scoring.routers import Choice, watch_routers
+
+
+class _Counts:
+    """Counts of one layer."""
+
+    def __init__(self, num_experts: int):
+        self.rows_E = torch.zeros(num_experts, dtype=torch.float64)
+        self.gates_E: Tensor | None = torch.zeros(num_experts, dtype=torch.float64)
+
+    def add(self, choice: Choice) -> None:
+        taken = choice.taken_TK.flatten().cpu()
+        chosen = choice.index_TK.flatten().cpu()[taken]
+        self.rows_E += torch.bincount(chosen, minlength=self.rows_E.numel())
+        if choice.gates_TE is None or self.gates_E is None:
+            self.gates_E = None
+            return
+        gates = choice.gates_TE.gather(1, choice.index_TK).flatten().double().cpu()
+        self.gates_E.index_add_(0, chosen, gates[taken])
+
+
+class _Watched(Exception):
+    """Every router of a batch has chosen; what comes after the last one tells nothing."""
+
+
+@torch.no_grad()
+def score_experts(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], max_tokens: int = 131_072
+) -> ExpertScores:
+    """Run the model over a task's data and count which experts its tokens go to.
+
+    Args:
+        model: stock or swapped; left as it was.
+        batches: dicts with ``input_ids`` [B, L] and optionally ``attention_mask`` [B, L]; masked positions never count.
+        max_tokens: stop after this many tokens (the paper's 32 x 4096).
+
+    Scores are token means per layer, as in the published score files. What the router applies to its logits is told
+    from the weights that it makes of them (see ``esft.routers``), or is known of the family; one expert a token tells
+    nothing, so gate scores are left out there. Raises InputError when no token was seen, for a model without MoE
+    layers, and for routers of several experts a token whose gate values cannot be told.
+
+    The LM head never runs, and from the second batch on nothing after the last router does.
+    """
+    counts = {layer.index: _Counts(layer.num_experts) for layer in moe_layers(model)}
+    was_training = model.training
+    model.eval()
+    seen, calls, last = 0, 0, 0
+
+    def count(layer: MoELayer, choice: Choice) -> None:
+        nonlocal calls
+        counts[layer.index].add(choice)
+        calls += 1
+        if calls == last:
+            raise _Watched
+
+    try:
+        for batch in batches:
+            input_ids = batch["input_ids"].to(model.device)
+            mask = batch.get("attention_mask")
+            mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
+            keep_T = mask.flatten().bool()
+            keep_T &= keep_T.cumsum(0) <= max_tokens - seen
+            with suppress(_Watched), watch_routers(model, keep_T, count):
+                model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            last, calls = calls, 0
+            seen += int(keep_T.sum())
+            if seen >= max_tokens:
+                break
+    finally:
+        model.train(was_training)
+    if seen == 0:
+        raise InputError("no tokens to score: the data set is empty")
+    counts = {index: c for index, c in counts.items() if c.rows_E.any()}  # without a tower that saw no token
+    token_scores = {index: _by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
+    gates = {index: c.gates_E for index, c in counts.items() if c.gates_E is not None}
+    gate_scores = {index: _by_expert(gates_E / seen) for index, gates_E in gates.items()}
+    return ExpertScores(token_scores, gate_scores)
+
+
+def _by_expert(score_E: Tensor) -> dict[int, float]:
+    return dict(enumerate(score_E.tolist()))

@@ -1,0 +1,118 @@
+"""Reading a checkpoint's tensors into a swapped model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from esft.checkpoint.adapter_tensors import Piece
+from esft.checkpoint.expert_tensors import ExpertTensor, expert_tensors, expert_weights, stock_names
+from esft.checkpoint.other_tensors import stored_tensors
+from esft.errors import InputError
+from esft.experts.experts import PROJECTIONS, Experts
+from esft.experts.moe_layers import MoELayer, moe_layers
+
+POOLS = tuple(f".{pool}_{name}" for pool, name in product(("trained", "frozen"), PROJECTIONS))
+
+
+def stock_shapes(model: nn.Module, layer: MoELayer) -> dict[str, tuple[int, ...]]:
+    """The parameters of a layer's stock experts, by their names in the model."""
+    pools = {name: getattr(layer.experts, f"frozen_{ours}") for name, ours in pool_names(model, layer).items()}
+    return {f"{layer.name}.{name}": (layer.num_experts, *pool.shape[1:]) for name, pool in pools.items()}
+
+
+def pool_names(model: nn.Module, layer: MoELayer) -> dict[str, str]:
+    """The stock module's parameter names -> what the pools call them."""
+    return dict(zip(stock_names(model, layer)[0], PROJECTIONS, strict=False))
+
+
+def whole_pools(layer: MoELayer, pools: Sequence[Tensor | None], advice: str) -> list[Tensor]:
+    """The two pools. Raises InputError for shards, and for what stands for weights that are elsewhere."""
+    s = len(layer.experts.trained)
+    held = [
+        pool
+        for pool, rows in zip(pools, (s, layer.num_experts - s), strict=True)
+        if pool is not None and pool.shape[:1] == (rows,) and not hasattr(pool, "full_tensor")
+    ]
+    if len(held) < 2:
+        raise InputError(f"{layer.name}: a part of the experts is elsewhere (spread over ranks?); {advice}")
+    return held
+
+
+def read_stock(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before ``load_state_dict``: what has a checkpoint's name gets to where the swapped model has it.
+
+    Experts are written to the pools at once, tensor by tensor, so that nothing is held twice and the shards of a
+    checkpoint can come one by one. Pools of which a part did not come are reported as missing.
+    """
+    if any(name.endswith(POOLS) for name in state_dict):  # a swapped model's own state
+        return
+    own = model.state_dict()
+    names = [name.removeprefix(prefix) for name in state_dict]
+    foreign = {name: state_dict.pop(prefix + name) for name in names if name not in own}
+    found = _read_experts(model, foreign) if foreign else {}
+    if foreign:
+        absent = [name for name in own if prefix + name not in state_dict and not name.endswith(POOLS)]
+        found |= _read_others(model, {name: own[name] for name in absent}, foreign)
+    state_dict.update({prefix + name: tensor for name, tensor in (foreign | found).items()})
+
+
+def _read_experts(model: PreTrainedModel, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write the experts' tensors among ``foreign`` to the pools, and take them out; returns the pools now complete."""
+    layers = {layer.index: layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)}
+    stored: dict[str, list[ExpertTensor]] = defaultdict(list)
+    for tensor in expert_tensors(model):
+        stored[tensor.stored_name].append(tensor)
+    for layer in layers.values():  # what a stock model's own state has, and a save with save_original_format=False
+        for place, (name, shape) in enumerate(stock_shapes(model, layer).items()):
+            # Where only the shape tells which of the two it is, it does so for transformers too.
+            told_by_shape = name in stored and stored[name][0].transposed
+            if name in foreign and (name not in stored or (told_by_shape and foreign[name].shape == shape)):
+                ids = range(layer.num_experts)
+                stored[name] = [ExpertTensor(layer.index, e, name, name, True, place, "whole", False) for e in ids]
+    missing = {index: sum(p.numel() for p in _pools(layer).values()) for index, layer in layers.items()}
+    written: dict[int, dict[int, list]] = {}  # layer -> its experts' weights
+    for name in [name for name in stored if name in foreign]:
+        value = foreign.pop(name)
+        for tensor in stored[name]:
+            layer = layers[tensor.layer]
+            if tensor.layer not in written:
+                pools = (layer.experts.trained_down_proj, layer.experts.frozen_down_proj)
+                whole_pools(layer, pools, "load the checkpoint before it is spread")
+                written[tensor.layer] = expert_weights(model, layer, range(layer.num_experts))
+            weight, _, _ = written[tensor.layer][tensor.expert][tensor.projection]
+            shape = (layer.num_experts,) * tensor.stacked + tuple(tensor.read(weight).shape)
+            _check_shape(name, value, shape)
+            part = value[tensor.expert] if tensor.stacked else value
+            tensor.write(weight, part)
+            missing[tensor.layer] -= part.numel()
+    return {name: p for index in written if not missing[index] for name, p in _pools(layers[index]).items()}
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise InputError(f"{name}: has shape {tuple(value.shape)}, the model's has {shape}")
+
+
+def _pools(layer: MoELayer) -> dict[str, Tensor]:
+    return {f"{layer.name}.{name}": p for name, p in layer.experts.named_parameters(recurse=False)}
+
+
+def _read_others(model: PreTrainedModel, absent: dict[str, Tensor], foreign: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take out of ``foreign`` what the checkpoint has under other names or in parts; returns it by the model's."""
+    found: dict[str, Tensor] = {}
+    for name, stored in stored_tensors(model, absent).items():
+        if name in foreign:
+            value = foreign.pop(name)
+            _check_shape(name, value, stored.shape)
+            for share in stored.shares:
+                if share.parameter not in found:
+                    found[share.parameter] = absent[share.parameter].clone(memory_format=torch.contiguous_format)
+                Piece(found[share.parameter], share.parameter, None, share).put(found[share.parameter], value)
+    return found

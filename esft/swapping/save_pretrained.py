@@ -1,0 +1,135 @@
+"""What ``save_pretrained`` writes of a swapped model: the stock model's checkpoint. And reading one back into it.
+
+The pools keep their own names in ``state_dict()``, which so costs no copy and shows what is there to whatever shards or
+saves parameters. Only what leaves through ``save_pretrained`` is put as the stock model has it, and what comes in
+through ``load_state_dict`` under a checkpoint's names is written to the pools. transformers' ``Trainer`` does both.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from esft.errors import InputError
+from esft.experts.experts import Experts
+from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.swapping.load_state import POOLS, pool_names, read_stock, stock_shapes, whole_pools
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Make ``save_pretrained`` and ``load_state_dict`` of a swapped model do this, until ``detach``."""
+    vars(model)["save_pretrained"] = _Saving(model)  # and no subclass of the model's: its type is looked up by others
+    vars(model)["esft_load_hook"] = model.register_load_state_dict_pre_hook(read_stock)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo ``attach``; nothing where that was not done."""
+    vars(model).pop("save_pretrained", None)
+    if (hook := vars(model).pop("esft_load_hook", None)) is not None:
+        hook.remove()
+
+
+class _Saving:
+    """``save_pretrained`` of one model: of the copy in a deep copy, and without keeping the model alive."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.__setstate__(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        model = self._model()
+        assert model is not None
+        save_pretrained(model, *args, **kwargs)
+
+    def __getstate__(self) -> PreTrainedModel | None:
+        return self._model()
+
+    def __setstate__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | PathLike,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """transformers' ``save_pretrained`` for a swapped model: tuned weights under the stock model's names and shapes.
+
+    What that costs is a copy of all experts in the CPU's memory, on the process that writes; on the device nothing.
+
+    Args:
+        state_dict: where given, a state of the swapped model, as ``accelerator.get_state_dict(model)`` collects it.
+        The others are those of transformers.
+
+    Raises InputError for experts that are spread over ranks, whose state has to be collected first.
+    """
+    save = partial(type(model).save_pretrained, model, save_directory, is_main_process)
+    if getattr(model, "_hf_peft_config_loaded", False):  # PEFT's own weights alone are written
+        return save(state_dict, *args, **kwargs)
+    sharded = getattr(model.config, "distributed_config", None) is not None  # transformers would take its own state
+    if sharded or kwargs.get("distributed_checkpoint", False):
+        raise InputError("a swapped model that transformers has spread over ranks cannot be saved whole")
+    if not is_main_process:
+        return save({}, *args, **kwargs)
+    swapped = [layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)]
+    shapes = {name: shape for layer in swapped for name, shape in stock_shapes(model, layer).items()}
+    vars(model)["get_parameter"] = partial(_get_parameter, model, shapes)  # some conversions ask for shapes
+    # Not handed over: the save_pretrained of a quantised model asks the model for its state in any case.
+    hook = model.register_state_dict_post_hook(_write_stock) if state_dict is None else None
+    try:
+        return save(None if state_dict is None else stock_state(model, state_dict), *args, **kwargs)
+    finally:
+        del vars(model)["get_parameter"]
+        if hook is not None:
+            hook.remove()
+
+
+def _get_parameter(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], name: str) -> Tensor:
+    """``get_parameter`` of the stock model; of its experts only the shape."""
+    return torch.empty(shapes[name], device="meta") if name in shapes else type(model).get_parameter(model, name)
+
+
+def _write_stock(model: PreTrainedModel, state_dict: dict[str, Tensor], *_: Any) -> None:
+    stock = stock_state(model, state_dict)
+    state_dict.clear()
+    state_dict.update(stock)
+
+
+def stock_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A swapped model's state as the stock model has it: names, shapes and order.
+
+    The stacked experts are copies in the CPU's memory; all else is passed on. Raises InputError for pools that are not
+    whole, and for some that belong to no layer.
+    """
+    layers = {layer.name: layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)}
+    stock: dict[str, Tensor] = {}
+    done: set[str] = set()
+    for name, tensor in state_dict.items():
+        path = name.rpartition(".")[0]
+        if not name.endswith(POOLS):
+            stock[name] = tensor
+        elif path not in layers:
+            raise InputError(f"{name}: the model has no such tensor (wrapped? unwrap it first)")
+        elif path not in done:
+            done.add(path)
+            stock.update(_stacked(model, layers[path], state_dict))
+    return stock
+
+
+def _stacked(model: nn.Module, layer: MoELayer, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A layer's experts by the names of the stock module's parameters, in the order of those."""
+    ours = pool_names(model, layer)
+    for name, _ in model.esft_state.stock[layer.name].named_parameters(recurse=False):
+        pools = [state_dict.get(f"{layer.name}.{pool}_{ours[name]}") for pool in ("trained", "frozen")]
+        advice = "to save it, collect the state: save_pretrained(..., state_dict=...)"
+        trained, frozen = whole_pools(layer, pools, advice)
+        yield f"{layer.name}.{name}", layer.experts.in_order(trained.cpu(), frozen.cpu())

@@ -1,0 +1,161 @@
+"""Exchanging a model's experts for ones that train only what is selected, and back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from esft.checkpoint.digest import model_digest
+from esft.errors import InputError
+from esft.experts.experts import Experts
+from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, trained_parameters
+from esft.experts.stock_layout import Layout, read_layout
+from esft.selection import ExpertSelection
+from esft.swapping.save_pretrained import attach, detach
+from esft_kernels.expert_mlp import RECOMPUTE, resolve_backend
+
+
+@dataclass
+class SwapState:
+    """What a swapped model remembers: kept as ``model.esft_state``."""
+
+    selection: ExpertSelection
+    base_digest: str
+    stock: dict[str, nn.Module]  # experts' module path -> the stock module, its weights taken out
+    layouts: dict[str, Layout]  # the same paths -> how the stock module lays out its weights
+    required_grad: dict[str, bool]  # the stock model's requires_grad, by parameter name
+
+
+def swap_state(model: nn.Module) -> SwapState | None:
+    """The state of a swapped model, None for a stock model."""
+    return getattr(model, "esft_state", None)
+
+
+def swap(
+    model: PreTrainedModel, selection: ExpertSelection, backend: str = "auto", recompute: str = "none"
+) -> PreTrainedModel:
+    """Exchange the experts of every MoE layer, in place, so that only what is selected trains.
+
+    The routed experts of a layer that are in ``selection.experts`` form its trained pool; all other parameters get
+    ``requires_grad=False``, except shared experts and non-expert modules where the selection includes them. Logits stay
+    those of the stock model. At most one layer's experts exist twice at a time.
+
+    ``model.save_pretrained`` still writes the stock model's checkpoint. ``model.state_dict()`` has the pools under
+    names of their own; ``load_state_dict`` reads either.
+
+    Experts that the kernels cannot compute (an activation of their own, a norm after them) train through plain PyTorch,
+    and experts that are a ModuleList stay as they are, with ``requires_grad`` set by expert; both warn once.
+
+    Args:
+        model: a stock transformers model.
+        selection: what trains; an empty one only brings the faster experts.
+        backend: one of ``esft_kernels.expert_mlp.BACKENDS``.
+        recompute: ``frozen`` keeps the pre-activations of the trained experts only, and makes the others again in the
+            backward: less memory for one more up projection.
+
+    Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
+    selection that does not fit the model, a backend that cannot run here, and a model that is swapped already.
+    """
+    if swap_state(model) is not None:
+        raise InputError("the model is swapped already (unswap it first)")
+    if getattr(getattr(model, "esft_adapters", None), "active", None) is not None:
+        raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
+    layers = moe_layers(model)
+    selection.check({layer.index: layer.num_experts for layer in layers})
+    stacked = [layer for layer in layers if not isinstance(layer.experts, nn.ModuleList)]
+    layouts = {layer.name: read_layout(layer.experts, layer.name) for layer in stacked}
+    if spread := [layer.name for layer in stacked if getattr(layer.experts, "_is_expert_parallel", False)]:
+        raise InputError(f"{spread[0]}: experts that are spread over ranks cannot be swapped")
+    if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
+        raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
+    if recompute not in RECOMPUTE:
+        raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+    try:
+        resolve_backend(backend, model.device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = SwapState(selection, model_digest(model), {}, layouts, required_grad)
+    _warn_where_slow(layers, layouts)
+    model.requires_grad_(False)
+    model.esft_state = state
+    attach(model)
+    try:
+        for layer in stacked:
+            stock, layout = layer.experts, layouts[layer.name]
+            experts = layout.swapped(stock, selection.experts.get(layer.index, []), backend, recompute)
+            experts.train(stock.training)
+            state.stock[layer.name] = stock
+            setattr(layer.block, layer.attribute, experts)
+            _set_weights(stock, layout, [torch.empty(0)] * len(layout.names))
+    except BaseException:  # out of memory, most likely: the layers done so far go back
+        unswap(model)
+        raise
+    return thaw(model)
+
+
+def thaw(model: PreTrainedModel) -> PreTrainedModel:
+    """Let what the selection names train, in place; nothing else is touched.
+
+    ``swap`` does this. It is for after another library has frozen the model, as PEFT does around its own weights.
+    Raises InputError for a stock model.
+    """
+    state = swap_state(model)
+    if state is None:
+        raise InputError("the model is not swapped")
+    layers = moe_layers(model)
+    of_experts = {p for layer in layers for p in routed_parameters(layer)}
+    shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
+    for parameter in model.parameters():
+        trains = state.selection.shared_experts if parameter in shared else state.selection.non_expert_modules
+        if trains and parameter not in of_experts:
+            parameter.requires_grad_()
+    for layer in layers:
+        for parameter in trained_parameters(layer, state.selection.experts.get(layer.index, [])):
+            parameter.requires_grad_()
+    return model
+
+
+def _warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None:
+    """Say once which experts train more slowly than the others, and why."""
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        layout = layouts.get(layer.name)
+        if layout is None:
+            reasons[type(layer.experts[0]).__name__] = "they are a ModuleList, which runs through the model's own loop"
+        elif not layout.is_fused:
+            why = "a norm after each expert" if layout.norm is not None else "an activation of their own"
+            reasons[type(layer.experts).__name__] = f"they have {why}, which runs through plain PyTorch"
+    for name, reason in reasons.items():
+        warnings.warn(f"{name}: the kernels do not compute these experts: {reason}, slower", stacklevel=3)
+
+
+@torch.no_grad()
+def unswap(model: PreTrainedModel) -> PreTrainedModel:
+    """Put the stock experts back, in place, with the tuned weights inside. Raises InputError for a stock model."""
+    state = swap_state(model)
+    if state is None:
+        raise InputError("the model is not swapped")
+    layers = moe_layers(model)
+    while layers:
+        layer = layers.pop()  # and no other reference: the pools go before the next layer's weights are made
+        if isinstance(layer.experts, Experts):
+            stock = state.stock[layer.name]
+            _set_weights(stock, state.layouts[layer.name], layer.experts.stacked())
+            stock.train(layer.experts.training)
+            setattr(layer.block, layer.attribute, stock)
+    for name, parameter in model.named_parameters():
+        if name in state.required_grad:  # another library may have added some, as PEFT does
+            parameter.requires_grad_(state.required_grad[name])
+    detach(model)
+    del model.esft_state
+    return model
+
+
+def _set_weights(stock: nn.Module, layout: Layout, weights: list[torch.Tensor]) -> None:
+    for name, weight in zip(layout.names, weights, strict=True):
+        setattr(stock, name, nn.Parameter(weight))

@@ -1,0 +1,202 @@
+"""Measuring a model: loss over assistant turns, greedy answers, exact match."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from esft.adapters.folder import MANIFEST, check_digest, open_manifest
+from esft.adapters.load import load_adapter
+from esft.checkpoint.digest import model_digest
+from esft.errors import InputError, first_line
+from esft.training.data import IGNORE, Example, Messages, collate
+from esft.training.loss import linear_cross_entropy
+
+
+def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
+    """The stock model with an ESFT adapter or a PEFT adapter folder loaded.
+
+    A PEFT adapter that ``esft train`` wrote is held to its base like an ESFT one. Raises InputError for anything else.
+    """
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        return load_adapter(model, adapter)
+    if (folder / MANIFEST).is_file():
+        check_digest(open_manifest(folder), model_digest(model), adapter)
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError as error:
+        raise InputError(f"{adapter}: a PEFT adapter needs the peft package: pip install 'esft[lora]'") from error
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise InputError(f"{adapter}: cannot load this PEFT adapter ({first_line(error)})") from error
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether the logits are the last hidden states times the head's weight; some models scale, shift or cap them.
+
+    Tried out on two tokens the first time, and kept on the model.
+    """
+    causal_lm = _causal_lm(model)
+    kept = vars(causal_lm).get("esft_plain_head")
+    if kept is None:
+        head = causal_lm.get_output_embeddings()
+        # What PEFT puts in the head's place is no Linear, and starts out as if it were plain.
+        kept = isinstance(head, nn.Linear) and head.bias is None and _gives_products(causal_lm, head.weight)
+        causal_lm.esft_plain_head = kept
+    return kept
+
+
+def _gives_products(causal_lm: Any, weight_VD: Tensor) -> bool:
+    """Whether a causal LM's logits are hidden states times this weight, also where they are large."""
+    plain = torch.empty(0)
+
+    def enlarge(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal plain
+        hidden = output.last_hidden_state
+        # A cap on small logits changes less than 16-bit rounding does; none leaves a thousand as it is.
+        weight_DV = weight_VD.T.to(hidden.device)
+        output.last_hidden_state = hidden * (1e3 / (hidden @ weight_DV).abs().max())
+        plain = output.last_hidden_state @ weight_DV
+
+    hook = causal_lm.base_model.register_forward_hook(enlarge)
+    try:
+        tokens = torch.arange(2, device=causal_lm.device)[None]
+        logits = causal_lm(input_ids=tokens, use_cache=False).logits
+    finally:
+        hook.remove()
+    tolerance = 8 * torch.finfo(logits.dtype).eps
+    plain = plain.to(logits.device)
+    return plain.shape == logits.shape and bool((plain - logits).abs().max() <= tolerance * plain.abs().max())
+
+
+def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Summed cross entropy in nats over the supervised positions of a batch in the CPU's memory, and their number.
+
+    Logits are made for supervised positions only, where the model has nothing but a matrix between hidden states and
+    logits.
+    """
+    causal_lm = _causal_lm(model)
+    inputs = {name: batch[name].to(causal_lm.device) for name in ("input_ids", "attention_mask")}
+    # The supervised positions are found on the CPU and sent ahead: afterwards, either would wait for the forward pass.
+    labels = batch["labels"][:, 1:]
+    wanted = torch.where(labels != IGNORE)
+    count = len(wanted[0])
+    if not has_plain_head(model):
+        labels = labels.to(causal_lm.device)
+        logits = causal_lm(**inputs, use_cache=False).logits[:, :-1].float()
+        labels = labels.to(logits.device)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"), count
+    weight = causal_lm.get_output_embeddings().weight
+    where = weight.device  # over several GPUs not every layer is where the inputs go
+    labels, *places = (tensor.to(where) for tensor in (labels[wanted], *wanted))
+    hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden = hidden[tuple(place.to(hidden.device) for place in places)]
+    return linear_cross_entropy(hidden.to(where), weight, labels), count
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, examples: Sequence[Example], pad: int, batch_size: int = 32) -> float:
+    """Mean cross entropy in nats over the supervised tokens of all examples. Leaves the model in evaluation mode."""
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    total, count = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = collate([examples[i] for i in order[start : start + batch_size]], pad)
+        loss, targets = batch_loss(model, batch)
+        total, count = total + loss.item(), count + targets
+    return total / max(count, 1)
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    max_new_tokens: int = 128,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[str]:
+    """Greedy answers to conversations that end with a user turn, in the given order."""
+    model.eval()
+    encoded = []
+    for messages in prompts:
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
+        encoded.append(Example(ids, ids))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    answers = [""] * len(encoded)
+    pad: Any = tokenizer.pad_token_id
+    for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, unit="batch"):
+        part = order[start : start + batch_size]
+        batch = collate([encoded[i] for i in part], pad, left=True)
+        prompt_length = batch["input_ids"].shape[1]
+        out = model.generate(
+            input_ids=batch["input_ids"].to(_causal_lm(model).device),
+            attention_mask=batch["attention_mask"].to(_causal_lm(model).device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for i, row in zip(part, out, strict=True):
+            answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
+    return answers
+
+
+def matches(given: str, expected: str) -> bool:
+    """Exact match: of the parsed values where the expected answer is a JSON object or list, else of the text."""
+    try:
+        wanted = json.loads(expected)
+    except json.JSONDecodeError:
+        wanted = None
+    if not isinstance(wanted, dict | list):
+        return given.strip() == expected.strip()
+    try:
+        return json.loads(given) == wanted
+    except json.JSONDecodeError:
+        return False
+
+
+def split_prompt(messages: Messages) -> tuple[Messages, str]:
+    """A record's conversation before its last assistant turn, and that turn's content."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:last], messages[last]["content"]
+
+
+def exact_match(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Messages],
+    batch_size: int = 64,
+    progress: bool = False,
+) -> tuple[float, list[dict[str, Any]]]:
+    """Share of records whose last answer the model gives exactly, and every record's outcome.
+
+    An outcome has the keys prompt, expected, given, correct.
+    """
+    pairs = [split_prompt(record) for record in records]
+    # An answer longer than any expected one is wrong already.
+    longest = max(len(tokenizer(expected, add_special_tokens=False)["input_ids"]) for _, expected in pairs)
+    given = answer(model, tokenizer, [prompt for prompt, _ in pairs], longest + 2, batch_size, progress)
+    outcomes = [
+        {"prompt": prompt[-1]["content"] if prompt else "", "expected": e, "given": g, "correct": matches(g, e)}
+        for (prompt, e), g in zip(pairs, given, strict=True)
+    ]
+    return sum(o["correct"] for o in outcomes) / len(outcomes), outcomes

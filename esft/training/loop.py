@@ -1,0 +1,220 @@
+"""The training loop: one for ESFT, full fine-tuning and LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from esft.checkpoint.device import peak_memory, peak_rss
+from esft.checkpoint.digest import model_digest
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.errors import InputError
+from esft.files import check_apart
+from esft.selection import ExpertSelection
+from esft.training.balance import balance_losses
+from esft.training.config import TrainConfig
+from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
+from esft.training.evaluate import batch_loss, has_plain_head, mean_loss
+from esft.training.methods import METHODS, prepare
+from esft.training.optim import MasterAdamW
+from esft.training.run_folder import RunFolder
+
+RECENT = 20  # steps whose mean stands for the loss of now
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run measured.
+
+    ``peak_rss`` is the process's largest resident memory so far and ``peak_gpu_memory`` that of its tensors on the
+    GPUs, in bytes; ``seconds`` is the loop's own time.
+    """
+
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    trained_parameters: int
+    stored_bytes: int
+    seconds: float
+    tokens_per_second: float
+    peak_rss: int
+    peak_gpu_memory: int
+
+
+def train(
+    model_path: str,
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig | None = None,
+    selection: ExpertSelection | None = None,
+    eval_data: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Fine-tune a checkpoint on chat records and leave everything in a run folder.
+
+    The folder holds ``config.yaml``, ``origin.json`` (base and data, with digests), ``metrics.jsonl``, TensorBoard
+    events, resumable ``checkpoints/``, a ``summary.json``, and the outcome: ``adapter/`` for ESFT and LoRA, ``model/``
+    for full fine-tuning.
+
+    Args:
+        model_path: checkpoint folder or hub id.
+        data: JSONL chat records; the loss covers assistant turns.
+        out: the run folder.
+        config: the settings; where None the paper's, or those of the run to resume.
+        selection: the experts to train; needed by "esft" and by nothing else. A run to resume has its own.
+        eval_data: JSONL chat records whose loss is measured every ``eval_every`` steps.
+        resume: go on from the last checkpoint in ``out``, with the same base, data, selection and settings; only
+            ``steps`` may differ.
+        overwrite: replace a run that ``out`` holds.
+
+    Raises InputError, before anything is written, for bad input of any kind.
+    """
+    folder = RunFolder(out)
+    check_apart(out, model_path, data, *([eval_data] if eval_data else []))
+    folder.check_free(resume, overwrite)
+    if resume:
+        config, selection = folder.begun_with(config, selection)
+    config = config or TrainConfig()
+    _check_selection(config, selection)
+    tokenizer = load_tokenizer(model_path)
+    examples = encode_all(tokenizer, read_records(data), config.max_length, data)
+    held_out = encode_all(tokenizer, read_records(eval_data), config.max_length, eval_data) if eval_data else []
+    torch.manual_seed(config.seed)
+    model = load_model(model_path, config.dtype)
+    digests = {"model": model_digest(model), "data": hashlib.sha256(Path(data).read_bytes()).hexdigest()}
+    if resume:
+        folder.check_origin(digests, {"model": model_path, "data": data})
+    loop = _Loop(prepare(model, config, selection), tokenizer, config, progress)
+    if overwrite:
+        folder.clear()
+    origin = {"model": model_path, "data": str(data)}
+    folder.begin(config, origin | {"digests": digests}, selection)
+    measured = loop.run(folder, examples, held_out, resume)
+    stored = METHODS[config.method].save(loop.model.eval(), tokenizer, config, digests["model"], folder.path)
+    result = TrainResult(**measured, stored_bytes=sum(f.stat().st_size for f in stored.rglob("*.safetensors")))
+    folder.write_summary({"method": config.method, **origin, **vars(result)})
+    return result
+
+
+def _check_selection(config: TrainConfig, selection: ExpertSelection | None) -> None:
+    if (config.method == "esft") != (selection is not None):
+        raise InputError(f"method {config.method} {'needs' if selection is None else 'takes no'} expert selection")
+    if selection is not None and selection.is_empty:
+        raise InputError("the expert selection is empty: nothing would train")
+
+
+class _Loop:
+    """The steps of one run: batch, gradients, update, log; and now and then an evaluation and a checkpoint."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, progress: bool):
+        self.model, self.config, self.progress = model, config, progress
+        self.pad: int = tokenizer.pad_token_id
+        self.together = config.micro_batch_size or config.batch_size
+        self.optimizer = MasterAdamW(model.named_parameters(), config)
+        self.losses: list[float] = []
+        self.tokens = 0
+        has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
+
+    def run(
+        self, folder: RunFolder, examples: Sequence[Example], held_out: Sequence[Example], resume: bool
+    ) -> dict[str, float | None]:
+        """All steps that are left. Returns what ``TrainResult`` holds of them."""
+        config, first = self.config, self._resume(folder) if resume else 0
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        eval_loss, started = None, time.monotonic()
+        self.model.train()
+        bar = tqdm(total=config.steps, initial=first, desc=config.method, disable=not self.progress, unit="step")
+        with folder.log(first) as log, bar:
+            for step, records in enumerate(_batches(examples, config, first), first + 1):
+                log(step, **self._step(step, records))
+                bar.set_postfix(loss=f"{self._recent_loss():.3f}", refresh=False)
+                bar.update()
+                last = step == config.steps
+                if held_out and (step % config.eval_every == 0 or last):
+                    eval_loss = mean_loss(self.model, held_out, self.pad, self.together)
+                    self.model.train()
+                    log(step, eval_loss=eval_loss)
+                if step % config.save_every == 0 and not last:
+                    folder.save_checkpoint(step, self.optimizer.state())
+        seconds = time.monotonic() - started
+        return {
+            "steps": config.steps,
+            "train_loss": self._recent_loss(),
+            "eval_loss": eval_loss,
+            "trained_parameters": trained,
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "peak_rss": peak_rss(),
+            "peak_gpu_memory": peak_memory(),
+        }
+
+    def _resume(self, folder: RunFolder) -> int:
+        """The step to go on after, with the optimizer as it was then."""
+        step, tensors = folder.resume()
+        if tensors:
+            self.optimizer.load_state(tensors)
+        return step
+
+    def _recent_loss(self) -> float:
+        recent = self.losses[-RECENT:] or [math.nan]
+        return sum(recent) / len(recent)
+
+    def _step(self, step: int, records: Sequence[Example]) -> dict[str, float]:
+        """One update from one batch; ``step`` counts from 1. Returns what to log."""
+        begun = time.monotonic()
+        # What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too.
+        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}").getrandbits(63))
+        loss, extra = self._gradients(records)
+        rate = self.config.rate(step - 1)
+        norm = self.optimizer.step(rate)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate")
+        count = sum(len(record.ids) for record in records)
+        self.losses.append(loss)
+        self.tokens += count
+        speed = count / (time.monotonic() - begun)
+        return {"loss": loss, **extra, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
+
+    def _gradients(self, records: Sequence[Example]) -> tuple[float, dict[str, float]]:
+        """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
+        parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
+        targets = sum(label != IGNORE for record in records for label in record.labels[1:])
+        losses, balances = [], []
+        for part in parts:
+            batch, share = collate(part, self.pad), len(part) / len(records)
+            watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
+            with watched as aux:
+                total, _ = batch_loss(self.model, batch)
+            loss = total / targets
+            losses.append(loss.detach())
+            if aux:
+                balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
+                balances.append(balance.detach())
+                loss = loss + self.config.aux_loss * balance
+            loss.backward()
+        extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
+        return torch.stack(losses).sum().item(), extra
+
+
+def _batches(examples: Sequence[Example], config: TrainConfig, first: int) -> Iterator[list[Example]]:
+    """The records of every step from ``first`` on, counted from 0; a function of the arguments alone."""
+    per_epoch = math.ceil(len(examples) / config.batch_size)
+    batches: list[list[int]] = []
+    for step in range(first, config.steps):
+        epoch, place = divmod(step, per_epoch)
+        if not batches or place == 0:
+            batches = epoch_batches(examples, config.batch_size, config.seed, epoch)
+        yield [examples[i] for i in batches[place]]

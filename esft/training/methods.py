@@ -1,0 +1,120 @@
+"""The methods of fine-tuning: what each trains of a model, and what it leaves on disk.
+
+A method is a class with these two functions, and its name in ``METHODS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from esft.adapters.folder import write_manifest
+from esft.adapters.save import save_adapter
+from esft.errors import InputError
+from esft.experts.moe_layers import moe_layers
+from esft.experts.stock_layout import read_layout
+from esft.files import new_folder
+from esft.selection import ExpertSelection
+from esft.swapping.swap import swap, unswap
+from esft.training.config import TrainConfig
+
+ADAPTER = "adapter"
+MODEL = "model"  # of a full fine-tuning, in the place of an adapter
+
+
+class Method(Protocol):
+    @staticmethod
+    def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
+        """The model with exactly what the method trains requiring gradients."""
+        ...
+
+    @staticmethod
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
+        """Write what was trained into the run's folder. Returns where."""
+        ...
+
+
+class ESFT:
+    """The selected experts, and what else the selection names."""
+
+    @staticmethod
+    def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
+        if selection is None:
+            raise InputError("method esft needs expert selection")
+        return _swap(model, config, selection)
+
+    @staticmethod
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
+        return save_adapter(model, run / ADAPTER, overwrite=True)
+
+
+class Full:
+    """Everything: every expert through the same kernels, and all the rest."""
+
+    @staticmethod
+    def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
+        everything = {layer.index: list(range(layer.num_experts)) for layer in moe_layers(model)}
+        return _swap(model, config, ExpertSelection(everything, shared_experts=True, non_expert_modules=True))
+
+    @staticmethod
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
+        with new_folder(run / MODEL, overwrite=True) as folder:
+            unswap(model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return run / MODEL
+
+
+class LoRA:
+    """Low-rank additions to every linear layer of the blocks and to all experts, through PEFT (arXiv 2106.09685)."""
+
+    @staticmethod
+    def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ModuleNotFoundError as error:
+            raise InputError("method lora needs the peft package: pip install 'esft[lora]'") from error
+        head = model.get_output_embeddings()
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules=[n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head],
+            target_parameters=list(_stacked_projections(model)),
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, lora)
+
+    @staticmethod
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
+        with new_folder(run / ADAPTER, overwrite=True) as folder:
+            model.save_pretrained(folder)
+            write_manifest(folder, model.get_base_model(), base_digest, {"lora_rank": config.lora_rank})
+        return run / ADAPTER
+
+
+METHODS: dict[str, type[Method]] = {"esft": ESFT, "full": Full, "lora": LoRA}
+
+
+def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
+    """The model with exactly what ``config.method`` trains requiring gradients, and its layers recomputed if so set."""
+    if config.recompute == "layers":
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise InputError(f"recompute layers: {error}") from error
+    return METHODS[config.method].prepare(model, config, selection)
+
+
+def _swap(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection) -> PreTrainedModel:
+    return swap(model, selection, config.backend, "frozen" if config.recompute == "frozen" else "none")
+
+
+def _stacked_projections(model: PreTrainedModel) -> Iterator[str]:
+    """The names of the stacked experts' two projections, which are no linear layers to PEFT."""
+    for layer in moe_layers(model):
+        if not isinstance(layer.experts, nn.ModuleList):
+            for name in read_layout(layer.experts, layer.name).names[:2]:
+                yield f"{layer.name}.{name}"
