@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.adapters.folder import adapter_weights, check_adapter, check_model, load_selection
-from esft.adapters.save import Loaded, loaded_slots
 from esft.checkpoint.adapter_tensors import adapter_slots
 from esft.checkpoint.digest import model_digest
 from esft.errors import InputError
-from esft.selection import ExpertSelection
-from esft.swapping.swap import swap_state
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass
-class Adapters:
-    """The adapters that a model holds by name: kept as ``model.esft_adapters``."""
-
-    base_digest: str
-    held: dict[str, tuple[ExpertSelection, Tensors]] = field(default_factory=dict)
-    active: str | None = None
-    base: Tensors = field(default_factory=dict)  # the base's values where the active adapter has written its own
+from esft.experts.model_state import DEFAULT_ADAPTER, Adapters, model_state, settle_adapter
 
 
 @torch.no_grad()
@@ -37,43 +24,58 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     Args:
         model: the adapter's base.
         path: adapter folder, or a published one without a manifest.
-        name: where given, the model stays as it is until ``set_adapter`` names this adapter.
+        name: where given, the model stays as it is until ``set_adapter`` names this adapter. Without it the adapter is
+            called "default", is set at once, and takes the place of an earlier "default".
 
-    Raises InputError, with nothing written, for a wrapped model, when the adapter is incomplete, does not fit the
-    model, or was trained from another base, for a name that is taken, and where adapters would stack: a model loads all
-    its adapters by name or all without, and then each covers what the one before it wrote (one with a manifest may also
-    have been trained from the weights that the one before it left).
+    Adapters never stack: where one is set, the base's own tensors come back first. One that was trained from the
+    weights that "default" has made is loaded on top of them, which are its base. Raises InputError, with nothing
+    written, for a wrapped model, when the adapter is incomplete, does not fit the model, or was trained from another
+    base, and for a name that is taken.
     """
     check_model(model)
-    path, adapters = Path(path), _adapters(model)
-    if adapters is not None and name in adapters.held:
+    path, state = Path(path), model_state(model)
+    if state.adapters is not None and name is not None and name in state.adapters.held:
         raise InputError(f"{path}: the model holds an adapter named {name!r} already")
-    if adapters is not None and name is None:
-        raise InputError(f"{path}: the model holds {sorted(adapters.held)} by name; load this one under a name too")
-    digest = _base_digest(model)
-    held = swap_state(model) is not None or adapters is not None  # whose base can no longer be read
-    manifest = check_adapter(path, lambda to: digest if held or to is None else model_digest(model, to), model.dtype)
-    loaded = loaded_slots(model, digest if manifest else None)
-    if loaded and name is not None:
-        raise InputError(f"{path}: an adapter was loaded without a name, so the base that {name!r} is for is gone")
+    manifest, settles = _checked_manifest(model, path)
     selection = load_selection(path, model)
     slots = adapter_slots(model, selection)
-    if uncovered := sorted(loaded - slots.keys()):
+    gone = frozenset() if manifest else state.settled  # nothing tells which base a published adapter is of
+    if uncovered := sorted(gone - slots.keys()):
         raise InputError(
-            f"{path}: does not cover {uncovered[0]} ({len(uncovered)} such in all), which the adapter loaded before "
-            "has changed; load adapters under names to switch between them"
+            f"{path}: does not cover {uncovered[0]} ({len(uncovered)} such in all), which an adapter loaded before has "
+            "changed for good, and does not say which base it is of"
         )
     with adapter_weights(path, slots) as weights:
         tensors = {key: weights.get_tensor(key) for key in slots}
-    if name is None:
-        for key, slot in slots.items():
-            slot.write(tensors[key])
-        model.esft_loaded = Loaded(digest, frozenset(slots), loaded_slots(model, None) | slots.keys())
-        return model
-    if adapters is None:
-        adapters = model.esft_adapters = Adapters(digest)
-    adapters.held[name] = selection, tensors
-    return model
+    if settles:
+        settle_adapter(model)
+    if state.adapters is None:
+        state.adapters = Adapters(_base_digest(model))
+    if name is None and state.adapters.active is not None:
+        set_adapter(model, None)
+    state.adapters.held[name or DEFAULT_ADAPTER] = selection, tensors
+    return model if name is not None else set_adapter(model, DEFAULT_ADAPTER)
+
+
+def _checked_manifest(model: PreTrainedModel, path: Path) -> tuple[dict[str, Any], bool]:
+    """The adapter's manifest, and whether its base is not the model's but what "default" has made of that."""
+    state = model_state(model)
+
+    def digest(rounded: torch.dtype | None) -> str:
+        stock = state.swapped is None and state.adapters is None  # else the base can no longer be read
+        return model_digest(model, rounded) if stock else _base_digest(model)
+
+    try:
+        return check_adapter(path, digest, model.dtype), False
+    except InputError:
+        alone = state.adapters is not None and state.adapters.held.keys() == {state.adapters.active}
+        if state.swapped is not None or not alone:
+            raise
+        try:
+            return check_adapter(path, partial(model_digest, model), model.dtype), True
+        except InputError:
+            pass
+        raise
 
 
 @torch.no_grad()
@@ -84,7 +86,7 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     that the model does not hold.
     """
     check_model(model)
-    adapters = _adapters(model)
+    adapters = model_state(model).adapters
     held = adapters.held if adapters is not None else {}
     if name is not None and name not in held:
         raise InputError(f"the model holds no adapter named {name!r}; it holds {sorted(held)}")
@@ -100,7 +102,7 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if name is not None:
         selection, tensors = held[name]
         slots = adapter_slots(model, selection)
-        adapters.base = {key: slot.read().clone() for key, slot in slots.items()}
+        adapters.base = {key: slot.read().to("cpu", copy=True) for key, slot in slots.items()}
         for key, slot in slots.items():
             slot.write(tensors[key])
         adapters.active = name
@@ -112,12 +114,8 @@ def _newer(held: Tensor, read: Tensor) -> Tensor:
     return held if torch.equal(held.to(read), read) else read.clone()
 
 
-def _adapters(model: PreTrainedModel) -> Adapters | None:
-    return getattr(model, "esft_adapters", None)
-
-
 def _base_digest(model: PreTrainedModel) -> str:
-    adapters, state = _adapters(model), swap_state(model)
-    if adapters is not None:
-        return adapters.base_digest
-    return state.base_digest if state is not None else model_digest(model)
+    """Of the weights below any adapter."""
+    state = model_state(model)
+    known = state.adapters or state.swapped
+    return known.base_digest if known is not None else model_digest(model)

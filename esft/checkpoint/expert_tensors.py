@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from esft.checkpoint.original_format import to_stored
 from esft.errors import InputError
 from esft.experts.experts import Experts
+from esft.experts.model_state import model_state, once_per_model
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.stock_layout import read_layout
 
@@ -68,19 +69,13 @@ class ExpertTensor:
         return _PARTS[self.part](weight.mT if self.transposed else weight)
 
 
+@once_per_model
 def expert_tensors(model: PreTrainedModel) -> list[ExpertTensor]:
     """What a checkpoint of this model, stock or swapped, holds of each routed expert.
 
     Found once and kept on the model, as it takes seconds for thousands of experts. Raises InputError for a checkpoint
     layout in which an expert has no slice of its own.
     """
-    kept = vars(model).get("esft_expert_tensors")
-    if kept is None:
-        kept = model.esft_expert_tensors = _find_expert_tensors(model)
-    return kept
-
-
-def _find_expert_tensors(model: PreTrainedModel) -> list[ExpertTensor]:
     found, probes = [], {}
     layers = moe_layers(model)
     owners: list[tuple[MoELayer, int]] = []
@@ -106,10 +101,10 @@ _OWNER = 1 << 32  # element numbers of one parameter
 
 def stock_names(model: nn.Module, layer: MoELayer) -> tuple[tuple[str, ...], bool]:
     """The stock module's parameter names of a layer's experts, and whether they are transposed."""
-    state = getattr(model, "esft_state", None)
-    if isinstance(layer.experts, Experts) and state is None:
+    swapped = model_state(model).swapped
+    if isinstance(layer.experts, Experts) and swapped is None:
         raise InputError(f"{layer.name}: swapped by hand, so the checkpoint's names are not known")
-    layout = state.layouts[layer.name] if state is not None else read_layout(layer.experts, layer.name)
+    layout = swapped.layouts[layer.name] if swapped is not None else read_layout(layer.experts, layer.name)
     return layout.names, layout.transposed
 
 

@@ -23,6 +23,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from esft.experts.model_state import once_per_model
+
 
 def to_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model, by its own names -> those of its checkpoint in the original format.
@@ -67,28 +69,24 @@ class _Original:
         return getattr(self._model, name)
 
 
+@once_per_model
 def _conversions(model: PreTrainedModel) -> list[Any]:
-    """The conversions between the original format and the model, kept on it as they are asked for layer by layer.
+    """The conversions between the original format and the model, found once as they are asked for layer by layer.
 
     A loaded model remembers those that its files needed. Where these are the very ones that the model's own names set
     off, the files held the tensors as the model does, and the family's are the ones.
     """
-    kept = vars(model).get("esft_conversions")
-    if kept is None:
-        of_files = getattr(model, "_weight_conversions", None)
-        of_family = get_model_conversion_mapping(model)
-        renamings = [c for c in of_family if isinstance(c, WeightRenaming)]
-        converters = [c for c in of_family if isinstance(c, WeightConverter)]
-        for name in model.state_dict():
-            rename_source_key(name, renamings, converters)
-        of_names = [_patterns(c) for c in of_family if c.was_used()]
-        if of_files is None or [_patterns(c) for c in of_files] == of_names:
-            # As transformers does: whether files have a prefix is not known, and nobody saves by the legacy names.
-            of_files = [
-                c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)
-            ]
-        kept = model.esft_conversions = of_files
-    return kept
+    of_files = getattr(model, "_weight_conversions", None)
+    of_family = get_model_conversion_mapping(model)
+    renamings = [c for c in of_family if isinstance(c, WeightRenaming)]
+    converters = [c for c in of_family if isinstance(c, WeightConverter)]
+    for name in model.state_dict():
+        rename_source_key(name, renamings, converters)
+    of_names = [_patterns(c) for c in of_family if c.was_used()]
+    if of_files is None or [_patterns(c) for c in of_files] == of_names:
+        # As transformers does: whether files have a prefix is not known, and nobody saves by the legacy names.
+        return [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    return of_files
 
 
 def _patterns(conversion: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -25,7 +25,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     [T, D], expert ids [T, K], routing weights [T, K] -> [T, D]. On one rank of an expert-parallel model, ids of E and
     above are another rank's experts: such slots add nothing and get no gradient.
     """
-    assert _has_layout(self)
+    _keep_layout(self)
     layout: Any = self.esft_layout
     weights = layout.weights(self)
     nothing = ExpertWeights(*(None if t is None else t[:0].detach() for t in weights.tensors()))
@@ -44,11 +44,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 
 @torch.compiler.assume_constant_result  # so that torch.compile runs it while it traces, and does not look in
-def _has_layout(stock: nn.Module) -> bool:
+def _keep_layout(stock: nn.Module) -> None:
     """Read the module's layout the first time, and keep it there."""
     if "esft_layout" not in vars(stock):
         stock.esft_layout = read_layout(stock, type(stock).__name__)
-    return True
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

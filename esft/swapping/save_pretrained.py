@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from esft.errors import InputError
 from esft.experts.experts import Experts
+from esft.experts.model_state import swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.swapping.load_state import POOLS, pool_names, read_stock, stock_shapes, whole_pools
 
@@ -26,13 +27,13 @@ from esft.swapping.load_state import POOLS, pool_names, read_stock, stock_shapes
 def attach(model: PreTrainedModel) -> None:
     """Make ``save_pretrained`` and ``load_state_dict`` of a swapped model do this, until ``detach``."""
     vars(model)["save_pretrained"] = _Saving(model)  # and no subclass of the model's: its type is looked up by others
-    vars(model)["esft_load_hook"] = model.register_load_state_dict_pre_hook(read_stock)
+    swapped_state(model).load_hook = model.register_load_state_dict_pre_hook(read_stock)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo ``attach``; nothing where that was not done."""
     vars(model).pop("save_pretrained", None)
-    if (hook := vars(model).pop("esft_load_hook", None)) is not None:
+    if (hook := swapped_state(model).load_hook) is not None:
         hook.remove()
 
 
@@ -128,7 +129,7 @@ def stock_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dic
 def _stacked(model: nn.Module, layer: MoELayer, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A layer's experts by the names of the stock module's parameters, in the order of those."""
     ours = pool_names(model, layer)
-    for name, _ in model.esft_state.stock[layer.name].named_parameters(recurse=False):
+    for name, _ in swapped_state(model).stock[layer.name].named_parameters(recurse=False):
         pools = [state_dict.get(f"{layer.name}.{pool}_{ours[name]}") for pool in ("trained", "frozen")]
         advice = "to save it, collect the state: save_pretrained(..., state_dict=...)"
         trained, frozen = whole_pools(layer, pools, advice)

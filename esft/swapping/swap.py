@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,27 +11,12 @@ from transformers import PreTrainedModel
 from esft.checkpoint.digest import model_digest
 from esft.errors import InputError
 from esft.experts.experts import Experts
+from esft.experts.model_state import DEFAULT_ADAPTER, Swapped, model_state, settle_adapter, swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, trained_parameters
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import attach, detach
 from esft_kernels.expert_mlp import RECOMPUTE, resolve_backend
-
-
-@dataclass
-class SwapState:
-    """What a swapped model remembers: kept as ``model.esft_state``."""
-
-    selection: ExpertSelection
-    base_digest: str
-    stock: dict[str, nn.Module]  # experts' module path -> the stock module, its weights taken out
-    layouts: dict[str, Layout]  # the same paths -> how the stock module lays out its weights
-    required_grad: dict[str, bool]  # the stock model's requires_grad, by parameter name
-
-
-def swap_state(model: nn.Module) -> SwapState | None:
-    """The state of a swapped model, None for a stock model."""
-    return getattr(model, "esft_state", None)
 
 
 def swap(
@@ -60,9 +44,11 @@ def swap(
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
     selection that does not fit the model, a backend that cannot run here, and a model that is swapped already.
     """
-    if swap_state(model) is not None:
+    state = model_state(model)
+    if state.swapped is not None:
         raise InputError("the model is swapped already (unswap it first)")
-    if getattr(getattr(model, "esft_adapters", None), "active", None) is not None:
+    adapters = state.adapters
+    if adapters is not None and adapters.active is not None and adapters.held.keys() != {DEFAULT_ADAPTER}:
         raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
     layers = moe_layers(model)
     selection.check({layer.index: layer.num_experts for layer in layers})
@@ -79,17 +65,18 @@ def swap(
     except ValueError as error:
         raise InputError(str(error)) from error
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    state = SwapState(selection, model_digest(model), {}, layouts, required_grad)
+    swapped = Swapped(selection, model_digest(model), layouts, required_grad)
     _warn_where_slow(layers, layouts)
+    settle_adapter(model)
     model.requires_grad_(False)
-    model.esft_state = state
+    state.swapped = swapped
     attach(model)
     try:
         for layer in stacked:
             stock, layout = layer.experts, layouts[layer.name]
             experts = layout.swapped(stock, selection.experts.get(layer.index, []), backend, recompute)
             experts.train(stock.training)
-            state.stock[layer.name] = stock
+            swapped.stock[layer.name] = stock
             setattr(layer.block, layer.attribute, experts)
             _set_weights(stock, layout, [torch.empty(0)] * len(layout.names))
     except BaseException:  # out of memory, most likely: the layers done so far go back
@@ -104,18 +91,16 @@ def thaw(model: PreTrainedModel) -> PreTrainedModel:
     ``swap`` does this. It is for after another library has frozen the model, as PEFT does around its own weights.
     Raises InputError for a stock model.
     """
-    state = swap_state(model)
-    if state is None:
-        raise InputError("the model is not swapped")
+    selection = swapped_state(model).selection
     layers = moe_layers(model)
     of_experts = {p for layer in layers for p in routed_parameters(layer)}
     shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
     for parameter in model.parameters():
-        trains = state.selection.shared_experts if parameter in shared else state.selection.non_expert_modules
+        trains = selection.shared_experts if parameter in shared else selection.non_expert_modules
         if trains and parameter not in of_experts:
             parameter.requires_grad_()
     for layer in layers:
-        for parameter in trained_parameters(layer, state.selection.experts.get(layer.index, [])):
+        for parameter in trained_parameters(layer, selection.experts.get(layer.index, [])):
             parameter.requires_grad_()
     return model
 
@@ -137,22 +122,20 @@ def _warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None
 @torch.no_grad()
 def unswap(model: PreTrainedModel) -> PreTrainedModel:
     """Put the stock experts back, in place, with the tuned weights inside. Raises InputError for a stock model."""
-    state = swap_state(model)
-    if state is None:
-        raise InputError("the model is not swapped")
+    swapped = swapped_state(model)
     layers = moe_layers(model)
     while layers:
         layer = layers.pop()  # and no other reference: the pools go before the next layer's weights are made
         if isinstance(layer.experts, Experts):
-            stock = state.stock[layer.name]
-            _set_weights(stock, state.layouts[layer.name], layer.experts.stacked())
+            stock = swapped.stock[layer.name]
+            _set_weights(stock, swapped.layouts[layer.name], layer.experts.stacked())
             stock.train(layer.experts.training)
             setattr(layer.block, layer.attribute, stock)
     for name, parameter in model.named_parameters():
-        if name in state.required_grad:  # another library may have added some, as PEFT does
-            parameter.requires_grad_(state.required_grad[name])
+        if name in swapped.required_grad:  # another library may have added some, as PEFT does
+            parameter.requires_grad_(swapped.required_grad[name])
     detach(model)
-    del model.esft_state
+    model_state(model).swapped = None
     return model
 
 

@@ -18,6 +18,7 @@ from esft.adapters.folder import MANIFEST, check_digest, open_manifest
 from esft.adapters.load import load_adapter
 from esft.checkpoint.digest import model_digest
 from esft.errors import InputError, first_line
+from esft.experts.model_state import once_per_model
 from esft.training.data import IGNORE, Example, Messages, collate
 from esft.training.loss import linear_cross_entropy
 
@@ -47,20 +48,20 @@ def _causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@torch.no_grad()
 def has_plain_head(model: nn.Module) -> bool:
     """Whether the logits are the last hidden states times the head's weight; some models scale, shift or cap them.
 
     Tried out on two tokens the first time, and kept on the model.
     """
-    causal_lm = _causal_lm(model)
-    kept = vars(causal_lm).get("esft_plain_head")
-    if kept is None:
-        head = causal_lm.get_output_embeddings()
-        # What PEFT puts in the head's place is no Linear, and starts out as if it were plain.
-        kept = isinstance(head, nn.Linear) and head.bias is None and _gives_products(causal_lm, head.weight)
-        causal_lm.esft_plain_head = kept
-    return kept
+    return _has_plain_head(_causal_lm(model))
+
+
+@once_per_model
+@torch.no_grad()
+def _has_plain_head(causal_lm: Any) -> bool:
+    head = causal_lm.get_output_embeddings()
+    # What PEFT puts in the head's place is no Linear, and starts out as if it were plain.
+    return isinstance(head, nn.Linear) and head.bias is None and _gives_products(causal_lm, head.weight)
 
 
 def _gives_products(causal_lm: Any, weight_VD: Tensor) -> bool:

@@ -1,0 +1,109 @@
+"""What is remembered of a model: one object, kept on it as ``model.esft_state``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esft.errors import InputError
+from esft.experts.stock_layout import Layout
+from esft.selection import ExpertSelection
+
+DEFAULT_ADAPTER = "default"  # the name of one that is loaded without a name, as in PEFT
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Swapped:
+    """What a swapped model needs to be saved, and to become the stock model again.
+
+    Attributes:
+        selection: what trains.
+        base_digest: of the weights that the model had when it was swapped.
+        layouts: module path of a layer's experts -> how the stock module lays out its weights.
+        required_grad: the stock model's ``requires_grad``, by parameter name.
+        stock: module path of a layer's experts -> the stock module, its weights taken out.
+        load_hook: what lets ``load_state_dict`` read a checkpoint's names.
+    """
+
+    selection: ExpertSelection
+    base_digest: str
+    layouts: dict[str, Layout]
+    required_grad: dict[str, bool]
+    stock: dict[str, nn.Module] = field(default_factory=dict)
+    load_hook: RemovableHandle | None = None
+
+
+@dataclass
+class Adapters:
+    """The adapters that a model holds by name.
+
+    Attributes:
+        base_digest: of the weights that all of them were trained from.
+        held: name -> selection and tensors.
+        active: the name of the one whose tensors the model has, None for the base.
+        base: the base's tensors where the active adapter has written its own, in the CPU's memory.
+    """
+
+    base_digest: str
+    held: dict[str, tuple[ExpertSelection, dict[str, Tensor]]] = field(default_factory=dict)
+    active: str | None = None
+    base: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class ModelState:
+    """Everything that is remembered of one model.
+
+    Attributes:
+        swapped: None for a stock model.
+        adapters: None where none was loaded.
+        settled: the adapters' tensors that have become a part of the base, whose own values are gone.
+        found: what functions under ``once_per_model`` have found out, by their names.
+    """
+
+    swapped: Swapped | None = None
+    adapters: Adapters | None = None
+    settled: frozenset[str] = frozenset()
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def model_state(model: nn.Module) -> ModelState:
+    """The state of a model, an empty one the first time."""
+    if "esft_state" not in vars(model):  # not getattr, with which a wrapper would seem to have its model's
+        vars(model)["esft_state"] = ModelState()
+    return vars(model)["esft_state"]
+
+
+def swapped_state(model: nn.Module) -> Swapped:
+    """Of a swapped model. Raises InputError for a stock one."""
+    if (swapped := model_state(model).swapped) is None:
+        raise InputError("the model is not swapped")
+    return swapped
+
+
+def settle_adapter(model: nn.Module) -> None:
+    """Make the adapter whose tensors the model has a part of the base; those held beside it were for another base."""
+    state = model_state(model)
+    if state.adapters is not None and state.adapters.active is not None:
+        state.settled |= state.adapters.base.keys()
+        state.adapters = None
+
+
+def once_per_model(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Let a function of a model run once for each, and keep what it returns on the model."""
+
+    @wraps(function)
+    def kept(model: nn.Module) -> Result:
+        found = model_state(model).found
+        if function.__qualname__ not in found:
+            found[function.__qualname__] = function(model)
+        return found[function.__qualname__]
+
+    return kept
