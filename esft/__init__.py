@@ -4,7 +4,7 @@ import esft.experts.transformers_backend  # noqa: F401 (importing it registers t
 from esft.adapters.load import load_adapter, set_adapter
 from esft.adapters.merge import merge
 from esft.adapters.save import save_adapter
-from esft.errors import InputError
+from esft.errors import DiskError, DivergenceError, ESFTError, InputError
 from esft.scoring.expert_scores import ExpertScores
 from esft.scoring.score import score_experts
 from esft.scoring.select import select_experts
@@ -14,6 +14,9 @@ from esft.training.config import TrainConfig
 from esft.training.loop import train
 
 __all__ = [
+    "DiskError",
+    "DivergenceError",
+    "ESFTError",
     "ExpertScores",
     "ExpertSelection",
     "InputError",

@@ -1,10 +1,22 @@
-"""The error a user can mend: bad input, named."""
+"""The errors that a user meets; each says in one line what is wrong and with which file, argument or value."""
 
 from __future__ import annotations
 
 
-class InputError(ValueError):
-    """Bad input, in one line naming the file, line, argument or value; the command prints it and exits 2."""
+class ESFTError(Exception):
+    """Any of them; the command prints it and exits with 2."""
+
+
+class InputError(ESFTError, ValueError):
+    """Bad input, which names the file, line, argument or value."""
+
+
+class DiskError(ESFTError, OSError):
+    """A disk that is full, or that fails; names the file or folder. Nothing half-written is left."""
+
+
+class DivergenceError(ESFTError, ArithmeticError):
+    """A training whose loss or gradient is no longer a number; names the step."""
 
 
 def first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from esft.errors import InputError
+from esft.errors import DiskError, ESFTError, InputError
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:
@@ -43,7 +43,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write through a temporary name and a rename. Raises InputError when the file cannot be written."""
+    """Write through a temporary name and a rename. Raises DiskError when the file cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -51,7 +51,7 @@ def write_json(path: str | Path, value: Any) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: {error.strerror or error}") from error
+        raise DiskError(f"{path}: {error.strerror or error}") from error
 
 
 def check_new_file(path: str | Path, overwrite: bool = False) -> None:
@@ -139,9 +139,9 @@ def safetensors_header(path: Path) -> dict[str, Stored]:
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended without an error.
 
-    Raises InputError when ``path`` exists and holds anything, unless ``overwrite``, when it is or holds the working
-    folder, and when the disk is full or fails in the block; the old folder stays until the new one is whole. Of a link
-    to a folder, that folder is replaced.
+    Raises InputError when ``path`` exists and holds anything, unless ``overwrite``, and when it is or holds the working
+    folder; DiskError when the disk is full or fails in the block. The old folder stays until the new one is whole. Of a
+    link to a folder, that folder is replaced.
     """
     check_new_folder(path, overwrite)
     path, working = Path(path).resolve(), Path.cwd()
@@ -173,12 +173,12 @@ def _disk_errors(path: Path, temporary: Path) -> Iterator[None]:
     """What the system says while a folder is written, in one line that names the folder or the file at fault."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a copy's error then names its source
-        raise InputError(f"{path if full else error.filename or path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise InputError(f"{path}: {error}") from error
-    except InputError as error:  # of a file in the folder, which is gone when this is read
+    except ESFTError as error:  # of a file in the folder, which is gone when this is read
         if str(temporary) not in str(error):
             raise
-        raise InputError(str(error).replace(str(temporary), str(path))) from error
+        raise type(error)(str(error).replace(str(temporary), str(path))) from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a copy's error then names its source
+        raise DiskError(f"{path if full else error.filename or path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise DiskError(f"{path}: {error}") from error

@@ -27,7 +27,7 @@ class ExpertSelection:
     chosen_by: dict[str, Any] = field(default_factory=dict, compare=False)  # not saved: goes to the adapter's manifest
 
     def save(self, path: str | Path) -> None:
-        """Write the published layout; raises InputError when the file cannot be written."""
+        """Write the published layout; raises DiskError when the file cannot be written."""
         write_json(
             path,
             {

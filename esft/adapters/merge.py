@@ -13,7 +13,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 from esft.adapters.folder import MANIFEST, AdapterWeights, adapter_weights, check_adapter, load_selection
 from esft.checkpoint.adapter_tensors import Place, Slot, adapter_slots
 from esft.checkpoint.folder import Checkpoint
-from esft.errors import InputError
+from esft.errors import DiskError, InputError
 from esft.files import Stored, check_apart, check_earlier, new_folder, write_json
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
@@ -62,7 +62,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
         overwrite: replace an earlier merge that ``out`` holds; nothing else is replaced.
 
     Raises InputError for an adapter of another base, for tensors that are missing or do not fit, for an output folder
-    that holds something already, and for a disk that does not keep what was written.
+    that holds something already; DiskError for a disk that is full or does not keep what was written.
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
     check_apart(out, base, adapter)
@@ -127,7 +127,7 @@ def _patch(stored: Stored, place: Place, where: str) -> _Patch:
 
 
 def _verify(before: Path, after: Path, patches: list[_Patch], tuned: AdapterWeights) -> None:
-    """Raise InputError unless a written file holds the tuned bytes where it should and the base's everywhere else."""
+    """Raise DiskError unless a written file holds the tuned bytes where it should and the base's everywhere else."""
     with open(before, "rb") as old, open(after, "rb") as new:
         place = 0
         for patch in [*patches, None]:
@@ -135,12 +135,12 @@ def _verify(before: Path, after: Path, patches: list[_Patch], tuned: AdapterWeig
             while place < end:
                 step = min(CHUNK, end - place)
                 if old.read(step) != new.read(step):
-                    raise InputError(f"{after.name}: reads back other bytes than were written (is the disk sound?)")
+                    raise DiskError(f"{after.name}: reads back other bytes than were written (is the disk sound?)")
                 place += step
             if patch:
                 place, size = patch.end, patch.end - patch.start
                 if new.read(size) != patch.content(old.read(size), tuned):
                     names = ", ".join(name for name, _ in patch.changes)
-                    raise InputError(f"{after.name}: tensor {names} reads back otherwise than it was written")
+                    raise DiskError(f"{after.name}: tensor {names} reads back otherwise than it was written")
         if new.read(1):
-            raise InputError(f"{after.name}: is longer than the base's file")
+            raise DiskError(f"{after.name}: is longer than the base's file")

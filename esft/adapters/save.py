@@ -23,8 +23,8 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         overwrite: replace an earlier adapter that ``path`` holds; nothing else is replaced.
 
     Raises InputError for a stock model, for a wrapped one, for one where another adapter has written what the selection
-    does not cover, where another library has exchanged modules that the selection trains, for a folder that holds
-    something already, and for a full disk; then no file is left.
+    does not cover, where another library has exchanged modules that the selection trains, and for a folder that holds
+    something already; DiskError for a full disk. Then no file is left.
     """
     check_model(model)
     state = model_state(model)

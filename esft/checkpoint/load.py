@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.checkpoint.device import compute_dtype, placement
 from esft.errors import InputError, first_line
@@ -32,6 +33,18 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
     if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise InputError(f"{path}: does not fit the memory of the GPUs ({away[0]} would be left outside)")
     return model.eval()
+
+
+def load_skeleton(path: str) -> PreTrainedModel:
+    """The model of ``load_model`` without its weights: its modules and shapes, from the configuration alone.
+
+    Raises InputError where that is missing or makes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except Exception as error:  # whatever a configuration's validators or a model's constructor say of its values
+        raise InputError(f"{path}: cannot load a model's configuration ({first_line(error)})") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

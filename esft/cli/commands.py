@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from esft.adapters.merge import merge
-from esft.checkpoint.load import load_model, load_tokenizer
+from esft.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from esft.experts.moe_layers import moe_layers
 from esft.files import check_new_file, write_json
 from esft.scoring.expert_scores import ExpertScores
@@ -32,7 +32,7 @@ def _score(args: argparse.Namespace) -> None:
     # Without a selection the swap only brings the faster experts.
     swap(model, ExpertSelection({}), args.backend)
     batches = windows(examples, args.max_length, args.batch_size)
-    scores = score_experts(model, batches, args.max_tokens)
+    scores = score_experts(model, batches, args.max_tokens, progress=not args.quiet)
     scores.save(args.out)
     print(f"scores of {len(scores.token_scores)} layers in {args.out}")
 
@@ -43,7 +43,7 @@ def _select(args: argparse.Namespace) -> None:
         check_new_file(args.plot, args.overwrite)
     scores = ExpertScores.load(args.scores)
     if args.model:
-        scores.check({layer.index: layer.num_experts for layer in moe_layers(load_model(args.model))})
+        scores.check({layer.index: layer.num_experts for layer in moe_layers(load_skeleton(args.model))})
     chosen = select_experts(scores, args.by, args.top_p)
     selection = replace(chosen, shared_experts=args.shared_experts, non_expert_modules=args.non_expert_modules)
     if args.plot:
@@ -56,8 +56,7 @@ def _select(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    settings = "method lr steps batch_size micro_batch_size max_length seed dtype backend recompute warmup_steps decay"
-    overrides = {name: getattr(args, name) for name in settings.split()}
+    overrides = {each.name: getattr(args, each.name) for each in fields(TrainConfig)}
     begun = Path(args.out) / CONFIG
     resumes = args.resume and not args.config and begun.is_file()
     config = TrainConfig.load(begun if resumes else args.config, **overrides)

@@ -7,12 +7,12 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from esft.cli.arguments import Parser, count
 from esft.cli.commands import COMMANDS
-from esft.errors import InputError
-from esft.training.config import METHODS, RECOMPUTES
-from esft_kernels.expert_mlp import BACKENDS
+from esft.errors import ESFTError
+from esft.training.config import TrainConfig
 
 
 def keep_memory() -> None:
@@ -28,6 +28,19 @@ def keep_memory() -> None:
         libc.mallopt(mmap_max, 0)
 
 
+def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Options for these settings of a training run, or for all: texts, which ``TrainConfig.load`` reads and checks."""
+    for each in fields(TrainConfig):
+        if not names or each.name in names:
+            default = f" (default {each.default})" if each.default is not None else ""
+            parser.add_argument(
+                f"--{each.name.replace('_', '-')}",
+                choices=each.metadata["choices"] or None,
+                metavar=None if each.metadata["choices"] else "X",
+                help=f"{each.metadata['text']}{default}".replace("%", "%%"),
+            )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="esft", description="Expert-Specialized Fine-Tuning of MoE models")
     stages = parser.add_subparsers(required=True, dest="stage", metavar="stage")
@@ -35,26 +48,24 @@ def _parser() -> argparse.ArgumentParser:
     def stage(name: str, text: str) -> argparse.ArgumentParser:
         return stages.add_parser(name, help=text, description=text)
 
-    def common(sub: argparse.ArgumentParser, max_length: int | None = 4096, batch_size: int | None = 32) -> None:
+    def common(sub: argparse.ArgumentParser, batch_size: int) -> None:
         sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
-        dtype = "auto is the checkpoint's, or float32 on a CPU without bf16 arithmetic"
-        sub.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), help=dtype)
-        sub.add_argument("--backend", choices=BACKENDS, help="of the experts")
-        sub.add_argument("--max-length", type=count, default=max_length, metavar="TOKENS")
-        sub.add_argument("--batch-size", type=count, default=batch_size)
+        add_settings(sub, "dtype", "backend")
+        sub.set_defaults(dtype="auto", backend="auto")
+        sub.add_argument("--max-length", type=count, default=4096, metavar="TOKENS")
+        sub.add_argument("--batch-size", type=count, default=batch_size, metavar="RECORDS")
 
     def inference(sub: argparse.ArgumentParser) -> None:
         common(sub, batch_size=64)
-        sub.set_defaults(dtype="auto", backend="auto")
         sub.add_argument("--adapter", help="adapter folder, ESFT's or PEFT's")
 
     sub = stage("score", "measure which experts a task uses")
     common(sub, batch_size=1)
-    sub.set_defaults(dtype="auto", backend="auto")
     sub.add_argument("--data", required=True, help="JSONL chat records")
     sub.add_argument("--out", required=True, help="score file (summary.json layout)")
-    sub.add_argument("--max-tokens", type=count, default=131_072)
+    sub.add_argument("--max-tokens", type=count, default=131_072, help="stop after so many (default 131,072)")
     sub.add_argument("--overwrite", action="store_true")
+    sub.add_argument("--quiet", action="store_true")
 
     sub = stage("select", "choose the experts to train from their scores")
     sub.add_argument("--scores", required=True)
@@ -68,20 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true")
 
     sub = stage("train", "fine-tune on chat records")
-    common(sub, max_length=None, batch_size=None)
+    sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
     sub.add_argument("--data", required=True, help="JSONL chat records")
     sub.add_argument("--eval-data", help="JSONL chat records whose loss is watched")
     sub.add_argument("--experts", help="selection file, for method esft")
     sub.add_argument("--out", required=True, help="run folder")
     sub.add_argument("--config", help="YAML settings; the arguments here override it")
-    sub.add_argument("--method", choices=METHODS)
-    sub.add_argument("--micro-batch-size", type=int, metavar="RECORDS", help="that go through the model together")
-    sub.add_argument("--recompute", choices=RECOMPUTES, help="keep less and compute more: of frozen experts, of layers")
-    sub.add_argument("--lr", type=float)
-    sub.add_argument("--steps", type=int)
-    sub.add_argument("--warmup-steps", type=int)
-    sub.add_argument("--decay", type=float, metavar="SHARE")
-    sub.add_argument("--seed", type=int)
+    add_settings(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
     sub.add_argument("--quiet", action="store_true")
@@ -116,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         COMMANDS[args.stage](args)
-    except InputError as error:
+    except ESFTError as error:
         print(f"esft: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -81,6 +81,11 @@ def model_state(model: nn.Module) -> ModelState:
     return vars(model)["esft_state"]
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile`` has wrapped, or the model itself."""
+    return model._modules.get("_orig_mod") or model
+
+
 def swapped_state(model: nn.Module) -> Swapped:
     """Of a swapped model. Raises InputError for a stock one."""
     if (swapped := model_state(model).swapped) is None:

@@ -28,7 +28,7 @@ class ExpertScores:
     gate_scores: Scores
 
     def save(self, path: str | Path) -> None:
-        """Write the published layout; raises InputError when the file cannot be written."""
+        """Write the published layout; raises DiskError when the file cannot be written."""
         write_json(path, {"token_scores": _to_json(self.token_scores), "gate_scores": _to_json(self.gate_scores)})
 
     @classmethod

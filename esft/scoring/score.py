@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
@@ -39,7 +40,10 @@ class _Watched(Exception):
 
 @torch.no_grad()
 def score_experts(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], max_tokens: int = 131_072
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    max_tokens: int = 131_072,
+    progress: bool = False,
 ) -> ExpertScores:
     """Run the model over a task's data and count which experts its tokens go to.
 
@@ -47,6 +51,7 @@ def score_experts(
         model: stock or swapped; left as it was.
         batches: dicts with ``input_ids`` [B, L] and optionally ``attention_mask`` [B, L]; masked positions never count.
         max_tokens: stop after this many tokens (the paper's 32 x 4096).
+        progress: show a bar, in tokens.
 
     Scores are token means per layer, as in the published score files. What the router applies to its logits is told
     from the weights that it makes of them (see ``esft.routers``), or is known of the family; one expert a token tells
@@ -67,6 +72,7 @@ def score_experts(
         if calls == last:
             raise _Watched
 
+    bar = tqdm(total=max_tokens, desc="score", disable=not progress, unit="token")
     try:
         for batch in batches:
             input_ids = batch["input_ids"].to(model.device)
@@ -77,10 +83,13 @@ def score_experts(
             with suppress(_Watched), watch_routers(model, keep_T, count):
                 model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
             last, calls = calls, 0
-            seen += int(keep_T.sum())
+            kept = int(keep_T.sum())
+            seen += kept
+            bar.update(kept)
             if seen >= max_tokens:
                 break
     finally:
+        bar.close()
         model.train(was_training)
     if seen == 0:
         raise InputError("no tokens to score: the data set is empty")

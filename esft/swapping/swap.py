@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from esft.checkpoint.digest import model_digest
 from esft.errors import InputError
 from esft.experts.experts import Experts
-from esft.experts.model_state import DEFAULT_ADAPTER, Swapped, model_state, settle_adapter, swapped_state
+from esft.experts.model_state import DEFAULT_ADAPTER, Swapped, model_state, settle_adapter, swapped_state, uncompiled
 from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, trained_parameters
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
@@ -91,11 +91,12 @@ def thaw(model: PreTrainedModel) -> PreTrainedModel:
     ``swap`` does this. It is for after another library has frozen the model, as PEFT does around its own weights.
     Raises InputError for a stock model.
     """
-    selection = swapped_state(model).selection
-    layers = moe_layers(model)
+    inner = uncompiled(model)
+    selection = swapped_state(inner).selection
+    layers = moe_layers(inner)
     of_experts = {p for layer in layers for p in routed_parameters(layer)}
     shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
-    for parameter in model.parameters():
+    for parameter in inner.parameters():
         trains = selection.shared_experts if parameter in shared else selection.non_expert_modules
         if trains and parameter not in of_experts:
             parameter.requires_grad_()
@@ -122,8 +123,9 @@ def _warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None
 @torch.no_grad()
 def unswap(model: PreTrainedModel) -> PreTrainedModel:
     """Put the stock experts back, in place, with the tuned weights inside. Raises InputError for a stock model."""
-    swapped = swapped_state(model)
-    layers = moe_layers(model)
+    inner = uncompiled(model)
+    swapped = swapped_state(inner)
+    layers = moe_layers(inner)
     while layers:
         layer = layers.pop()  # and no other reference: the pools go before the next layer's weights are made
         if isinstance(layer.experts, Experts):
@@ -131,11 +133,11 @@ def unswap(model: PreTrainedModel) -> PreTrainedModel:
             _set_weights(stock, swapped.layouts[layer.name], layer.experts.stacked())
             stock.train(layer.experts.training)
             setattr(layer.block, layer.attribute, stock)
-    for name, parameter in model.named_parameters():
+    for name, parameter in inner.named_parameters():
         if name in swapped.required_grad:  # another library may have added some, as PEFT does
             parameter.requires_grad_(swapped.required_grad[name])
-    detach(model)
-    model_state(model).swapped = None
+    detach(inner)
+    model_state(inner).swapped = None
     return model
 
 

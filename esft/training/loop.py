@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from esft.checkpoint.device import peak_memory, peak_rss
 from esft.checkpoint.digest import model_digest
 from esft.checkpoint.load import load_model, load_tokenizer
-from esft.errors import InputError
+from esft.errors import DivergenceError, InputError
 from esft.files import check_apart
 from esft.selection import ExpertSelection
 from esft.training.balance import balance_losses
@@ -80,7 +80,8 @@ def train(
             ``steps`` may differ.
         overwrite: replace a run that ``out`` holds.
 
-    Raises InputError, before anything is written, for bad input of any kind.
+    Raises InputError, before anything is written, for bad input of any kind; DivergenceError for a loss or a gradient
+    that is no number; DiskError for a full disk.
     """
     folder = RunFolder(out)
     check_apart(out, model_path, data, *([eval_data] if eval_data else []))
@@ -181,7 +182,7 @@ class _Loop:
         rate = self.config.rate(step - 1)
         norm = self.optimizer.step(rate)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate")
+            raise DivergenceError(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate")
         count = sum(len(record.ids) for record in records)
         self.losses.append(loss)
         self.tokens += count
