@@ -5,7 +5,7 @@ RUN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 THP_MEM_ALLOC_ENAB
 CONSTRAINTS := tools/constraints.txt
 DATA := build/home_assistant
 
-.PHONY: test test-fast mutants lint demo compare clean
+.PHONY: test test-fast mutants lint fmt kernels bench demo compare clean
 
 # T: a test file or folder; all where it is left out.
 test: .venv/installed lint
@@ -22,6 +22,17 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+fmt: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# Every Triton kernel through the real compiler, for GPUs that need not be there; hours for all: OPTIONS="--targets sm_90".
+kernels: .venv/installed
+	.venv/bin/python -m tools.compile_kernels $(OPTIONS)
+
+bench: .venv/installed
+	$(RUN) -m benchmarks layer $(OPTIONS)
 
 demo: .venv/installed $(DATA)/test.jsonl
 	$(RUN) -m examples.demo --data $(DATA) --out build/demo
