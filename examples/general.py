@@ -17,10 +17,10 @@ from pathlib import Path
 from random import Random
 
 from esft.training.data import Example, Messages, encode
-from tools.pretrain.instruction_words import Lexicon
-from tools.pretrain.instructions import record
+from examples.pretrain.instruction_words import Lexicon
+from examples.pretrain.instructions import record
 
-# Not in tools/pretrain/corpus.py's CODE.
+# Not in examples/pretrain/corpus.py's CODE.
 CODE = ("absl", "accelerate", "h11", "peft", "pyparsing", "safetensors", "tqdm", "yaml")
 PIECE, PIECES, INSTRUCTIONS = 1500, 60, 200  # characters of a text, texts of a part, instruction records
 

@@ -1,4 +1,4 @@
-"""Imports run one way (docs/architecture.md): esft -> esft_kernels, and within both from a folder to those before it."""
+"""Imports run one way (docs/architecture.md): esft -> esft_kernels; in both, from a folder to those before it."""
 
 import ast
 import sys

@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from tools.pretrain.instruction_domains import GRAMMAR
-from tools.pretrain.instructions import (
+from examples.pretrain.instruction_domains import GRAMMAR
+from examples.pretrain.instructions import (
     JSON_KINDS,
     KINDS,
     WEIGHTS,

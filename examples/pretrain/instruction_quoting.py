@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 
-from tools.pretrain.instruction_kinds import kind, mixed
-from tools.pretrain.instruction_words import number_words, pick, piece, word
+from examples.pretrain.instruction_kinds import kind, mixed
+from examples.pretrain.instruction_words import number_words, pick, piece, word
 
 
 def _items(rng, lex, low: int, high: int) -> list[str]:

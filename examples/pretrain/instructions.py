@@ -11,11 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tools.pretrain import instruction_knowledge as _knowledge  # noqa: F401  registers its kinds
-from tools.pretrain import instruction_quoting as _quoting  # noqa: F401  registers its kinds
-from tools.pretrain.instruction_domains import DOMAINS, FIELDS, Domain, Request, request
-from tools.pretrain.instruction_kinds import KINDS, WEIGHTS, kind, mixed
-from tools.pretrain.instruction_words import Lexicon, capital, encode, pick, printable_tokens, word
+from examples.pretrain import instruction_knowledge as _knowledge  # noqa: F401  registers its kinds
+from examples.pretrain import instruction_quoting as _quoting  # noqa: F401  registers its kinds
+from examples.pretrain.instruction_domains import DOMAINS, FIELDS, Domain, Request, request
+from examples.pretrain.instruction_kinds import KINDS, WEIGHTS, kind, mixed
+from examples.pretrain.instruction_words import Lexicon, capital, encode, pick, printable_tokens, word
 
 __all__ = ["KINDS", "WEIGHTS", "Lexicon", "probe_json", "probe_repeat", "probes", "record"]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tools.pretrain import parsers
+from examples.pretrain import parsers
 
 # FreeDict pair -> (name of the languages, corpus domain whose words tell common translations from rare ones)
 PAIRS = {

@@ -1,6 +1,6 @@
 """Measure the pretrained model and write its model card and loss curve.
 
-    python -m tools.pretrain.card --work DIR --model examples/tiny-moe
+    python -m examples.pretrain.card --work DIR --model examples/tiny-moe
 
 Needs the corpus's held-out documents, so it runs where the model was trained.
 """
@@ -21,9 +21,9 @@ from esft.checkpoint.load import load_model, load_tokenizer
 from esft.training.data import Example, encode_all, windows
 from esft.training.evaluate import exact_match, mean_loss
 from esft.training.report import table
-from tools.pretrain import data
-from tools.pretrain.instruction_words import Lexicon
-from tools.pretrain.instructions import KINDS, probes
+from examples.pretrain import data
+from examples.pretrain.instruction_words import Lexicon
+from examples.pretrain.instructions import KINDS, probes
 
 LENGTH = 512
 PROBES = 200
@@ -133,7 +133,7 @@ def main() -> None:
 
 A small Mixture-of-Experts language model to try fine-tuning on: {parameters / 1e6:.1f}M parameters in the DeepSeek-V2
 architecture, {mean_share.shape[0]} MoE layers of {experts} routed experts and one shared, top-4, bf16. It loads with plain
-`AutoModelForCausalLM.from_pretrained`. It was trained from scratch on a CPU by `tools/pretrain`, which fetches the corpus, and
+`AutoModelForCausalLM.from_pretrained`. It was trained from scratch on a CPU by `examples/pretrain`, which fetches the corpus, and
 it knows what {last["tokens"] / 1e6:.0f} million tokens teach: formats and copying, some language, no facts worth having.
 
 ## Training
@@ -147,7 +147,7 @@ held-out (text, instructions): {next(m["heldout"] for m in reversed(metrics) if 
 
 ## Corpus and held-out bits per byte
 
-Documents were split off by hash before training. Instructions ({len(KINDS)} kinds, `tools/pretrain/instructions.py`) are generated,
+Documents were split off by hash before training. Instructions ({len(KINDS)} kinds, `examples/pretrain/instructions.py`) are generated,
 and share nothing with the tasks of `examples/`.
 
 {table(rows)}

@@ -1,4 +1,4 @@
-"""Fetch and clean the pre-training corpus: `python -m tools.pretrain.corpus --work DIR`.
+"""Fetch and clean the pre-training corpus: `python -m examples.pretrain.corpus --work DIR`.
 
 Everything comes from Debian packages (through apt, extracted below DIR, nothing installed) and from the running
 Python. Writes DIR/text/<domain>.{train,heldout}.jsonl, DIR/text/sources.json and DIR/lexicon/. A domain whose
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.pretrain import parsers
-from tools.pretrain.lexicon import PAIRS, build_lexicon, translations
-from tools.pretrain.parsers import Document
+from examples.pretrain import parsers
+from examples.pretrain.lexicon import PAIRS, build_lexicon, translations
+from examples.pretrain.parsers import Document
 
 MIN_CHARS, MAX_CHARS = 200, 8000
 HELDOUT_PERCENT = 2

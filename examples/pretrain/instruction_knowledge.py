@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from tools.pretrain.instruction_kinds import kind, mixed, sentence
-from tools.pretrain.instruction_words import (
+from examples.pretrain.instruction_kinds import kind, mixed, sentence
+from examples.pretrain.instruction_words import (
     CITIES,
     COLORS,
     DAYS,

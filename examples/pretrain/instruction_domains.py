@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from tools.pretrain.instruction_words import (
+from examples.pretrain.instruction_words import (
     ANIMALS,
     CITIES,
     COLORS,

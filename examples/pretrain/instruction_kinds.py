@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from tools.pretrain.instruction_words import (
+from examples.pretrain.instruction_words import (
     ANIMALS,
     CITIES,
     COLORS,

@@ -1,7 +1,7 @@
 """Turn what a Debian package or a Python installation ships into plain-text documents.
 
 Every parser takes the folder that a package was extracted into and yields `Document`s; lengths, duplicates,
-caps and the train/held-out split are the business of `tools.pretrain.corpus`.
+caps and the train/held-out split are the business of `examples.pretrain.corpus`.
 """
 
 import gzip

@@ -1,6 +1,6 @@
 """Train the small DeepSeek-V2 base model on two cores, with this project's own experts.
 
-    python -m tools.pretrain.pretrain --work DIR --tokens 32e6     resumes where it stopped; writes DIR/run/
+    python -m examples.pretrain.pretrain --work DIR --tokens 32e6     resumes where it stopped; writes DIR/run/
 
 Two stages in one run: text with some instruction records, then mostly instruction records while the learning rate
 falls. Weights are bf16 with fp32 masters; hidden matrices train with Muon, the rest with AdamW.
@@ -25,8 +25,8 @@ from transformers import AttentionInterface, DeepseekV2Config, DeepseekV2ForCaus
 
 from esft.experts.experts import Experts
 from esft.training.loss import linear_cross_entropy
-from tools.pretrain import data
-from tools.pretrain.muon import Muon
+from examples.pretrain import data
+from examples.pretrain.muon import Muon
 
 TOKENS_PER_STEP = 8192
 STAGE_TWO = 0.62  # share of the steps before the second stage, and the start of the learning rate's fall

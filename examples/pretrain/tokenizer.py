@@ -1,6 +1,6 @@
 """The small model's tokenizer: byte-level BPE trained on the corpus, with a chat template.
 
-python -m tools.pretrain.tokenizer --work DIR      writes DIR/tokenizer/
+python -m examples.pretrain.tokenizer --work DIR      writes DIR/tokenizer/
 """
 
 from __future__ import annotations
