@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.shapes import LayerShape
-from esft_kernels.tiles import Op, Tiles, choose_tiles
+from esft_kernels.triton_ops.tiles import Op, Tiles, choose_tiles
 
 SIZE = 2  # bytes of a bf16 element
 

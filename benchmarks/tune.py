@@ -10,19 +10,15 @@ import itertools
 import json
 import os
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
-from unittest.mock import patch
 
 import torch
 
 from benchmarks import layer, peers
 from benchmarks.shapes import LayerShape
-from esft_kernels import tiles
-from esft_kernels.tiles import Op, Tiles
+from esft_kernels.triton_ops.tiles import Op, Tiles, choose_tiles, chosen_by, tile_key
 
 MAX_ACCUMULATORS = 128  # fp32 registers of a thread's 255 that a tile may take for its sums
 
@@ -43,26 +39,22 @@ def candidates(first: Tiles, op: Op) -> list[Tiles]:
     return [first, *(t for t in found if t != first)]
 
 
-@contextmanager
-def _using(table: dict[str, Tiles]) -> Iterator[None]:
-    with patch.object(tiles, "tuned", lambda: table):
-        yield
+def _using(table: dict[str, Tiles]) -> AbstractContextManager[None]:
+    """Inside, the tiles of a table where it has the key, else those that would be chosen anyway."""
+    return chosen_by(lambda *asked: table.get(tile_key(*asked)) or choose_tiles(*asked))
 
 
 def _asked(step, problem) -> dict[str, tuple[Op, Tiles]]:
-    """What the step asks of the table: key -> operation and the choice."""
-    asked: dict[str, tuple[Op, Tiles]] = {}
-    real = tiles.choose_tiles
+    """What the step asks for: key -> operation and the choice."""
+    found: dict[str, tuple[Op, Tiles]] = {}
 
     def choose(arch, dtype, op, rows, features):
-        choice = real(arch, dtype, op, rows, features)
-        asked[tiles.tile_key(arch, dtype, op, rows, features)] = (op, choice)
-        return choice
+        found[tile_key(arch, dtype, op, rows, features)] = op, choose_tiles(arch, dtype, op, rows, features)
+        return found[tile_key(arch, dtype, op, rows, features)][1]
 
-    with _using({}), patch.object(tiles, "choose_tiles", choose):
+    with chosen_by(choose):
         step.run(problem)
-    assert {op for op, _ in asked.values()} <= set(get_args(Op))
-    return asked
+    return found
 
 
 def run(

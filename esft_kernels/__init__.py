@@ -1,0 +1,26 @@
+"""The routed experts of a Mixture-of-Experts layer: all forward, weight gradients of the trained ones only."""
+
+from esft_kernels.activation import Activation
+from esft_kernels.backend import Gradients, Needs
+from esft_kernels.backends.resolve import BACKENDS, resolve_backend
+from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp
+from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
+from esft_kernels.routed_mlp import routed_mlp
+from esft_kernels.routing import Routing, expert_order, route
+
+__all__ = [
+    "BACKENDS",
+    "RECOMPUTE",
+    "Activation",
+    "ExpertPools",
+    "ExpertWeights",
+    "Gradients",
+    "Needs",
+    "Routing",
+    "expert_mlp",
+    "expert_order",
+    "resolve_backend",
+    "route",
+    "routed_mlp",
+    "split_pools",
+]

@@ -2,60 +2,59 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .activation import Activation
-from .pools import ExpertPools, ExpertWeights, Needs
-from .routing import Routing
+from esft_kernels.activation import Activation
+from esft_kernels.backend import Backend, Needs
+from esft_kernels.backends.resolve import resolve_backend
+from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.routing import Routing
 
-BACKENDS = ("auto", "triton", "cpu", "cpu_packed", "reference")
 RECOMPUTE = ("none", "frozen")
 ALIGNMENT = 16  # bytes, of the widest load
 
 
-def resolve_backend(backend: str, device: torch.device) -> ModuleType:
-    """The module that computes ``forward`` and ``backward`` on this device.
+def run_forward(
+    x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, backend: Backend, keep: str
+) -> tuple[Tensor, Tensor]:
+    """The output, and for the backward H of ``keep``: "all" rows, the "prefix" or "none"."""
+    rows = {"all": routing.num_rows, "none": 0}.get(keep)
+    rows = routing.prefix_rows() if rows is None else rows
+    return backend.forward(aligned(x_TD), aligned(weights_TK), pools, routing, rows)
 
-    ``auto`` is Triton on a GPU and the CPU path elsewhere; ``cpu_packed`` is a faster CPU path that takes three times
-    the frozen weights' memory. Raises ValueError for a name that is not a backend and for a backend that cannot run on
-    the device.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto":
-        backend = "cpu" if device.type == "cpu" else "triton"
-    if backend.startswith("cpu") and device.type != "cpu":
-        raise ValueError(f"backend {backend!r} computes on CPU tensors, got tensors on {device}")
-    if backend == "cpu_packed" and not torch.backends.mkldnn.is_available():
-        raise ValueError("backend 'cpu_packed' needs a PyTorch with oneDNN, which this one is not")
-    if backend == "triton":
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("backend 'triton' on CPU tensors needs TRITON_INTERPRET=1 set before Python starts")
-        try:
-            return importlib.import_module(".triton_backend", __package__)
-        except ModuleNotFoundError as error:
-            if error.name != "triton":
-                raise
-            raise ValueError("backend 'triton' needs the triton package, which is not installed here") from error
-    return importlib.import_module(f".{backend}", __package__)
+
+def run_backward(
+    grad_out_TD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    h_NG: Tensor,
+    pools: ExpertPools,
+    routing: Routing,
+    backend: Backend,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the routing weights and the trained pool's four tensors, None where there is none."""
+    x_TD, weights_TK = aligned(x_TD), aligned(weights_TK)
+    if needs.all_rows and h_NG.shape[0] < routing.num_rows:
+        h_NG = backend.rebuild(x_TD, h_NG, pools, routing)
+    grads = backend.backward(aligned(grad_out_TD), x_TD, h_NG, weights_TK, pools, routing, needs)
+    return grads.x_TD, grads.weights_TK, *(grads.trained.tensors() if grads.trained is not None else (None,) * 4)
+
+
+def rows_to_keep(needs: Needs, recompute: str) -> str:
+    """Of which rows the backward wants H; without gradients for x and the routing weights it reads the prefix only."""
+    return "all" if needs.all_rows and recompute == "none" else "prefix" if needs.all_rows or needs.trained else "none"
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, routing, layout, backend, recompute, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
-        pools = _pools(layout, tensors)
-        ctx.needs = Needs(
-            x=ctx.needs_input_grad[0], weights=ctx.needs_input_grad[1], trained=any(ctx.needs_input_grad[6:10])
-        )
-        # Without gradients for x and the routing weights, the backward reads the prefix only.
-        keep_all = ctx.needs.all_rows and recompute == "none"
-        out, h = backend.forward(x, weights, pools, routing, routing.num_rows if keep_all else routing.prefix_rows())
+        pools, wanted = _pools(layout, tensors), ctx.needs_input_grad
+        ctx.needs = Needs(x=wanted[0], weights=wanted[1], trained=any(wanted[6:10]))
+        out, h = run_forward(x, weights, pools, routing, backend, rows_to_keep(ctx.needs, recompute))
         ctx.save_for_backward(
             x, weights, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1, *tensors
         )
@@ -66,12 +65,9 @@ class _ExpertMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weights, h, *saved = ctx.saved_tensors
-        routing, pools, needs = Routing(*saved[:4], ctx.num_trained), _pools(ctx.layout, saved[4:]), ctx.needs
-        if needs.all_rows and h.shape[0] < routing.num_rows:
-            h = ctx.backend.rebuild(x, h, pools, routing)
-        grads = ctx.backend.backward(aligned(grad_out), x, h, weights, pools, routing, needs)
-        trained = grads.trained.tensors() if grads.trained is not None else (None,) * 4
-        return grads.x_TD, grads.weights_TK, None, None, None, None, *trained, None, None, None, None
+        routing, pools = Routing(*saved[:4], ctx.num_trained), _pools(ctx.layout, saved[4:])
+        grad_x, grad_weights, *trained = run_backward(grad_out, x, weights, h, pools, routing, ctx.backend, ctx.needs)
+        return grad_x, grad_weights, None, None, None, None, *trained, None, None, None, None
 
 
 def _pools(layout: tuple[Activation, bool], tensors: Sequence[Tensor]) -> ExpertPools:

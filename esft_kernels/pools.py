@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .activation import Activation
+from esft_kernels.activation import SWIGLU, Activation
+from esft_kernels.routing import expert_order
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ExpertPools:
 
     trained: ExpertWeights
     frozen: ExpertWeights
-    activation: Activation = Activation()
+    activation: Activation = SWIGLU
     interleaved: bool = False
 
     @property
@@ -75,24 +77,19 @@ class ExpertPools:
         return gate, up
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients a backward pass must compute."""
+def split_pools(
+    weights: ExpertWeights, trained: Sequence[int], activation: Activation = SWIGLU, interleaved: bool = False
+) -> ExpertPools:
+    """Pools with copies of stacked weights, which are ordered by expert id.
 
-    x: bool
-    weights: bool
-    trained: bool
+    Args:
+        weights: of all E experts.
+        trained: ids of the trained pool, in its order.
 
-    @property
-    def all_rows(self) -> bool:
-        """Whether frozen rows take part in the backward at all."""
-        return self.x or self.weights
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What a backward pass returns; None where it was not needed."""
-
-    x_TD: Tensor | None
-    weights_TK: Tensor | None
-    trained: ExpertWeights | None
+    Raises ValueError for an id that is repeated or out of range.
+    """
+    order, s = expert_order(list(trained), len(weights.down_EDF)), len(trained)
+    pools = (
+        ExpertWeights(*(None if t is None else t[ids] for t in weights.tensors())) for ids in (order[:s], order[s:])
+    )
+    return ExpertPools(*pools, activation, interleaved)

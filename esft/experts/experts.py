@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from esft_kernels.activation import Activation
-from esft_kernels.opaque import routed_mlp
+from esft_kernels.activation import SWIGLU, Activation
 from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.routed_mlp import routed_mlp
 from esft_kernels.routing import expert_order
-
-SWIGLU = Activation()
 
 PROJECTIONS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
@@ -26,8 +24,8 @@ class Experts(nn.Module):
         gate_up: [E, G, D] gate and up projections, G = 2F; of experts without a gate the up projections, G = F.
         down: [E, D, F] down projections.
         trained: ids of the experts to train, in any order; they become the first rows of the trained pool.
-        backend: one of ``esft_kernels.expert_mlp.BACKENDS``.
-        recompute: one of ``esft_kernels.expert_mlp.RECOMPUTE``.
+        backend: one of ``esft_kernels.BACKENDS``.
+        recompute: one of ``esft_kernels.RECOMPUTE``.
         gate_up_bias, down_bias: [E, G] and [E, D], both or neither.
         activation: what is computed between the projections.
         interleaved: whether the rows of ``gate_up`` are (gate, up) in turn; else all gates come before all ups.

@@ -16,7 +16,8 @@ from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, tra
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import attach, detach
-from esft_kernels.expert_mlp import RECOMPUTE, resolve_backend
+from esft_kernels.backends.resolve import resolve_backend
+from esft_kernels.expert_mlp import RECOMPUTE
 
 
 def swap(
@@ -37,7 +38,7 @@ def swap(
     Args:
         model: a stock transformers model.
         selection: what trains; an empty one only brings the faster experts.
-        backend: one of ``esft_kernels.expert_mlp.BACKENDS``.
+        backend: one of ``esft_kernels.BACKENDS``.
         recompute: ``frozen`` keeps the pre-activations of the trained experts only, and makes the others again in the
             backward: less memory for one more up projection.
 

@@ -3,6 +3,7 @@ import torch
 
 pytest.importorskip("triton")
 from esft_kernels.bias_dot import bias_dot
+
 from tests.esft_kernels.layers import TOLERANCE, assert_close, make_layer, poison_empty
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,6 +5,7 @@ from esft_kernels import reference
 
 pytest.importorskip("triton")
 from esft_kernels.bias_grad import bias_grad
+
 from tests.esft_kernels.layers import TOLERANCE, assert_close, make_layer, poison_empty
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

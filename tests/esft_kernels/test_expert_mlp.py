@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from esft_kernels.cpu import rounded
 
 from esft_kernels import reference
-from esft_kernels.cpu import rounded
 from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp, resolve_backend
 from esft_kernels.pools import ExpertPools, ExpertWeights, Needs
 from esft_kernels.routing import Routing

@@ -6,9 +6,9 @@ from esft_kernels.pools import Needs
 
 pytest.importorskip("triton")
 import triton.language as tl
+from esft_kernels.grad_gemm import grad_gemm
 
 from esft_kernels import grad_gemm as op
-from esft_kernels.grad_gemm import grad_gemm
 from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, Layer, assert_close, h_columns, make_layer, poison_empty
 
 NEEDS = [Needs(*map(bool, bits)) for bits in ((1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 1, 0), (0, 0, 1))]

@@ -5,6 +5,7 @@ from esft_kernels import reference
 
 pytest.importorskip("triton")
 from esft_kernels.grouped_gemm import grouped_gemm
+
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 
 COUNTS = [17, 0, 16, 5, 1, 33]  # two tiles, none, exactly one, part of one, one row, three tiles

@@ -4,8 +4,9 @@ import torch
 from esft_kernels import reference
 
 pytest.importorskip("triton")
-from esft_kernels import grouped_wgrad as op
 from esft_kernels.grouped_wgrad import grouped_wgrad
+
+from esft_kernels import grouped_wgrad as op
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

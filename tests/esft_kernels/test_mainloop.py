@@ -2,8 +2,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from esft_kernels import tiles
 from esft_kernels.mainloop import block_of, precision, wide
+
+from esft_kernels import tiles
 
 
 def test_64_bit_offsets_from_the_first_element_that_32_bits_do_not_reach():

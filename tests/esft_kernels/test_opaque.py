@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from esft_kernels.opaque import routed_mlp
+
 from esft_kernels.routing import expert_order
 from tests.esft_kernels.layers import ACTIVATIONS, assert_close, make_layer
 

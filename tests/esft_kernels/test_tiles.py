@@ -4,7 +4,6 @@ from typing import get_args
 
 import pytest
 import torch
-
 from esft_kernels.tiles import (
     DTYPES,
     Op,

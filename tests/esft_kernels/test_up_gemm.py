@@ -5,9 +5,9 @@ from esft_kernels import reference
 
 pytest.importorskip("triton")
 import triton.language as tl
+from esft_kernels.up_gemm import up_gemm
 
 from esft_kernels import up_gemm as op
-from esft_kernels.up_gemm import up_gemm
 from tests.esft_kernels.layers import (
     ACTIVATIONS,
     TOLERANCE,

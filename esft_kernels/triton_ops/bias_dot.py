@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mainloop import block_of, expert_of, find_row_tile
-from .pools import ExpertPools
-from .routing import Routing
-from .tiles import max_row_tiles
+from esft_kernels.pools import ExpertPools
+from esft_kernels.routing import Routing
+from esft_kernels.triton_ops.mainloop import block_of, expert_of, find_row_tile
+from esft_kernels.triton_ops.tiles import max_row_tiles
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 32, 128
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activation import Activation
-from .expert_mlp import aligned, expert_mlp, resolve_backend
-from .pools import ExpertPools, ExpertWeights, Needs
-from .routing import Routing, route
+from esft_kernels.activation import Activation
+from esft_kernels.backend import Needs
+from esft_kernels.backends.resolve import resolve_backend
+from esft_kernels.expert_mlp import expert_mlp, rows_to_keep, run_backward, run_forward
+from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.routing import Routing, route
 
 _POOLS = ", ".join(
     f"Tensor {pool}_gate_up, Tensor {pool}_down, Tensor? {pool}_gate_up_bias, Tensor? {pool}_down_bias"
@@ -41,9 +43,11 @@ def routed_mlp(
     a = pools.activation
     settings = (a.kind, a.gated, a.slope, a.limit, a.up_offset, pools.interleaved, backend, elsewhere)
     tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
-    all_rows = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in pools.trained.tensors())
-    keep = "all" if all_rows and recompute == "none" else "prefix" if all_rows or trains else "none"
+    trains = any(t is not None and t.requires_grad for t in pools.trained.tensors())
+    needs = Needs(
+        *(torch.is_grad_enabled() and want for want in (x_TD.requires_grad, weights_TK.requires_grad, trains))
+    )
+    keep = rows_to_keep(needs, recompute)
     return torch.ops.esft.routed_mlp(x_TD, top_k_index_TK, weights_TK, position_E, *tensors, *settings, keep)[0]
 
 
@@ -64,10 +68,7 @@ def _forward(x, index, weights, position, *rest):
     tensors, settings, keep = rest[:_POOL_TENSORS], rest[_POOL_TENSORS:-1], rest[-1]
     pools = _pools(tensors, settings)
     routing = route(index, position, pools.num_trained, settings[-1])
-    rows = {"all": routing.num_rows, "none": 0}.get(keep)
-    rows = routing.prefix_rows() if rows is None else rows
-    backend = resolve_backend(settings[-2], x.device)
-    out, h = backend.forward(aligned(x), aligned(weights), pools, routing, rows)
+    out, h = run_forward(x, weights, pools, routing, resolve_backend(settings[-2], x.device), keep)
     return out, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1
 
 
@@ -91,15 +92,10 @@ def _backward(grad_out, x, weights, h, token, slot, row, offsets, *rest):
     tensors, settings, needs = rest[:_POOL_TENSORS], rest[_POOL_TENSORS:-1], Needs(*rest[-1])
     pools = _pools(tensors, settings)
     routing = Routing(token, slot, row, offsets, pools.num_trained)
-    x, weights = aligned(x), aligned(weights)
     backend = resolve_backend(settings[-2], x.device)
-    if needs.all_rows and h.shape[0] < routing.num_rows:
-        h = backend.rebuild(x, h, pools, routing)
-    grads = backend.backward(aligned(grad_out), x, h, weights, pools, routing, needs)
-    trained = grads.trained.tensors() if grads.trained is not None else (None,) * 4
-    found = (grads.x_TD, grads.weights_TK, *trained)
+    found = run_backward(grad_out, x, weights, h, pools, routing, backend, needs)
     # As the compiler was told: in the inputs' strides, whatever the backend gives them.
-    inputs = (x, weights, *tensors[:4])
+    inputs = (x.contiguous(), weights.contiguous(), *tensors[:4])
     return tuple(
         x.new_empty(0) if g is None else torch.empty_like(i).copy_(g) if g.stride() != i.stride() else g
         for g, i in zip(found, inputs, strict=True)

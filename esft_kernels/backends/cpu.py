@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pools import ExpertPools, ExpertWeights, Gradients, Needs
-from .routing import Routing
+from esft_kernels.backend import Gradients, Needs
+from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.routing import Routing
 
 CACHE = 2 << 20  # bytes that one group's rows may take: what a core's second cache, or its share of the last, holds
 

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gate import activate, constants
-from .mainloop import (
+from esft_kernels.pools import ExpertPools
+from esft_kernels.triton_ops.gate import activate, constants
+from esft_kernels.triton_ops.mainloop import (
     block_of,
     expert_of,
     find_tile,
@@ -20,9 +21,8 @@ from .mainloop import (
     row_offsets,
     weight_row,
     wide,
-)  # fmt: skip
-from .pools import ExpertPools
-from .tiles import max_row_tiles, tiles_for
+)
+from esft_kernels.triton_ops.tiles import max_row_tiles, tiles_for
 
 PIECE = tl.constexpr(32)  # columns that are finished together
 

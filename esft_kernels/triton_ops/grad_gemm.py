@@ -10,11 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gate import activate_backward, constants
-from .mainloop import block_of, expert_of, find_tile, halves, multiply, precision, row_offsets, wide
-from .pools import ExpertPools, Needs
-from .routing import Routing
-from .tiles import max_row_tiles, tiles_for
+from esft_kernels.backend import Needs
+from esft_kernels.pools import ExpertPools
+from esft_kernels.routing import Routing
+from esft_kernels.triton_ops.gate import activate_backward, constants
+from esft_kernels.triton_ops.mainloop import (
+    block_of,
+    expert_of,
+    find_tile,
+    halves,
+    multiply,
+    precision,
+    row_offsets,
+    wide,
+)
+from esft_kernels.triton_ops.tiles import max_row_tiles, tiles_for
 
 PIECE = tl.constexpr(16)  # columns that are finished together
 

@@ -13,8 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mainloop import block_of, expert_of, find_tile, multiply, precision, row_offsets, weight_row
-from .tiles import max_row_tiles, tiles_for
+from esft_kernels.triton_ops.mainloop import (
+    block_of,
+    expert_of,
+    find_tile,
+    multiply,
+    precision,
+    row_offsets,
+    weight_row,
+)
+from esft_kernels.triton_ops.tiles import max_row_tiles, tiles_for
 
 
 @triton.jit(do_not_specialize=["num_positions", "num_trained"])

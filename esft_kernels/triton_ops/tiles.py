@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -56,9 +58,26 @@ def device_arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+Chooser = Callable[[str, torch.dtype, Op, int, tuple[int, int]], Tiles]
+_chooser: Chooser | None = None  # no context variable: on a GPU a backward runs in a thread of its own
+
+
+@contextmanager
+def chosen_by(chooser: Chooser) -> Iterator[None]:
+    """Inside, tiles are what a function with the arguments of ``choose_tiles`` says: for tuning, and for tests."""
+    global _chooser
+    before, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = before
+
+
 def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
     """Tiles for the device and dtype of a tensor: those that a GPU was tuned to, else ``choose_tiles``."""
     arch = device_arch(tensor.device)
+    if _chooser is not None:
+        return _chooser(arch, tensor.dtype, op, rows_per_expert, features)
     if found := tuned().get(tile_key(arch, tensor.dtype, op, rows_per_expert, features)):
         return found
     return choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)

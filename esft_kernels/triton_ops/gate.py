@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import Activation
+from esft_kernels.activation import Activation
 
 NAN = tl.constexpr(tl.PropagateNan.ALL)  # a NaN stays one, as in torch.clamp, instead of becoming the limit
 

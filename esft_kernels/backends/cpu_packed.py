@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import cpu
-from .cpu import FACTORS, Products
-from .pools import ExpertPools
+from esft_kernels.backends import cpu
+from esft_kernels.backends.cpu import FACTORS, Products
+from esft_kernels.pools import ExpertPools
 
 _ROWS = 256  # what the layout is chosen for
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bias_dot import bias_dot
-from .bias_grad import bias_grad
-from .combine import combine
-from .grad_gemm import grad_gemm
-from .grouped_gemm import grouped_gemm
-from .grouped_wgrad import grouped_wgrad
-from .pools import ExpertPools, ExpertWeights, Gradients, Needs
-from .routing import Routing
-from .up_gemm import up_gemm
+from esft_kernels.backend import Gradients, Needs
+from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.routing import Routing
+from esft_kernels.triton_ops.bias_dot import bias_dot
+from esft_kernels.triton_ops.bias_grad import bias_grad
+from esft_kernels.triton_ops.combine import combine
+from esft_kernels.triton_ops.grad_gemm import grad_gemm
+from esft_kernels.triton_ops.grouped_gemm import grouped_gemm
+from esft_kernels.triton_ops.grouped_wgrad import grouped_wgrad
+from esft_kernels.triton_ops.up_gemm import up_gemm
 
 
 def _paired(pools: ExpertPools) -> bool:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from esft_kernels.triton_ops import tiles
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mainloop import weight_row
+from esft_kernels.triton_ops.mainloop import weight_row
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 32, 128
 

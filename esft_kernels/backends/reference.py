@@ -1,7 +1,6 @@
 """Plain PyTorch twin of every op: slow, obvious, and exact enough to run in float64.
 
-Every backend has the three functions of this module, ``forward``, ``rebuild`` and ``backward``, with the same
-arguments; what H holds between them is the backend's own affair. The backward is written out by hand, as the kernels
+The backward is written out by hand, as the kernels
 compute it, so that each step has a twin to be checked against; the tests check this module in turn against autograd
 through the naive definition of a MoE layer.
 """
@@ -12,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pools import ExpertPools, ExpertWeights, Gradients, Needs
-from .routing import Routing
+from esft_kernels.backend import Gradients, Needs
+from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.routing import Routing
 
 
 def grouped_gemm(rows: Tensor, weight, offsets: list[int], out_features: int, bias=None) -> Tensor:
@@ -84,6 +84,45 @@ def rebuild(x_TD: Tensor, h_prefix: Tensor, pools: ExpertPools, routing: Routing
     return h_NG
 
 
+def grad_gemm(
+    grad_out_TD: Tensor, h_NG: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the output's gradient to what the activation's backward yields, for the rows that ``needs`` asks for.
+
+    Returns the gradient of H [rows, G], the activation times the routing weight [rows, F], and each row's sum of
+    ``grad_a * a`` [rows]: before the routing weight, so that it is the routing weight's gradient, for which the down
+    projection's output is never needed.
+    """
+    offsets = _offsets(routing, needs)
+    rows = offsets[-1]
+    gate, up = pools.split(h_NG[:rows])
+    weight_N1 = row_weights(weights_TK, routing, grad_out_TD.dtype)[:rows]
+    grad_y_ND = grad_out_TD[routing.token_N[:rows]]
+    a_NF = pools.activation.forward(gate, up)
+    grad_a_NF = grouped_gemm(grad_y_ND, lambda e: pools.at(e).down_EDF.T, offsets, pools.intermediate_size)
+    grad_h_NG = torch.empty_like(h_NG[:rows])
+    parts = pools.activation.backward(grad_a_NF * weight_N1, gate, up)
+    for part, grad in zip(pools.split(grad_h_NG), parts, strict=True):
+        if part is not None:
+            part.copy_(grad)
+    return grad_h_NG, a_NF * weight_N1, (grad_a_NF * a_NF).sum(dim=-1)
+
+
+def bias_dot(grad_out_TD: Tensor, pools: ExpertPools, routing: Routing) -> Tensor:
+    """``grad_out[token] @ down_bias`` of every row, [N]: the bias's part in the routing weights' gradient."""
+    grad_y_ND, offsets = grad_out_TD[routing.token_N], routing.offsets_E1.tolist()
+    out_N = grad_y_ND.new_zeros(routing.num_rows)
+    for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if (bias_D := pools.at(e).down_bias_ED) is not None:
+            out_N[start:end] = grad_y_ND[start:end] @ bias_D
+    return out_N
+
+
+def _offsets(routing: Routing, needs: Needs) -> list[int]:
+    """Of the positions whose rows take part in a backward."""
+    return routing.offsets_E1[: (routing.num_experts if needs.all_rows else routing.num_trained) + 1].tolist()
+
+
 def backward(
     grad_out_TD: Tensor,
     x_TD: Tensor,
@@ -94,42 +133,24 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients of ``forward``. Only the prefix of rows takes part when neither x nor weights need one."""
-    offsets = routing.offsets_E1.tolist()
-    last = routing.num_experts if needs.all_rows else routing.num_trained
-    rows = offsets[last]
-    offsets = offsets[: last + 1]
-    token, slot, h = routing.token_N[:rows], routing.slot_N[:rows], h_NG[:rows]
-    weight_N1 = row_weights(weights_TK, routing, x_TD.dtype)[:rows]
-    grad_y_ND = grad_out_TD[token]
-    gate, up = pools.split(h)
-    a_NF = pools.activation.forward(gate, up)
-    # Before the routing weight: its row-wise product with A is the routing weight's gradient, so the
-    # down projection's output is never needed.
-    grad_a_NF = grouped_gemm(grad_y_ND, lambda e: pools.at(e).down_EDF.T, offsets, pools.intermediate_size)
-    grad_h_NG = torch.empty_like(h)
-    for part, grad in zip(
-        pools.split(grad_h_NG), pools.activation.backward(grad_a_NF * weight_N1, gate, up), strict=True
-    ):
-        if part is not None:
-            part.copy_(grad)
-
+    grad_h_NG, weighted_a_NF, sums_N = grad_gemm(grad_out_TD, h_NG, weights_TK, pools, routing, needs)
+    offsets, rows = _offsets(routing, needs), len(sums_N)
+    token, slot = routing.token_N[:rows], routing.slot_N[:rows]
     grad_x = grad_weights = trained = None
     if needs.weights:
-        grad_weight_N = (grad_a_NF * a_NF).sum(dim=-1)
-        for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-            if (bias := pools.at(e).down_bias_ED) is not None:
-                grad_weight_N[start:end] += grad_y_ND[start:end] @ bias
         grad_weights = torch.zeros_like(weights_TK).reshape(-1)
-        grad_weights[slot] = grad_weight_N.to(weights_TK.dtype)
+        grad_weights[slot] = (sums_N + bias_dot(grad_out_TD, pools, routing)[:rows]).to(weights_TK.dtype)
         grad_weights = grad_weights.view_as(weights_TK)
     if needs.x:
         grad_rows = grouped_gemm(grad_h_NG, lambda e: pools.at(e).gate_up_EGD.T, offsets, pools.hidden_size)
         grad_x = combine(F.pad(grad_rows, (0, 0, 0, routing.num_rows - rows))[routing.row_TK])
     if needs.trained:
         s, biased = routing.num_trained, pools.trained.down_bias_ED is not None
+        grad_y_ND = grad_out_TD[token]
+        weight_N1 = row_weights(weights_TK, routing, x_TD.dtype)[:rows]
         trained = ExpertWeights(
             grouped_wgrad(grad_h_NG, x_TD[token], offsets, s),
-            grouped_wgrad(grad_y_ND, a_NF * weight_N1, offsets, s),
+            grouped_wgrad(grad_y_ND, weighted_a_NF, offsets, s),
             bias_grad(grad_h_NG, offsets, s) if biased else None,
             bias_grad(grad_y_ND * weight_N1, offsets, s) if biased else None,
         )

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mainloop import dot, precision, row_offsets, weight_row, wide
-from .tiles import splits_for, tiles_for
+from esft_kernels.triton_ops.mainloop import dot, precision, row_offsets, weight_row, wide
+from esft_kernels.triton_ops.tiles import splits_for, tiles_for
 
 
 @triton.jit
