@@ -4,11 +4,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from esft_kernels.tiles import Tiles, choose_tiles, tile_key, tiles_for
-
 from benchmarks import layer, tune
 from benchmarks.shapes import LayerShape
 from esft_kernels import tiles
+from esft_kernels.tiles import Tiles, choose_tiles, tile_key, tiles_for
 
 SMALL = LayerShape("small", 32, 16, 3, 2)
 CPU = torch.device("cpu")

@@ -12,8 +12,6 @@ from unittest.mock import patch
 
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
-from esft.evaluate import batch_loss, has_plain_head
-from esft.select import ExpertSelection
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -21,6 +19,8 @@ from torch.utils import backend_registration
 from triton.runtime.jit import JITFunction
 
 import esft
+from esft.evaluate import batch_loss, has_plain_head
+from esft.select import ExpertSelection
 from esft_kernels import tiles, triton_backend
 from esft_kernels.pools import ExpertPools, ExpertWeights, Needs
 from esft_kernels.routing import Routing, route

@@ -1,15 +1,27 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from esft.select import ExpertSelection
-from esft.slots import adapter_slots
-from esft.swap import swap_state
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.checkpoint import load_model
+from esft.adapter import (
+    Loaded,
+    adapter_weights,
+    check_adapter,
+    check_digest,
+    check_model,
+    load_selection,
+    loaded_slots,
+    open_manifest,
+)
+from esft.checkpoint import Checkpoint, load_model
+from esft.select import ExpertSelection
+from esft.slots import adapter_slots
+from esft.swap import swap_state
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
 
@@ -59,6 +71,205 @@ def test_shared_experts_and_non_expert_modules_are_saved_when_selected(tmp_path)
     names = load_file(tmp_path / "a" / "adapter.safetensors").keys()
     assert {"model.layers.1.mlp.shared_experts.up_proj.weight", "model.norm.weight", "lm_head.weight"} <= names
     torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_folder_says_what_was_trained_from_what_and_how_it_was_chosen(tmp_path, dtype: str):
+    base = save_tiny(tmp_path / "base")
+    chosen = ExpertSelection({2: [5, 0], 1: [1]}, shared_experts=True, chosen_by={"by": "gate", "top_p": 0.25})
+    model = esft.swap(load_model(str(base), dtype), chosen)
+    folder = esft.save_adapter(model, str(tmp_path / "a"))
+    assert folder == tmp_path / "a"
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "expert_cfg.json", "manifest.json"]
+    assert json.loads((folder / "manifest.json").read_text()) == {
+        "format_version": 1,
+        "base_model": str(base),
+        "base_digest": Checkpoint.open(base).digest(),
+        "base_dtype": dtype,
+        "chosen_by": {"by": "gate", "top_p": 0.25},
+    }
+    assert ExpertSelection.load(folder / "expert_cfg.json") == chosen
+    with safe_open(folder / "adapter.safetensors", framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}  # what transformers asks of a file
+        assert {handle.get_slice(name).get_dtype() for name in handle.keys()} == {  # noqa: SIM118
+            {"float32": "F32", "bfloat16": "BF16"}[dtype]
+        }
+
+
+def test_a_disk_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    def fails(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error")
+
+    monkeypatch.setattr("esft.adapter.save_file", fails)
+    with pytest.raises(esft.InputError, match=r"/a: I/O error$"):
+        esft.save_adapter(tuned(), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_which_slots_were_written_depends_on_the_base_that_is_asked_for():
+    assert loaded_slots(SimpleNamespace(), None) == loaded_slots(SimpleNamespace(), "one") == frozenset()
+    model = SimpleNamespace(esft_loaded=Loaded("one", frozenset("a"), frozenset("ab")))
+    assert loaded_slots(model, "one") == frozenset("a")
+    assert loaded_slots(model, "two") == frozenset()
+    assert loaded_slots(model, None) == frozenset("ab")
+
+
+@pytest.mark.parametrize("name", [None, "a"])
+def test_what_a_loaded_adapter_wrote_outside_the_selection_is_not_left_out_in_silence(tmp_path, name: str | None):
+    esft.save_adapter(tuned(), tmp_path / "a")  # experts 5 and 0 of layer 2, 1 of layer 1
+    model = esft.swap(tiny_model(), ExpertSelection({2: [5, 1], 1: [1]}))
+    esft.load_adapter(model, tmp_path / "a", name)
+    if name is not None:
+        esft.save_adapter(model, tmp_path / "base")  # held, but not written yet
+        esft.set_adapter(model, name)
+    missing = r"model\.layers\.2\.mlp\.experts\.0\.down_proj\.weight"
+    with pytest.raises(esft.InputError, match=rf"has changed {missing}, which is not in .* \(3 such in all\)"):
+        esft.save_adapter(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_was_loaded_before_a_swap_is_of_its_base_and_need_not_be_saved_again(tmp_path):
+    esft.save_adapter(tuned(), tmp_path / "a")
+    model = esft.load_adapter(tiny_model(), tmp_path / "a")
+    esft.swap(model, ExpertSelection({2: [7]}))
+    esft.save_adapter(model, tmp_path / "b")
+    assert len(load_file(tmp_path / "b" / "adapter.safetensors")) == 3
+
+
+@pytest.mark.parametrize(
+    ("manifest", "dtype", "hint"),
+    [
+        ({"base_dtype": "float32"}, torch.bfloat16, True),
+        ({"base_dtype": "bfloat16"}, torch.bfloat16, False),
+        ({"base_dtype": "float32"}, None, False),
+        ({"base_dtype": None}, torch.bfloat16, False),
+        ({}, torch.bfloat16, False),
+    ],
+)
+def test_another_base_is_named_and_the_dtype_where_that_may_be_why(manifest, dtype, hint: bool):
+    ours, theirs = "0123456789abcdef", "fedcba9876543210"
+    manifest = {"base_model": "tiny", "base_digest": theirs} | manifest
+    check_digest(manifest, theirs, "x/a", dtype)
+    with pytest.raises(esft.InputError) as raised:
+        check_digest(manifest, ours, "x/a", dtype)
+    expected = (
+        "x/a: made from another base (tiny, digest fedcba987654), not from these weights (0123456789ab)"
+        + "; it was trained in float32 and these are in bfloat16: should they be the same, load them so" * hint
+    )
+    assert str(raised.value) == expected
+
+
+def test_a_manifest_without_a_digest_is_of_another_base():
+    with pytest.raises(esft.InputError, match=r"another base \(None, digest None\)"):
+        check_digest({}, "0123456789abcdef", "a")
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "base_digest", "fits"),
+    [
+        ("float32", "plain", True),
+        ("float32", "rounded", False),
+        ("float16", "plain", True),
+        ("float16", "rounded", True),
+        ("float16", "other", False),
+        (None, "plain", True),
+    ],
+)
+def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(tmp_path, base_dtype, base_digest, fits):
+    (tmp_path / "expert_cfg.json").write_text("")
+    manifest = {"format_version": 1, "base_digest": base_digest, "base_dtype": base_dtype}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    digests = {None: "plain", torch.float16: "rounded"}
+    if fits:
+        assert check_adapter(tmp_path, digests.__getitem__, torch.float32) == manifest
+    else:
+        with pytest.raises(esft.InputError, match=rf"^{tmp_path}: made from another base"):
+            check_adapter(tmp_path, digests.__getitem__, torch.float32)
+
+
+def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
+    (tmp_path / "expert_cfg.json").write_text("")
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.warns(UserWarning, match=rf"^{tmp_path}: does not say which base it is of \(no manifest\.json\); only"):
+        assert check_adapter(tmp_path, lambda dtype: "", None) == {}
+    (tmp_path / "expert_cfg.json").unlink()
+    (tmp_path / "expert_cfg.json").mkdir()
+    with pytest.raises(esft.InputError, match=rf"^{tmp_path}: not an adapter folder \(no expert_cfg\.json\)$"):
+        check_adapter(tmp_path, lambda dtype: "", None)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"format_version": 2}', '{"format_version": null}'])
+def test_a_manifest_of_another_format_is_refused(tmp_path, content: str):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(esft.InputError, match=r"/manifest\.json: format_version must be 1$"):
+        open_manifest(tmp_path)
+
+
+def test_a_selection_is_read_with_its_switches_and_held_to_the_model(tmp_path):
+    chosen = ExpertSelection({1: [7]}, shared_experts=True, non_expert_modules=True)
+    chosen.save(tmp_path / "expert_cfg.json")
+    assert load_selection(tmp_path, tiny_model()) == chosen
+
+
+ONE = "model.layers.1.mlp.experts.1.{}_proj.weight"
+
+
+def files_of(folder, *parts: dict) -> dict:
+    """The slots of one expert, and a folder with files of tensors."""
+    folder.mkdir()
+    for number, tensors in enumerate(parts):
+        save_file(tensors, folder / f"model-{number}.safetensors")
+    return adapter_slots(tiny_model(), ExpertSelection({1: [1]}))
+
+
+def one_expert(**change) -> dict:
+    sizes = {"gate": (20, 32), "up": (20, 32), "down": (32, 20)}
+    tensors = {ONE.format(name): torch.randn(*size) for name, size in sizes.items()}
+    return tensors | {ONE.format(name): value for name, value in change.items()}
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_weights_of_several_files_have_the_models_names(tmp_path, prefix: str, dtype: torch.dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in one_expert().items()}
+    parts = [{prefix + name.removeprefix("model."): tensor} for name, tensor in tensors.items()]
+    with adapter_weights(tmp_path / "a", files_of(tmp_path / "a", *parts)) as weights:
+        for name, tensor in tensors.items():
+            assert torch.equal(weights.get_tensor(name), tensor)
+
+
+def test_our_own_file_is_read_alone(tmp_path):
+    tensors = one_expert()
+    slots = files_of(tmp_path / "a", one_expert())
+    save_file(tensors, tmp_path / "a" / "adapter.safetensors")
+    with adapter_weights(tmp_path / "a", slots) as weights:
+        assert all(torch.equal(weights.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], r"holds no safetensors file \(pickled weights are never loaded\)"),
+        ([one_expert(), {ONE.format("up"): torch.zeros(20, 32)}], rf"holds tensor {ONE.format('up')} twice"),
+        ([{ONE.format("gate"): torch.zeros(20, 32)}], rf"tensor {ONE.format('down')} is missing \(2 missing in all\)"),
+        (
+            [one_expert() | {"z": torch.zeros(1), "model.a": torch.zeros(1)}],
+            r"tensor model\.a belongs to nothing selected \(2 such in all\)",
+        ),
+        ([one_expert(up=torch.zeros(20, 32, dtype=torch.int64))], rf"tensor {ONE.format('up')} is I64, not floating"),
+        ([one_expert(up=torch.zeros(20, 32, dtype=torch.uint8))], rf"tensor {ONE.format('up')} is U8, not floating"),
+        (
+            [one_expert(down=torch.zeros(20, 32))],
+            rf"tensor {ONE.format('down')} has shape \(20, 32\), the base has \(32, 20\)",
+        ),
+        ([one_expert(up=torch.zeros(640))], rf"tensor {ONE.format('up')} has shape \(640,\), the base has \(20, 32\)"),
+    ],
+)
+def test_weights_that_are_not_exactly_the_selections_are_named(tmp_path, parts, message: str):
+    slots = files_of(tmp_path / "a", *parts)
+    with pytest.raises(esft.InputError, match=f"^{tmp_path}/a: {message}"), adapter_weights(tmp_path / "a", slots):
+        pass
 
 
 def test_an_adapter_of_another_base_is_refused_and_nothing_written(tmp_path):
@@ -179,6 +390,12 @@ def test_what_another_library_put_into_trained_modules_is_not_saved_as_theirs(tm
     both.unload()
     esft.save_adapter(model, tmp_path / "a")
     torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
+
+
+def test_only_a_model_of_transformers_is_one():
+    check_model(tiny_model())
+    with pytest.raises(esft.InputError, match="^Linear is no transformers model"):
+        check_model(torch.nn.Linear(1, 1))
 
 
 def test_a_wrapped_model_is_refused(tmp_path):

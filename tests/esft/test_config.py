@@ -1,69 +1,193 @@
+import dataclasses
+import math
+
 import pytest
-from esft.config import TrainConfig
+import yaml
 
 import esft
+from esft.config import METHODS, TrainConfig
 
 
 def test_defaults_are_the_papers():
     config = TrainConfig()
     assert (config.steps, config.batch_size, config.max_length, config.eval_every) == (500, 32, 4096, 100)
     assert (config.beta1, config.beta2, config.weight_decay, config.clip) == (0.9, 0.95, 0.1, 1.0)
-    rates = {method: TrainConfig(method=method).rate(0) for method in ("esft", "full", "lora")}
+    assert (config.method, config.lora_rank, config.lora_alpha) == ("esft", 8, 16)
+    rates = {method: TrainConfig(method=method).rate(0) for method in METHODS}
     assert rates == {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}
 
 
+def test_what_the_paper_does_not_name_is_off_or_automatic():
+    config = TrainConfig()
+    assert (config.lr, config.micro_batch_size, config.warmup_steps, config.decay) == (None, None, 0, 0.0)
+    assert (config.aux_loss, config.dtype, config.backend, config.recompute) == (0.0, "auto", "auto", "none")
+    assert (config.save_every, config.seed) == (100, 0)
+
+
 def test_arguments_override_the_file_and_yaml_floats_are_read(tmp_path):
-    (tmp_path / "c.yaml").write_text("lr: 1e-3\nsteps: 7\n")
-    config = TrainConfig.load(tmp_path / "c.yaml", steps=9, seed=None)
-    assert (config.lr, config.steps, config.seed) == (1e-3, 9, 0)
+    (tmp_path / "c.yaml").write_text("lr: 1e-3\nsteps: 7\nbatch_size: 5\n")
+    config = TrainConfig.load(tmp_path / "c.yaml", steps=9, batch_size=None, seed=None)
+    assert config == TrainConfig(lr=1e-3, steps=9, batch_size=5)
+    assert (type(config.lr), type(config.steps)) == (float, int)
 
 
-def test_a_saved_config_loads_again(tmp_path):
-    config = TrainConfig(method="lora", lr=0.5, decay=0.25)
+def test_without_a_file_and_from_an_empty_one_come_the_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert TrainConfig.load(tmp_path / "c.yaml") == TrainConfig.load(None) == TrainConfig()
+    assert TrainConfig.load(None, method="full", decay=0.5) == TrainConfig(method="full", decay=0.5)
+
+
+# Every setting otherwise than by default.
+OTHER = {
+    "method": "full", "lr": 0.5, "steps": 2, "batch_size": 3, "micro_batch_size": 2, "max_length": 4, "warmup_steps": 5,
+    "decay": 0.25, "eval_every": 6, "save_every": 7, "weight_decay": 0.75, "beta1": 0.5, "beta2": 0.625, "clip": 8.0,
+    "aux_loss": 0.125, "lora_rank": 9, "lora_alpha": 10, "dtype": "bfloat16", "seed": 11, "backend": "reference",
+    "recompute": "frozen",
+}  # fmt: skip
+
+
+def test_a_saved_config_loads_again_and_lists_every_setting(tmp_path):
+    config = TrainConfig(**OTHER)
     config.save(tmp_path / "c.yaml")
     assert TrainConfig.load(tmp_path / "c.yaml") == config
+    assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == [f.name for f in dataclasses.fields(TrainConfig)]
+    TrainConfig().save(tmp_path / "c.yaml")  # with settings that are None
+    assert TrainConfig.load(tmp_path / "c.yaml") == TrainConfig()
 
 
-def test_the_rate_warms_up_holds_and_falls():
-    config = TrainConfig(lr=1.0, steps=10, warmup_steps=1, decay=0.5)
-    assert [round(config.rate(step), 2) for step in range(10)] == [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+def test_whole_numbers_are_read_as_the_kind_of_their_setting(tmp_path):
+    (tmp_path / "c.yaml").write_text("steps: 3.0\nclip: 2\nlr: null\nmicro_batch_size: 4.0\nmethod: full\n")
+    config = TrainConfig.load(tmp_path / "c.yaml")
+    assert config == TrainConfig(steps=3, clip=2.0, micro_batch_size=4, method="full")
+    assert (type(config.steps), type(config.clip), type(config.micro_batch_size)) == (int, float, int)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"warmup_steps": 1, "decay": 0.5}, [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+        ({"warmup_steps": 3}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        ({"decay": 1.0}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+        ({"warmup_steps": 9, "decay": 1.0}, [(i + 1) * (10 - i) / 100 for i in range(10)]),
+        ({}, [1] * 10),
+    ],
+    ids=str,
+)
+def test_the_rate_warms_up_holds_and_falls(settings: dict, rates: list[float]):
+    config = TrainConfig(lr=3.0, steps=10, **settings)
+    assert [config.rate(step) / 3 for step in range(10)] == pytest.approx(rates, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        *({name: 1} for name in ("steps", "max_length", "eval_every", "save_every", "lora_rank", "lora_alpha")),
+        {"batch_size": 1, "micro_batch_size": 1},
+        {"batch_size": 8, "micro_batch_size": 8},
+        {"decay": 0.0},
+        {"decay": 1.0},
+        {"beta1": 0.0, "beta2": 0.0},
+        {"weight_decay": 0.0, "aux_loss": 0.0},
+        {"warmup_steps": 0, "seed": 0},
+        {"seed": 2**63 - 1},
+        {"clip": math.inf},
+        {"lr": 1e-30},
+        {"method": "lora", "recompute": "layers"},
+        {"aux_loss": 0.1, "recompute": "frozen"},
+        {"aux_loss": 0.1, "method": "full"},
+        *({"dtype": dtype} for dtype in ("auto", "bfloat16", "float32")),
+        *({"backend": backend} for backend in ("auto", "reference", "cpu", "triton")),
+        *({"recompute": recompute} for recompute in ("none", "frozen", "layers")),
+    ],
+    ids=str,
+)
+def test_what_is_allowed_is_kept_as_given(allowed: dict):
+    config = TrainConfig(**allowed)
+    assert {name: getattr(config, name) for name in allowed} == allowed
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz: 3", "no setting 'stepz'"),
+        ("stepz: 3", "no setting 'stepz'; there are method, lr, steps, .*, recompute$"),
         ("steps: many", "steps must be int, got 'many'"),
-        ("steps: 2.5", "steps must be int"),
-        ("steps: 0", "steps must be at least 1"),
-        ("lr: -1", "lr must be above 0"),
-        ("aux_loss: -1", "aux_loss must be at least 0 and finite"),
-        ("micro_batch_size: 0", "micro_batch_size must be from 1 to batch_size"),
-        ("{micro_batch_size: 9, batch_size: 8}", "micro_batch_size must be from 1 to batch_size, got 9"),
-        ("micro_batch_size: 1.5", "micro_batch_size must be int"),
-        ("recompute: all", "recompute must be one of none, frozen, layers"),
-        ("{aux_loss: 0.1, recompute: layers}", "aux_loss and recompute layers do not go together"),
-        ("{aux_loss: 0.1, method: lora}", "aux_loss goes with the methods esft and full"),
-        ("lr: .inf", "lr must be above 0 and finite"),
-        ("lr: true", "lr must be float"),
-        ("beta1: 1", "beta1 must be in"),
-        ("beta2: .nan", "beta2 must be in"),
-        ("weight_decay: -0.1", "weight_decay must be at least 0"),
-        ("clip: null", "clip must be float"),
-        ("backend: gpu", "backend must be one of"),
-        ("seed: -1", "seed must be at least 0"),
+        ("steps: 2.5", "steps must be int, got 2.5"),
+        ("steps: '4'", "steps must be int, got '4'"),
         ("steps: .inf", "steps must be int"),
-        ("method: sft", "method must be one of"),
-        ("decay: 2", "decay must be in"),
-        ("dtype: int8", "dtype must be"),
-        ("- 1", "not a mapping"),
+        ("steps: null", "steps must be int, got None"),
+        ("steps: [1]", "steps must be int"),
+        ("seed: true", "seed must be int, got True"),
+        ("micro_batch_size: 1.5", "micro_batch_size must be int"),
+        ("lr: true", "lr must be float"),
+        ("clip: null", "clip must be float, got None"),
+        ("method: false", "method must be str, got False"),
+        ("- 1", "not a mapping of settings"),
         ("a: [", "not YAML"),
     ],
 )
-def test_bad_settings_are_named(tmp_path, text: str, message: str):
+def test_what_cannot_be_a_setting_is_named_with_its_file(tmp_path, text: str, message: str):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(esft.InputError, match=message):
+    with pytest.raises(esft.InputError, match=f"c.yaml: {message}"):
         TrainConfig.load(tmp_path / "c.yaml")
+
+
+def test_without_a_file_an_error_is_of_the_settings():
+    with pytest.raises(esft.InputError, match="^settings: steps must be int, got 'x'"):
+        TrainConfig.load(None, steps="x")
+    with pytest.raises(esft.InputError, match="^settings: no setting 'stepz'"):
+        TrainConfig.load(None, stepz=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(
+            ({name: 0}, f"{name} must be at least 1, got 0")
+            for name in ("steps", "batch_size", "max_length", "eval_every", "save_every", "lora_rank", "lora_alpha")
+        ),
+        ({"method": "sft"}, "method must be one of esft, full, lora, got 'sft'"),
+        ({"dtype": "int8"}, "dtype must be auto, bfloat16 or float32, got 'int8'"),
+        ({"backend": "gpu"}, "backend must be one of auto, .*, got 'gpu'"),
+        ({"recompute": "all"}, "recompute must be one of none, frozen, layers, got 'all'"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be from 1 to batch_size, got 0"),
+        ({"micro_batch_size": 9, "batch_size": 8}, "micro_batch_size must be from 1 to batch_size, got 9"),
+        *(({"lr": lr}, f"lr must be above 0 and finite, got {lr}") for lr in (-1.0, 0.0, math.inf, math.nan)),
+        *(({"decay": decay}, f"decay must be in .0, 1., got {decay}") for decay in (-0.1, 1.1, math.nan)),
+        *(
+            ({name: value}, f"{name} must be in .0, 1., got {value}")
+            for name in ("beta1", "beta2")
+            for value in (1.0, -0.1, math.nan)
+        ),
+        *(
+            ({name: value}, f"{name} must be at least 0 and finite, got {value}")
+            for name in ("weight_decay", "aux_loss")
+            for value in (-0.1, math.inf, math.nan)
+        ),
+        ({"aux_loss": 0.1, "recompute": "layers"}, "aux_loss and recompute layers do not go together"),
+        ({"aux_loss": 0.1, "method": "lora"}, "aux_loss goes with the methods esft and full, not with lora"),
+        *(({"clip": clip}, f"clip must be above 0, got {clip}") for clip in (0.0, -1.0, math.nan)),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0 and below inf, got -1"),
+        ({"seed": -1}, "seed must be at least 0 and below 9.22337e[+]18, got -1"),
+        ({"seed": 2**63}, "seed must be at least 0 and below 9.22337e[+]18, got 9223372036854775808"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_named(settings: dict, message: str):
+    with pytest.raises(esft.InputError, match=f"^{message}"):
+        TrainConfig(**settings)
+
+
+def test_a_run_resumes_with_other_steps_and_with_nothing_else_changed():
+    begun = TrainConfig(method="esft")
+    begun.check_resumes(begun)
+    TrainConfig(steps=7).check_resumes(begun)
+    assert set(OTHER) == {field.name for field in dataclasses.fields(TrainConfig)}
+    for name in OTHER.keys() - {"steps"}:
+        value = OTHER[name]
+        with pytest.raises(esft.InputError, match=f"cannot resume with {name} {value}: the run was begun with "):
+            TrainConfig(**{name: value}).check_resumes(begun)
+    with pytest.raises(esft.InputError, match="cannot resume with seed 0: the run was begun with 5$"):
+        begun.check_resumes(TrainConfig(seed=5))
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):

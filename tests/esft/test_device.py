@@ -4,27 +4,31 @@ import sys
 
 import pytest
 import torch
-from esft.device import compute_dtype, peak_memory, placement
 
 import esft
 from esft import checkpoint
 from esft.checkpoint import load_model
+from esft.device import compute_dtype, peak_memory, placement
 from tests.esft.models import save_tiny
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    def pretend(count: int) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    def pretend(count: int, usable: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: usable and count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
     return pretend
 
 
-@pytest.mark.parametrize("count, wanted", [(0, {}), (1, {"device_map": "cuda"}), (2, {"device_map": "auto"})])
+@pytest.mark.parametrize(
+    "count, wanted", [(0, {}), (1, {"device_map": "cuda"}), (2, {"device_map": "auto"}), (3, {"device_map": "auto"})]
+)
 def test_a_model_goes_to_the_gpus_that_there_are(gpus, count, wanted):
     gpus(count)
     assert placement() == wanted
+    gpus(count, usable=False)  # as where the driver is too old
+    assert placement() == {}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +38,7 @@ def test_a_model_goes_to_the_gpus_that_there_are(gpus, count, wanted):
         (0, {"avx512_bf16": True, "amx_bf16": False}, "auto"),
         (0, {"amx_bf16": True}, "auto"),
         (0, {"bf16": True}, "auto"),  # Arm
+        (0, {"bf16_emulated": True, "bf1": True}, "float32"),
         (0, {}, "float32"),
         (1, {}, "auto"),
     ],
@@ -65,9 +70,12 @@ def test_load_model_asks_for_both(gpus, monkeypatch, tmp_path):
         load_model(str(base))
 
 
-def test_no_gpu_has_no_memory(gpus):
-    gpus(0)
-    assert peak_memory() == 0
+def test_the_memory_of_all_gpus_counts_and_no_gpu_has_none(gpus, monkeypatch):
+    taken = {0: 5, 1: 100, 2: 30}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: taken[device])
+    for count, usable, memory in ((0, True, 0), (1, True, 5), (3, True, 135), (3, False, 0)):
+        gpus(count, usable)
+        assert peak_memory() == memory
 
 
 def test_no_operation_mixes_devices():

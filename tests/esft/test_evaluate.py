@@ -1,8 +1,17 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+import esft
+from esft.checkpoint import load_model
 from esft.config import TrainConfig
-from esft.data import IGNORE, collate, encode_all
+from esft.data import IGNORE, Example, collate, encode_all
 from esft.evaluate import (
     answer,
     batch_loss,
@@ -13,27 +22,143 @@ from esft.evaluate import (
     mean_loss,
     split_prompt,
 )
-
-import esft
-from esft.checkpoint import load_model
+from esft.select import ExpertSelection
 from tests.esft import zoo
 from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
+
+PAD = 258
+IDS = torch.tensor([[256, 4, 5]])
 
 
 def examples():
     return encode_all(tiny_tokenizer(), [chat("x" * n, "y" * (n + 1)) for n in range(1, 8)], 99, "here")
 
 
+def loss_of_logits(model, batch) -> tuple[torch.Tensor, int]:
+    """From all logits at once, with the mask."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    per_token = F.cross_entropy(logits.float().transpose(1, 2), labels.clamp(min=0), reduction="none")
+    return per_token[labels != IGNORE].sum(), int((labels != IGNORE).sum())
+
+
+@torch.no_grad()
 def test_mean_loss_equals_transformers_own_loss():
-    model, pad = tiny_model(), 258
-    total, count = 0.0, 0
-    for example in examples():
-        batch = collate([example], pad)
-        logits = model(input_ids=batch["input_ids"]).logits[0, :-1]
-        total += F.cross_entropy(logits, batch["labels"][0, 1:], ignore_index=IGNORE, reduction="sum").item()
-        count += int((batch["labels"][0, 1:] != IGNORE).sum())
+    model = tiny_model()
+    losses = [loss_of_logits(model, collate([example], PAD)) for example in examples()]
+    total, count = sum(float(loss) for loss, _ in losses), sum(count for _, count in losses)
     for batch_size in (1, 3, 100):
-        assert mean_loss(model, examples(), pad, batch_size) == pytest.approx(total / count, rel=1e-5)
+        assert mean_loss(model, examples(), PAD, batch_size) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_mean_loss_is_measured_and_left_in_evaluation_mode():
+    """The dropout would change the loss in training mode."""
+    model = tiny_model(attention_dropout=0.5)
+    expected = mean_loss(tiny_model(), examples(), PAD)
+    assert mean_loss(model.train(), examples(), PAD) == pytest.approx(expected, rel=1e-6)
+    assert not any(module.training for module in model.modules())
+
+
+def test_mean_loss_keeps_no_graph_and_nothing_has_no_loss():
+    model, graphs = tiny_model(), []
+    model.model.register_forward_hook(lambda module, args, out: graphs.append(out.last_hidden_state.requires_grad))
+    mean_loss(model, examples(), PAD)
+    assert graphs and not any(graphs)
+    assert mean_loss(model, [], PAD) == 0.0
+
+
+def test_mean_loss_takes_32_examples_at_a_time_unless_told(monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        "esft.evaluate.batch_loss", lambda model, batch: (rows.append(len(batch["labels"])) or torch.zeros(()), 1)
+    )
+    mean_loss(tiny_model(), [examples()[0]] * 70, PAD)
+    assert rows == [32, 32, 6]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_batchs_loss_and_gradient_are_those_of_the_masked_logits(plain: bool):
+    """Padding on the left is seen by the tokens after it unless it is masked."""
+    model = tiny_model()
+    if not plain:
+        model.lm_head.register_forward_hook(lambda module, args, out: 0.5 * out)
+    batch = collate(examples(), PAD, left=True)
+    wanted, number = loss_of_logits(model, batch)
+    (wanted_grad,) = torch.autograd.grad(wanted, model.lm_head.weight)
+    loss, count = batch_loss(model, batch)
+    (grad,) = torch.autograd.grad(loss, model.lm_head.weight)
+    assert has_plain_head(model) is plain
+    assert count == number == sum(n + 2 for n in range(1, 8))  # n + 1 letters and the end marker
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_batch_without_supervised_tokens_has_no_loss(plain: bool):
+    model = tiny_model()
+    model.esft_plain_head = plain
+    loss, count = batch_loss(model, collate([Example([256, 4, 5], [IGNORE] * 3)], PAD))
+    assert (float(loss), count) == (0.0, 0)
+
+
+def test_a_plain_head_is_not_run_and_no_cache_is_kept():
+    """What the head would make is logits of every position."""
+    model, caches = tiny_model(), []
+    model.model.register_forward_hook(lambda module, args, out: caches.append(out.past_key_values))
+    assert has_plain_head(model)
+    handle = model.lm_head.register_forward_hook(lambda *args: 1 / 0)
+    batch = collate(examples(), PAD)
+    batch_loss(model, batch)
+    handle.remove()
+    model.esft_plain_head = False
+    batch_loss(model, batch)
+    assert caches == [None] * 3
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_batch_goes_where_the_model_is(monkeypatch, plain: bool):
+    """The meta device stands for a GPU: it has no values, but what lies there and what does not is told apart."""
+    places = []
+
+    def note(*tensors, **_) -> torch.Tensor:
+        places.extend(tensor.device.type for tensor in tensors)
+        return torch.zeros(())
+
+    def forward(input_ids, attention_mask, **_):
+        note(input_ids, attention_mask)
+        return MoeModelOutputWithPast(torch.empty(*input_ids.shape, 32, device="meta"))
+
+    model = tiny_model().to("meta")
+    model.esft_plain_head, model.model.forward = plain, forward
+    monkeypatch.setattr(f"esft.evaluate.{'linear_cross_entropy' if plain else 'F.cross_entropy'}", note)
+    batch_loss(model, collate(examples(), PAD))
+    assert len(places) >= 4
+    assert set(places) == {"meta"}
+
+
+def test_logits_and_hidden_states_may_lie_elsewhere_than_the_inputs(monkeypatch):
+    model, batch = tiny_model(), collate(examples(), PAD)
+    expected, _ = loss_of_logits(model, batch)
+    rows = model.model(input_ids=batch["input_ids"]).last_hidden_state[:, :-1][batch["labels"][:, 1:] != IGNORE]
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __getitem__(self, places):
+            assert {place.device.type for place in places} == {"meta"}
+            return self
+
+        def to(self, device):
+            return rows.to(device)
+
+    model.esft_plain_head = True
+    hook = model.model.register_forward_hook(lambda module, args, out: setattr(out, "last_hidden_state", Elsewhere()))
+    torch.testing.assert_close(batch_loss(model, batch)[0], expected, rtol=1e-5, atol=0)
+    hook.remove()
+    model.esft_plain_head = False
+    model.lm_head.register_forward_hook(lambda module, args, out: out.to("meta"))
+    monkeypatch.setattr("esft.evaluate.F.cross_entropy", lambda logits, labels, **_: (logits.device, labels.device))
+    assert [device.type for device in batch_loss(model, batch)[0]] == ["meta", "meta"]
 
 
 def capped(cap: float | None):
@@ -60,9 +185,34 @@ def test_in_bfloat16_the_loss_is_that_of_the_models_own_logits(cap: float | None
     assert loss == pytest.approx(float(expected), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [
+        (lambda out: out + 1, False),
+        (lambda out: out - 1, False),
+        (lambda out: out * (1 + 4 * 2.0**-23), True),  # four units in the last place: rounding
+        (lambda out: out * (1 + 32 * 2.0**-23), False),
+        (lambda out: out[..., :-1], False),
+    ],
+    ids=["raised", "lowered", "rounded otherwise", "scaled", "cut"],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_that_are_more_than_products_are_seen(change, plain: bool, sign: int):
+    """Logits below zero everywhere are as large as ones above."""
+    model = tiny_model()
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.arange(2)[None]).last_hidden_state[0]
+        shares = F.normalize(hidden, dim=-1).sum(0)  # has a positive product with either
+        model.lm_head.weight.copy_(sign * torch.linspace(0.5, 1, 300)[:, None] * shares)
+        logits = model(input_ids=torch.arange(2)[None]).logits
+    assert bool((sign * logits > 0).all())
+    model.lm_head.register_forward_hook(lambda module, args, out: change(out))
+    assert has_plain_head(model) is plain
+
+
 def test_a_head_with_a_bias_is_not_plain_and_no_hook_stays():
     model = tiny_model()
-    model.lm_head.bias = torch.nn.Parameter(torch.full((300,), 1e-3))
+    model.lm_head.bias = nn.Parameter(torch.full((300,), 1e-6))  # less than rounding does to the logits tried out
     assert not has_plain_head(model)
     model = tiny_model()
     model.lm_head.register_forward_hook(lambda *args: 1 / 0)
@@ -71,11 +221,146 @@ def test_a_head_with_a_bias_is_not_plain_and_no_hook_stays():
     assert not model.model._forward_hooks
 
 
-def test_batched_answers_equal_single_ones_in_the_given_order():
+@pytest.mark.parametrize("bent", [False, True])
+def test_whether_a_head_is_plain_is_found_once_and_without_a_graph(bent: bool):
+    model, graphs = tiny_model(), []
+    model.model.register_forward_hook(lambda module, args, out: graphs.append(out.last_hidden_state.requires_grad))
+    if bent:
+        model.lm_head.register_forward_hook(lambda module, args, out: out + 1)
+    assert [has_plain_head(model), has_plain_head(model)] == [not bent] * 2
+    assert graphs == [False]
+
+
+def test_of_a_peft_model_the_model_inside_is_looked_at_and_a_changed_head_is_not_plain():
+    peft = pytest.importorskip("peft")
+    for target, plain in (("o_proj", True), ("lm_head", False)):
+        inner = tiny_model()
+        model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=[target]))
+        assert has_plain_head(model) is plain
+        assert inner.esft_plain_head is plain  # a wrapper would look as if it had it too
+        assert mean_loss(model, examples(), PAD) == pytest.approx(mean_loss(tiny_model(), examples(), PAD), rel=1e-5)
+
+
+def speaker():
+    """A model that answers in capital and small letters."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+        model.lm_head.weight[:32] = 0
+        model.lm_head.weight[94:] = 0
+    return model
+
+
+PROMPTS = ["hello", "a", "say it twice", "no"]
+
+
+@torch.no_grad()
+def greedy(model, prompt: str, count: int) -> list[int]:
+    """The likeliest token after the prompt, ``count`` times."""
+    ids = prompt_ids(prompt)
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[-count:]
+
+
+def prompt_ids(prompt: str) -> list[int]:
+    return [256, 259, *tiny_tokenizer()(prompt)["input_ids"], 257, 260]
+
+
+def conversation(prompt: str) -> list[dict[str, str]]:
+    return chat(prompt, "")[:1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_answers_are_the_likeliest_tokens_in_the_given_order(batch_size: int):
+    model, tokenizer = speaker(), tiny_tokenizer()
+    expected = [tokenizer.decode(greedy(model, prompt, 6)) for prompt in PROMPTS]
+    assert len(set(expected)) == 4
+    assert all(len(text) == 6 for text in expected)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 10.0
+    given = answer(model.train(), tokenizer, [conversation(p) for p in PROMPTS], 6, batch_size)
+    assert given == expected
+    assert not model.training
+
+
+def test_an_answer_ends_at_the_tokenizers_end_marker():
+    """And has neither the marker nor the padding that follows it while another answer goes on."""
+    model, tokenizer = speaker(), tiny_tokenizer()
+    first = greedy(model, "hello", 5)
+    assert first[4] not in first[:4] + greedy(model, "no", 8)
+    with torch.no_grad():  # another special token is said in the place of the fifth
+        model.lm_head.weight[261] = model.lm_head.weight[first[4]]
+        model.lm_head.weight[first[4]] = 0
+    tokenizer.eos_token = "<|system|>"
+    long = greedy(model, "hello", 8)
+    assert long[:5] == [*first[:4], 261]
+    assert tokenizer.decode(long[5:])
+    given = answer(model, tokenizer, [conversation("hello"), conversation("no")], 8)
+    assert given == [tokenizer.decode(first[:4]), tokenizer.decode(greedy(model, "no", 8))]
+
+
+def adds_a_start(tokenizer):
+    """As many tokenizers do to a text by itself."""
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def record_generate(model) -> list[dict]:
+    calls = []
+
+    def generate(**options):
+        calls.append(options)
+        rows, length = options["input_ids"].shape
+        return torch.full((rows, length + 1), 64)
+
+    model.generate = generate
+    return calls
+
+
+def test_prompts_are_rendered_once_and_padded_on_the_left_where_nothing_looks():
+    model, tokenizer = tiny_model(), adds_a_start(tiny_tokenizer())
+    tokenizer.pad_token = "<|system|>"
+    calls = record_generate(model)
+    assert answer(model, tokenizer, [conversation("hello"), conversation("a")]) == ["a", "a"]
+    (call,) = calls
+    assert call["input_ids"].tolist() == [[261] * (16 - len(ids)) + ids for ids in map(prompt_ids, ("a", "hello"))]
+    assert call["attention_mask"].tolist() == [[0] * (16 - n) + [1] * n for n in (5, 9)]
+    assert (call["pad_token_id"], call["eos_token_id"], call["do_sample"]) == (261, 257, False)
+
+
+def test_prompts_go_where_the_model_is():
+    model = tiny_model().to("meta")
+    calls = record_generate(model)
+    answer(model, tiny_tokenizer(), [conversation("a")])
+    assert {calls[0][name].device.type for name in ("input_ids", "attention_mask")} == {"meta"}
+
+
+def test_64_prompts_are_answered_at_a_time_with_128_tokens_unless_told():
+    model = tiny_model()
+    calls = record_generate(model)
+    assert answer(model, tiny_tokenizer(), [conversation("a")] * 70) == ["a"] * 70
+    assert [(len(call["input_ids"]), call["max_new_tokens"]) for call in calls] == [(64, 128), (6, 128)]
+    calls.clear()
+    exact_match(model, tiny_tokenizer(), [chat("a", "a")] * 70)
+    assert [len(call["input_ids"]) for call in calls] == [64, 6]
+
+
+def test_progress_is_shown_when_wanted_only(capsys):
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    prompts = [chat("q" * n, "")[:1] for n in (5, 1, 9, 3)]
-    together = answer(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
-    assert together == [answer(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
+    record_generate(model)
+    answer(model, tokenizer, [conversation("a")])
+    exact_match(model, tokenizer, [chat("a", "a")])
+    assert capsys.readouterr().err == ""
+    for run in (
+        lambda: answer(model, tokenizer, [conversation("a")], progress=True),
+        lambda: exact_match(model, tokenizer, [chat("a", "a")], progress=True),
+    ):
+        run()
+        assert "generate: 100%" in (shown := capsys.readouterr().err) and "batch" in shown
 
 
 @pytest.mark.parametrize(
@@ -84,8 +369,19 @@ def test_batched_answers_equal_single_ones_in_the_given_order():
         ('{"b": 1, "a": [2]}', '{"a":[2],"b":1}', True),
         ('{"a": 1', '{"a": 1}', False),
         ('{"a": "1"}', '{"a": 1}', False),
+        ('{"a": 1, "b": 2}', '{"a": 1}', False),
+        ("[1,  2]", "[1,2]", True),
+        ("[2, 1]", "[1, 2]", False),
+        ("[1, 2", "[1, 2]", False),
+        ("1, 2", "[1, 2]", False),
         (" K AE T \n", "K AE T", True),
+        ("K AE T", " K AE T \n", True),
+        ("K A E T", "K AE T", False),
+        ("k ae t", "K AE T", False),
         ("5.0", "5", False),
+        ('"five"', '"five"', True),
+        ("five", '"five"', False),
+        ("null", "None", False),
     ],
 )
 def test_json_is_compared_by_value_and_text_by_letter(given: str, expected: str, right: bool):
@@ -93,16 +389,37 @@ def test_json_is_compared_by_value_and_text_by_letter(given: str, expected: str,
 
 
 def test_exact_match_counts_the_outcomes(monkeypatch):
-    monkeypatch.setattr("esft.evaluate.answer", lambda *_: ["yes", "no"])
-    share, outcomes = exact_match(tiny_model(), tiny_tokenizer(), [chat("a", "yes"), chat("b", "yes")])
+    monkeypatch.setattr("esft.evaluate.answer", lambda *_: ["yes", "no", " yes", "[1]"])
+    records = [chat("a", "yes"), chat("b", "yes"), [*chat("c", "d"), *chat("e", "yes")], chat("", "yes")[1:]]
+    share, outcomes = exact_match(tiny_model(), tiny_tokenizer(), records)
     assert share == 0.5
-    assert [o["correct"] for o in outcomes] == [True, False]
-    assert outcomes[1] == {"prompt": "b", "expected": "yes", "given": "no", "correct": False}
+    assert outcomes == [
+        {"prompt": "a", "expected": "yes", "given": "yes", "correct": True},
+        {"prompt": "b", "expected": "yes", "given": "no", "correct": False},
+        {"prompt": "e", "expected": "yes", "given": " yes", "correct": True},
+        {"prompt": "", "expected": "yes", "given": "[1]", "correct": False},
+    ]
+
+
+def test_exact_match_leaves_room_for_two_tokens_more_than_the_longest_answer(monkeypatch):
+    """An answer that runs on after the right text is wrong, and has to be seen to run on."""
+    asked = []
+
+    def runs_on(model, tokenizer, prompts, max_new_tokens, batch_size, progress):
+        asked.append((prompts, max_new_tokens, batch_size, progress))
+        return ["yes yes yes"[:max_new_tokens]] * len(prompts)  # one token a byte
+
+    monkeypatch.setattr("esft.evaluate.answer", runs_on)
+    records = [chat("a", "no"), chat("b", "yes"), chat("c", "")]
+    share, outcomes = exact_match(tiny_model(), adds_a_start(tiny_tokenizer()), records, 2, True)
+    assert (share, [o["given"] for o in outcomes]) == (0.0, ["yes y"] * 3)
+    assert asked == [([conversation(p) for p in "abc"], 3 + 2, 2, True)]
 
 
 def test_the_last_assistant_turn_is_the_one_to_answer():
-    prompt, expected = split_prompt([*chat("a", "b"), *chat("c", "d")])
-    assert (len(prompt), expected) == (3, "d")
+    before = [*chat("a", "b"), {"role": "user", "content": "c"}]
+    after = [{"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]
+    assert split_prompt([*before, *after]) == (before, "d")
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
@@ -110,13 +427,51 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
         load_any_adapter(tiny_model(), tmp_path)
 
 
-def test_lora_adapters_load_through_peft(tmp_path):
+def test_an_adapter_of_ours_is_loaded_into_the_model_itself(tmp_path):
+    tuned = esft.swap(tiny_model(), ExpertSelection({1: [0]}, shared_experts=True))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    esft.save_adapter(tuned, tmp_path / "a")
+    model = tiny_model()
+    assert load_any_adapter(model, str(tmp_path / "a")) is model
+    torch.testing.assert_close(model(input_ids=IDS).logits, tuned(input_ids=IDS).logits, atol=2e-6, rtol=1e-5)
+
+
+def save_lora(folder):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
-    model.save_pretrained(tmp_path)
-    loaded = load_any_adapter(tiny_model(), tmp_path)
-    ids = torch.tensor([[256, 4, 5]])
-    torch.testing.assert_close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    config = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False, lora_dropout=0.5)
+    model = peft.get_peft_model(tiny_model(), config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_lora_adapters_load_through_peft(tmp_path):
+    model = save_lora(tmp_path)
+    loaded = load_any_adapter(tiny_model().train(), tmp_path)
+    assert not loaded.training
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_a_lora_adapter_without_the_peft_package_says_what_to_install(tmp_path, monkeypatch):
+    save_lora(tmp_path / "lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(esft.InputError, match=r"/lora: a PEFT adapter needs .* pip install 'esft\[lora\]'"):
+        load_any_adapter(tiny_model(), tmp_path / "lora")
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError, RuntimeError, TypeError, SafetensorError])
+def test_whatever_peft_says_of_a_folder_is_said_in_one_line(tmp_path, monkeypatch, kind: type[Exception]):
+    peft = pytest.importorskip("peft")
+    save_lora(tmp_path / "lora")
+
+    def fails(*_):
+        raise kind("no good\nand here is why")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", fails)
+    with pytest.raises(esft.InputError, match=r"/lora: cannot load this PEFT adapter \(no good\)$"):
+        load_any_adapter(tiny_model(), tmp_path / "lora")
 
 
 def test_a_lora_adapter_is_held_to_its_base_and_a_truncated_one_is_refused(tmp_path):

@@ -1,23 +1,21 @@
 """Every family that transformers gives the experts interface: swapped, it computes what the stock model does."""
 
-import copy
 import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from esft.data import IGNORE
-from esft.evaluate import batch_loss
-from esft.families import MoELayer, moe_layers, routed_parameters
-from esft.layout import read_layout
-from esft.select import ExpertSelection
-from safetensors.torch import load_file
-from transformers.core_model_loading import revert_weight_conversion
+from torch import nn
 
 import esft
-from esft.files import safetensors_header
-from esft.moe import PROJECTIONS
+from esft.data import IGNORE
+from esft.evaluate import batch_loss
+from esft.families import MoELayer, moe_layers, routed_parameters, trained_parameters
+from esft.layout import read_layout
+from esft.moe import PROJECTIONS, Experts
+from esft.plain import PlainExperts
+from esft.select import ExpertSelection
 from tests.esft import zoo
 
 # Families that cannot be built and run here, with the reason; none of them may be runnable.
@@ -70,6 +68,133 @@ def tune(model) -> None:
 
 def names_of(layer: MoELayer) -> tuple[str, ...]:
     return read_layout(layer.experts, layer.name).names
+
+
+class Stacked(nn.Module):
+    """As little as makes stacked experts."""
+
+    def __init__(self, num_experts: int = 4):
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.zeros(4, 4, 2)), nn.Parameter(torch.zeros(4, 2, 2))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights): ...
+
+
+def tree(**modules: nn.Module) -> nn.Module:
+    """A model with these modules; in their paths a double underscore stands for the dot."""
+    model = nn.Module()
+    for path, module in modules.items():
+        *above, last = path.removeprefix("_").split("__")
+        at = model
+        for name in above:
+            if not hasattr(at, name):
+                at.add_module(name, nn.Module())
+            at = getattr(at, name)
+        at.add_module(last, module)
+    return model
+
+
+def ours(cls: type[Experts] = Experts, trained: tuple[int, ...] = (2,), **more) -> Experts:
+    return cls(torch.zeros(4, 4, 2), torch.zeros(4, 2, 2), trained, **more)
+
+
+def linears(*sizes: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(size, 3) for size in sizes)
+
+
+def found(**modules: nn.Module) -> list[tuple[int, str]]:
+    return [(layer.index, layer.name) for layer in moe_layers(tree(**modules))]
+
+
+def test_layers_come_by_their_number_with_block_and_parent():
+    model = tree(model__layers__10__mlp__experts=Stacked(8), model__layers__2__mlp__pool=ours())
+    low, high = moe_layers(model)
+    assert (low.index, low.name, low.attribute, low.num_experts) == (2, "model.layers.2.mlp.pool", "pool", 4)
+    assert (high.index, high.name, high.attribute, high.num_experts) == (
+        10, "model.layers.10.mlp.experts", "experts", 8
+    )  # fmt: skip
+    for layer, path in ((low, "model.layers.2"), (high, "model.layers.10")):
+        assert layer.parent is model.get_submodule(path) and layer.block is layer.parent.mlp
+        assert layer.experts is model.get_submodule(layer.name)
+
+
+def test_the_first_number_of_a_path_counts_and_only_one_with_something_below_it():
+    assert found(model__layers__3__parts__1__experts=Stacked()) == [(3, "model.layers.3.parts.1.experts")]
+    (layer,) = moe_layers(model := tree(_5__experts=Stacked()))
+    assert (layer.index, layer.name) == (5, "5.experts")
+    assert layer.block is getattr(model, "5") and layer.parent is model
+    for path in ("model__layer5__experts", "model__experts__7", "experts"):
+        with pytest.raises(esft.InputError, match="^Module has no MoE layers with stacked experts"):
+            moe_layers(tree(**{path: Stacked()}))
+
+
+def test_layers_that_share_a_number_are_all_numbered_by_their_place():
+    assert found(text__layers__4__experts=Stacked(), images__layers__4__experts=Stacked(), more__2__experts=ours()) == [
+        (0, "text.layers.4.experts"), (1, "images.layers.4.experts"), (2, "more.2.experts")
+    ]  # fmt: skip
+    assert [index for index, _ in found(a__1__text=Stacked(), a__1__image=Stacked(), a__0__text=Stacked())] == [0, 1, 2]
+
+
+def test_a_list_of_experts_of_one_shape_is_a_layer():
+    (layer,) = moe_layers(tree(layers__1__experts=linears(3, 3), layers__0__experts=linears(3)))
+    assert (layer.index, layer.num_experts, layer.attribute) == (1, 2, "experts")
+    named = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    named[1].register_parameter("scale", nn.Parameter(torch.zeros(1)))
+    others = {
+        "layers__2__blocks": linears(3, 3),  # another name
+        "layers__2__my_experts": linears(3, 3),
+        "layers__3__experts": linears(3, 3, 4),  # another shape
+        "layers__4__experts": nn.ModuleList([nn.SiLU(), nn.SiLU()]),  # nothing to train
+        "layers__5__experts": named,
+        "layers__6__experts": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+        "layers__7__experts": nn.ModuleList(),
+    }
+    assert found(layers__1__experts=linears(3, 3), **others) == [(1, "layers.1.experts")]
+
+
+def layer_with(block: dict, parent: dict | None = None) -> MoELayer:
+    model = tree(model__layers__3__mlp__experts=Stacked())
+    layer = moe_layers(model)[0]
+    for holder, attributes in ((layer.block, block), (layer.parent, parent or {})):
+        for name, value in attributes.items():
+            setattr(holder, name, value)
+    return layer
+
+
+def test_the_router_is_the_modules_first_that_has_one_of_its_names():
+    modules = {name: nn.Linear(2, 4) for name in ("moe_gate", "wg", "router", "gate")}
+    for name in ("gate", "router", "wg", "moe_gate"):
+        assert layer_with(modules).router is modules.pop(name)
+    router = nn.Linear(2, 4)
+    assert layer_with({"gate": "softmax", "router": router}).router is router
+    with pytest.raises(esft.InputError, match=r"^layer 3: no router beside model\.layers\.3\.mlp\.experts"):
+        _ = layer_with({"gate": None}, {"router": router}).router
+
+
+def test_shared_experts_are_those_of_the_block_and_of_its_parent():
+    names = ("shared_experts", "shared_expert", "shared_expert_gate", "shared_mlp", "share_expert")
+    block, parent = ({name: nn.Linear(2, 2) for name in reversed(names)} for _ in range(2))
+    expected = [block[name] for name in names] + [parent[name] for name in names]
+    assert all(a is b for a, b in zip(layer_with(block, parent).shared_experts, expected, strict=True))
+    assert layer_with({"shared_experts": None, "shared_mlp": 2}).shared_experts == []
+
+
+def names_in(layer: MoELayer, parameters: list[nn.Parameter]) -> list[str]:
+    names = {id(p): name for name, p in layer.experts.named_parameters()}
+    return [names[id(p)] for p in parameters]
+
+
+def test_parameters_are_told_apart_as_routed_and_trained():
+    (layer,) = moe_layers(tree(layers__0__experts=ours(PlainExperts, gate=torch.tanh, norm=nn.LayerNorm(2))))
+    pools = [f"{pool}_{name}" for name in PROJECTIONS[:2] for pool in ("trained", "frozen")]
+    assert names_in(layer, routed_parameters(layer)) == pools
+    assert names_in(layer, trained_parameters(layer, [2])) == pools[0::2]
+    assert trained_parameters(layer, []) == []
+    (layer,) = moe_layers(tree(layers__0__experts=linears(3, 3, 3)))
+    assert names_in(layer, routed_parameters(layer)) == [f"{e}.{part}" for e in range(3) for part in ("weight", "bias")]
+    assert names_in(layer, trained_parameters(layer, [2, 0])) == ["2.weight", "2.bias", "0.weight", "0.bias"]
+    assert trained_parameters(layer, []) == []
 
 
 def test_every_family_is_tested_or_listed_with_a_reason():
@@ -204,99 +329,3 @@ def test_every_parameter_of_shared_experts_is_found(family: str):
     for name, parameter in model.named_parameters():
         if any(name.startswith(at) for at in decoder_layers):
             assert (parameter in found) == ("share" in name), name
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_checkpoint_loads_in_transformers_with_the_bases_names_and_shapes(family: str, tmp_path):
-    cls = zoo.model_class(family)
-    zoo.tiny(family).save_pretrained(tmp_path / "base")
-    model = cls.from_pretrained(tmp_path / "base").eval()
-    chosen = selection(model)
-    swapped(model, chosen)
-    tune(model)
-    tuned = output(model)
-    esft.save_adapter(model, tmp_path / "a")
-    esft.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
-    merged, info = cls.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert close(output(merged.eval()), tuned)
-    headers = [safetensors_header(tmp_path / f / "model.safetensors") for f in ("base", "merged")]
-    assert headers[0] == headers[1]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_shared_experts_and_non_expert_modules_merge_to_the_tuned_models_weights(family: str, tmp_path):
-    cls = zoo.model_class(family)
-    zoo.tiny(family).save_pretrained(tmp_path / "base")
-    model = cls.from_pretrained(tmp_path / "base")
-    chosen = ExpertSelection(selection(model).experts, shared_experts=True, non_expert_modules=True)
-    swapped(model, chosen)
-    tune(model)
-    esft.save_adapter(model, tmp_path / "a")
-    esft.merge(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
-    merged, info = cls.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    expected, base = esft.unswap(model).state_dict(), zoo.tiny(family)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
-    routed = {p for layer in moe_layers(base) for p in routed_parameters(layer)}
-    assert not any(torch.equal(p, expected[name]) for name, p in base.named_parameters() if p not in routed)
-    headers = [safetensors_header(tmp_path / f / "model.safetensors") for f in ("base", "merged")]
-    assert headers[0] == headers[1]
-    esft.load_adapter(base, tmp_path / "a")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in base.state_dict().items())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_holds_the_checkpoints_tensors_and_brings_the_tuned_model_back(family: str, tmp_path):
-    model, other = zoo.tiny(family), zoo.tiny(family)
-    chosen = selection(model)
-    stock_names = [name for name, _ in model.named_parameters()]
-    swapped(model, chosen)
-    tune(model)
-    tuned = output(model)
-    esft.save_adapter(model, tmp_path / "a")
-    before = output(other)
-    esft.load_adapter(other, tmp_path / "a")
-    assert close(output(other), tuned)
-    assert not close(before, tuned)
-    esft.unswap(model)
-    assert [name for name, _ in model.named_parameters()] == stock_names
-    assert close(output(model), tuned)
-    # The same tensors are in the checkpoint that transformers itself would write of the tuned model.
-    written = revert_weight_conversion(model, copy.copy(model.state_dict()))
-    for name, tensor in load_file(tmp_path / "a" / "adapter.safetensors").items():
-        if name in written:
-            assert torch.equal(written[name], tensor)
-        else:  # a slice of a stacked tensor, whose name lacks the expert's number
-            parts = name.split(".")
-            numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-            stacked = written[".".join(p for i, p in enumerate(parts) if i != numbers[-1])]
-            assert torch.equal(stacked[int(parts[numbers[-1]])], tensor)
-
-
-FORMS = ["mixtral", "granitemoe", "kimi_linear", "laguna", "gpt_oss", "nemotron_h"]
-
-
-@pytest.mark.parametrize("family", FORMS)
-def test_a_base_that_holds_tensors_as_the_model_does_has_the_same_digest_adapters_and_weights(family: str, tmp_path):
-    cls = zoo.model_class(family)
-    zoo.tiny(family).save_pretrained(tmp_path / "original")
-    zoo.tiny(family).save_pretrained(tmp_path / "own", save_original_format=False)
-    adapters, merged = {}, {}
-    for form in ("original", "own"):
-        model = cls.from_pretrained(tmp_path / form)
-        chosen = ExpertSelection(selection(model).experts, shared_experts=True, non_expert_modules=True)
-        swapped(model, chosen)
-        tune(model)
-        adapters[form] = load_file(esft.save_adapter(model, tmp_path / f"a-{form}") / "adapter.safetensors")
-        esft.merge(tmp_path / form, tmp_path / "a-original", tmp_path / f"merged-{form}")
-        merged[form], info = cls.from_pretrained(tmp_path / f"merged-{form}", output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-        headers = [safetensors_header(tmp_path / f / "model.safetensors") for f in (form, f"merged-{form}")]
-        assert headers[0] == headers[1]
-        expected = esft.unswap(model).state_dict()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in merged[form].state_dict().items())
-    assert all(torch.equal(adapters["own"][name], tensor) for name, tensor in adapters["original"].items())
-    esft.load_adapter(cls.from_pretrained(tmp_path / "original"), tmp_path / "a-own")  # so it is the same base
-    if family != "gpt_oss":  # whose two forms are one
-        assert adapters["own"].keys() - safetensors_header(tmp_path / "own" / "model.safetensors").keys()

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from esft.families import moe_layers
-from esft.select import ExpertSelection
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import esft
 from esft.checkpoint import load_model
+from esft.families import moe_layers
+from esft.select import ExpertSelection
 from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, token_batch
 
 SELECTION = ExpertSelection({1: [5, 2], 2: [0]})

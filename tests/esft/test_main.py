@@ -1,16 +1,20 @@
 """The command, stage after stage on a model built here, and its one-line errors."""
 
 import json
+import os
 import shlex
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from esft.evaluate import load_any_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import esft
+from esft import __main__ as command
 from esft.__main__ import main
 from esft.checkpoint import load_model
+from esft.evaluate import load_any_adapter
 from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
 
 
@@ -158,3 +162,155 @@ def test_a_run_resumes_with_the_settings_it_was_begun_with(work, capsys):
         assert main(stage.split()) == 2
         assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()} == before
+
+
+def parsed(monkeypatch, text: str) -> dict:
+    """What the stage of a command line gets."""
+    got = []
+    monkeypatch.setattr(command, "COMMANDS", dict.fromkeys(command.COMMANDS, got.append))
+    assert main(text.split()) == 0
+    return vars(got[0])
+
+
+INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": 4096}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "score --model m --data d --out o",
+            {**INFERENCE, "data": "d", "out": "o", "batch_size": 1, "max_tokens": 131_072, "overwrite": False},
+        ),
+        (
+            "select --scores s --out o",
+            {
+                "scores": "s", "by": "token", "top_p": 0.2, "out": "o", "model": None, "shared_experts": False,
+                "non_expert_modules": False, "plot": None, "overwrite": False,
+            },
+        ),
+        (
+            "train --model m --data d --out o",
+            {
+                **dict.fromkeys(
+                    "dtype backend max_length batch_size eval_data experts config method micro_batch_size recompute lr "
+                    "steps warmup_steps decay seed".split()
+                ),
+                "model": "m", "data": "d", "out": "o", "resume": False, "overwrite": False, "quiet": False,
+            },
+        ),
+        (
+            "eval --model m --data d",
+            {
+                **INFERENCE, "batch_size": 64, "adapter": None, "data": "d", "limit": None, "loss_only": False,
+                "out": None, "overwrite": False, "quiet": False,
+            },
+        ),
+        (
+            "generate --model m --prompt a --prompt b",
+            {**INFERENCE, "batch_size": 64, "adapter": None, "prompt": ["a", "b"], "max_new_tokens": 128},
+        ),
+        ("merge --model m --adapter a --out o", {"model": "m", "adapter": "a", "out": "o", "overwrite": False}),
+        ("report r", {"run": "r"}),
+    ],
+)  # fmt: skip
+def test_a_stage_gets_these_values_where_nothing_else_is_said(monkeypatch, text: str, expected: dict):
+    assert parsed(monkeypatch, text) == {"stage": text.split()[0], **expected}
+
+
+def test_the_values_of_a_training_are_read_as_numbers(monkeypatch):
+    got = parsed(
+        monkeypatch,
+        "train --model m --data d --out o --micro-batch-size 2 --lr 1e-3 --steps 3 --warmup-steps 4 --decay 0.5 "
+        "--seed 6 --max-length 7 --batch-size 8",
+    )
+    expected = {
+        "micro_batch_size": 2, "lr": 1e-3, "steps": 3, "warmup_steps": 4, "decay": 0.5, "seed": 6, "max_length": 7,
+        "batch_size": 8,
+    }  # fmt: skip
+    assert {name: got[name] for name in expected} == expected
+
+
+REQUIRED = {
+    "score": "--model m --data d --out o",
+    "select": "--scores s --out o",
+    "train": "--model m --data d --out o",
+    "eval": "--model m --data d",
+    "generate": "--model m --prompt a",
+    "merge": "--model m --adapter a --out o",
+}
+
+
+@pytest.mark.parametrize(("stage", "option"), [(s, o) for s, text in REQUIRED.items() for o in text.split()[::2]])
+def test_what_a_stage_cannot_do_without_is_asked_for(capsys, stage: str, option: str):
+    words = REQUIRED[stage].split()
+    left = [word for i in range(0, len(words), 2) if words[i] != option for word in words[i : i + 2]]
+    with pytest.raises(SystemExit, match="2"):
+        main([stage, *left])
+    assert capsys.readouterr().err == f"esft {stage}: the following arguments are required: {option}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train --model m --data d --out o --method sft",
+        "train --model m --data d --out o --recompute all",
+        "train --model m --data d --out o --dtype int8",
+        "train --model m --data d --out o --backend gpu",
+        "select --scores s --out o --by name",
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused(capsys, text: str):
+    with pytest.raises(SystemExit, match="2"):
+        main(text.split())
+    assert f"invalid choice: '{text.split()[-1]}'" in capsys.readouterr().err
+
+
+def test_no_stage_and_no_run_are_refused(capsys):
+    for arguments, missing in (([], "stage"), (["report"], "run")):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert f"the following arguments are required: {missing}" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_is_one_line_where_it_names_a_file_and_is_raised_where_not(monkeypatch, capsys):
+    def fails(error: Exception):
+        def stage(_):
+            raise error
+
+        monkeypatch.setattr(command, "COMMANDS", {"report": stage})
+
+    fails(OSError(28, "No space left on device", "some/file"))
+    assert main(["report", "r"]) == 2
+    assert capsys.readouterr().err == "esft: some/file: No space left on device\n"
+    for error in (OSError("of nothing in particular"), RuntimeError("a mistake of ours")):
+        fails(error)
+        with pytest.raises(type(error), match=str(error)):
+            main(["report", "r"])
+
+
+def test_the_script_keeps_memory_and_ends_with_the_status_of_its_arguments(monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(command, "keep_memory", lambda: done.append("kept"))
+    monkeypatch.setattr(sys, "argv", ["esft", "report", "no/such/run"])
+    with pytest.raises(SystemExit) as ended:
+        command.entry()
+    assert ended.value.code == 2 and done == ["kept"]
+    assert "no/such/run: not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("platform", "has", "asked"), [("linux", True, 2), ("linux", False, 0), ("win32", True, 0)])
+def test_freed_memory_is_kept_where_the_system_can_be_told(monkeypatch, platform: str, has: bool, asked: int):
+    told = []
+    libc = SimpleNamespace(mallopt=lambda *values: told.append(values)) if has else SimpleNamespace()
+    monkeypatch.setattr(command.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(command.sys, "platform", platform)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    command.keep_memory()
+    # M_TRIM_THRESHOLD is -1 and M_MMAP_MAX is -4 in glibc's malloc.h: never trim, and map nothing on its own.
+    assert told == [(-1, -1), (-4, 0)][:asked]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"  # what the user has set stays
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    command.keep_memory()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")

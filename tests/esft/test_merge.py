@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from esft.families import moe_layers
-from esft.select import ExpertSelection
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import esft
 from esft.checkpoint import Checkpoint, load_model
 from esft.errors import InputError
+from esft.families import moe_layers
+from esft.select import ExpertSelection
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
 
@@ -25,8 +25,8 @@ def dtype(request) -> torch.dtype:
     return getattr(torch, request.param)
 
 
-def tune(base, selection: ExpertSelection):
-    model = esft.swap(load_model(str(base)), selection)
+def tune(base, selection: ExpertSelection, dtype: str = "auto"):
+    model = esft.swap(load_model(str(base), dtype), selection)
     with torch.no_grad():
         for layer in moe_layers(model):
             layer.experts.trained_gate_up_proj.mul_(1.25)
@@ -47,6 +47,24 @@ def test_the_merged_checkpoint_has_the_swapped_models_logits(tmp_path, family: s
     # Through the same kernels, in the same order of experts, not a bit differs.
     esft.swap(stock, ExpertSelection({2: [5, 0]}))
     assert torch.equal(stock(**token_batch()).logits, expected)
+
+
+def test_weights_are_copied_whatever_their_files_are_called(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base", max_shard_size="200KB")
+    base = tmp_path / "base"
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    for file in list(base.glob("*.safetensors")):
+        file.rename(file.with_name(f"consolidated-{file.name}"))
+    index["weight_map"] = {name: f"consolidated-{file}" for name, file in index["weight_map"].items()}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "consolidated-more.safetensors").write_text("not in the index")
+    chosen = ExpertSelection({1: [3], 2: [5]})
+    esft.save_adapter(tune(base, chosen), tmp_path / "a")
+    esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    found = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert found == {path.name for path in base.iterdir()} - {"consolidated-more.safetensors"} | {"esft_manifest.json"}
+    expected = esft.unswap(tune(base, chosen)).state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in load_model(str(tmp_path / "merged")).state_dict().items())
 
 
 def test_other_tensors_and_files_stay_as_they_are_in_every_shard(tmp_path):
@@ -184,24 +202,76 @@ def test_the_systems_own_limit_on_a_file_is_one_error_for_merged_checkpoints_and
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_disk_that_does_not_keep_what_was_written_is_noticed(tmp_path, monkeypatch):
+def flip(place: int):
+    def change(content: bytearray) -> None:
+        content[place] ^= 1
+
+    return change
+
+
+def damage_copies(monkeypatch, change) -> None:
+    """As a disk does that keeps something other than what it was given."""
+    copyfile = shutil.copyfile
+
+    def copy(source, target):
+        copyfile(source, target)
+        if target.suffix == ".safetensors":
+            content = bytearray(target.read_bytes())
+            change(content)
+            target.write_bytes(content)
+
+    monkeypatch.setattr(importlib.import_module("esft.merge").shutil, "copyfile", copy)
+
+
+READS_OTHER = r"^model\.safetensors: reads back other bytes than were written"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip(0), READS_OTHER),
+        (flip(100_000), READS_OTHER),  # in a tensor before the adapter's
+        (flip(-1), READS_OTHER),  # in the last tensor
+        (lambda content: content.pop(), READS_OTHER),
+        (lambda content: content.append(0), r"^model\.safetensors: is longer than the base's file"),
+        (lambda content: content.extend(bytes(50_000)), r"^model\.safetensors: is longer than the base's file"),
+    ],
+    ids=["first byte", "before", "last byte", "shorter", "longer", "much longer"],
+)
+@pytest.mark.parametrize("chunk", [None, 999])
+def test_a_disk_that_does_not_keep_what_was_written_is_noticed(tmp_path, monkeypatch, change, message, chunk):
     base = save_tiny(tmp_path / "base")
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
-    shutil = importlib.import_module("esft.merge").shutil
-    copyfile = shutil.copyfile
-    for place in (-1, 100_000):  # in the last tensor of the file, and in one before the adapter's
+    if chunk is not None:
+        monkeypatch.setattr(importlib.import_module("esft.merge"), "CHUNK", chunk)
+    esft.merge(base, tmp_path / "a", tmp_path / "sound")
+    damage_copies(monkeypatch, change)
+    with pytest.raises(InputError, match=message):
+        esft.merge(base, tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
-        def torn(source, target, place=place):
-            copyfile(source, target)
-            if target.suffix == ".safetensors":
-                content = bytearray(target.read_bytes())
-                content[place] ^= 1
-                target.write_bytes(content)
 
-        monkeypatch.setattr(shutil, "copyfile", torn)
-        with pytest.raises(esft.InputError, match="reads back other"):
-            esft.merge(base, tmp_path / "a", tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_a_tuned_tensor_that_was_not_kept_is_named(tmp_path, monkeypatch, wrong: int, place: int):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    patch = importlib.import_module("esft.merge")._Patch
+    content, written = patch.content, []
+
+    def torn(self, base_bytes, tuned):
+        made = bytearray(content(self, base_bytes, tuned))
+        written.append(self.changes[0][0])
+        if len(written) == wrong + 1:  # the three are written first and compared afterwards
+            made[place] ^= 1
+        return bytes(made)
+
+    monkeypatch.setattr(patch, "content", torn)
+    name = f"model.layers.1.mlp.experts.3.{('down', 'gate', 'up')[wrong]}_proj.weight"  # as they lie in the file
+    with pytest.raises(InputError, match=rf"^model\.safetensors: tensor {name} reads back otherwise than it was"):
+        esft.merge(base, tmp_path / "a", tmp_path / "out")
+    assert written[:3] == sorted(written[:3])
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
@@ -214,45 +284,6 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(esft.InputError, match="never loaded"):
         esft.merge(base, tmp_path / "a", tmp_path / "out")
-
-
-def _rewrite_index(base, change) -> None:
-    index = json.loads((base / "model.safetensors.index.json").read_text())
-    change(index["weight_map"])
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize("name", ["../elsewhere/model.safetensors", "", 7, ".."])
-def test_an_index_that_names_no_file_of_its_folder_is_refused(tmp_path, name):
-    base = tmp_path / "base"
-    tiny_model().save_pretrained(base, max_shard_size="100KB")
-    _rewrite_index(base, lambda files: files.update({next(iter(files)): name}))
-    with pytest.raises(InputError, match="is not the name of a safetensors file"):
-        Checkpoint.open(base)
-
-
-def test_a_base_with_two_sets_of_weights_is_refused_and_an_index_of_the_one_file_is_not(tmp_path):
-    base, shards = tmp_path / "base", tmp_path / "shards"
-    tiny_model().save_pretrained(base)
-    tiny_model().save_pretrained(shards, max_shard_size="100KB")
-    index = "model.safetensors.index.json"
-    shutil.copyfile(shards / index, base / index)
-    with pytest.raises(InputError, match=r"base: holds model\.safetensors and an index of other files"):
-        Checkpoint.open(base)
-    _rewrite_index(base, lambda files: files.update(dict.fromkeys(files, "model.safetensors")))
-    assert Checkpoint.open(base).digest() == Checkpoint.open(shards).digest()
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("hidden_act", "foo"), ("num_hidden_layers", "x"), ("architectures", ["BertModel"])]
-)
-def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
-    base = tmp_path / "base"
-    tiny_model().save_pretrained(base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(InputError, match="config.json"):
-        _ = Checkpoint.open(base).skeleton
 
 
 @pytest.mark.parametrize("held", ["both", "second", "two values"])
@@ -280,13 +311,19 @@ def test_a_tied_weight_that_the_files_hold_under_a_second_name_stays_tied(tmp_pa
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == tensors.keys()
 
 
+LEFT_OUT = """pytorch_model.bin pytorch_model-00001-of-00002.bin pytorch_model.bin.index.json tf_model.h5
+tf_model-00001-of-00002.h5 tf_model.h5.index.json flax_model.msgpack flax_model.msgpack.index.json
+consolidated.safetensors consolidated.00.pth model-q4.gguf original/consolidated.00.pth original/params.json
+additional_chat_templates/more/tools.jinja""".split()
+
+
 def test_a_base_of_links_into_a_cache_is_copied_without_its_weights_in_other_formats(tmp_path):
     plain = save_tiny(tmp_path / "plain")
     (plain / "additional_chat_templates").mkdir()
     (plain / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     copied = {p.relative_to(plain): p.read_bytes() for p in plain.rglob("*") if p.is_file()}
-    for name in ("pytorch_model.bin", "consolidated.safetensors", "model-q4.gguf", "original/consolidated.00.pth"):
-        (plain / name).parent.mkdir(exist_ok=True)
+    for name in LEFT_OUT:
+        (plain / name).parent.mkdir(exist_ok=True, parents=True)
         (plain / name).write_text("the base's weights")
     base, blobs = tmp_path / "snapshot", tmp_path / "blobs"
     blobs.mkdir()
@@ -310,9 +347,108 @@ def test_a_base_of_links_into_a_cache_is_copied_without_its_weights_in_other_for
 def test_values_that_the_bases_dtype_cannot_hold_are_refused(tmp_path):
     base = save_tiny(tmp_path / "base", dtype=torch.float16)
     model = esft.swap(load_model(str(base), "float32"), ExpertSelection({1: [3]}))
-    with torch.no_grad():
-        moe_layers(model)[0].experts.trained_down_proj[0, 0, 0] = 1e6
-    esft.save_adapter(model, tmp_path / "a")
-    with pytest.raises(InputError, match=r"experts\.3\.down_proj\.weight has values beyond torch\.float16"):
-        esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    weights = moe_layers(model)[0].experts.trained_down_proj
+    for value, held in ((1e6, False), (-1e6, False), (65504.0, True), (torch.inf, True)):
+        with torch.no_grad():
+            weights[0, 0, 0] = value
+        esft.save_adapter(model, tmp_path / "a", overwrite=True)
+        if held:  # what is infinite in the adapter is so on purpose
+            esft.merge(base, tmp_path / "a", tmp_path / "merged")
+            tensor = load_file(tmp_path / "merged" / "model.safetensors")[
+                "model.layers.1.mlp.experts.3.down_proj.weight"
+            ]
+            assert tensor[0, 0] == value
+            shutil.rmtree(tmp_path / "merged")
+        else:
+            with pytest.raises(InputError, match=r"experts\.3\.down_proj\.weight has values beyond torch\.float16"):
+                esft.merge(base, tmp_path / "a", tmp_path / "merged")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_adapters_values_take_the_bases_dtype(tmp_path, dtype: torch.dtype):
+    base = save_tiny(tmp_path / "base", dtype=dtype)
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]}), "float32"), tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()  # the base need not be the one that it was trained from
+    with pytest.warns(UserWarning, match="does not say which base it is of") as warned:
+        merged = esft.merge(str(base), str(tmp_path / "a"), str(tmp_path / "merged"))
+    assert warned[0].filename == __file__
+    assert merged == tmp_path / "merged"
+    assert json.loads((merged / "esft_manifest.json").read_text()) == {}
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
+    tuned = load_file(tmp_path / "a" / "adapter.safetensors")
+    assert {tensor.dtype for tensor in tuned.values()} == {torch.float32}
+    for name, tensor in after.items():
+        expected = tuned[name].to(dtype) if name in tuned else before[name]
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("experts", [[0], [3], [7, 0]])
+def test_in_a_base_that_stacks_its_experts_only_the_slices_change(tmp_path, experts: list[int]):
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base, save_original_format=False)
+    tuned = tune(base, ExpertSelection({1: experts}))
+    esft.save_adapter(tuned, tmp_path / "a")
+    esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    expected = esft.unswap(tuned).state_dict()
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    for name, tensor in after.items():
+        assert torch.equal(tensor, expected[name])
+        changed = [
+            i for i, (new, old) in enumerate(zip(tensor, before[name], strict=True)) if not torch.equal(new, old)
+        ]
+        assert changed == (sorted(experts) if "layers.1.mlp.experts." in name else [])
+
+
+def test_the_manifest_of_the_adapter_stays_with_the_result(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    merged = esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    manifest = json.loads((merged / "esft_manifest.json").read_text())
+    assert manifest == json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["base_digest"] == Checkpoint.open(base).digest()
+
+
+def test_of_another_base_in_another_dtype_the_error_says_so(tmp_path):
+    base, other = save_tiny(tmp_path / "base"), save_tiny(tmp_path / "other", seed=1, dtype=torch.bfloat16)
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    with pytest.raises(InputError, match=r"another base.*trained in float32 and these are in bfloat16"):
+        esft.merge(other, tmp_path / "a", tmp_path / "merged")
+
+
+GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"  # 20 times 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(GATE), rf"^\S*/base: holds no tensor {GATE}, which the adapter changes"),
+        (
+            lambda t: t.update({GATE: t[GATE].T.contiguous()}),
+            rf"/base/model\.safetensors: tensor {GATE} has shape \(32, 20\), which is not the model's",
+        ),
+        (
+            lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)}),
+            rf"/base/model\.safetensors: tensor {GATE} is F8_E4M3; only F64, F32, F16, BF16 can be merged into",
+        ),
+        (lambda t: t.update({GATE: t[GATE].to(torch.int8)}), rf"tensor {GATE} is I8; only"),
+    ],
+    ids=["missing", "transposed", "8 bits", "whole numbers"],
+)
+@pytest.mark.filterwarnings("ignore:.*does not say which base")
+def test_a_tensor_of_the_base_that_the_adapters_cannot_replace_is_named(tmp_path, change, message: str):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_tensor_without_elements_stays_as_it_is():
+    module = importlib.import_module("esft.merge")
+    assert module._Patch(8, 8, (0, 4), torch.float32, []).content(b"", None) == b""

@@ -6,12 +6,12 @@ tells which of the two they are.
 
 import pytest
 import torch
-from esft.select import ExpertSelection
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import esft
 from esft.checkpoint import Checkpoint, model_digest
+from esft.select import ExpertSelection
 from tests.esft import test_families as families
 
 SELECTION = ExpertSelection({0: [3], 1: [5, 0]}, shared_experts=True, non_expert_modules=True)

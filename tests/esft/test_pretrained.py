@@ -2,23 +2,28 @@
 
 import copy
 import gc
+import re
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
-from esft.families import moe_layers
-from esft.select import ExpertSelection
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import esft
+from esft.conversion import to_stored
+from esft.families import moe_layers
+from esft.pretrained import detach, stock_state
+from esft.select import ExpertSelection
+from esft.stored import expert_tensors
 from tests.esft import test_families as families
+from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
-from tests.esft.models import tiny_model, token_batch
+from tests.esft.models import FAMILIES, tiny_model, token_batch
 from tests.esft.test_layout import listed
 
 SELECTION = ExpertSelection({1: [5, 2], 2: [0]})
@@ -228,6 +233,8 @@ def test_experts_in_a_module_list_save_and_load_as_they_always_did(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     expected = model(**token_batch()).logits
     torch.testing.assert_close(again(**token_batch()).logits, expected, atol=2e-6, rtol=1e-5)
+    with pytest.raises(RuntimeError, match='Unexpected key.*"other"'):
+        model.load_state_dict(model.state_dict() | {"other": torch.ones(1)})
 
 
 def test_beside_lora_each_saves_its_own_and_the_merged_model_all(tmp_path):
@@ -240,3 +247,168 @@ def test_beside_lora_each_saves_its_own_and_the_merged_model_all(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(again(**token_batch()).logits, expected, atol=2e-6, rtol=1e-5)
+
+
+def refuse(*_):
+    raise AssertionError("experts were copied")
+
+
+def test_a_lora_of_transformers_own_is_saved_alone_and_without_a_copy_of_the_experts(tmp_path, monkeypatch):
+    model = swapped(tuned=True)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    monkeypatch.setattr("esft.pretrained.stock_state", refuse)
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_a_process_that_does_not_write_copies_nothing(tmp_path, monkeypatch):
+    model = swapped()
+    monkeypatch.setattr("esft.pretrained.stock_state", refuse)
+    model.save_pretrained(tmp_path, False)
+    assert not files(tmp_path)
+
+
+def test_arguments_by_position_are_those_of_transformers(tmp_path):
+    model = swapped(tuned=True)
+    model.save_pretrained(tmp_path / "expected")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    families.tune(model)  # the state that is given is saved, and not the model's own
+    model.save_pretrained(tmp_path / "given", True, state)
+    assert files(tmp_path / "given") == files(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("trouble", ["", "spread by transformers", "elsewhere"])
+def test_saving_leaves_nothing_on_the_model_even_where_it_fails(tmp_path, trouble: str):
+    model = swapped()
+    before, names = vars(model).keys() | {"esft_expert_tensors", "esft_conversions"}, list(model.state_dict())
+    if trouble == "elsewhere":
+        moe_layers(model)[1].experts.frozen_down_proj = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        with pytest.raises(esft.InputError, match="^model.layers.2.mlp.experts: a part of the experts is elsewhere"):
+            model.save_pretrained(tmp_path)
+    elif trouble:
+        model.config.distributed_config = object()
+        with pytest.raises(esft.InputError, match="a swapped model that transformers has spread over ranks cannot be"):
+            model.save_pretrained(tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    assert vars(model).keys() <= before
+    assert list(model.state_dict()) == names
+    assert not model._state_dict_hooks
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
+def test_a_state_as_the_stock_model_has_it_keeps_names_shapes_and_order_and_copies_experts_alone(family: str):
+    model, stock = (tiny_model() if family in FAMILIES else zoo.tiny(family) for _ in range(2))
+    esft.swap(model, SELECTION if family in FAMILIES else families.selection(model))
+    found, own = stock_state(model, model.state_dict()), model.state_dict()
+    expected = stock.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert all(found[name].data_ptr() == tensor.data_ptr() for name, tensor in own.items() if name in found)
+
+
+def test_a_state_that_lacks_a_pool_or_holds_one_of_no_layer_is_refused_with_its_name():
+    model = swapped()
+    state = dict(model.state_dict())
+    pool = "model.layers.1.mlp.experts.trained_down_proj"
+    lacking = {name: tensor for name, tensor in state.items() if name != pool}
+    for wrong in (lacking, state | {pool: state[pool][:1]}, state | {pool: state[pool].new_empty(0)}):
+        with pytest.raises(esft.InputError, match="^model.layers.1.mlp.experts: a part of the experts is elsewhere"):
+            stock_state(model, wrong)
+    with pytest.raises(esft.InputError, match="^other.trained_down_proj: the model has no such tensor"):
+        stock_state(model, state | {"other.trained_down_proj": state[pool]})
+
+
+def test_detaching_what_was_never_attached_is_nothing():
+    model = tiny_model()
+    before = set(vars(model))
+    detach(model)
+    assert set(vars(model)) == before
+
+
+def test_a_checkpoint_loads_into_a_model_inside_another_under_its_prefix():
+    stock, model = tiny_model(seed=1), swapped()
+    outer = torch.nn.ModuleDict({"inner": model})
+    state = {f"inner.{name}": tensor for name, tensor in stock.state_dict().items()}
+    outer.load_state_dict(dict(state))
+    assert all(
+        torch.equal(tensor, stock.state_dict()[name]) for name, tensor in stock_state(model, model.state_dict()).items()
+    )
+    with pytest.raises(RuntimeError, match='Unexpected key.*"inner.other"'):
+        outer.load_state_dict(state | {"inner.other": torch.ones(1)})
+    own = {f"inner.{name}": tensor + 1 for name, tensor in model.state_dict().items()}
+    outer.load_state_dict(dict(own))
+    assert all(torch.equal(tensor, own[f"inner.{name}"]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "wrong", "right"),
+    [
+        ("granitemoe", "model.layers.0.block_sparse_moe.input_linear.weight", (7, 48, 32), (8, 48, 32)),
+        ("gpt_oss", "model.layers.0.mlp.experts.down_proj_bias", (8, 31), (8, 32)),
+        ("kimi_linear", "model.layers.0.self_attn.k_conv1d.weight", (32, 4), (32, 1, 4)),
+    ],
+)
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(family: str, name: str, wrong, right):
+    model = families.swapped(zoo.tiny(family), ExpertSelection({}))
+    state = to_stored(zoo.tiny(family), zoo.tiny(family).state_dict())
+    assert tuple(state[name].shape) == right
+    shapes = rf"has shape {wrong}, the model's has {right}"
+    with pytest.raises(esft.InputError, match=re.escape(f"{name}: {shapes}")):
+        model.load_state_dict(state | {name: torch.zeros(wrong)})
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_of_files_in_two_forms_the_shape_tells_which_and_a_part_of_them_may_come(transposed: bool):
+    stock, model = multimodal.tiny(), esft.swap(multimodal.tiny(), ExpertSelection({0: [3]}))
+    names = [f"model.language_model.layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)]
+    value = torch.randn(8, 32, 12)
+    found = model.load_state_dict({names[0]: value.mT if transposed else value}, strict=False)
+    assert not found.unexpected_keys
+    pools = [n for n in model.state_dict() if ".layers.0.mlp.experts." in n]
+    assert set(pools) <= set(found.missing_keys)  # as the layer's other projection did not come
+    state = stock_state(model, model.state_dict())
+    assert torch.equal(state[names[0]], value)
+    assert torch.equal(state[names[1]], stock.state_dict()[names[1]])
+
+
+def test_where_both_forms_have_one_shape_the_checkpoints_own_is_read():
+    # Of a family whose files would hold the halves' rows in turn, under the name that the model has.
+    model = families.swapped(zoo.tiny("gpt_oss"), ExpertSelection({0: [3]}))
+    in_turn = {"part": "in turn", "transposed": False}
+    model.esft_expert_tensors = [
+        replace(t, **(in_turn if t.stored_name.endswith("gate_up_proj") else {})) for t in expert_tensors(model)
+    ]
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    value = torch.randn(8, 32, 48)
+    model.load_state_dict({name: value}, strict=False)
+    rows = [*range(0, 32, 2), *range(1, 32, 2)]
+    assert torch.equal(stock_state(model, model.state_dict())[name], value[:, rows])
+
+
+def test_files_whose_form_only_the_shape_tells_are_saved_in_the_stock_models(tmp_path):
+    model = esft.swap(multimodal.tiny(), ExpertSelection({0: [3], 1: [5, 0]}))
+    families.tune(model)
+    model.save_pretrained(tmp_path / "swapped")
+    esft.unswap(model).save_pretrained(tmp_path / "stock")
+    assert files(tmp_path / "swapped") == files(tmp_path / "stock")
+
+
+def test_a_swapped_models_own_state_is_not_mixed_with_a_checkpoints_names():
+    model = swapped()
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{name}"'):
+        model.load_state_dict(model.state_dict() | {name: torch.zeros(20, 32)})
+
+
+def test_parts_are_read_into_a_parameter_that_does_not_lie_in_order():
+    model = families.swapped(zoo.tiny("kimi_linear"), ExpertSelection({}))
+    name = "model.layers.0.self_attn.conv1d.weight"
+    convolution = model.get_submodule(name.rpartition(".")[0])
+    convolution.weight = torch.nn.Parameter(torch.zeros(4, 1, 96).permute(2, 1, 0), requires_grad=False)
+    expected = zoo.tiny("kimi_linear").state_dict()[name]
+    parts = to_stored(zoo.tiny("kimi_linear"), {name: expected})
+    assert len(parts) == 3
+    model.load_state_dict(parts, strict=False)
+    assert torch.equal(convolution.weight, expected)

@@ -1,58 +1,185 @@
 import json
+import sys
 
 import pytest
-from esft.report import plot_scores, read_metrics, report, table
 
 import esft
+from esft.report import plot_scores, read_metrics, report, table
 
 
-def write_run(folder, steps: int, ended: bool):
-    folder.mkdir()
-    lines = [{"step": i + 1, "loss": 4.0 - i / 10, "lr": 1e-3, "tokens_per_second": 100.0} for i in range(steps)]
-    lines.insert(2, {"step": 2, "eval_loss": 3.5})
+def write_metrics(folder, lines: list[dict]):
+    folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if ended:
-        (folder / "summary.json").write_text('{"stored_bytes": 42}')
     return folder
 
 
-def test_a_report_shows_every_step_once_and_the_summary(tmp_path):
-    text = report(write_run(tmp_path / "run", 9, ended=True), rows=3)
-    assert [line.split("|")[1].strip() for line in text.splitlines()[2:5]] == ["1-3", "4-6", "7-9"]
-    assert "3.900" in text and "3.500" in text
-    assert "stored_bytes: 42" in text
-    assert "stored_bytes" not in report(write_run(tmp_path / "other", 9, ended=False))
+def write_run(folder, steps: int, ended: bool):
+    """Steps whose every figure is its own, and losses on the evaluation data after steps 2, 3 and 5."""
+    lines = []
+    for step in range(1, steps + 1):
+        lines.append({"step": step, "loss": 4.0 - step / 10, "lr": step * 1e-3, "tokens_per_second": 1000.0 * step})
+        if step in (2, 3, 5):
+            lines.append({"step": step, "eval_loss": 3 + step / 8})
+    write_metrics(folder, lines)
+    if ended:
+        (folder / "summary.json").write_text('{"stored_bytes": 42, "data": "d.jsonl"}')
+    return folder
 
 
-def test_a_run_without_steps_and_a_folder_without_a_run(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert "no step done yet" in report(tmp_path)
-    with pytest.raises(esft.InputError, match="not a run folder"):
-        report(tmp_path / "absent")
-    for bad, message in (("{", "not JSON"), ("{}", "names no step"), ('{"step": 2, "loss": 1.0}', "without lr")):
-        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad)
-        with pytest.raises(esft.InputError, match=f"metrics.jsonl: line 2: .*{message}"):
-            read_metrics(tmp_path)
-    write_run(tmp_path / "run", 3, ended=True)
-    (tmp_path / "run" / "summary.json").write_text("[]")
-    with pytest.raises(esft.InputError, match="not a run's summary"):
-        report(tmp_path / "run")
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()]
 
 
-def test_a_table_lines_up():
-    assert table([{"a": 1234, "bb": 0.5}, {"a": 1, "bb": "x"}]).splitlines() == [
-        "| a     | bb    |",
-        "|-------|-------|",
-        "| 1,234 | 0.500 |",
-        "| 1     | x     |",
+def test_a_report_gives_each_part_its_mean_loss_and_speed_and_its_last_rate_and_evaluation(tmp_path):
+    names, _, *rows = cells(report(write_run(tmp_path / "run", 9, ended=True), rows=3))
+    assert names == ["steps", "loss", "eval loss", "lr", "tokens/s"]
+    assert rows == [
+        ["1-3", "3.800", "3.375", "3.00e-03", "2,000"],  # evaluated after 2 and 3: the later
+        ["4-6", "3.500", "3.625", "6.00e-03", "5,000"],
+        ["7-9", "3.200", "", "9.00e-03", "8,000"],
     ]
 
 
-def test_the_picture_is_a_png_that_marks_what_is_chosen(tmp_path):
-    pytest.importorskip("matplotlib")
-    scores = esft.ExpertScores({1: {0: 0.7, 1: 0.3}, 2: {0: 0.1, 1: 0.9}}, {})
-    nothing, chosen = esft.ExpertSelection({}), esft.select_experts(scores, top_p=0.5)
-    plain = plot_scores(scores, nothing, tmp_path / "a.png", "t").read_bytes()
-    marked = plot_scores(scores, chosen, tmp_path / "b.png", "t").read_bytes()
-    assert plain.startswith(b"\x89PNG") and marked.startswith(b"\x89PNG")
-    assert plain != marked
+@pytest.mark.parametrize(
+    ("steps", "rows", "spans"),
+    [
+        (7, 3, ["1-3", "4-6", "7-7"]),
+        (6, 3, ["1-2", "3-4", "5-6"]),
+        (2, 3, ["1-1", "2-2"]),
+        (4, 1, ["1-4"]),
+    ],
+)
+def test_a_report_has_at_most_so_many_rows_and_every_step_once(tmp_path, steps: int, rows: int, spans: list[str]):
+    shown = cells(report(write_run(tmp_path / "run", steps, ended=False), rows))[2:]
+    assert [row[0] for row in shown] == spans
+
+
+def test_a_report_has_up_to_twelve_rows_unless_told_otherwise(tmp_path):
+    for steps, shown in ((12, 12), (13, 7), (24, 12)):
+        assert len(cells(report(write_run(tmp_path / "run", steps, ended=False)))) == 2 + shown
+
+
+def test_a_report_is_the_table_and_then_the_summary_of_a_run_that_has_ended(tmp_path):
+    ended = report(write_run(tmp_path / "ended", 9, ended=True))
+    running = report(write_run(tmp_path / "running", 9, ended=False))
+    assert ended == running + "\n\nstored_bytes: 42\ndata: d.jsonl"
+
+
+def test_the_last_of_two_evaluations_of_one_step_counts_and_one_without_its_step_is_not_shown(tmp_path):
+    step = {"step": 1, "loss": 1.0, "lr": 1e-3, "tokens_per_second": 5.0}
+    twice = [step, {"step": 1, "eval_loss": 2.0}, {"step": 1, "eval_loss": 3.0}, {"step": 2, "eval_loss": 4.0}]
+    assert cells(report(write_metrics(tmp_path, twice)))[2:] == [["1-1", "1.000", "3.000", "1.00e-03", "5"]]
+
+
+def test_a_run_without_steps_and_a_folder_without_a_run(tmp_path):
+    assert report(write_metrics(tmp_path, [])) == f"{tmp_path}: no step done yet"
+    assert "no step done yet" in report(write_metrics(tmp_path, [{"step": 1, "eval_loss": 1.0}]))
+    with pytest.raises(esft.InputError, match=r"absent: not a run folder \(no metrics.jsonl\)"):
+        report(tmp_path / "absent")
+    write_run(tmp_path / "run", 3, ended=True)
+    (tmp_path / "run" / "summary.json").write_text("[]")
+    with pytest.raises(esft.InputError, match="run/summary.json: not a run's summary"):
+        report(tmp_path / "run")
+
+
+def test_metrics_are_read_line_by_line(tmp_path):
+    lines = [{"step": 1, "loss": 2.0, "lr": 0.1, "tokens_per_second": 3.0}, {"step": 1, "eval_loss": 4.0}, {"step": 2}]
+    assert read_metrics(write_metrics(tmp_path, lines)) == lines
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", r"not JSON \(Expecting property name"),
+        ("[]", "names no step"),
+        ("{}", "names no step"),
+        ('{"step": "2"}', "names no step"),
+        ('{"step": 2, "loss": 1.0}', "a loss without lr and tokens_per_second"),
+        ('{"step": 2, "loss": 1.0, "lr": 1.0}', "a loss without lr and tokens_per_second"),
+        ('{"step": 2, "loss": 1.0, "tokens_per_second": 1.0}', "a loss without lr and tokens_per_second"),
+    ],
+)
+def test_a_bad_line_of_the_metrics_is_named(tmp_path, bad: str, message: str):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad)
+    with pytest.raises(esft.InputError, match=f"metrics.jsonl: line 2: {message}"):
+        read_metrics(tmp_path)
+
+
+def test_a_table_lines_up():
+    assert table([{"a": 1234, "bb": 0.5}, {"bb": "x", "a": None}]).splitlines() == [
+        "| a     | bb    |",
+        "|-------|-------|",
+        "| 1,234 | 0.500 |",
+        "| None  | x     |",
+    ]
+
+
+SCORES = esft.ExpertScores({1: {0: 0.2, 1: 0.7, 2: 0.1}, 2: {2: 0.4, 1: 0.2, 0: 0.4}}, {1: {0: 0.6, 1: 0.4}})
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, as matplotlib closes them."""
+    pytest.importorskip("matplotlib").use("template")  # one that writes nothing, as a screen's would
+    import matplotlib.pyplot as plt
+
+    figures = []
+    real = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: (figures.append(figure), real(figure)))
+    return figures
+
+
+def marked(axes) -> set[tuple[int, int]]:
+    """(row, column) of the framed places: the frames' centres, which must lie on whole numbers."""
+    centres = [(p.get_y() + p.get_height() / 2, p.get_x() + p.get_width() / 2) for p in axes.patches]
+    rounded = [(round(y), round(x)) for y, x in centres]
+    assert all(abs(y - v) + abs(x - w) < 1e-9 for (y, x), (v, w) in zip(centres, rounded, strict=True))
+    assert all(0.5 < p.get_height() < 1 and 0.5 < p.get_width() < 1 and not p.get_fill() for p in axes.patches)
+    return set(rounded)
+
+
+def test_the_picture_shows_experts_by_falling_score_and_frames_the_chosen(tmp_path, drawn):
+    import matplotlib
+
+    path = plot_scores(SCORES, esft.ExpertSelection({1: [1], 2: [0, 2]}), str(tmp_path / "a.png"))
+    assert path == tmp_path / "a.png" and path.read_bytes().startswith(b"\x89PNG")
+    assert matplotlib.get_backend().lower() == "agg"  # which needs no screen
+    (figure,) = drawn
+    axes, bar = figure.axes
+    assert axes.images[0].get_array().tolist() == [[0.7, 0.2, 0.1], [0.4, 0.4, 0.2]]
+    ids = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axes.texts}
+    rows = ["102", "021"]  # of two equal scores the lower id comes first
+    assert ids == {(row, column): rows[row][column] for row in range(2) for column in range(3)}
+    assert {(t.get_ha(), t.get_va()) for t in axes.texts} == {("center", "center")}
+    assert marked(axes) == {(0, 0), (1, 0), (1, 1)}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
+    assert axes.get_yticks().tolist() == [0, 1]
+    assert axes.get_ylabel() == "layer" and "falling score" in axes.get_xlabel()
+    assert axes.get_title() == "token scores, 3 experts chosen" and bar.get_ylabel() == "token score"
+
+
+def test_the_picture_shows_the_scores_that_are_asked_for_under_the_title_that_is_given(tmp_path, drawn):
+    plot_scores(SCORES, esft.ExpertSelection({}), tmp_path / "a.png", "a title", by="gate")
+    (figure,) = drawn
+    axes, bar = figure.axes
+    assert axes.images[0].get_array().tolist() == [[0.6, 0.4]]
+    assert not axes.patches
+    assert axes.get_title() == "a title" and bar.get_ylabel() == "gate score"
+
+
+@pytest.mark.parametrize("experts", [64, 65])
+def test_the_picture_grows_with_the_experts_and_names_up_to_64_of_them(tmp_path, drawn, experts: int):
+    row = dict.fromkeys(range(experts), 1 / experts)
+    few, many = {1: {0: 0.5, 1: 0.5}}, {1: row, 2: row}
+    for scores in (few, many):
+        plot_scores(esft.ExpertScores(scores, {}), esft.ExpertSelection({}), tmp_path / "a.png")
+    small, large = drawn
+    assert len(large.axes[0].texts) == (128 if experts == 64 else 0)
+    assert large.get_figwidth() > small.get_figwidth() >= 6  # room for the labels even beside few experts
+    assert 0.2 < large.get_figheight() - small.get_figheight() < 0.6  # inches, of one more layer
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(esft.InputError, match="a picture needs matplotlib: pip install 'esft\\[plot\\]'"):
+        plot_scores(SCORES, esft.ExpertSelection({}), tmp_path / "a.png")

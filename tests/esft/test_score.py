@@ -1,10 +1,15 @@
+import inspect
+import json
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
-from esft.balance import balance_losses
-from esft.families import moe_layers
-from esft.select import ExpertSelection
 
 import esft
+from esft.balance import balance_losses
+from esft.families import GATE, moe_layers
+from esft.select import ExpertSelection
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 
@@ -77,11 +82,105 @@ def test_one_expert_a_token_has_token_scores_and_gate_scores_only_where_the_fami
         model(**batch)
 
 
-def test_hooks_are_gone_and_the_mode_is_kept():
-    model = tiny_model().train()
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_are_gone_and_the_mode_is_kept_even_after_an_error(training: bool):
+    model = tiny_model().train(training)
     esft.score_experts(model, [token_batch()])
-    assert model.training
+    assert all(m.training == training for m in model.modules())
+    with pytest.raises(KeyError):
+        esft.score_experts(model, [token_batch(), {"no tokens": 0}])
+    assert all(m.training == training for m in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_dropout_is_off_and_no_gradient_or_cache_is_kept_while_scoring():
+    model, batch = tiny_model(attention_dropout=0.9).train(), token_batch()
+    calls = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((torch.is_grad_enabled(), kwargs)), with_kwargs=True
+    )
+    found = esft.score_experts(model, [batch])
+    ((gradients, kwargs),) = calls
+    assert not gradients
+    assert kwargs["use_cache"] is False
+    assert torch.equal(kwargs["input_ids"], batch["input_ids"])
+    assert torch.equal(kwargs["attention_mask"], batch["attention_mask"])
+    assert found == esft.score_experts(model.eval(), [batch])
+
+
+@pytest.mark.parametrize("limit", [45, 46, 47])
+def test_no_batch_is_asked_for_once_there_are_enough_tokens(limit: int):
+    asked = []
+
+    def batches():  # 46 tokens each
+        for seed in range(3):
+            asked.append(seed)
+            yield token_batch(seed=seed)
+
+    model = tiny_model()
+    scores = esft.score_experts(model, batches(), max_tokens=limit)
+    assert asked == ([0, 1] if limit > 46 else [0])
+    tokens, _ = by_hand(model, [token_batch(seed=seed) for seed in range(3)], limit)
+    assert scores.token_scores[1] == pytest.approx(dict(enumerate(tokens[1].tolist())), abs=1e-6)
+
+
+def test_the_papers_sample_is_the_default():
+    assert inspect.signature(esft.score_experts).parameters["max_tokens"].default == 32 * 4096
+
+
+def test_batches_without_a_token_change_nothing_and_a_missing_mask_means_no_padding():
+    model, first, second = tiny_model(), token_batch(seed=1), token_batch(seed=2)
+    padding = {"input_ids": first["input_ids"], "attention_mask": torch.zeros(3, 17, dtype=torch.long)}
+    first["input_ids"][0, :4] = 0  # the first token of the vocabulary is a token too
+    whole = {"input_ids": first["input_ids"]}
+    found = esft.score_experts(model, [padding, whole, padding, second])
+    masked = whole | {"attention_mask": torch.ones(3, 17, dtype=torch.long)}
+    tokens, gates = by_hand(model, [masked, second], limit=1000)
+    for layer in (1, 2):
+        assert found.token_scores[layer] == pytest.approx(dict(enumerate(tokens[layer].tolist())), abs=1e-6)
+        assert found.gate_scores[layer] == pytest.approx(dict(enumerate(gates[layer].tolist())), abs=1e-5)
+    with pytest.raises(esft.InputError, match="data set is empty"):
+        esft.score_experts(model, [padding])
+
+
+def test_batches_go_to_the_models_device():
+    model, batch, asked = tiny_model(), token_batch(), []
+    elsewhere = {
+        name: SimpleNamespace(to=lambda device, name=name, t=tensor: asked.append((name, device)) or t)
+        for name, tensor in batch.items()
+    }
+    assert esft.score_experts(model, [elsewhere]) == esft.score_experts(model, [batch])
+    assert asked == [("input_ids", model.device), ("attention_mask", model.device)]
+
+
+def test_experts_of_images_that_see_no_token_have_no_scores():
+    scores = esft.score_experts(zoo.tiny("ernie4_5_vl_moe"), [{"input_ids": zoo.tokens()}])
+    assert list(scores.token_scores) == list(scores.gate_scores) == [0, 2]  # those of text
+
+
+def test_slots_that_no_expert_took_do_not_count(monkeypatch):
+    model, batch = tiny_model("mixtral"), token_batch(rows=1)
+    # So that the weights need not tell the gate function, as those of empty slots do not.
+    monkeypatch.setitem(GATE, "mixtral", "softmax")
+    seen = {}
+
+    def drop_the_second_choice(module, args):
+        hidden, index, weights = args
+        seen[module] = index[:12]
+        return hidden, index, weights * torch.tensor([1.0, 0.0])
+
+    for layer in moe_layers(model):
+        layer.experts.register_forward_pre_hook(drop_the_second_choice)
+        layer.router.register_forward_hook(lambda module, _, out: seen.update({module: out[0][:12].softmax(-1)}))
+    scores = esft.score_experts(model, [batch])
+    for layer in moe_layers(model):
+        first = seen[layer.experts][:, 0].tolist()
+        expected = {e: first.count(e) / 12 for e in range(8)}
+        assert scores.token_scores[layer.index] == pytest.approx(expected, abs=1e-12)
+        gates = dict.fromkeys(range(8), 0.0)
+        for token, expert in enumerate(first):
+            gates[expert] += float(seen[layer.router][token, expert]) / 12
+        assert scores.gate_scores[layer.index] == pytest.approx(gates, abs=1e-6)
 
 
 def test_an_empty_data_set_is_refused():
@@ -89,24 +188,74 @@ def test_an_empty_data_set_is_refused():
         esft.score_experts(tiny_model(), [])
 
 
-def test_score_files_round_trip(tmp_path):
+def test_a_model_without_moe_layers_is_refused():
+    with pytest.raises(esft.InputError, match="Linear has no MoE layers"):
+        esft.score_experts(torch.nn.Linear(2, 2), [token_batch()])
+
+
+def test_score_files_have_the_published_layout_and_round_trip(tmp_path):
     scores = esft.score_experts(tiny_model(), [token_batch()])
     scores.save(tmp_path / "s.json")
+    raw = json.loads((tmp_path / "s.json").read_text())
+    assert list(raw) == ["token_scores", "gate_scores"]
+    assert raw["token_scores"]["2"]["7"] == scores.token_scores[2][7]
+    assert raw["gate_scores"]["2"]["7"] == scores.gate_scores[2][7]
     assert esft.ExpertScores.load(tmp_path / "s.json") == scores
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"token_scores": {"a": {}}}', '{"token_scores": {"1": {"0": 1}}}'])
-def test_a_file_that_holds_no_scores_is_refused_by_name(tmp_path, text: str):
+def test_loaded_scores_are_in_ascending_order(tmp_path):
+    raw = {"10": {"9": 0.5, "11": 0, "1": 0.5}, "9": {"0": 1}}
+    (tmp_path / "s.json").write_text(json.dumps({"token_scores": raw, "gate_scores": {"2": {"1": 0.1, "0": 0.2}}}))
+    scores = esft.ExpertScores.load(tmp_path / "s.json")
+    assert list(scores.token_scores) == [9, 10]
+    assert list(scores.token_scores[10].items()) == [(1, 0.5), (9, 0.5), (11, 0.0)]
+    assert list(scores.gate_scores[2].items()) == [(0, 0.2), (1, 0.1)]
+    assert all(type(s) is float for experts in scores.token_scores.values() for s in experts.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a score file"),
+        ('{"token_scores": {"a": {}}, "gate_scores": {}}', "not a score file"),
+        ('{"token_scores": {"1": {"0": 1}}}', "not a score file"),
+        ('{"gate_scores": {"1": {"0": 1}}}', "not a score file"),
+        ('{"token_scores": {"1": {"0": "much"}}, "gate_scores": {}}', "not a score file"),
+        ('{"token_scores": {"1": {"0": null}}, "gate_scores": {}}', "not a score file"),
+        ('{"token_scores": {"1": [1.0]}, "gate_scores": {}}', "not a score file"),
+        ('{"token_scores": {"1": {"0": 1%s}}, "gate_scores": {}}' % ("0" * 400), "not a score file"),
+        ('{"token_scores": {"1": {"0": 1}, "3": {"2": -0.1}}, "gate_scores": {}}', "layer 3: expert 2 has score -0.1"),
+        ('{"token_scores": {"1": {"0": NaN}}, "gate_scores": {}}', "layer 1: expert 0 has score nan"),
+        ('{"token_scores": {}, "gate_scores": {"1": {"0": 0, "4": Infinity}}}', "layer 1: expert 4 has score inf"),
+    ],
+)
+def test_a_file_that_holds_no_scores_is_refused_by_name(tmp_path, text: str, message: str):
     (tmp_path / "s.json").write_text(text)
-    with pytest.raises(esft.InputError, match="s.json"):
+    with pytest.raises(esft.InputError, match=f"s.json: .*{message}"):
         esft.ExpertScores.load(tmp_path / "s.json")
 
 
 def test_scores_of_another_model_are_refused():
     scores = esft.score_experts(tiny_model(), [token_batch()])
     scores.check({1: 8, 2: 8})
-    with pytest.raises(esft.InputError, match="score file is of another model: it has layers 1-2 with"):
-        scores.check({1: 8, 2: 8, 3: 8})
+    esft.ExpertScores(scores.token_scores, {}).check({1: 8, 2: 8})
+    for layers, theirs in (({1: 8, 2: 8, 3: 6}, "layers 1-3 with [6, 8]"), ({1: 8, 2: 9}, "layers 1-2 with [8, 9]")):
+        message = f"score file is of another model: it has layers 1-2 with [8] experts, the model has {theirs} experts"
+        with pytest.raises(esft.InputError, match=re.escape(message)):
+            scores.check(layers)
+    with pytest.raises(esft.InputError, match="it has no layers, the model has layers 1-1 with"):
+        esft.ExpertScores({}, {}).check({1: 8})
+    with pytest.raises(esft.InputError, match=r"it has layers 1-1 with \[8\] experts, the model has layers 1-2"):
+        esft.ExpertScores(scores.token_scores, {1: scores.gate_scores[1]}).check({1: 8, 2: 8})
+
+
+@pytest.mark.parametrize("wrong", ["token_scores", "gate_scores"])
+def test_scores_of_experts_that_the_model_does_not_have_are_refused(wrong: str):
+    right, strange = {1: dict.fromkeys(range(4), 0.25)}, {1: dict.fromkeys((0, 1, 9, 4), 0.25)}
+    scores = {"token_scores": right, "gate_scores": right} | {wrong: strange}
+    with pytest.raises(esft.InputError, match="score file is of another model: layer 1 has no expert 4"):
+        esft.ExpertScores(**scores).check({1: 4})
 
 
 def test_nothing_after_the_last_router_runs_from_the_second_batch_on():

@@ -1,12 +1,15 @@
+import inspect
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+
+import esft
 from esft.score import ExpertScores
 from esft.select import ExpertSelection
 from esft.swap import swap_state
-
-import esft
 from tests.esft.models import tiny_model
 
 OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "esft-official"
@@ -34,55 +37,149 @@ def test_highest_first_until_the_sum_reaches_top_p():
     assert chosen.experts == {1: [1, 3]}
 
 
-def test_ties_go_to_the_lower_id():
+def test_ties_go_to_the_lower_id_in_whatever_order_the_scores_come():
     assert esft.select_experts(scores_of(0.25, 0.25, 0.25, 0.25), top_p=0.5).experts == {1: [0, 1]}
+    layer = {1: {3: 0.25, 1: 0.25, 2: 0.125, 0: 0.375}}
+    assert esft.select_experts(ExpertScores(layer, {}), top_p=0.75).experts == {1: [0, 1, 3]}
 
 
 def test_top_p_of_one_takes_every_expert_that_was_used():
     assert esft.select_experts(scores_of(0.3, 0.3, 0.4), top_p=1.0).experts == {1: [2, 0, 1]}
+    assert esft.select_experts(scores_of(0.25, 0.0, 0.75), top_p=1.0).experts == {1: [2, 0]}  # none that was not
+
+
+def test_every_layer_is_chosen_for_by_itself_and_the_choice_is_remembered():
+    # All numbers are exact in binary, so that sums are too.
+    tokens, gates = {4: {0: 0.25, 1: 0.75}, 2: {0: 1.0, 1: 0.0}}, {4: {0: 0.5, 1: 0.25}, 2: {0: 0.125, 1: 0.5}}
+    scores = ExpertScores(tokens, gates)
+    by_token = esft.select_experts(scores, "token", 1.0)
+    assert by_token == ExpertSelection({4: [1, 0], 2: [0]})
+    assert by_token.chosen_by == {"by": "token", "top_p": 1.0}
+    by_gate = esft.select_experts(scores, "gate", 0.5)
+    assert by_gate == ExpertSelection({4: [0], 2: [1]})
+    assert by_gate.chosen_by == {"by": "gate", "top_p": 0.5}
+    assert not (by_gate.shared_experts or by_gate.non_expert_modules)
+
+
+def test_the_papers_choice_is_the_default():
+    scores = ExpertScores({1: {0: 0.15, 1: 0.05, 2: 0.7, 3: 0.1}}, {1: {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}})
+    assert esft.select_experts(scores).chosen_by == {"by": "token", "top_p": 0.2}
+    assert esft.select_experts(scores).experts == {1: [2]}
+    assert [inspect.signature(esft.select_experts).parameters[n].default for n in ("by", "top_p")] == ["token", 0.2]
 
 
 @pytest.mark.parametrize("top_p", [0.0, -0.1, 1.01, float("nan")])
 def test_top_p_outside_its_range_is_refused(top_p: float):
-    with pytest.raises(esft.InputError, match="top_p"):
+    with pytest.raises(esft.InputError, match=re.escape(f"top_p must be in (0, 1], got {top_p}")):
         esft.select_experts(scores_of(1.0), top_p=top_p)
 
 
-def test_a_top_p_that_gate_scores_cannot_reach_is_refused():
-    with pytest.raises(esft.InputError, match="gate scores sum to 0.300, below top_p 0.5"):
-        esft.select_experts(scores_of(0.1, 0.2), by="gate", top_p=0.5)
+@pytest.mark.parametrize("total", [0.9999, 0.995, 0.99])
+def test_scores_that_miss_top_p_by_no_more_than_published_sums_do_are_all_taken(total: float):
+    chosen = esft.select_experts(scores_of(total - 0.25, 0.25), top_p=1.0)
+    assert chosen.experts == {1: [0, 1]}
+
+
+@pytest.mark.parametrize("total", [0.985, 0.9])
+def test_scores_that_miss_top_p_by_more_are_refused(total: float):
+    with pytest.raises(esft.InputError, match=rf"layer 1: token scores sum to {total:.3f}, below top_p 1.0"):
+        esft.select_experts(scores_of(total - 0.25, 0.25), top_p=1.0)
+
+
+def test_a_top_p_that_gate_scores_cannot_reach_is_refused_with_the_layer():
+    scores = ExpertScores({}, {1: {0: 0.5, 1: 0.25}, 3: {0: 0.1, 1: 0.2}})
+    with pytest.raises(esft.InputError, match="^layer 3: gate scores sum to 0.300, below top_p 0.5"):
+        esft.select_experts(scores, by="gate", top_p=0.5)
+
+
+@pytest.mark.parametrize("by", ["token", "gate"])
+def test_scores_that_are_not_there_are_refused(by: str):
+    scores = {"token": {1: {0: 1.0}}, "gate": {1: {0: 1.0}}} | {by: {}}
+    with pytest.raises(esft.InputError, match=f"there are no {by} scores"):
+        esft.select_experts(ExpertScores(scores["token"], scores["gate"]), by=by)
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(esft.InputError, match="'rank'"):
+    with pytest.raises(esft.InputError, match="by must be 'token' or 'gate', got 'rank'"):
         esft.select_experts(scores_of(1.0), by="rank")
 
 
-def test_selection_files_round_trip(tmp_path):
-    selection = ExpertSelection({1: [4, 2], 3: []}, shared_experts=True)
+@pytest.mark.parametrize(("shared", "others"), [(False, False), (True, False), (False, True)])
+def test_selection_files_have_the_published_layout_and_round_trip(tmp_path, shared: bool, others: bool):
+    selection = ExpertSelection({10: [4, 2], 3: []}, shared, others, {"by": "token"})
     selection.save(tmp_path / "e.json")
-    assert ExpertSelection.load(tmp_path / "e.json") == selection
+    assert json.loads((tmp_path / "e.json").read_text()) == {
+        "experts": {"10": [4, 2], "3": []}, "shared_experts": shared, "non_expert_modules": others,
+    }  # fmt: skip
+    again = ExpertSelection.load(tmp_path / "e.json")
+    assert again == selection  # how it was chosen is no part of it
+    assert again.chosen_by == {}
+    assert list(again.experts) == [10, 3]
+
+
+def test_what_a_file_does_not_name_does_not_train(tmp_path):
+    (tmp_path / "e.json").write_text('{"experts": {"0": [7, 0]}}')
+    assert ExpertSelection.load(tmp_path / "e.json") == ExpertSelection({0: [7, 0]}, False, False)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "message"),
     [
-        "nonsense",
-        "[]",
-        '{"experts": [1]}',
-        '{"experts": {"x": [1]}}',
-        '{"experts": {"1": [2, 2]}}',
-        '{"experts": {"1": "27"}}',
-        '{"experts": {"1": [1.0]}}',
-        '{"experts": {"1": [true]}}',
-        '{"experts": {"01": [2]}}',
-        '{"experts": {}, "shared_experts": "false"}',
+        ("nonsense", "not JSON"),
+        ("[]", "not an expert selection"),
+        ("{}", "not an expert selection"),
+        ('{"experts": [1]}', "not an expert selection"),
+        ('{"experts": {"x": [1]}}', "'x' is not a layer's number"),
+        ('{"experts": {"-1": [1]}}', "'-1' is not a layer's number"),
+        ('{"experts": {"01": [2]}}', "'01' is not a layer's number"),
+        ('{"experts": {"5": [], "1": [3, 2, 3]}}', r"layer 1 names an expert twice: \[3, 2, 3\]"),
+        ('{"experts": {"5": [], "1": "27"}}', "the experts of layer 1 must be a list of whole numbers, got '27'"),
+        ('{"experts": {"1": {}}}', "the experts of layer 1 must be a list of whole numbers, got {}"),
+        ('{"experts": {"1": [2, 1.0]}}', r"the experts of layer 1 must be a list of whole numbers, got \[2, 1.0\]"),
+        ('{"experts": {"1": [true]}}', r"the experts of layer 1 must be a list of whole numbers, got \[True\]"),
+        ('{"experts": {}, "shared_experts": "false"}', "shared_experts must be true or false, got 'false'"),
+        ('{"experts": {}, "non_expert_modules": 1}', "non_expert_modules must be true or false, got 1"),
+        ('{"experts": {}, "non_expert_modules": null}', "non_expert_modules must be true or false, got None"),
     ],
 )
-def test_a_file_that_holds_no_selection_is_refused_by_name(tmp_path, text: str):
+def test_a_file_that_holds_no_selection_is_refused_by_name(tmp_path, text: str, message: str):
     (tmp_path / "e.json").write_text(text)
-    with pytest.raises(esft.InputError, match="e.json"):
+    with pytest.raises(esft.InputError, match=f"e.json: .*{message}"):
         ExpertSelection.load(tmp_path / "e.json")
+
+
+@pytest.mark.parametrize("experts", [{}, {1: []}, {1: [0, 7], 2: [0]}, {2: (3, 1, 2, 0)}])
+def test_a_selection_of_experts_that_exist_fits(experts):
+    ExpertSelection(experts).check({1: 8, 2: 4})
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({0: [1]}, r"selection names layer 0; the model's MoE layers are \[1, 2\]"),
+        ({1: [7], 3: []}, r"selection names layer 3; the model's MoE layers are \[1, 2\]"),
+        ({1: [1], 2: [3, 1, 3]}, r"selection names an expert of layer 2 twice: \[3, 1, 3\]"),
+        ({2: [3, 4, 0, 7]}, r"selection names experts \[4, 7\] of layer 2, which has 4 experts"),
+        ({1: [0, -1]}, r"selection names experts \[-1\] of layer 1, which has 8 experts"),
+        ({1: {5}}, r"selected experts of layer 1 must be a list of whole numbers, got \{5\}"),
+    ],
+)
+def test_a_selection_of_experts_that_do_not_exist_is_refused(experts, message: str):
+    with pytest.raises(esft.InputError, match=message):
+        ExpertSelection(experts).check({2: 4, 1: 8})
+
+
+def test_a_selection_is_empty_only_where_nothing_trains():
+    assert ExpertSelection({}).is_empty and ExpertSelection({1: [], 2: []}).is_empty
+    assert not ExpertSelection({1: [], 2: [0]}).is_empty
+    assert not ExpertSelection({}, shared_experts=True).is_empty
+    assert not ExpertSelection({}, non_expert_modules=True).is_empty
+
+
+def test_a_selection_counts_its_experts_and_shows_them_as_json():
+    selection = ExpertSelection({1: [5, 2], 3: [], 2: [0]})
+    assert selection.num_experts == 3
+    assert str(selection) == '{"1": [5, 2], "3": [], "2": [0]}'
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
 import gc
+import re
+import warnings
 import weakref
 
 import pytest
 import torch
-from esft.families import moe_layers
-from esft.layout import Layout
-from esft.select import ExpertSelection
-from esft.swap import swap_state
+from torch import nn
 
 import esft
+from esft.checkpoint import model_digest
+from esft.families import moe_layers
+from esft.layout import Layout
 from esft.moe import Experts
+from esft.select import ExpertSelection
+from esft.swap import swap_state, thaw
+from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model, token_batch
+from tests.esft.test_layout import listed
 
 TRAINED = [5, 2]
 
@@ -22,6 +28,39 @@ def selection_for(family: str, **more) -> ExpertSelection:
 
 def logits(model) -> torch.Tensor:
     return model(**token_batch()).logits
+
+
+def partly_frozen(model):
+    """Every third parameter frozen beforehand, experts, router and attention among them."""
+    for place, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(place % 3 != 1)
+    return model
+
+
+def flags(model) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def touched(model) -> tuple:
+    """What a swap could leave behind: other modules, parameters or flags, and what hangs on the model."""
+    modules = {name: id(module) for name, module in model.named_modules()}
+    parameters = {name: (id(p), p.requires_grad, p.numel()) for name, p in model.named_parameters()}
+    return modules, parameters, {name: id(value) for name, value in vars(model).items()}, hooks(model)
+
+
+def hooks(model) -> list[int]:
+    return list(model._load_state_dict_pre_hooks)
+
+
+def hangs_on(model) -> set[str]:
+    """What a swap hangs on a model."""
+    return {"esft_state", "save_pretrained", "esft_load_hook"} & set(vars(model))
+
+
+def swapped_quietly(model, selection: ExpertSelection):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return esft.swap(model, selection)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,17 +94,49 @@ def test_gradients_equal_those_of_the_stock_model_in_the_selected_experts_only(f
     assert with_gradient
 
 
-def test_shared_experts_and_non_expert_modules_train_when_the_selection_says_so():
-    model = esft.swap(tiny_model(), ExpertSelection({1: [0]}, shared_experts=True))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad and p.numel()}
-    assert "model.layers.1.mlp.shared_experts.up_proj.weight" in trained
-    assert not any("self_attn" in n or "embed" in n for n in trained)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("make", [tiny_model, lambda: listed(tiny_model())], ids=["stacked", "list"])
+def test_exactly_what_the_selection_names_trains_and_thaw_brings_it_back(make, shared: bool, others: bool):
+    model = swapped_quietly(make(), ExpertSelection({1: TRAINED}, shared, others))
 
-    model = esft.swap(tiny_model(), ExpertSelection({1: [0]}, non_expert_modules=True))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad and p.numel()}
-    assert "model.layers.0.self_attn.o_proj.weight" in trained
-    assert "model.layers.1.mlp.gate.weight" in trained
-    assert not any("shared_experts" in n or "frozen" in n for n in trained)
+    def trains(name: str) -> bool:
+        if ".experts." in name:
+            return name.startswith(tuple(f"model.layers.1.mlp.experts.{part}" for part in ("trained_", "5.", "2.")))
+        return shared if "shared_experts" in name else others
+
+    expected = {name: trains(name) for name in flags(model)}
+    assert sum(expected.values()) >= 2
+    assert flags(model) == expected
+    model.requires_grad_(False)
+    assert thaw(model) is model
+    assert flags(model) == expected
+
+
+def test_an_empty_selection_trains_nothing():
+    assert not any(flags(esft.swap(tiny_model(), ExpertSelection({}))).values())
+    assert not any(flags(esft.swap(tiny_model(), ExpertSelection({1: [], 2: []}))).values())
+
+
+def test_thaw_leaves_what_trains_already_and_refuses_a_stock_model():
+    model = esft.swap(tiny_model(), ExpertSelection({2: [0]}))
+    before = flags(model)
+    model.model.extra = nn.Parameter(torch.zeros(1))  # as PEFT adds its own
+    model.lm_head.weight.requires_grad_()
+    thaw(model)
+    assert flags(model) == before | {"model.extra": True, "lm_head.weight": True}
+    with pytest.raises(esft.InputError, match="the model is not swapped"):
+        thaw(tiny_model())
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_norm_that_all_experts_share_is_a_non_expert_module(others: bool):
+    model = zoo.tiny("muse_spark")
+    layer = moe_layers(model)[0]
+    swapped_quietly(model, ExpertSelection({layer.index: [1]}, non_expert_modules=others))
+    assert model.get_parameter(f"{layer.name}.post_expert_norm.weight").requires_grad == others
+    assert model.get_parameter(f"{layer.name}.trained_down_proj").requires_grad
+    assert not model.get_parameter(f"{layer.name}.frozen_down_proj").requires_grad
 
 
 def test_no_gradient_goes_below_the_lowest_trained_layer():
@@ -78,20 +149,81 @@ def test_no_gradient_goes_below_the_lowest_trained_layer():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unswap_gives_the_stock_modules_back_with_tuned_weights(family: str):
-    model = tiny_model(family)
-    names = [n for n, _ in model.named_parameters()]
-    required = [p.requires_grad for p in model.parameters()]
-    types = [type(layer.experts) for layer in moe_layers(model)]
+def test_unswap_gives_the_stock_modules_back_with_tuned_weights_and_the_flags_as_they_were(family: str):
+    model = partly_frozen(tiny_model(family))
+    before, names = flags(model), [n for n, _ in model.named_parameters()]
+    assert True in before.values() and False in before.values()
+    stock = {layer.name: layer.experts for layer in moe_layers(model)}
+    first = next(iter(stock.values()))
+    gate_up, down = first.gate_up_proj.detach().clone(), first.down_proj.detach().clone()
     esft.swap(model, selection_for(family))
     with torch.no_grad():
         moe_layers(model)[0].experts.trained_down_proj.mul_(1.5)
     tuned = logits(model)
-    esft.unswap(model)
+    assert esft.unswap(model) is model
     assert [n for n, _ in model.named_parameters()] == names
-    assert [p.requires_grad for p in model.parameters()] == required
-    assert [type(layer.experts) for layer in moe_layers(model)] == types
+    assert flags(model) == before
+    assert all(layer.experts is stock[layer.name] for layer in moe_layers(model))
+    down[TRAINED] *= 1.5
+    assert torch.equal(first.gate_up_proj, gate_up) and torch.equal(first.down_proj, down)
+    assert not hangs_on(model) and not hooks(model)
     torch.testing.assert_close(logits(model), tuned, atol=2e-6, rtol=1e-5)
+
+
+def test_unswap_leaves_parameters_that_were_added_since_as_they_are():
+    model = esft.swap(partly_frozen(tiny_model()), ExpertSelection({1: [0]}))
+    model.model.first, model.model.second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), False)
+    esft.unswap(model)
+    assert model.model.first.requires_grad and not model.model.second.requires_grad
+
+
+def test_a_list_of_experts_stays_and_gets_its_flags_back():
+    model = partly_frozen(listed(tiny_model()))
+    before, experts = flags(model), [layer.experts for layer in moe_layers(model)]
+    swapped_quietly(model, ExpertSelection({1: TRAINED}))
+    assert all(layer.experts is own for layer, own in zip(moe_layers(model), experts, strict=True))
+    assert swap_state(model).stock == swap_state(model).layouts == {}
+    esft.unswap(model)
+    assert all(layer.experts is own for layer, own in zip(moe_layers(model), experts, strict=True))
+    assert flags(model) == before
+
+
+def test_a_swapped_model_remembers_its_base_and_saves_and_reads_stock_checkpoints():
+    model = partly_frozen(tiny_model())
+    digest, before = model_digest(model), flags(model)
+    stock = {layer.name: layer.experts for layer in moe_layers(model)}
+    selection = ExpertSelection({1: TRAINED})
+    assert swap_state(model) is None
+    assert esft.swap(model, selection) is model
+    state = swap_state(model)
+    assert state is model.esft_state
+    assert state.selection is selection and state.base_digest == digest and state.required_grad == before
+    assert list(state.stock) == list(state.layouts) == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+    assert all(state.stock[name] is experts for name, experts in stock.items())
+    assert all(layout.names == ("gate_up_proj", "down_proj") for layout in state.layouts.values())
+    assert not any(p.numel() for experts in stock.values() for p in experts.parameters())
+    assert len(hangs_on(model)) == 3 and len(hooks(model)) == 1
+
+
+def test_the_experts_get_what_swap_was_told_and_each_layers_own_ids():
+    model = esft.swap(tiny_model(), ExpertSelection({1: TRAINED}), "reference", "frozen")
+    experts = [layer.experts for layer in moe_layers(model)]
+    assert [(e.backend, e.recompute, e.trained) for e in experts] == [
+        ("reference", "frozen", (5, 2)), ("reference", "frozen", ())
+    ]  # fmt: skip
+    experts = [layer.experts for layer in moe_layers(esft.swap(tiny_model(), ExpertSelection({2: [7]})))]
+    assert [(e.backend, e.recompute, e.trained) for e in experts] == [("auto", "none", ()), ("auto", "none", (7,))]
+
+
+def test_each_layers_training_mode_is_kept_both_ways():
+    model = tiny_model()
+    moe_layers(model)[1].experts.train()
+    esft.swap(model, ExpertSelection({1: [0]}))
+    assert [layer.experts.training for layer in moe_layers(model)] == [False, True]
+    moe_layers(model)[0].experts.train()
+    moe_layers(model)[1].experts.eval()
+    esft.unswap(model)
+    assert [layer.experts.training for layer in moe_layers(model)] == [True, False]
 
 
 def test_generate_with_cache_gives_the_stock_models_tokens():
@@ -101,21 +233,26 @@ def test_generate_with_cache_gives_the_stock_models_tokens():
     assert torch.equal(esft.swap(model, ExpertSelection({})).generate(**prompt), expected)
 
 
+def refused(model, message: str, *args) -> None:
+    """The swap raises InputError with this message and leaves everything as it is."""
+    partly_frozen(model)
+    before = touched(model)
+    with pytest.raises(esft.InputError, match=message):
+        esft.swap(model, *args)
+    assert touched(model) == before
+
+
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        ({0: [1]}, "selection names layer 0; the model's MoE layers are [1, 2]"),
-        ({1: [8]}, "selection names experts [8] of layer 1, which has 8 experts"),
+        ({0: [1]}, r"selection names layer 0; the model's MoE layers are \[1, 2\]"),
+        ({1: [8]}, r"selection names experts \[8\] of layer 1, which has 8 experts"),
         ({1: [3, 3]}, "selection names an expert of layer 1 twice"),
     ],
 )
 def test_a_selection_that_does_not_fit_changes_nothing(experts: dict, message: str):
-    model = tiny_model()
-    before = logits(model)
-    with pytest.raises(esft.InputError, match=message.replace("[", r"\[").replace("]", r"\]")):
-        esft.swap(model, ExpertSelection(experts))
-    assert torch.equal(logits(model), before)
-    assert all(p.requires_grad for p in model.parameters())
+    refused(tiny_model(), message, ExpertSelection(experts))
+    refused(listed(tiny_model()), message, ExpertSelection(experts))
 
 
 def test_a_model_without_moe_layers_is_refused():
@@ -130,65 +267,168 @@ def test_a_model_without_moe_layers_is_refused():
 
 def test_swapping_twice_and_unswapping_a_stock_model_are_refused():
     model = esft.swap(tiny_model(), ExpertSelection({}))
-    with pytest.raises(esft.InputError, match="swapped already"):
-        esft.swap(model, ExpertSelection({}))
-    with pytest.raises(esft.InputError, match="not swapped"):
+    refused(model, r"the model is swapped already \(unswap it first\)", ExpertSelection({}))
+    with pytest.raises(esft.InputError, match="the model is not swapped"):
         esft.unswap(tiny_model())
+
+
+def test_a_model_with_an_adapter_set_is_refused_until_its_base_is_back(tmp_path):
+    tuned = esft.swap(tiny_model(), ExpertSelection({1: [0]}))
+    with torch.no_grad():
+        moe_layers(tuned)[0].experts.trained_down_proj.mul_(2)
+    model = esft.load_adapter(tiny_model(), esft.save_adapter(tuned, tmp_path / "a"), "a")
+    esft.set_adapter(model, "a")
+    refused(model, r"the model has an adapter set: swap its base \(set_adapter\(model, None\)", ExpertSelection({}))
+    esft.set_adapter(model, None)
+    assert swap_state(esft.swap(model, ExpertSelection({}))) is not None
+
+
+def expert_parallel(experts: nn.Module) -> None:
+    experts._is_expert_parallel = True
+
+
+def offloaded(experts: nn.Module) -> None:
+    experts.down_proj = nn.Parameter(experts.down_proj.to("meta"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e.register_parameter("down_proj", None), "down_proj: experts of NoneType are not supported"),
         (
-            lambda e: setattr(e, "gate_up_proj", torch.nn.Parameter(e.gate_up_proj.to(torch.float8_e4m3fn))),
-            "gate_up_proj: experts of torch.float8_e4m3fn are not supported",
+            lambda e: e.register_parameter("down_proj", None),
+            r"2.mlp.experts.down_proj: experts of NoneType are not supported",
         ),
         (
-            lambda e: setattr(e, "gate_up_proj", torch.nn.Parameter(e.gate_up_proj[:, 1:])),
-            r"gate_up_proj: has shape \(8, 39, 32\), not \(8, 40, 32\) as down_proj has it",
+            lambda e: setattr(e, "gate_up_proj", nn.Parameter(e.gate_up_proj.to(torch.float8_e4m3fn))),
+            "2.mlp.experts.gate_up_proj: experts of torch.float8_e4m3fn are not supported",
         ),
-        (lambda e: setattr(e, "_is_expert_parallel", True), "spread over ranks"),
+        (
+            lambda e: setattr(e, "gate_up_proj", nn.Parameter(e.gate_up_proj[:, 1:])),
+            r"2.mlp.experts.gate_up_proj: has shape \(8, 39, 32\), not \(8, 40, 32\) as down_proj has it",
+        ),
+        (expert_parallel, "2.mlp.experts: experts that are spread over ranks cannot be swapped"),
+        (offloaded, r"2.mlp.experts: the weights are not in memory \(offloaded\?\), so they cannot be swapped"),
     ],
 )
 def test_experts_in_a_layout_that_is_not_supported_are_refused_before_anything_is_touched(change, message: str):
     model = tiny_model()
     change(moe_layers(model)[1].experts)
-    with pytest.raises(esft.InputError, match=message):
-        esft.swap(model, ExpertSelection({}))
-    assert moe_layers(model)[0].experts.gate_up_proj.numel()
-    assert all(p.requires_grad for p in model.parameters())
+    refused(model, rf"^model\.layers\.{message}", ExpertSelection({}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(expert_parallel, "experts that are spread"), (offloaded, "the weights are not in memory")]
+)
+def test_of_several_layers_that_cannot_be_swapped_the_first_is_named(change, message: str):
+    model = tiny_model()
+    for layer in moe_layers(model):
+        change(layer.experts)
+    refused(model, rf"^model\.layers\.1\.mlp\.experts: {message}", ExpertSelection({}))
+
+
+def test_a_list_of_experts_that_are_not_in_memory_is_refused():
+    model = listed(tiny_model())
+    moe_layers(model)[1].experts[3].to("meta")
+    refused(model, r"^model\.layers\.2\.mlp\.experts: the weights are not in memory", ExpertSelection({}))
 
 
 def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
-    model = tiny_model()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for backend, message in (("gpu", "backend must be one of"), ("triton", "TRITON_INTERPRET=1")):
-        with pytest.raises(esft.InputError, match=message):
-            esft.swap(model, ExpertSelection({}), backend)
-    assert all(layer.experts.gate_up_proj.numel() for layer in moe_layers(model))
+    for backend, message in (("gpu", "backend must be one of .*'gpu'"), ("triton", "TRITON_INTERPRET=1")):
+        refused(tiny_model(), message, ExpertSelection({}), backend)
+    model = tiny_model().to("meta")  # cpu runs on a CPU only, and the model's device is what counts
+    for layer in moe_layers(model):
+        layer.experts.to_empty(device="cpu")
+    refused(model, "backend 'cpu' computes on CPU tensors, got tensors on meta", ExpertSelection({}), "cpu")
 
 
-def test_a_swap_that_fails_halfway_leaves_the_stock_model(monkeypatch):
-    model, batch = tiny_model(), token_batch()
-    with torch.no_grad():
-        before = model(**batch).logits
-    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+def test_a_recompute_that_does_not_exist_is_refused():
+    refused(tiny_model(), "recompute must be one of none, frozen, got 'all'", ExpertSelection({}), "auto", "all")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_swap_that_fails_halfway_leaves_the_stock_model(monkeypatch, error: type[BaseException]):
+    model = partly_frozen(tiny_model())
+    before, grads = logits(model), flags(model)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stock = [layer.experts for layer in moe_layers(model)]
+    assert True in grads.values() and False in grads.values()
     real, made = Layout.swapped, []
 
     def fails_at_the_second(self, *args, **kwargs):
         made.append(self)
         if len(made) == 2:
-            raise torch.OutOfMemoryError("no memory left")
+            assert isinstance(moe_layers(model)[0].experts, Experts)
+            raise error("no memory left")
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(Layout, "swapped", fails_at_the_second)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(error, match="no memory left"):
         esft.swap(model, ExpertSelection({1: [0]}))
     assert swap_state(model) is None and len(made) == 2
-    assert grads == {name: p.requires_grad for name, p in model.named_parameters()}
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, before)
+    assert not hangs_on(model) and not hooks(model)
+    assert flags(model) == grads
+    assert all(layer.experts is own for layer, own in zip(moe_layers(model), stock, strict=True))
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert torch.equal(logits(model), before)
+
+
+def test_experts_without_transformers_flags_are_not_taken_for_spread_ones():
+    model = zoo.tiny("step3p7", sliding_window=16)
+    assert not any(hasattr(layer.experts, "_is_expert_parallel") for layer in moe_layers(model))
+    swapped_quietly(model, ExpertSelection({}))
+    assert all(isinstance(layer.experts, Experts) for layer in moe_layers(model))
+
+
+def list_of_two_classes():
+    model = listed(tiny_model())
+    for layer in moe_layers(model):
+        layer.experts[0].__class__ = type("First", (type(layer.experts[0]),), {})
+    return model
+
+
+def said_by_swap(model) -> list[warnings.WarningMessage]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        esft.swap(model, ExpertSelection({}))
+    return [warning for warning in said if "the kernels do not compute" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            list_of_two_classes,
+            "First: the kernels do not compute these experts: they are a ModuleList, which runs through the model's",
+        ),
+        (lambda: zoo.tiny("muse_spark"), "MuseSparkExperts: .* they have a norm after each expert, which runs"),
+        (lambda: zoo.tiny("inkling2"), "Inkling2Experts: .* they have an activation of their own, which runs"),
+    ],
+    ids=["list", "norm", "activation"],
+)
+def test_experts_that_train_slowly_are_named_once_where_swap_is_called(make, expected: str):
+    model = make()
+    assert len(moe_layers(model)) > 1
+    said = said_by_swap(model)
+    assert [warning.filename for warning in said] == [__file__]
+    assert re.match(expected, str(said[0].message))
+
+
+def test_experts_that_the_kernels_compute_are_passed_over_in_silence():
+    assert not said_by_swap(tiny_model())
+
+
+def test_at_most_one_layers_experts_exist_twice(monkeypatch):
+    model, real, held = tiny_model(), Layout.swapped, []
+    stock = [layer.experts for layer in moe_layers(model)]
+
+    def counted(self, *args, **kwargs):
+        held.append([experts.down_proj.numel() > 0 for experts in stock])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Layout, "swapped", counted)
+    esft.swap(model, ExpertSelection({}))
+    assert held == [[True, True], [False, True]]
 
 
 def test_unswap_holds_one_layers_pools_at_a_time(monkeypatch):

@@ -1,12 +1,14 @@
 import json
+import shutil
 
 import pytest
 import torch
-from esft.families import moe_layers
-from esft.select import ExpertSelection
 from safetensors.torch import load_file, save_file
 
 import esft
+from esft.checkpoint import model_digest
+from esft.families import moe_layers
+from esft.select import ExpertSelection
 from tests.esft import zoo
 from tests.esft.models import save_tiny, tiny_model, token_batch
 
@@ -69,17 +71,114 @@ def test_a_float32_adapter_keeps_its_precision_when_a_bfloat16_model_switches(tm
         assert torch.equal(tensor, 2 * before[name].bfloat16() if name == slot else before[name])
 
 
+def test_the_model_itself_comes_back_and_without_adapters_it_has_its_base_set(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    model = tiny_model()
+    assert esft.set_adapter(model, None) is model
+    assert esft.load_adapter(model, str(tmp_path / "one"), name="one") is model
+    assert esft.set_adapter(model, None) is model
+    assert esft.set_adapter(model, "one") is model
+    other = tiny_model()
+    assert esft.load_adapter(other, str(tmp_path / "one")) is other
+
+
+def test_setting_what_is_set_touches_nothing(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    model = esft.load_adapter(tiny_model(), tmp_path / "one", name="one")
+    for name in (None, "one"):
+        esft.set_adapter(model, name)
+        versions = [parameter._version for parameter in model.parameters()]  # counts what is written in place
+        esft.set_adapter(model, name)
+        assert [parameter._version for parameter in model.parameters()] == versions
+        assert model.esft_adapters.active == name
+
+
+def test_an_adapter_is_held_under_a_name_while_another_is_set(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    two = saved(tmp_path, "two", ExpertSelection({1: [5], 2: [0]}), -0.5)
+    model = tiny_model()
+    base = logits(model)
+    esft.set_adapter(esft.load_adapter(model, tmp_path / "one", name="one"), "one")
+    one = logits(model)
+    esft.load_adapter(model, tmp_path / "two", name="two")
+    assert torch.equal(logits(model), one)
+    torch.testing.assert_close(logits(esft.set_adapter(model, "two")), two, atol=2e-6, rtol=1e-5)
+    assert torch.equal(logits(esft.set_adapter(model, None)), base)
+
+
+def test_a_swapped_model_that_has_been_trained_is_still_of_its_base(tmp_path):
+    one = saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    model = esft.swap(tiny_model(), ExpertSelection({1: [5]}))
+    with torch.no_grad():
+        moe_layers(model)[0].experts.trained_down_proj.mul_(2)
+    torch.testing.assert_close(logits(esft.load_adapter(model, tmp_path / "one")), one, atol=2e-6, rtol=1e-5)
+
+
+def test_a_base_that_came_back_is_free_of_what_was_set(tmp_path):
+    """Then an adapter of other experts can be saved, and the model can be swapped."""
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    model = esft.load_adapter(esft.swap(tiny_model(), ExpertSelection({2: [0]})), tmp_path / "one", name="one")
+    esft.set_adapter(esft.set_adapter(model, "one"), None)
+    assert model.esft_adapters.base == {}
+    esft.save_adapter(model, tmp_path / "two")
+    esft.swap(esft.unswap(model), ExpertSelection({1: [5]}))
+
+
+def test_a_wrapped_model_is_refused(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    wrapped = torch.nn.Sequential(tiny_model())
+    for touch in (lambda: esft.load_adapter(wrapped, tmp_path / "one"), lambda: esft.set_adapter(wrapped, None)):
+        with pytest.raises(esft.InputError, match="^Sequential is no transformers model"):
+            touch()
+
+
+@pytest.mark.parametrize("state", ["stock", "swapped", "named"])
+def test_the_base_is_rounded_to_float16_only_where_it_can_still_be_read(tmp_path, monkeypatch, state: str):
+    """A swapped model may have been trained since, and one with adapters have one of them set."""
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
+    shutil.copytree(tmp_path / "one", tmp_path / "half")
+    manifest = json.loads((tmp_path / "half" / "manifest.json").read_text())
+    manifest |= {"base_dtype": "float16", "base_digest": model_digest(tiny_model(), torch.float16)}
+    assert manifest["base_digest"] != model_digest(tiny_model())
+    (tmp_path / "half" / "manifest.json").write_text(json.dumps(manifest))
+    model = tiny_model()
+    if state == "swapped":
+        esft.swap(model, ExpertSelection({1: [5]}))
+    elif state == "named":
+        esft.set_adapter(esft.load_adapter(model, tmp_path / "one", name="one"), "one")
+    asked = []
+    monkeypatch.setattr("esft.switch.model_digest", lambda model, to=None: asked.append(to) or model_digest(model, to))
+    name = "half" if state == "named" else None
+    if state == "stock":
+        esft.load_adapter(model, tmp_path / "half")
+    else:
+        with pytest.raises(esft.InputError, match=r"another base.* trained in float16 and these are in float32"):
+            esft.load_adapter(model, tmp_path / "half", name)
+    assert asked == ([None, torch.float16] if state == "stock" else [])
+
+
 def test_names_that_are_taken_or_unknown_and_a_swap_over_an_adapter_are_refused(tmp_path):
     saved(tmp_path, "one", ExpertSelection({1: [5]}), 1.5)
     model = tiny_model()
     with pytest.raises(esft.InputError, match=r"holds no adapter named 'one'; it holds \[\]"):
         esft.set_adapter(model, "one")
     esft.load_adapter(model, tmp_path / "one", name="one")
-    with pytest.raises(esft.InputError, match="an adapter named 'one' already"):
+    with pytest.raises(esft.InputError, match=r"/one: the model holds an adapter named 'one' already$"):
         esft.load_adapter(model, tmp_path / "one", name="one")
+    esft.load_adapter(model, tmp_path / "one", name="another")
+    with pytest.raises(esft.InputError, match=r"holds no adapter named 'two'; it holds \['another', 'one'\]$"):
+        esft.set_adapter(model, "two")
+    assert model.esft_adapters.active is None
     esft.set_adapter(model, "one")
     with pytest.raises(esft.InputError, match="has an adapter set"):
         esft.swap(model, ExpertSelection({}))
+
+
+NOT_COVERED = {
+    name: rf"/{name}: does not cover model\.layers\.1\.mlp\.experts\.2\.down_proj\.weight \({number} such in all\), "
+    "which the adapter loaded before has changed; load adapters under names"
+    for name, number in (("one", 3), ("two", 6))
+}
 
 
 def test_adapters_never_stack_in_silence(tmp_path):
@@ -91,15 +190,14 @@ def test_adapters_never_stack_in_silence(tmp_path):
     esft.load_adapter(model, tmp_path / "wide")
     before = logits(model)
     for name in ("one", "two"):
-        with pytest.raises(
-            esft.InputError, match=r"does not cover model\.layers\.1.*changed; load adapters under names"
-        ):
+        with pytest.raises(esft.InputError, match=NOT_COVERED[name]):
             esft.load_adapter(model, tmp_path / name)
-    with pytest.raises(esft.InputError, match="an adapter was loaded without a name"):
+    with pytest.raises(esft.InputError, match=r"/two: an adapter was loaded without a name, so the base that 'two' is"):
         esft.load_adapter(model, tmp_path / "two", name="two")
     assert torch.equal(logits(model), before)
     named = esft.load_adapter(tiny_model(), tmp_path / "two", name="two")
-    with pytest.raises(esft.InputError, match=r"holds \['two'\] by name; load this one under a name too"):
+    esft.load_adapter(named, tmp_path / "one", name="one")
+    with pytest.raises(esft.InputError, match=r"/one: the model holds \['one', 'two'\] by name; load this one under a"):
         esft.load_adapter(named, tmp_path / "one")
 
 

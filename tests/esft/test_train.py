@@ -1,212 +1,500 @@
+"""What the loop computes, logs and stores, step by step; whole runs are in test_train_runs."""
+
+import hashlib
 import importlib
+import itertools
 import json
+import math
+import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from esft.config import TrainConfig
-from esft.evaluate import load_any_adapter
-from esft.select import ExpertSelection
+import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esft
-from esft.checkpoint import load_model
-from tests.esft.models import save_tiny, token_batch, write_records
+from esft.balance import balance_losses
+from esft.checkpoint import load_model, model_digest
+from esft.config import TrainConfig
+from esft.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
+from esft.optim import MasterAdamW
+from esft.select import ExpertSelection
+from esft.swap import swap_state
+from esft.train import peak_rss, prepare
+from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
+from tests.esft.runs import SELECTION, FakeLoss, base_and_data, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.train")  # ``esft.train`` is the function
+PAD = 258
 
-SELECTION = ExpertSelection({1: [2, 7], 2: [0]})
 
-
-def settings(**more) -> TrainConfig:
-    return TrainConfig(**({"lr": 3e-3, "steps": 12, "batch_size": 8, "eval_every": 6, "save_every": 5} | more))
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return base_and_data(tmp_path_factory.mktemp("saved")).parent
 
 
 @pytest.fixture
-def base(tmp_path):
-    write_records(tmp_path / "d.jsonl")
-    return save_tiny(tmp_path / "base")
+def base(tmp_path, saved):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "base"
 
 
-def run(base, out: str, config: TrainConfig, selection=SELECTION, **more):
-    folder = base.parent
-    return esft.train(
-        str(base), folder / "d.jsonl", folder / out, config, selection, eval_data=folder / "d.jsonl",
-        progress=False, **more,
-    )  # fmt: skip
+@pytest.fixture
+def out(base):
+    return base.parent / "run"
 
 
-def losses(folder) -> list[float]:
-    return [m["loss"] for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in m]
+@pytest.fixture
+def fake(monkeypatch):
+    """A FakeLoss in the forward pass's place, and a fixed loss on evaluation data."""
+    loss = FakeLoss()
+    monkeypatch.setattr(train_module, "batch_loss", loss)
+    monkeypatch.setattr(train_module, "mean_loss", lambda *_: 0.25)
+    return loss
 
 
-@pytest.mark.parametrize("less", [{"micro_batch_size": 3}, {"recompute": "layers"}, {"recompute": "frozen"}])
-@pytest.mark.parametrize("method", ["esft", "full", "lora"])
-def test_less_memory_trains_alike(base, method: str, less: dict):
-    if method == "lora":
-        pytest.importorskip("peft")
-    selection = SELECTION if method == "esft" else None
-    # Steps so small that rounding, which AdamW's first steps blow up, does not grow.
-    plain, lean = (
-        run(base, name, settings(method=method, steps=3, dtype="float32", lr=1e-4, **more), selection)
-        for name, more in (("plain", {}), ("lean", less))
-    )
-    assert losses(base.parent / "lean") == pytest.approx(losses(base.parent / "plain"), rel=1e-5)
-    assert lean.eval_loss == pytest.approx(plain.eval_loss, rel=1e-5)
-    norms = [
-        [
-            m["grad_norm"]
-            for m in map(json.loads, (base.parent / name / "metrics.jsonl").read_text().splitlines())
-            if "loss" in m
-        ]
-        for name in ("plain", "lean")
-    ]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+@pytest.fixture
+def steps(monkeypatch):
+    """What the optimizer is told: a rate and the gradients by name, of every step."""
+    told = []
+
+    class Recorded(MasterAdamW):
+        def step(self, lr: float) -> float:
+            told.append((lr, {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None}))
+            return super().step(lr)
+
+    monkeypatch.setattr(train_module, "MasterAdamW", Recorded)
+    return told
 
 
-def test_layers_are_made_again_in_the_backward(base, monkeypatch):
-    calls = []
-    real = train_module.batch_loss
-    monkeypatch.setattr(
-        train_module,
-        "batch_loss",
-        lambda model, batch: (
-            calls.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
-            or real(model, batch)
-        ),
-    )
-    run(base, "layers", settings(steps=1, batch_size=8, micro_batch_size=3, recompute="layers"))
-    assert calls == [True] * 3
+@pytest.mark.parametrize("aux_loss", [0.0, 2.0])
+@pytest.mark.parametrize("together", [None, 3])
+def test_a_step_has_the_gradient_of_the_mean_over_the_batchs_tokens_and_of_the_weighted_balance(
+    base, out, monkeypatch, steps, together: int | None, aux_loss: float
+):
+    draw = torch.Generator().manual_seed(0)
+    examples = []
+    for length in (3, 5, 8, 9, 12, 17, 20, 31):  # long ones last: the parts have very unlike numbers of tokens
+        ids = torch.randint(0, 256, (length,), generator=draw).tolist()
+        learnt = torch.rand(length, generator=draw) < 0.6
+        examples.append(Example(ids, [t if yes else IGNORE for t, yes in zip(ids, learnt.tolist(), strict=True)]))
+    examples[0].labels[0] = examples[0].ids[0]  # nothing comes before a first token: it cannot be learnt
+    monkeypatch.setattr(train_module, "encode_all", lambda *_: examples)
+    config = settings(method="full", steps=1, micro_batch_size=together, aux_loss=aux_loss, dtype="float32")
+    run(base, "run", config, None, eval_data=None)
+
+    model = load_model(str(base), "float32")
+    (order,) = epoch_batches(examples, 8, config.seed, 0)
+    total, balance = torch.zeros(()), torch.zeros(())
+    for start in range(0, 8, together or 8):
+        part = [examples[i] for i in order[start : start + (together or 8)]]
+        batch = collate(part, PAD)
+        with balance_losses(model, batch["attention_mask"]) as found:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["labels"][:, 1:].flatten()
+        total = total + F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORE, reduction="sum")
+        balance = balance + len(part) / 8 * sum(found)
+    loss = total / sum(label != IGNORE for example in examples for label in example.labels[1:])
+    (loss + aux_loss * balance).backward()
+
+    ((_, gradients),) = steps
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    alike = gradients.keys() & expected.keys()  # all but the experts, which are in pools
+    assert {"model.layers.1.mlp.gate.weight", "model.embed_tokens.weight", "lm_head.weight"} <= alike
+    for name in alike:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=1e-6)
+    norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
+    (line,) = metrics(out)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert line.get("aux_loss") == (pytest.approx(balance.item(), rel=1e-5) if aux_loss else None)
 
 
-@pytest.mark.parametrize("method", ["esft", "full", "lora"])
-def test_every_method_learns_and_leaves_a_whole_run_folder(base, method: str):
-    if method == "lora":
-        pytest.importorskip("peft")
-    out = base.parent / "run"
-    result = run(base, "run", settings(method=method, steps=20), SELECTION if method == "esft" else None)
-    curve = losses(out)
-    assert len(curve) == 20
-    assert curve[-1] < curve[0] - 0.1
-    assert result.eval_loss is not None and result.eval_loss < curve[0]
-    assert yaml.safe_load((out / "config.yaml").read_text())["method"] == method
-    assert list((out / "tensorboard").iterdir())
-    assert json.loads((out / "summary.json").read_text())["stored_bytes"] == result.stored_bytes > 0
+@pytest.mark.parametrize("together", [None, 2])
+def test_batches_are_those_of_epoch_after_epoch_in_parts(base, fake, together: int | None):
+    write_records(base.parent / "d.jsonl", 7)
+    run(base, "run", settings(steps=8, batch_size=3, micro_batch_size=together, seed=5), eval_data=None)
+    examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
+    batches = [batch for epoch in range(3) for batch in epoch_batches(examples, 3, 5, epoch)][:8]
+    parts = [batch[i : i + (together or 3)] for batch in batches for i in range(0, len(batch), together or 3)]
+    assert fake.batches == [collate([examples[i] for i in part], PAD)["input_ids"].tolist() for part in parts]
 
-    tuned = load_model(str(out / "model" if method == "full" else base))
-    if method != "full":
-        tuned = load_any_adapter(tuned, out / "adapter")
-    from esft.data import encode_all, read_records
-    from esft.evaluate import mean_loss
 
-    from tests.esft.models import tiny_tokenizer
+def test_what_a_step_draws_depends_on_the_seed_and_the_step_alone(base, fake):
+    for name, seed, count in (("a", 0, 4), ("b", 0, 2), ("c", 1, 2)):
+        run(base, name, settings(steps=count, seed=seed), eval_data=None)
+    a, b, c = fake.drawn[:4], fake.drawn[4:6], fake.drawn[6:]
+    assert a[:2] == b
+    assert len({*a, *c}) == 6
+
+
+def test_the_metrics_hold_every_step_and_every_evaluation(base, out, fake, steps, monkeypatch):
+    asked, clock = [], itertools.count()
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))  # 1 s a look
+    monkeypatch.setattr(train_module, "peak_memory", lambda: 123)
+
+    def evaluate(model, examples, pad: int, batch_size: int) -> float:
+        asked.append((len(examples), pad, batch_size))
+        model.eval()
+        return 0.5 + len(asked)
+
+    monkeypatch.setattr(train_module, "mean_loss", evaluate)
+    write_records(base.parent / "e.jsonl", 5)
+    config = settings(steps=5, eval_every=2, micro_batch_size=4, warmup_steps=2, decay=0.4)
+    result = run(base, "run", config, eval_data=base.parent / "e.jsonl")
 
     examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
-    assert mean_loss(tuned, examples, 258, 8) == pytest.approx(result.eval_loss, rel=1e-4)
+    batches = [b for epoch in range(2) for b in epoch_batches(examples, 8, 0, epoch)][:5]
+    counts = [sum(len(examples[i].ids) for i in batch) for batch in batches]
+    expected = []
+    for step, evaluated in zip(range(5), (None, 1.5, None, 2.5, 3.5), strict=True):
+        # Two parts of alike size a step: calls 1 and 2 have losses 9 and 8, and so on.
+        loss = pytest.approx(8.5 - 2 * step)
+        speed = counts[step] / 1.0
+        line = {"loss": loss, "lr": config.rate(step), "grad_norm": 0.0, "tokens_per_second": speed}
+        expected += [{"step": step + 1, **line}]
+        expected += [{"step": step + 1, "eval_loss": evaluated}] if evaluated else []
+    assert metrics(out) == expected
+    assert asked == [(5, PAD, 4)] * 3
+    assert fake.training == [True] * 10
+    assert [rate for rate, _ in steps] == [config.rate(step) for step in range(5)]
+
+    assert (result.steps, result.eval_loss, result.peak_gpu_memory) == (5, 3.5, 123)
+    assert result.trained_parameters == 3 * 3 * 20 * 32  # three experts of three matrices
+    assert result.seconds == 11.0  # the loop looks at the clock twice a step, and before and after
+    assert result.tokens_per_second == sum(counts) / 11.0
+    assert 2**20 < result.peak_rss <= peak_rss()
+    stored = (out / "adapter" / "adapter.safetensors").stat().st_size
+    assert result.stored_bytes == stored > 4 * result.trained_parameters
+    origin = {"model": str(base), "data": str(base.parent / "d.jsonl")}
+    assert json.loads((out / "summary.json").read_text()) == {"method": "esft", **origin, **vars(result)}
+
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "eval_loss"):
+        logged = [(line["step"], line[name]) for line in metrics(out) if name in line]
+        assert [(e.step, e.value) for e in board.Scalars(name)] == [(s, pytest.approx(v)) for s, v in logged]
 
 
-def test_esft_changes_the_selected_experts_and_nothing_else(base):
-    run(base, "run", settings())
-    esft.merge(base, base.parent / "run" / "adapter", base.parent / "merged")
-    before, after = load_file(base / "model.safetensors"), load_file(base.parent / "merged" / "model.safetensors")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {
-        f"model.layers.{layer}.mlp.experts.{e}.{p}_proj.weight"
-        for layer, ids in SELECTION.experts.items()
-        for e in ids
-        for p in ("gate", "up", "down")
+def test_the_loss_of_a_run_is_the_mean_of_its_last_twenty_steps(base, fake):
+    result = run(base, "run", settings(steps=23, save_every=99), eval_data=None)
+    assert result.train_loss == pytest.approx(sum(10 - call for call in range(4, 24)) / 20)
+    assert result.eval_loss is None
+    assert column(base.parent / "run", "eval_loss") == []
+
+
+def test_a_checkpoint_is_left_every_so_many_steps_but_not_at_the_end_and_the_last_one_stays(base, out, fake):
+    seen = []
+    fake.before = lambda: seen.append(sorted(p.name for p in (out / "checkpoints").glob("*")))
+    run(base, "run", settings(steps=6, save_every=2), eval_data=None)
+    assert seen == [[], [], ["step-000002"], ["step-000002"], ["step-000004"], ["step-000004"]]
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000004"]
+    assert json.loads((out / "checkpoints" / "step-000004" / "state.json").read_text()) == {"step": 4}
+
+
+def breaks(at: int):
+    calls = itertools.count(1)
+
+    def count() -> None:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+
+    return count
+
+
+@pytest.mark.parametrize(("at", "begins"), [(2, 0), (6, 4)])
+def test_a_broken_run_goes_on_after_its_last_checkpoint(base, out, fake, at: int, begins: int):
+    config = settings(steps=8, save_every=2, batch_size=10, eval_every=1)
+    run(base, "whole", config)
+    whole = list(zip(fake.batches, fake.drawn, strict=True))
+    fake.batches.clear(), fake.drawn.clear()
+    fake.before = breaks(at)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, "run", config)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')  # a torn line
+    if begins:
+        shutil.copytree(out / "checkpoints" / "step-000004", out / "checkpoints" / "step-000002")
+        (out / "checkpoints" / "step-000002" / "state.safetensors").write_text("an older one that did not go")
+    logged = map(json.loads, (out / "metrics.jsonl").read_text().splitlines()[:-1])
+    kept = [line for line in logged if line["step"] <= begins]
+    fake.batches.clear(), fake.drawn.clear()
+    fake.before = lambda: None
+    run(base, "run", config, resume=True)
+    assert list(zip(fake.batches, fake.drawn, strict=True)) == whole[begins:]
+    assert metrics(out)[: len(kept)] == kept
+    lines = [(line["step"], "loss" in line) for line in metrics(out)]
+    assert lines == [(step, of_training) for step in range(1, 9) for of_training in (True, False)]
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    shown = [event.step for event in board.Scalars("loss")]
+    assert shown == sorted(set(shown)) and {*range(1, begins), *range(begins + 1, 9)} <= set(shown)
+
+
+def test_a_resumed_run_has_the_weights_and_moments_of_the_broken_one(base, out, monkeypatch):
+    config = settings(steps=4, save_every=2, dtype="bfloat16")
+    run(base, "whole", config)
+    real, count = train_module.batch_loss, breaks(4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "batch_loss", lambda *args: count() or real(*args))
+        run(base, "run", config)
+    run(base, "run", None, None, resume=True)  # with the settings and the selection that it was begun with
+    one, other = (load_file(base.parent / r / "adapter" / "adapter.safetensors") for r in ("whole", "run"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert column(out, "loss") == column(base.parent / "whole", "loss")
+
+
+def test_a_run_that_has_ended_goes_on_for_more_steps_and_none_are_left_for_fewer(base, out, fake):
+    run(base, "run", settings(steps=4, save_every=2), eval_data=None)
+    assert run(base, "run", settings(steps=5, save_every=2), resume=True, eval_data=None).steps == 5
+    assert column(out, "step") == [1, 2, 3, 4, 5]
+    result = run(base, "run", settings(steps=4, save_every=2), resume=True, eval_data=None)
+    assert math.isnan(result.train_loss) and result.eval_loss is None and result.tokens_per_second == 0
+
+
+def test_a_run_resumes_with_nothing_but_its_own_base_data_selection_and_settings(base, out, fake):
+    folder = base.parent
+    save_tiny(folder / "other", seed=1)
+    write_records(folder / "other.jsonl", 16)
+    run(base, "run", settings(steps=2), eval_data=None)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    data, config = folder / "d.jsonl", settings(steps=3)
+    for model, records, other, selection, message in (
+        (folder / "other", data, config, SELECTION, "cannot resume with model .*other: the run was begun with another"),
+        (base, folder / "other.jsonl", config, SELECTION, "cannot resume with data .*other.jsonl: the run was begun"),
+        (base, data, settings(lr=1.0), SELECTION, "cannot resume with lr 1.0: the run was begun with 0.003"),
+        (base, data, config, ExpertSelection({1: [2]}), "cannot resume with another expert selection than .*run/exp"),
+    ):
+        with pytest.raises(esft.InputError, match=message):
+            esft.train(str(model), records, out, other, selection, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_run_folder_says_what_was_trained_from_what(base, out, fake):
+    config = settings(steps=1)
+    result = esft.train(str(base), str(base.parent / "d.jsonl"), str(out), config, SELECTION, progress=False)
+    assert TrainConfig.load(out / "config.yaml") == config
+    assert ExpertSelection.load(out / "experts.json") == SELECTION
+    digests = {
+        "model": model_digest(load_model(str(base))),
+        "data": hashlib.sha256((base.parent / "d.jsonl").read_bytes()).hexdigest(),
+    }
+    origin = {"model": str(base), "data": str(base.parent / "d.jsonl")}
+    assert json.loads((out / "origin.json").read_text()) == {**origin, "digests": digests}
+    assert result.eval_loss is None
+
+
+def test_full_fine_tuning_stores_the_whole_model_and_its_tokenizer_in_the_dtype_of_the_run(base, out):
+    result = run(base, "run", settings(method="full", steps=1, dtype="bfloat16"), None)
+    tensors, stock = load_file(out / "model" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert tensors.keys() == stock.keys()
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert result.trained_parameters == sum(t.numel() for t in stock.values())
+    assert not (out / "experts.json").exists() and not (out / "adapter").exists()
+    assert esft.checkpoint.load_tokenizer(str(out / "model")).chat_template == tiny_tokenizer().chat_template
+    run(base, "run", settings(method="full", steps=1, dtype="bfloat16"), None, resume=True)  # replaces what it stored
+
+
+def test_a_lora_run_stores_what_peft_loads_with_its_base_and_is_the_same_for_one_seed(base, out):
+    pytest.importorskip("peft")
+    norms = {}
+    for name, seed, noise in (("run", 0, 1), ("again", 0, 2), ("other", 1, 1)):
+        torch.manual_seed(noise)
+        # All records at once: the seed's order of the data is no difference.
+        run(base, name, settings(method="lora", steps=1, seed=seed, batch_size=24, lora_rank=3, dtype="float32"), None)
+        norms[name] = column(base.parent / name, "grad_norm")[0]
+    assert norms["run"] == norms["again"] != pytest.approx(norms["other"], rel=1e-3)
+    manifest = json.loads((out / "adapter" / "manifest.json").read_text())
+    assert manifest["base_digest"] == model_digest(load_model(str(base)))
+    assert manifest["chosen_by"] == {"lora_rank": 3}
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 3
+    run(base, "run", None, None, resume=True)  # replaces what it stored
+
+
+def trains(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_each_method_lets_train_what_it_says():
+    full = prepare(tiny_model(), TrainConfig(method="full"), None)
+    assert trains(full) == {name for name, _ in full.named_parameters() if ".frozen_" not in name}
+    assert all(p.numel() == 0 for name, p in full.named_parameters() if ".frozen_" in name)
+    assert swap_state(full).selection.experts == {1: list(range(8)), 2: list(range(8))}
+    chosen = prepare(tiny_model(), TrainConfig(), SELECTION)
+    assert swap_state(chosen).selection == SELECTION
+    assert trains(chosen) == {
+        f"model.layers.{layer}.mlp.experts.trained_{p}_proj" for layer in (1, 2) for p in ("gate_up", "down")
     }
 
 
-def test_two_runs_of_one_seed_are_the_same_and_another_seed_is_not(base):
-    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(base, out, settings(seed=seed))
-    a, b, c = (losses(base.parent / out) for out in "abc")
-    assert a == b != c
+def test_lora_is_asked_for_on_every_linear_layer_but_the_head_and_on_every_expert(monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(peft, "get_peft_model", lambda *asked: asked)
+    stock = tiny_model()
+    model, lora = prepare(stock, TrainConfig(method="lora", lora_rank=3, lora_alpha=7), None)
+    assert model is stock
+    assert (lora.r, lora.lora_alpha, lora.task_type) == (3, 7, "CAUSAL_LM")
+    linear = {name for name, module in stock.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert "lm_head" in linear and set(lora.target_modules) == linear - {"lm_head"}
+    experts = {f"model.layers.{layer}.mlp.experts.{p}" for layer in (1, 2) for p in ("gate_up_proj", "down_proj")}
+    assert set(lora.target_parameters) == experts
 
 
-@pytest.mark.parametrize("dtype, dropout", [("float32", 0.0), ("bfloat16", 0.0), ("float32", 0.2)])
-def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, dtype: str, dropout: float):
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"attention_dropout": dropout}))
-    whole = run(base, "whole", settings(dtype=dtype))
-    real, calls = train_module.batch_loss, []
-
-    def breaks(*args):
-        calls.append(1)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train_module, "batch_loss", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        run(base, "broken", settings(dtype=dtype))
-    monkeypatch.setattr(train_module, "batch_loss", real)
-    assert not (base.parent / "broken" / "adapter").exists()
-    resumed = run(base, "broken", settings(dtype=dtype), resume=True)
-    assert losses(base.parent / "broken") == losses(base.parent / "whole")
-    assert resumed.eval_loss == whole.eval_loss
-    one, other = (load_file(base.parent / r / "adapter" / "adapter.safetensors") for r in ("whole", "broken"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+@pytest.mark.parametrize("recompute", ["none", "frozen", "layers"])
+def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(recompute: str):
+    model = prepare(tiny_model(), TrainConfig(recompute=recompute, backend="reference"), SELECTION)
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    assert (experts.recompute, experts.backend) == ("frozen" if recompute == "frozen" else "none", "reference")
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == (recompute == "layers")
 
 
-def test_full_fine_tuning_stores_a_checkpoint_that_stock_transformers_loads(base):
-    run(base, "run", settings(method="full"), None)
-    model = AutoModelForCausalLM.from_pretrained(base.parent / "run" / "model").eval()
-    assert model(**token_batch()).logits.isfinite().all()
-    names = load_file(base.parent / "run" / "model" / "model.safetensors").keys()
-    assert names == load_file(base / "model.safetensors").keys()
+def test_layers_are_made_again_in_the_backward_of_every_micro_batch(base, monkeypatch):
+    calls, passes = [], []
+    real = train_module.batch_loss
+
+    def watched(model, batch):
+        calls.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+        if len(calls) == 1:
+            model.get_submodule("model.layers.2.mlp").register_forward_pre_hook(lambda *_: passes.append(1))
+        return real(model, batch)
+
+    monkeypatch.setattr(train_module, "batch_loss", watched)
+    run(base, "layers", settings(steps=1, micro_batch_size=3, recompute="layers"), eval_data=None)
+    assert calls == [True] * 3
+    assert len(passes) == 2 * 3
+
+
+def test_a_model_that_cannot_make_its_layers_again_is_refused(monkeypatch):
+    model, asked = tiny_model(), []
+
+    def refuses(options):
+        asked.append(options)
+        raise ValueError("does not support it")
+
+    monkeypatch.setattr(model, "gradient_checkpointing_enable", refuses)
+    with pytest.raises(esft.InputError, match="recompute layers: does not support it"):
+        prepare(model, TrainConfig(recompute="layers"), SELECTION)
+    assert asked == [{"use_reentrant": False}]
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(esft.InputError, match="method lora needs the peft package: pip install 'esft\\[lora\\]'"):
+        prepare(tiny_model(), TrainConfig(method="lora"), None)
 
 
 def test_bad_input_leaves_nothing_behind(base):
     folder = base.parent
-    (folder / "bad.jsonl").write_text("{\n")
+    bad, long, inside = folder / "bad.jsonl", folder / "long.jsonl", folder / "other" / "inside.jsonl"
+    bad.write_text("{\n")
+    long.write_text(json.dumps({"messages": chat("x" * 50, "y")}) + "\n")
     save_tiny(folder / "other")
+    write_records(inside)
+    (folder / "file").write_text("")
+    for name, held in (("half", "config.yaml"), ("rest", "origin.json")):
+        (folder / name).mkdir()
+        (folder / name / held).write_text("{}")
+    there = sorted(folder.rglob("*"))
+    usual = {"model_path": str(base), "data": folder / "d.jsonl", "out": "x", "config": settings()}
     cases = [
-        (lambda: run(base, "x", settings(), None), "method esft needs expert selection"),
-        (lambda: run(base, "x", settings(method="full")), "method full takes no expert selection"),
-        (lambda: run(base, "x", settings(), ExpertSelection({9: [0]})), "names layer 9"),
-        (lambda: esft.train(str(base), folder / "bad.jsonl", folder / "x", settings(), SELECTION), "line 1"),
-        (lambda: run(base, "x", settings(), resume=True), "holds no run to resume"),
-        (lambda: run(base, "x", settings(), resume=True, overwrite=True), "exclude each other"),
-        (lambda: run(base, "other", settings(), overwrite=True), "holds no run, and is not overwritten"),
-        (lambda: run(base, ".", settings(), overwrite=True), "would replace"),
-        (lambda: run(base, "x", settings(), ExpertSelection({1: []})), "selection is empty"),
-        (
-            lambda: esft.train(str(folder / "no"), folder / "d.jsonl", folder / "x", settings(), SELECTION),
-            "cannot load",
-        ),
+        ({"selection": None, "config": None}, "method esft needs expert selection"),
+        ({"config": settings(method="full")}, "method full takes no expert selection"),
+        ({"config": settings(method="lora")}, "method lora takes no expert selection"),
+        ({"selection": ExpertSelection({9: [0]})}, "names layer 9"),
+        ({"selection": ExpertSelection({1: []})}, "selection is empty"),
+        ({"model_path": str(folder / "no")}, "no: cannot load"),
+        ({"data": bad}, "bad.jsonl: line 1"),
+        ({"eval_data": bad}, "bad.jsonl: line 1"),
+        ({"data": long, "config": settings(max_length=30)}, "long.jsonl: no record has its answer within 30 tokens"),
+        ({"eval_data": long, "config": settings(max_length=30)}, "long.jsonl: no record has its answer within 30"),
+        ({"resume": True}, "x: holds no run to resume"),
+        ({"resume": True, "out": "half"}, "half: holds no run to resume"),
+        ({"resume": True, "out": "rest"}, "rest: holds no run to resume"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"out": "other"}, "other: holds something already"),
+        ({"out": "file", "overwrite": True}, "file: is a file"),
+        ({"out": "other", "overwrite": True}, "other: holds no run, and is not overwritten"),
+        ({"out": "base", "overwrite": True}, "would replace .*base, which is read"),
+        ({"out": "d.jsonl"}, "would replace .*d.jsonl, which is read"),
+        ({"out": "other", "overwrite": True, "data": inside}, "would replace .*inside.jsonl, which is read"),
+        ({"out": "other", "overwrite": True, "eval_data": inside}, "would replace .*inside.jsonl, which is read"),
     ]
-    for call, message in cases:
+    for change, message in cases:
+        given = {**usual, "selection": SELECTION, **change}
         with pytest.raises(esft.InputError, match=message):
-            call()
-        assert not (folder / "x").exists()
+            esft.train(**{**given, "out": folder / given["out"]})
+        assert sorted(folder.rglob("*")) == there
 
 
-def test_a_run_is_kept_unless_overwritten(base):
-    run(base, "run", settings(steps=1))
+def test_a_run_is_kept_unless_overwritten_and_then_goes_whole(base, out, fake):
+    run(base, "run", settings(steps=3, save_every=2), eval_data=None)
+    (out / "note").write_text("of the run before")
+    before = sorted(out.rglob("*"))
     with pytest.raises(esft.InputError, match="holds something already"):
         run(base, "run", settings(steps=1))
-    run(base, "run", settings(steps=2), overwrite=True)
-    assert len(losses(base.parent / "run")) == 2
+    (base.parent / "bad.jsonl").write_text("{\n")
+    with pytest.raises(esft.InputError, match="line 1"):
+        run(base, "run", settings(steps=1), overwrite=True, eval_data=base.parent / "bad.jsonl")
+    assert sorted(out.rglob("*")) == before
+    run(base, "run", settings(steps=2), overwrite=True, eval_data=None)
+    assert column(out, "step") == [1, 2]
+    assert not (out / "note").exists() and not (out / "checkpoints").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(base, monkeypatch):
-    monkeypatch.setattr(train_module, "batch_loss", lambda model, _: (next(model.parameters()).sum() * torch.nan, 1))
-    with pytest.raises(esft.InputError, match="step 1: loss nan"):
-        run(base, "run", settings(method="full"), None)
+@pytest.mark.parametrize("there", [True, False])
+def test_overwriting_takes_an_empty_folder_and_none(base, out, fake, there: bool):
+    if there:
+        out.mkdir()
+    run(base, "run", settings(steps=1), overwrite=True, eval_data=None)
+    assert column(out, "step") == [1]
 
 
-def test_the_auxiliary_loss_is_off_by_default_and_falls_where_it_is_asked_for(base):
-    selection = ExpertSelection({1: [2, 7], 2: [0]}, non_expert_modules=True)
-    run(base, "plain", settings(steps=2), selection)
-    run(base, "balanced", settings(steps=12, aux_loss=3.0), selection)
-    plain, balanced = (
-        [json.loads(line).get("aux_loss") for line in (base.parent / out / "metrics.jsonl").read_text().splitlines()]
-        for out in ("plain", "balanced")
-    )
-    assert set(plain) == {None}
-    curve = [value for value in balanced if value is not None]
-    assert len(curve) == 12
-    assert 2 < curve[-1] < curve[0] - 0.1  # two layers, each at least about 1
+def test_where_a_run_writes_may_be_a_folder_below_others_that_are_not_there(base, fake):
+    run(base, "new/below/run", settings(steps=1), eval_data=None)
+    assert column(base.parent / "new" / "below" / "run", "step") == [1]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda p: p.sum() * math.nan, "step 2: loss nan, gradient norm nan; lower the learning rate"),
+        (lambda p: p.sum() * 0 + math.inf, "step 2: loss inf, gradient norm 0.0;"),
+        (lambda p: (p * 0).abs().sum().sqrt(), "step 2: loss 0.0, gradient norm nan;"),
+    ],
+)
+def test_a_loss_or_a_gradient_that_is_not_finite_stops_the_run(base, out, monkeypatch, bad, message: str):
+    calls = itertools.count(1)
+
+    def loss(model, _):
+        trained = next(p for p in model.parameters() if p.requires_grad and p.numel())
+        return (bad(trained) if next(calls) == 2 else trained.sum() * 0), 1
+
+    monkeypatch.setattr(train_module, "batch_loss", loss)
+    with pytest.raises(esft.InputError, match=message):
+        run(base, "run", settings(), eval_data=None)
+    assert column(out, "step") == [1]
+    assert not (out / "adapter").exists()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_where_it_is_wanted(base, fake, capfd, progress: bool):
+    run(base, "run", settings(steps=4, save_every=2), eval_data=None, progress=progress)
+    run(base, "run", settings(steps=5, save_every=2), eval_data=None, progress=progress, resume=True)
+    shown = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    bars = [line for line in shown if line.startswith("esft")]
+    assert bool(bars) == progress
+    if progress:
+        assert "0/4" in bars[0] and any("4/4" in bar and "loss=7.500" in bar for bar in bars)
+        assert any("2/5" in bar for bar in bars) and "5/5" in bars[-1]
+
+
+def test_the_largest_memory_is_in_bytes_on_every_system(monkeypatch):
+    import resource
+
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 if who == 0 else 9))
+    for platform, expected in (("linux", 3 * 1024), ("darwin", 3)):  # which counts in KiB, and which in bytes
+        monkeypatch.setattr(sys, "platform", platform)
+        assert peak_rss() == expected
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_rss() == 0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -57,3 +61,38 @@ def check_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked_launch)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked_store)
+
+
+def poison_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A masked load that names no value for what it leaves out gets NaN there, or an absurd number.
+
+    The interpreter would give it zeros; on a GPU it may be anything.
+    """
+    named = True
+    plan, load = TritonSemantic.load, interpreter.InterpreterBuilder.create_masked_load
+
+    def planned_load(self, ptr, mask, other, *args):
+        nonlocal named
+        named = other is not None
+        return plan(self, ptr, mask, other, *args)
+
+    def poisoned_load(self, pointers, mask, other, *args):
+        result = load(self, pointers, mask, other, *args)
+        if not named:
+            whole = pointers.get_element_ty().is_int()
+            poison = np.iinfo(result.data.dtype).max // 2 if whole else _nan_like(result.data)
+            result.data = np.where(mask.data, result.data, poison)
+        return result
+
+    monkeypatch.setattr(TritonSemantic, "load", planned_load)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", poisoned_load)
+
+
+def _nan_like(values: np.ndarray) -> np.ndarray:
+    """All bits set, which is a NaN in every floating-point format; bf16 is bare bits here."""
+    return np.full(values.shape, -1, dtype=f"i{values.dtype.itemsize}").view(values.dtype)
+
+
+def sparse(path: Path, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, more than memory holds: a file that takes room only where it is written to."""
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import ModuleType
 
 import pytest
 import torch
@@ -176,3 +177,16 @@ def h_columns(pools: ExpertPools) -> Tensor:
     """int64 [G]: which row of gate_up makes each column of the H of the Triton kernels."""
     g, f = torch.arange(pools.gate_up_size), pools.intermediate_size
     return g % 2 * f + g // 2 if pools.activation.gated and not pools.interleaved else g
+
+
+def watch_calls(monkeypatch: pytest.MonkeyPatch, backend: ModuleType) -> dict[str, list[tuple]]:
+    """The arguments of every call of a backend's functions from now on, by the function's name."""
+    seen: dict[str, list[tuple]] = {"forward": [], "rebuild": [], "backward": []}
+
+    def watch(name: str) -> None:
+        real = getattr(backend, name)
+        monkeypatch.setattr(backend, name, lambda *args: seen[name].append(args) or real(*args))
+
+    for name in seen:
+        watch(name)
+    return seen

@@ -4,29 +4,36 @@ import torch
 from esft_kernels import reference
 
 pytest.importorskip("triton")
+from esft_kernels import bias_grad as op
 from esft_kernels.bias_grad import bias_grad
-
+from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import TOLERANCE, assert_close, make_layer, poison_empty
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch):
+    poison_empty(monkeypatch)
+    poison_masked(monkeypatch)
+    check_bounds(monkeypatch)
+
+
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_grad(dtype, gather, monkeypatch):
+def test_bias_grad(dtype, gather):
     layer = make_layer(tokens=45, used=(0, 1, 2, 3, 5), dtype=dtype)  # no row on expert 4, the first trained
     routing = layer.routing
     s, prefix = routing.num_trained, routing.prefix_rows()
     grad = torch.randn(45 if gather else routing.num_rows, 131).to(dtype)
     if not gather:
         grad[prefix:] = float("nan")
-    poison_empty(monkeypatch)
     extra = (routing.token_N, layer.weights_TK, routing.slot_N) if gather else ()
     out = bias_grad(grad, routing.offsets_E1[: s + 1], *extra)
     rows = grad.double()
     if gather:
         rows = rows[routing.token_N] * reference.row_weights(layer.weights_TK, routing, torch.float64)
-    assert not out[0].any()
+    assert out.dtype == dtype and not out[0].any()
     assert_close(out, reference.bias_grad(rows, routing.offsets_E1.tolist(), s), TOLERANCE[dtype])
 
 
@@ -34,3 +41,49 @@ def test_bias_grad_puts_paired_columns_to_all_gates_first():
     grad = torch.arange(6.0).repeat(3, 1)
     out = bias_grad(grad, torch.tensor([0, 3]), paired=True)
     assert out.tolist() == [[0, 6, 12, 3, 9, 15]]
+
+
+@pytest.mark.parametrize("columns", [20, 128, 130])  # one block of columns has 128
+@pytest.mark.parametrize("counts", [[31, 32], [33, 0], [0, 65]])  # one block of rows has 32
+@pytest.mark.parametrize("paired", [False, True])
+def test_sizes(counts, columns, paired):
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    grad = torch.randn(sum(counts), columns)  # all gates first
+    given = grad.view(-1, 2, columns // 2).transpose(1, 2).reshape(grad.shape) if paired else grad
+    out = bias_grad(given, offsets, paired=paired)
+    assert_close(out, reference.bias_grad(grad.double(), offsets.tolist(), 2), TOLERANCE[torch.float32])
+
+
+def test_indices_slots_and_weights_of_rows_past_the_prefix_are_not_read():
+    grad, index, slot = torch.randn(4, 20), torch.tensor([3, 1, 0, -(2**40)]), torch.tensor([2, 0, 1, -(2**40)])
+    weights = torch.tensor([[0.5, 2.0, 4.0]])
+    out = bias_grad(grad, torch.tensor([0, 3]), index, weights, slot)
+    assert_close(out, (4 * grad[3] + 0.5 * grad[1] + 2 * grad[0])[None], TOLERANCE[torch.float32])
+    assert_close(bias_grad(grad, torch.tensor([0, 3]), index), grad[[3, 1, 0]].sum(0)[None], TOLERANCE[torch.float32])
+
+
+def test_no_trained_expert():
+    assert bias_grad(torch.randn(5, 8), torch.tensor([0])).shape == (0, 8)
+
+
+class FirstColumns:
+    """A kernel that is launched for its first block of columns alone."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.kernel[(grid[0], 1)]
+
+
+def test_a_gradient_past_what_32_bit_offsets_reach(tmp_path, monkeypatch):
+    """The third expert's begins at 2 * 2**30."""
+    grad = sparse(tmp_path / "rows", 2, 2**30, dtype=torch.float16)
+    grad[:, :128] = torch.randn(2, 128)
+    huge = sparse(tmp_path / "gradient", 3, 2**30, dtype=torch.float16)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **kwargs: huge)
+    monkeypatch.setattr(op, "_bias_grad_kernel", FirstColumns(op._bias_grad_kernel))
+    out = bias_grad(grad, torch.tensor([0, 1, 1, 3]), torch.tensor([1, 0, 1]))
+    first = grad[:, :128].double()
+    expected = torch.stack([first[1], torch.zeros(128).double(), first[0] + first[1]])
+    assert_close(out[:, :128], expected, TOLERANCE[torch.float16])

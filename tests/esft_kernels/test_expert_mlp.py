@@ -1,58 +1,33 @@
-"""The differentiable op on every backend against the float64 reference: output and every gradient."""
+"""What the differentiable op promises whatever computes it: what it keeps, hands on and refuses.
 
+That every backend's numbers are right is in ``test_expert_mlp_backends``.
+"""
+
+import importlib
 from dataclasses import replace
 
 import pytest
 import torch
-from esft_kernels.cpu import rounded
+from torch import Tensor
 
 from esft_kernels import reference
-from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp, resolve_backend
+from esft_kernels.expert_mlp import BACKENDS, RECOMPUTE, aligned, expert_mlp, resolve_backend
 from esft_kernels.pools import ExpertPools, ExpertWeights, Needs
 from esft_kernels.routing import Routing
-from tests.esft_kernels.layers import ACTIVATIONS, GPT_OSS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
+from tests.esft_kernels.layers import TOLERANCE, Layer, assert_close, make_layer, watch_calls
 
 EVERYTHING = Needs(x=True, weights=True, trained=True)
-CASES = {
-    "mixed": {},
-    "sizes that no tile divides": {"hidden": 67, "intermediate": 33},
-    "no rows on trained 1 and frozen 0": {"used": (2, 3, 4, 5)},
-    "no row on a trained expert": {"used": (0, 2, 3, 5)},
-    "all rows on a trained expert": {"top_k": 1, "used": (4,), "tokens": 40},
-    "all rows on a frozen expert": {"top_k": 1, "used": (2,), "tokens": 40},
-    "none trained": {"trained": ()},
-    "all trained": {"trained": (5, 0, 3, 1, 2, 4)},
-    "no token": {"tokens": 0},
-    "one token": {"tokens": 1},
-    "many experts, sixteen of them a token": {
-        "experts": 130,
-        "top_k": 16,
-        "tokens": 3,
-        "trained": (129, 7, 64),
-        "hidden": 16,
-        "intermediate": 8,
-    },
-    "biases": {"biased": True},
-    "transposed": {"transposed": True},
-    "as in gpt-oss": {"interleaved": True, "transposed": True, "biased": True, "activation": GPT_OSS},
-    "without a gate": {"activation": ACTIVATIONS["relu2"]},
-}
 NEEDS = {
     "x": Needs(x=True, weights=False, trained=False),
     "weights": Needs(x=False, weights=True, trained=False),
     "trained": Needs(x=False, weights=False, trained=True),
     "weights and trained": Needs(x=False, weights=True, trained=True),
 }
+TENSORS = ("gate_up_EGD", "down_EDF", "gate_up_bias_EG", "down_bias_ED")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-@pytest.fixture(params=["reference", "cpu", "cpu_packed", "triton"])
-def backend(request) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
-def run(layer: Layer, backend: str, needs: Needs, recompute: str = "none") -> list[torch.Tensor | None]:
+def run(layer: Layer, backend: str, needs: Needs, recompute: str = "none") -> list[Tensor | None]:
     """Output, and the gradients of x, routing weights and the trained pool's tensors; None where not needed."""
     pools = layer.pools
     x, weights = layer.x_TD.clone().requires_grad_(needs.x), layer.weights_TK.clone().requires_grad_(needs.weights)
@@ -62,7 +37,7 @@ def run(layer: Layer, backend: str, needs: Needs, recompute: str = "none") -> li
     return [out.detach(), x.grad, weights.grad, *(None if t is None else t.grad for t in trained)]
 
 
-def exact(layer: Layer, needs: Needs) -> list[torch.Tensor | None]:
+def exact(layer: Layer, needs: Needs) -> list[Tensor | None]:
     layer = layer.to(torch.float64)
     pools, routing = layer.pools, layer.routing
     out, h = reference.forward(layer.x_TD, layer.weights_TK, pools, routing, routing.num_rows)
@@ -71,186 +46,397 @@ def exact(layer: Layer, needs: Needs) -> list[torch.Tensor | None]:
     return [out, grads.x_TD, grads.weights_TK, *trained]
 
 
-def check(layer: Layer, backend: str, needs: Needs) -> None:
-    for actual, expected in zip(run(layer, backend, needs), exact(layer, needs), strict=True):
-        assert_close(actual, expected, TOLERANCE[layer.x_TD.dtype])
+def small(**kwargs) -> Layer:
+    return make_layer(**{"tokens": 5, "hidden": 8, "intermediate": 6, "dtype": torch.float32, **kwargs})
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_fp32(case, backend, monkeypatch):
-    layer = make_layer(**case, dtype=torch.float32)
-    poison_empty(monkeypatch)
-    check(layer, backend, EVERYTHING)
+@pytest.fixture
+def calls(monkeypatch) -> dict[str, list[tuple]]:
+    return watch_calls(monkeypatch, reference)
 
 
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-def test_only_what_is_needed(needs, backend, monkeypatch):
-    layer = make_layer(dtype=torch.float32)
-    poison_empty(monkeypatch)
-    check(layer, backend, needs)
+# Backends.
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit(dtype, backend, monkeypatch):
-    layer = make_layer(dtype=dtype)
-    poison_empty(monkeypatch)
-    check(layer, backend, EVERYTHING)
+@pytest.mark.parametrize("name", ["cpu", "cpu_packed", "reference", "triton"])
+def test_a_backend_is_the_module_of_its_name(name):
+    module = "triton_backend" if name == "triton" else name
+    if name == "triton":
+        pytest.importorskip("triton")
+    assert resolve_backend(name, CPU).__name__ == f"esft_kernels.{module}"
+    assert name in BACKENDS
+
+
+def test_auto_is_the_cpu_path_on_a_cpu_and_triton_elsewhere(monkeypatch):
+    pytest.importorskip("triton")
+    assert resolve_backend("auto", CPU).__name__ == "esft_kernels.cpu"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a device of its own needs no interpreter
+    for device in (META, torch.device("cuda")):
+        assert resolve_backend("auto", device).__name__ == "esft_kernels.triton_backend"
+        assert resolve_backend("triton", device).__name__ == "esft_kernels.triton_backend"
+        assert resolve_backend("reference", device) is reference
+
+
+def test_a_name_that_is_no_backend_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match="one of auto, triton, cpu, cpu_packed, reference, got 'cuda'"):
+        resolve_backend("cuda", CPU)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu_packed"])
+def test_the_cpu_paths_refuse_tensors_of_a_device(name):
+    with pytest.raises(ValueError, match=f"backend '{name}' computes on CPU tensors, got tensors on meta"):
+        resolve_backend(name, META)
+
+
+def test_packed_weights_need_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="backend 'cpu_packed' needs a PyTorch with oneDNN"):
+        resolve_backend("cpu_packed", CPU)
+    assert resolve_backend("cpu", CPU).__name__ == "esft_kernels.cpu"
+
+
+@pytest.mark.parametrize("value", [None, "0"])
+def test_triton_refuses_cpu_tensors_without_the_interpreter(value, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        resolve_backend("triton", CPU)
+
+
+def test_a_missing_triton_is_named_and_another_missing_module_is_not_taken_for_it(monkeypatch):
+    def missing(name: str):
+        def import_module(*_):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(importlib, "import_module", import_module)
+
+    missing("triton")
+    with pytest.raises(ValueError, match="needs the triton package, which is not installed here"):
+        resolve_backend("triton", META)
+    missing("numpy")
+    with pytest.raises(ModuleNotFoundError, match="numpy"):
+        resolve_backend("triton", META)
+
+
+def test_without_a_backend_named_it_is_that_of_the_device(monkeypatch, calls):
+    seen = watch_calls(monkeypatch, resolve_backend("cpu", CPU))
+    layer = small()
+    expert_mlp(layer.x_TD, layer.weights_TK, layer.pools, layer.routing)
+    assert len(seen["forward"]) == 1 and not calls["forward"]
+
+
+# What is kept, and what reaches a backend.
+
+
+def with_leaves(layer: Layer, wanted: tuple[str, ...]) -> tuple[dict[str, Tensor], ExpertPools]:
+    """x, the routing weights and the trained pool's tensors, those ``wanted`` as leaves; and pools of these."""
+    found = {"x": layer.x_TD, "weights": layer.weights_TK}
+    found |= {name: t for name in TENSORS if (t := getattr(layer.pools.trained, name)) is not None}
+    found = {name: t.clone().requires_grad_(name in wanted) for name, t in found.items()}
+    return found, replace(layer.pools, trained=ExpertWeights(*(found.get(name) for name in TENSORS)))
+
+
+ALL = ("x", "weights", *TENSORS)
+ROWS = [
+    *(((name,), "none", "all") for name in ("x", "weights")),
+    *(((name,), "frozen", "prefix") for name in ("x", "weights")),
+    *(((name,), recompute, "prefix") for name in TENSORS for recompute in RECOMPUTE),
+    (ALL, "none", "all"),
+    (ALL, "frozen", "prefix"),
+    ((), "none", "none"),
+    ((), "frozen", "none"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "recompute", "keep"), ROWS, ids=str)
+def test_as_many_rows_of_h_are_kept_as_the_backward_reads(wanted, recompute, keep, calls):
+    layer = small(biased=any("bias" in name for name in wanted))
+    routing = layer.routing
+    rows = {"all": routing.num_rows, "prefix": routing.prefix_rows(), "none": 0}[keep]
+    assert 0 < routing.prefix_rows() < routing.num_rows
+    leaves, pools = with_leaves(layer, wanted)
+    args = leaves["x"], leaves["weights"], pools, routing, "reference", recompute
+    with torch.no_grad():
+        assert not expert_mlp(*args).requires_grad
+    out = expert_mlp(*args)
+    assert out.requires_grad == bool(wanted)
+    assert [seen[-1] for seen in calls["forward"]] == [0, rows]
+    if not wanted:
+        return
+    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], layer.grad_out_TD)
+    needs = Needs("x" in wanted, "weights" in wanted, any(name in wanted for name in TENSORS))
+    assert calls["backward"][0][-1] == needs
+    assert len(calls["rebuild"]) == (needs.all_rows and keep == "prefix")
+    expected = dict(zip(ALL, exact(layer, EVERYTHING)[1:], strict=True))
+    for name, grad in zip(wanted, grads, strict=True):
+        assert_close(grad, expected[name], TOLERANCE[torch.float32])
+
+
+def test_all_rows_are_kept_unless_told_otherwise(calls):
+    layer = small()
+    expert_mlp(layer.x_TD.requires_grad_(), layer.weights_TK, layer.pools, layer.routing, "reference")
+    assert calls["forward"][0][-1] == layer.routing.num_rows
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_two_runs_give_the_same_bits(backend, recompute):
-    layer = make_layer(dtype=torch.float32)
-    once = run(layer, backend, EVERYTHING)
-    for first, second in zip(once, run(layer, backend, EVERYTHING, recompute), strict=True):
-        assert (first is None) == (second is None)
-        assert first is None or (second is not None and torch.equal(first, second))
+def test_x_and_h_and_the_routing_are_saved_and_nothing_else(recompute):
+    layer = small(biased=True)
+    routing, (leaves, pools) = layer.routing, with_leaves(layer, ALL)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        expert_mlp(leaves["x"], leaves["weights"], pools, routing, "reference", recompute)
+    rows = routing.num_rows if recompute == "none" else routing.prefix_rows()
+    _, h = reference.forward(layer.x_TD, layer.weights_TK, layer.pools, routing, rows)
+    known = (*leaves.values(), *pools.frozen.tensors(), *(v for v in vars(routing).values() if isinstance(v, Tensor)))
+    addresses = {t.data_ptr() for t in known if t is not None}
+    (other,) = (t for t in saved if t.data_ptr() not in addresses)
+    assert torch.equal(other, h) and other.untyped_storage().nbytes() == 4 * h.numel()
 
 
-@pytest.mark.parametrize("case", [{}, {"trained": ()}, {"trained": tuple(range(6))}, {"biased": True}], ids=str)
-def test_recomputed_rows_are_right(case, backend, monkeypatch):
-    layer = make_layer(**case, dtype=torch.float32)
-    poison_empty(monkeypatch)
-    for actual, expected in zip(run(layer, backend, EVERYTHING, "frozen"), exact(layer, EVERYTHING), strict=True):
-        assert_close(actual, expected, TOLERANCE[torch.float32])
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values one element off, at an address that no vector load can start from."""
+    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view(tensor.shape)
+    return moved.copy_(tensor)
 
 
-def test_gradients_are_laid_out_like_the_weights(backend):
-    layer = make_layer(dtype=torch.float32, transposed=True)
-    _, _, _, gate_up, down, *_ = run(layer, backend, EVERYTHING)
-    pools = layer.pools
-    assert gate_up is not None and gate_up.stride() == pools.trained.gate_up_EGD.stride()
-    assert down is not None and down.stride() == pools.trained.down_EDF.stride()
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT
 
 
-def test_prefix_only_reads_nothing_of_the_frozen_pool_in_backward(backend):
-    layer = make_layer(dtype=torch.float32)
-    pools, routing = layer.pools, layer.routing
-    module = resolve_backend(backend, torch.device("cpu"))
-    needs, prefix = NEEDS["trained"], routing.prefix_rows()
-    _, h = module.forward(layer.x_TD, layer.weights_TK, pools, routing, prefix)
-    frozen = ExpertWeights(*(None if t is None else torch.full_like(t, float("nan")) for t in pools.frozen.tensors()))
-    args = layer.weights_TK, replace(pools, frozen=frozen), routing, needs
-    grads = module.backward(layer.grad_out_TD, layer.x_TD, h, *args)
-    assert grads.x_TD is None and grads.weights_TK is None
-    _, _, _, gate_up, down, *_ = exact(layer, needs)
-    assert_close(grads.trained.gate_up_EGD, gate_up, TOLERANCE[torch.float32])
-    assert_close(grads.trained.down_EDF, down, TOLERANCE[torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("moved", [shifted, transposed])
+def test_the_backend_gets_contiguous_tensors_at_even_addresses(moved, dtype, calls):
+    layer = small(dtype=dtype)
+    x, weights = moved(layer.x_TD).requires_grad_(), moved(layer.weights_TK).requires_grad_()
+    assert x.data_ptr() % 16 or not x.is_contiguous()
+    out = expert_mlp(x, weights, layer.pools, layer.routing, "reference")
+    torch.autograd.grad(out, (x, weights), moved(layer.grad_out_TD))
+    forward, backward = calls["forward"][0], calls["backward"][0]
+    expected = (layer.x_TD, layer.weights_TK, layer.grad_out_TD, layer.x_TD, layer.weights_TK)
+    for seen, value in zip((*forward[:2], *backward[:2], backward[3]), expected, strict=True):
+        assert seen.is_contiguous() and seen.data_ptr() % 16 == 0 and torch.equal(seen, value)
 
 
-def saved_bytes(layer: Layer, backend: str, needs: Needs, recompute: str) -> int:
-    """Bytes kept for the backward beside the weights, which live anyway: x, H, routing weights and routing."""
-    pools, routing = layer.pools, layer.routing
-    saved: dict[int, int] = {}
+def test_what_is_aligned_is_not_copied():
+    tensor = torch.randn(4, 8)
+    assert aligned(tensor) is tensor
+    assert aligned(tensor[1:]).data_ptr() == tensor[1:].data_ptr()  # 32 bytes on
+    assert aligned(tensor.view(-1)[2:]).data_ptr() != tensor.view(-1)[2:].data_ptr()  # 8 bytes on
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    x, weights = layer.x_TD.requires_grad_(needs.x), layer.weights_TK.requires_grad_(needs.weights)
-    trained = [t.requires_grad_(needs.trained) for t in pools.trained.tensors() if t is not None]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        expert_mlp(x, weights, pools, routing, backend, recompute)
-    alive = [*trained, *(t for t in pools.frozen.tensors() if t is not None)]
-    known = {t.untyped_storage().data_ptr() for t in alive}
-    return sum(size for pointer, size in saved.items() if pointer not in known)
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cpu_packed", "triton"])
+def test_the_gradient_of_a_sum_which_has_no_strides_is_read_right(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    layer = small(tokens=3, top_k=2, experts=3, trained=(1,))
+    leaves, pools = with_leaves(layer, ALL)
+    out = expert_mlp(leaves["x"], leaves["weights"], pools, layer.routing, backend)
+    grads = torch.autograd.grad(out.sum(), leaves.values())
+    _, *expected = exact(replace(layer, grad_out_TD=torch.ones_like(layer.x_TD)), EVERYTHING)
+    for grad, value in zip(grads, expected, strict=False):  # no biases
+        assert_close(grad, value, TOLERANCE[torch.float32])
+
+
+def test_it_is_differentiable_once():
+    layer = small()
+    x, grad_out = layer.x_TD.requires_grad_(), layer.grad_out_TD.requires_grad_()
+    out = expert_mlp(x, layer.weights_TK, layer.pools, layer.routing, "reference")
+    (grad,) = torch.autograd.grad(out, x, grad_out, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# What is refused. The layer has 2 trained and 4 frozen experts, D is 8, G 12 and F 6; 5 tokens choose 3 each.
+
+Arguments = tuple[Tensor, Tensor, ExpertPools, Routing]
+
+
+def arguments(device: torch.device = CPU, **layer) -> Arguments:
+    made = small(biased=True, **layer)
+    pools = replace(made.pools, **{
+        pool: ExpertWeights(*(None if t is None else t.to(device) for t in getattr(made.pools, pool).tensors()))
+        for pool in ("trained", "frozen")
+    })  # fmt: skip
+    tables = {name: t.to(device) for name, t in vars(made.routing).items() if isinstance(t, Tensor)}
+    return made.x_TD.to(device), made.weights_TK.to(device), pools, replace(made.routing, **tables)
+
+
+def with_pool(args: Arguments, name: str, change) -> Arguments:
+    """The arguments with one tensor, such as ``frozen_down``, changed."""
+    x, weights, pools, routing = args
+    pool, field = name.split("_", 1)
+    (field,) = (known for known in TENSORS if known.rpartition("_")[0] == field)
+    held = getattr(pools, pool)
+    return x, weights, replace(pools, **{pool: replace(held, **{field: change(getattr(held, field))})}), routing
+
+
+NAMES = [
+    f"{pool}_{name}" for pool in ("trained", "frozen") for name in ("gate_up", "down", "gate_up_bias", "down_bias")
+]
+
+
+def refused(args: Arguments, message: str, **settings) -> None:
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(*args, **settings)
+
+
+def literal(shape: tuple[int, ...]) -> str:
+    return str(shape).replace("(", r"\(").replace(")", r"\)")
+
+
+def test_the_layer_that_is_spoilt_below_is_a_good_one():
+    assert expert_mlp(*arguments(), backend="reference").shape == (5, 8)
+    refused(arguments(META), "backend 'cpu' computes on CPU tensors", backend="cpu")  # the last check of all
 
 
 @pytest.mark.parametrize(
-    ("needs", "recompute", "prefix_only"),
-    [(EVERYTHING, "none", False), (EVERYTHING, "frozen", True), (NEEDS["trained"], "none", True)],
-    ids=["all rows", "frozen rows rebuilt", "prefix only"],
+    ("name", "cut", "expected", "found"),
+    [
+        ("trained_gate_up", (0, 1, 0), (2, 12, 8), (2, 11, 8)),
+        ("trained_down", (1, 0, 0), (2, 8, 6), (1, 8, 6)),
+        ("trained_down", (0, 1, 0), (2, 8, 6), (2, 7, 6)),
+        ("trained_gate_up_bias", (1, 0), (2, 12), (1, 12)),
+        ("trained_gate_up_bias", (0, 1), (2, 12), (2, 11)),
+        ("trained_down_bias", (1, 0), (2, 8), (1, 8)),
+        ("trained_down_bias", (0, 1), (2, 8), (2, 7)),
+        ("frozen_gate_up", (0, 1, 0), (4, 12, 8), (4, 11, 8)),
+        ("frozen_gate_up", (0, 0, 1), (4, 12, 8), (4, 12, 7)),
+        ("frozen_down", (1, 0, 0), (4, 8, 6), (3, 8, 6)),
+        ("frozen_down", (0, 1, 0), (4, 8, 6), (4, 7, 6)),
+        ("frozen_down", (0, 0, 1), (4, 8, 6), (4, 8, 5)),
+        ("frozen_gate_up_bias", (1, 0), (4, 12), (3, 12)),
+        ("frozen_gate_up_bias", (0, 1), (4, 12), (4, 11)),
+        ("frozen_down_bias", (1, 0), (4, 8), (3, 8)),
+        ("frozen_down_bias", (0, 1), (4, 8), (4, 7)),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_saves_x_and_h_and_the_routing_and_nothing_else(dtype, needs, recompute, prefix_only, backend):
-    layer = make_layer(tokens=64, dtype=dtype)
-    t, d, f = 64, layer.pools.hidden_size, layer.pools.intermediate_size
-    routing = layer.routing
-    rows = routing.prefix_rows() if prefix_only else routing.num_rows
-    size = dtype.itemsize
-    tables = [*(v for v in vars(routing).values() if isinstance(v, torch.Tensor)), layer.weights_TK]
-    routing_bytes = sum(table.untyped_storage().nbytes() for table in tables)
-    # The floor: 2DT + 4FN bytes in bf16.
-    assert saved_bytes(layer, backend, needs, recompute) == size * d * t + size * 2 * f * rows + routing_bytes
+def test_a_tensor_of_another_shape_is_named(name, cut, expected, found):
+    args = with_pool(arguments(), name, lambda t: t[tuple(slice(n, None) for n in cut)].contiguous())
+    refused(args, f"^{name} must have shape {literal(expected)}, got {literal(found)}$")
 
 
-def swap_pool(layer: Layer, **tensors: torch.Tensor) -> tuple:
-    pools = layer.pools
-    for name, tensor in tensors.items():
-        pool, field = name.split("_", 1)
-        pools = replace(pools, **{pool: replace(getattr(pools, pool), **{field: tensor})})
-    return layer.x_TD, layer.weights_TK, pools, layer.routing
+def test_x_and_routing_weights_of_another_shape_are_named():
+    x, weights, pools, routing = arguments()
+    refused((x[1:], weights, pools, routing), r"^x must have shape \(5, 8\), got \(4, 8\)$")
+    refused((x[:, 1:], weights, pools, routing), r"^x must have shape \(5, 8\), got \(5, 7\)$")
+    refused((x, weights[1:], pools, routing), r"routing weights must have shape \(5, 3\), got \(4, 3\)$")
+    refused((x, weights[:, 1:], pools, routing), r"routing weights must have shape \(5, 3\), got \(5, 2\)$")
 
 
-def test_bad_input_is_named():
-    layer = make_layer(dtype=torch.float32)
-    x, weights, pools, routing = layer.x_TD, layer.weights_TK, layer.pools, layer.routing
-    frozen = pools.frozen.down_EDF
-    bad = {
-        "x must have shape": (x[1:], weights, pools, routing),
-        "trained_gate_up must be torch.float64": (x.double(), weights, pools, routing),
-        "routing weights must have shape": (x, weights[:, 1:], pools, routing),
-        "trained_down must have shape": swap_pool(layer, trained_down_EDF=pools.trained.down_EDF[:, 1:]),
-        "frozen pool cannot require": swap_pool(layer, frozen_down_EDF=frozen.clone().requires_grad_()),
-        "same strides": swap_pool(layer, frozen_down_EDF=frozen.mT.contiguous().mT),
-        "biases must be given for both": swap_pool(layer, trained_down_bias_ED=torch.zeros(2, 72)),
-        "routing weights must be floats": (x, weights.int(), pools, routing),
-        "trained_gate_up must be a stack of matrices": swap_pool(
-            layer, trained_gate_up_EGD=pools.trained.gate_up_EGD[0]
-        ),
-        "trained_down must be a stack of matrices": swap_pool(layer, trained_down_EDF=None),
-        "x must be of a float dtype": (x.long(), weights, pools, routing),
-        "routing is for": (x, weights, pools, make_layer(trained=(4, 1, 0)).routing),
-    }
-    for message, args in bad.items():
-        with pytest.raises(ValueError, match=message):
-            expert_mlp(*args)
-    with pytest.raises(ValueError, match="recompute must be one of none, frozen, got 'all'"):
-        expert_mlp(x, weights, pools, routing, recompute="all")
-    with pytest.raises(ValueError, match="backend must be one of"):
-        expert_mlp(x, weights, pools, routing, "cuda")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("to", "found"), [(torch.float64, "torch.float64 on cpu"), (META, "torch.float32 on meta")], ids=str
+)
+def test_a_tensor_of_another_dtype_or_device_is_named(name, to, found):
+    args = with_pool(arguments(), name, lambda t: t.to(to))
+    refused(args, f"^{name} must be torch.float32 on cpu like x, got {found}$")
 
 
-def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        resolve_backend("triton", torch.device("cpu"))
+def test_routing_weights_are_floats_on_the_device_of_x():
+    x, weights, pools, routing = arguments()
+    message = "^routing weights must be floats on cpu like x, got torch.{} on {}$"
+    refused((x, weights.int(), pools, routing), message.format("int32", "cpu"))
+    refused((x, weights.to(META), pools, routing), message.format("float32", "meta"))
+    moved = replace(routing, token_N=routing.token_N.to(META))
+    refused((x, weights, pools, moved), "^routing must be on cpu like x, got meta$")
+    refused((x.long(), weights, pools, routing), "^x must be of a float dtype, got torch.int64$")
 
 
-def test_an_expert_beyond_32_bit_offsets_is_refused():
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta")
+@pytest.mark.parametrize("name", ["trained_gate_up", "trained_down"])
+def test_the_trained_weights_are_stacks_of_matrices(name):
+    shape = literal((12, 8) if name == "trained_gate_up" else (8, 6))
+    refused(with_pool(arguments(), name, lambda t: t[0]), f"^{name} must be a stack of matrices, got {shape}$")
+    refused(with_pool(arguments(), name, lambda t: None), f"^{name} must be a stack of matrices, got NoneType$")
 
-    spread = torch.empty_strided((4, 80, 72), (72, 2**25, 1), device="meta")  # experts lie inside one another's rows
-    pools = ExpertPools(ExpertWeights(empty(0, 80, 72), empty(0, 72, 40)), ExpertWeights(spread, empty(4, 72, 40)))
+
+def test_biases_are_given_all_or_not_at_all():
+    biases = [name for name in NAMES if name.endswith("bias")]
+    for missing in range(1, 15):  # every choice but none and all of the four
+        args = arguments()
+        for place, name in enumerate(biases):
+            if missing >> place & 1:
+                args = with_pool(args, name, lambda t: None)
+        refused(args, "^biases must be given for both projections of both pools, or not at all$")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("bias")])
+def test_a_bias_is_contiguous(name):
+    refused(with_pool(arguments(), name, transposed), rf"^{name} must be contiguous, got strides \(1, \d\)$")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_on_a_device_start_where_a_vector_load_can(name):
+    refused(with_pool(arguments(META), name, shifted), f"^{name} must start at a multiple of 16 bytes, got 0x4$")
+    moved = with_pool(arguments(META), name, lambda t: torch.cat([t[:1], t])[1:])  # by whole experts of 16 n bytes
+    refused(moved, "backend 'cpu' computes on CPU tensors", backend="cpu")
+    args = arguments()
+    assert torch.equal(expert_mlp(*with_pool(args, name, shifted)), expert_mlp(*args))  # on a CPU all of them can
+
+
+def test_x_on_a_device_starts_anywhere():
+    x, *others = arguments(META)
+    refused((shifted(x), *others), "backend 'cpu' computes on CPU tensors", backend="cpu")
+
+
+@pytest.mark.parametrize("pool", ["trained", "frozen"])
+@pytest.mark.parametrize(("size", "fits"), [(2**31 - 1, True), (2**31, False)])
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_an_experts_last_element_is_within_32_bit_offsets(name, size, fits, pool):
+    # D is 2, F 1 and G 2; experts lie inside one another's rows. The last element is ``size`` after the first.
+    strides = {"gate_up": (2**32, 2, 1), "down": (2**32, 1, 1)}
+    strides[name] = (2**32, size - 1, 1) if name == "gate_up" else (2**32, size, 1)
+
+    def held(n: int) -> ExpertWeights:
+        wanted = strides if n else {"gate_up": (4, 2, 1), "down": (2, 1, 1)}
+        return ExpertWeights(*(
+            torch.empty_strided((n, 2, columns), wanted[field], device="meta")
+            for field, columns in (("gate_up", 2), ("down", 1))
+        ))  # fmt: skip
+
     index = torch.empty(6, dtype=torch.int64, device="meta")
-    routing = Routing(index, index, index.view(3, 2), torch.empty(5, dtype=torch.int64, device="meta"), 0)
-    with pytest.raises(ValueError, match=r"frozen_gate_up must hold an expert within 2\*\*31 elements"):
-        expert_mlp(empty(3, 72), empty(3, 2), pools, routing)
+    sizes = {"trained": 4, "frozen": 0} if pool == "trained" else {"trained": 0, "frozen": 4}
+    routing = Routing(
+        index, index, index.view(3, 2), torch.empty(5, dtype=torch.int64, device="meta"), sizes["trained"]
+    )
+    args = torch.empty(3, 2, device="meta"), torch.empty(3, 2, device="meta"), ExpertPools(*map(held, sizes.values()))
+    limit = rf"^{pool}_{name} must hold an expert within 2\*\*31 elements, got strides {literal(strides[name])}$"
+    refused((*args, routing), "backend 'cpu' computes on CPU" if fits else limit, backend="cpu")
 
 
-def test_inputs_at_odd_addresses_are_copied(monkeypatch):
-    layer = make_layer(dtype=torch.bfloat16)
-    moved = torch.empty(layer.x_TD.numel() + 1, dtype=torch.bfloat16)[1:].view_as(layer.x_TD).copy_(layer.x_TD)
-    assert moved.data_ptr() % 16
-    seen = []
-    module = resolve_backend("reference", torch.device("cpu"))
-    real = module.forward
-    monkeypatch.setattr(module, "forward", lambda x, *args: seen.append(x.data_ptr()) or real(x, *args))
-    out = expert_mlp(moved, layer.weights_TK, layer.pools, layer.routing, "reference")
-    assert torch.equal(out, expert_mlp(layer.x_TD, layer.weights_TK, layer.pools, layer.routing, "reference"))
-    assert not any(pointer % 16 for pointer in seen)
+@pytest.mark.parametrize("name", NAMES[:2] + NAMES[4:6])
+def test_both_pools_are_laid_out_alike(name):
+    kind = name.split("_", 1)[1]
+    refused(
+        with_pool(arguments(), name, transposed),
+        f"^trained_{kind} and frozen_{kind} must have the same strides, got .* and .*$",
+    )
 
 
-def test_pools_look_up_experts_by_position():
-    layer = make_layer(biased=True)
-    first, last = layer.pools.at(0), layer.pools.at(5)
-    assert torch.equal(first.gate_up_EGD, layer.gate_up_EGD[4]) and torch.equal(last.down_EDF, layer.down_EDF[5])
-    assert layer.down_bias_ED is not None and last.down_bias_ED is not None
-    assert torch.equal(last.down_bias_ED, layer.down_bias_ED[5])
+@pytest.mark.parametrize(("trained", "empty"), [((), "trained"), (range(6), "frozen")])
+def test_a_pool_without_experts_is_laid_out_as_it_likes(trained, empty):
+    args = arguments(trained=tuple(trained))
+    expected = expert_mlp(*args, backend="reference")
+    for name in ("gate_up", "down"):
+        args = with_pool(args, f"{empty}_{name}", lambda t: t.new_empty(t.mT.shape).mT)
+    assert args[2].trained.gate_up_EGD.stride() != args[2].frozen.gate_up_EGD.stride()
+    assert torch.equal(expert_mlp(*args, backend="reference"), expected)
 
 
-def test_rounded_row_counts_are_few_and_little_too_many():
-    sizes = {rounded(n) for n in range(1, 4097)}
-    assert len(sizes) <= 16 * 12 + 1
-    assert all(n <= rounded(n) <= n * 17 / 16 for n in range(1, 4097))
-    assert [rounded(n) for n in (1, 31, 33, 512, 513)] == [1, 31, 34, 512, 544]
+@pytest.mark.parametrize("name", NAMES[4:])
+def test_the_frozen_pool_gets_no_gradient(name):
+    args = with_pool(arguments(), name, lambda t: t.clone().requires_grad_())
+    refused(args, "^the frozen pool cannot require a gradient$")
+
+
+def test_the_routing_is_for_these_pools():
+    x, weights, pools, routing = arguments()
+    other = (x, weights, pools, replace(routing, num_trained=1))
+    refused(other, "^routing is for 1 trained of 6 experts, the pools hold 2 of 6$")
+    other = (x, weights, pools, replace(routing, offsets_E1=torch.cat([routing.offsets_E1, routing.offsets_E1[-1:]])))
+    refused(other, "^routing is for 2 trained of 7 experts, the pools hold 2 of 6$")
+
+
+def test_settings_that_do_not_exist_are_refused():
+    refused(arguments(), "^recompute must be one of none, frozen, got 'all'$", recompute="all")
+    refused(arguments(), "^backend must be one of .*, got 'cuda'$", backend="cuda")

@@ -4,12 +4,20 @@ import torch
 from esft_kernels import reference
 
 pytest.importorskip("triton")
+from esft_kernels import grouped_gemm as op
 from esft_kernels.grouped_gemm import grouped_gemm
-
+from tests.esft_kernels.bounds import check_bounds, poison_masked
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 
 COUNTS = [17, 0, 16, 5, 1, 33]  # two tiles, none, exactly one, part of one, one row, three tiles
 N = sum(COUNTS)
+
+
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch):
+    poison_empty(monkeypatch)
+    poison_masked(monkeypatch)
+    check_bounds(monkeypatch)
 
 
 def expected(rows, slot, trained, frozen, offsets, weights=None, biases=(None, None)):
@@ -23,10 +31,15 @@ def expected(rows, slot, trained, frozen, offsets, weights=None, biases=(None, N
     return out if weights is None else out * weights.double().reshape(-1, 1)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "input gradient"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_matches_reference(dtype, weighted, transposed, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "weighted", "transposed"),
+    [
+        (torch.float32, False, False), (torch.float32, True, True), (torch.float32, True, False),
+        (torch.bfloat16, True, False), (torch.bfloat16, False, True), (torch.float16, True, False),
+        (torch.float16, False, True),
+    ],
+)  # fmt: skip
+def test_matches_reference(dtype, weighted, transposed):
     offsets, slot = torch.tensor([0, *COUNTS]).cumsum(0), torch.randperm(N)
     out_features, in_features, s = 37, 71, 2
     shape = (len(COUNTS), in_features, out_features) if transposed else (len(COUNTS), out_features, in_features)
@@ -39,7 +52,6 @@ def test_matches_reference(dtype, weighted, transposed, monkeypatch):
     if weighted:
         bias = torch.randn(len(COUNTS), out_features).to(dtype)
         extra = {"weights_TK": torch.rand(N // 3, 3), "biases": (bias[:s].clone(), bias[s:].clone())}
-    poison_empty(monkeypatch)
     out = grouped_gemm(rows, slot, trained, frozen, offsets, **extra)
     assert out.dtype == dtype
     assert_close(out, expected(rows, slot, trained, frozen, offsets, *extra.values()), TOLERANCE[dtype])
@@ -63,11 +75,10 @@ def test_one_pool_may_be_empty(s):
     assert_close(out, expected(rows, slot, weights[:s], weights[s:], offsets), TOLERANCE[torch.float32])
 
 
-def test_rows_past_the_last_position_are_neither_read_nor_written(monkeypatch):
+def test_rows_past_the_last_position_are_neither_read_nor_written():
     offsets, slot = torch.tensor([0, 17, 17, 40]), torch.randperm(40)
     rows, trained, frozen = torch.randn(40, 20), torch.randn(2, 33, 20), torch.full((1, 33, 20), float("nan"))
     rows[17:] = float("nan")
-    poison_empty(monkeypatch)
     out = grouped_gemm(rows, slot, trained, frozen, offsets[:3])
     exact = expected(rows, slot, trained, frozen, offsets[:3])
     assert_close(out[slot[:17]], exact[slot[:17]], TOLERANCE[torch.float32])
@@ -79,3 +90,34 @@ def test_no_rows(positions):
     offsets, none = torch.zeros(positions + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     out = grouped_gemm(torch.randn(0, 20), none, torch.randn(positions, 33, 20), torch.randn(0, 33, 20), offsets)
     assert out.shape == (0, 33)
+
+
+@pytest.mark.parametrize("s", [0, 3])
+def test_one_pool_may_be_empty_and_the_weights_transposed(s):
+    offsets, slot = torch.tensor([0, 4, 4, 9]), torch.randperm(9)
+    rows, weights = torch.randn(9, 20), torch.randn(3, 20, 33)
+    trained, frozen = (weights.mT, torch.empty(0, 33, 20)) if s else (torch.empty(0, 33, 20), weights.mT)
+    out = grouped_gemm(rows, slot, trained, frozen, offsets)
+    assert_close(out, expected(rows, slot, trained, frozen, offsets), TOLERANCE[torch.float32])
+
+
+# Blocks are 16 rows, 32 columns and 64 input features here: a block and one more, less than one, and whole ones.
+@pytest.mark.parametrize(("out_features", "in_features"), [(33, 65), (9, 20), (33, 64), (32, 66), (64, 128)])
+@pytest.mark.parametrize("pools", [(2, 1), (3, 0), (0, 3)])
+def test_nothing_outside_the_tensors_is_touched_at_any_size(out_features, in_features, pools):
+    offsets, slot = torch.tensor([0, 5, 5, 7]), torch.randperm(7)
+    trained, frozen = torch.randn(3, out_features, in_features).split(pools)
+    biases = torch.randn(3, out_features).split(pools)
+    rows, weights = torch.randn(7, in_features), torch.rand(7, 1)
+    out = grouped_gemm(rows, slot, trained, frozen, offsets, weights, biases)
+    assert_close(out, expected(rows, slot, trained, frozen, offsets, weights, biases), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_tiles_are_for_the_rows_of_an_expert(positions, monkeypatch):
+    asked = []
+    real = op.tiles_for
+    monkeypatch.setattr(op, "tiles_for", lambda tensor, *args: asked.append(args) or real(tensor, *args))
+    offsets, slot = torch.tensor([0, 2, 2, 7][-positions - 1 :]), torch.arange(7)
+    grouped_gemm(torch.randn(7, 20), slot, torch.randn(positions, 33, 20), torch.randn(0, 33, 20), offsets)
+    assert asked == [("gemm", 7 // positions, (33, 20))]

@@ -4,17 +4,27 @@ import torch
 from esft_kernels import reference
 
 pytest.importorskip("triton")
-from esft_kernels.grouped_wgrad import grouped_wgrad
-
 from esft_kernels import grouped_wgrad as op
+from esft_kernels.grouped_wgrad import grouped_wgrad
+from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch):
+    poison_empty(monkeypatch)
+    poison_masked(monkeypatch)
+    check_bounds(monkeypatch)
 
 
 @pytest.mark.parametrize(("splits", "wide"), [(1, False), (3, True)])
-@pytest.mark.parametrize("gather", ["neither", "grad", "rows"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("gather", "dtype"),
+    [
+        ("neither", torch.float32), ("grad", torch.float32), ("rows", torch.float32),
+        ("grad", torch.bfloat16), ("rows", torch.bfloat16), ("neither", torch.float16),
+    ],
+)  # fmt: skip
 def test_matches_reference(dtype, gather, splits, wide, monkeypatch):
     monkeypatch.setattr(op, "wide", lambda *tensors: wide)
     monkeypatch.setattr(op, "splits_for", lambda tensor, programs: splits)
@@ -26,7 +36,6 @@ def test_matches_reference(dtype, gather, splits, wide, monkeypatch):
         operand[tokens if gathered else n :] = float("nan")  # what rows past the prefix hold is never read
     index = torch.randint(0, tokens, (n + 9,))
     index[n:] = tokens
-    poison_empty(monkeypatch)
     out = grouped_wgrad(
         grad, rows, torch.zeros(4, out_features, in_features, dtype=dtype), offsets,
         grad_index_N=index if gather == "grad" else None, rows_index_N=index if gather == "rows" else None,
@@ -67,3 +76,73 @@ def test_no_row():
     like = torch.ones(2, 8, 4)
     out = grouped_wgrad(torch.randn(0, 8), torch.randn(0, 4), like, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(out, torch.zeros(2, 8, 4))
+
+
+# Blocks are 32 by 64 features and 16 rows here: a block and one more, less than one, and whole ones.
+@pytest.mark.parametrize(("out_features", "in_features"), [(33, 65), (9, 20), (32, 66), (34, 64), (64, 128)])
+@pytest.mark.parametrize("gather", [False, True])
+def test_nothing_outside_the_tensors_is_touched_at_any_size(out_features, in_features, gather):
+    offsets = torch.tensor([0, 19])
+    grad, rows = torch.randn(19, out_features), torch.randn(19, in_features)
+    index = torch.randperm(19)
+    out = grouped_wgrad(
+        grad, rows, torch.zeros(1, out_features, in_features), offsets, index if gather else None, index
+    )  # fmt: skip
+    expected = (grad[index] if gather else grad).double().T @ rows[index].double()
+    assert_close(out[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_paired_columns_of_a_gradient_in_pieces(splits, monkeypatch):
+    monkeypatch.setattr(op, "splits_for", lambda tensor, programs: splits)
+    offsets = torch.tensor([0, 3, 40])
+    grad, rows = torch.randn(40, 2 * 9), torch.randn(40, 5)
+    paired = grad.view(40, 2, 9).transpose(1, 2).reshape(40, 2 * 9)
+    out = grouped_wgrad(paired, rows, torch.zeros(2, 2 * 9, 5, dtype=torch.float32), offsets, paired=True)
+    assert_close(out, reference.grouped_wgrad(grad.double(), rows.double(), offsets.tolist(), 2), 1e-5)
+
+
+def test_what_tiles_and_splits_are_asked_for(monkeypatch):
+    asked, real = [], op.tiles_for
+    monkeypatch.setattr(op, "tiles_for", lambda tensor, *args: asked.append(args) or real(tensor, *args))
+    monkeypatch.setattr(op, "splits_for", lambda tensor, programs: asked.append(programs) or 1)
+    grad, rows, like = torch.randn(5, 70), torch.randn(5, 65), torch.zeros(2, 70, 65)
+    grouped_wgrad(grad, rows, like, torch.tensor([0, 3, 5]))
+    assert asked == [("wgrad", 0, (70, 65)), 2 * 3 * 2]  # two experts, three tiles of 32 by two of 64
+
+
+@pytest.mark.parametrize("far", ["grad", "rows"])
+def test_a_row_past_what_32_bit_offsets_reach(far, tmp_path):
+    offsets, index = torch.tensor([0, 17, 19]), torch.randint(0, 2**27, (19,))
+    index[::5] = 2**27 - 1 - torch.arange(4)  # times 32 features
+    huge = sparse(tmp_path / "huge", 2**27, 32, dtype=torch.float16)
+    huge[index] = torch.randn(19, 32).half()
+    other = torch.randn(19, 24).half()
+    if far == "grad":
+        out = grouped_wgrad(huge, other, torch.zeros(2, 32, 24, dtype=torch.float16), offsets, grad_index_N=index)
+        expected = reference.grouped_wgrad(huge[index].double(), other.double(), offsets.tolist(), 2)
+    else:
+        out = grouped_wgrad(other, huge, torch.zeros(2, 24, 32, dtype=torch.float16), offsets, rows_index_N=index)
+        expected = reference.grouped_wgrad(other.double(), huge[index].double(), offsets.tolist(), 2)
+    assert_close(out, expected, TOLERANCE[torch.float16])
+
+
+def test_a_gradient_past_what_32_bit_offsets_reach(tmp_path, monkeypatch):
+    """The third expert's begins at 2 * 2**30."""
+    offsets, grad, rows = torch.tensor([0, 3, 7, 9]), torch.randn(9, 8).half(), torch.randn(9, 4).half()
+    huge = sparse(tmp_path / "gradient", 2**31 + 32, dtype=torch.float16).as_strided((3, 8, 4), (2**30, 4, 1))
+    monkeypatch.setattr(torch, "empty_like", lambda like: huge)
+    monkeypatch.setattr(op, "splits_for", lambda tensor, programs: 1)
+    out = grouped_wgrad(grad, rows, torch.zeros(3, 8, 4, dtype=torch.float16), offsets)
+    assert_close(out, reference.grouped_wgrad(grad.double(), rows.double(), offsets.tolist(), 3), 1e-3)
+
+
+def test_a_piece_past_what_32_bit_offsets_reach(tmp_path, monkeypatch):
+    """The third piece begins at 2 * 2**30."""
+    offsets, grad, rows = torch.tensor([0, 40]), torch.randn(40, 8), torch.randn(40, 4)
+    huge = sparse(tmp_path / "pieces", 2**31 + 32, dtype=torch.float32).as_strided((3, 1, 8, 4), (2**30, 32, 4, 1))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **kwargs: huge)
+    monkeypatch.setattr(op, "splits_for", lambda tensor, programs: 3)
+    out = grouped_wgrad(grad, rows, torch.zeros(1, 8, 4), offsets)
+    assert_close(out, reference.grouped_wgrad(grad.double(), rows.double(), offsets.tolist(), 1), 1e-5)
+    assert huge[2].any(), "the third piece has the last eight rows"

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,13 @@ def test_expert_order_puts_trained_first_in_the_given_order():
     assert expert_order([2, 0, 1], 3) == [2, 0, 1]
 
 
-@pytest.mark.parametrize(("trained", "message"), [([6], "not in a layer of 6"), ([-1], "not in"), ([1, 1], "duplic")])
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        ([5, 6, 0, -1], r"trained experts \[6, -1\] are not in a layer of 6 experts$"),
+        ([1, 0, 1], r"trained experts \[1, 0, 1\] hold a duplicate$"),
+    ],
+)
 def test_expert_order_refuses(trained, message):
     with pytest.raises(ValueError, match=message):
         expert_order(trained, 6)
@@ -22,8 +30,34 @@ def test_route_groups_rows_by_position_and_keeps_token_order():
     assert routing.offsets_E1.tolist() == [0, 2, 4, 6]
     assert routing.token_N.tolist() == [0, 1, 0, 2, 1, 2]
     assert routing.slot_N.tolist() == [1, 2, 0, 4, 3, 5]
+    assert routing.row_TK.tolist() == [[2, 0], [1, 4], [3, 5]]
     assert (routing.num_tokens, routing.top_k, routing.num_rows, routing.num_experts) == (3, 2, 6, 3)
-    assert routing.prefix_rows() == 2
+    assert (routing.num_trained, routing.prefix_rows()) == (1, 2)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2, 3])
+def test_the_prefix_holds_the_rows_of_the_trained_experts(trained):
+    routing = route(torch.tensor([[0, 2], [2, 1], [0, 2]]), torch.tensor([1, 2, 0]), num_trained=trained)
+    assert routing.prefix_rows() == [0, 3, 5, 6][trained]
+    assert isinstance(routing.prefix_rows(), int)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_tables_are_of_64_bit_integers(dtype):
+    routing = route(torch.tensor([[0, 2], [2, 1]], dtype=dtype), torch.tensor([1, 2, 0]), num_trained=1)
+    tables = (routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1)
+    assert [t.dtype for t in tables] == [torch.int64] * 4
+    assert [t.tolist() for t in tables] == [[0, 1, 0, 1], [1, 2, 0, 3], [[2, 0], [1, 3]], [0, 2, 3, 4]]
+
+
+def test_the_rows_of_an_expert_keep_token_order_however_many_there_are():
+    # Short runs are sorted by insertion, which is stable whatever is asked for; long ones are not.
+    ids = torch.stack([torch.randperm(3)[:2] for _ in range(500)])
+    position = torch.tensor([2, 0, 1])
+    routing = route(ids, position, num_trained=1)
+    expected = [slot for expert in (1, 2, 0) for slot, found in enumerate(ids.reshape(-1).tolist()) if found == expert]
+    assert routing.slot_N.tolist() == expected
+    assert routing.token_N.tolist() == [slot // 2 for slot in expected]
 
 
 def test_row_is_the_inverse_of_slot():
@@ -33,17 +67,19 @@ def test_row_is_the_inverse_of_slot():
     assert torch.equal(routing.token_N, routing.slot_N // 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_route_without_tokens(dtype):
-    routing = route(torch.empty(0, 4, dtype=dtype), torch.arange(5), num_trained=2)
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_route_without_a_row(shape, elsewhere):
+    routing = route(torch.empty(shape, dtype=torch.int64), torch.arange(5), num_trained=2, elsewhere=elsewhere)
     assert routing.offsets_E1.tolist() == [0] * 6
     assert routing.prefix_rows() == routing.num_rows == 0
+    assert (routing.num_tokens, routing.top_k, routing.row_TK.shape) == (*shape, shape)
 
 
 @pytest.mark.parametrize("bad", [-1, 4])
-def test_route_names_an_id_out_of_range(bad):
-    ids = torch.tensor([[0, 1], [2, bad]])
-    with pytest.raises(ValueError, match=rf"top_k_index\[1, 1\] is {bad}, not an expert in 0..3"):
+def test_route_names_the_first_id_out_of_range(bad):
+    ids = torch.tensor([[0, 3], [2, bad], [9, -9]])
+    with pytest.raises(ValueError, match=rf"^top_k_index\[1, 1\] is {bad}, not an expert in 0..3$"):
         route(ids, torch.arange(4), num_trained=0)
 
 
@@ -52,11 +88,47 @@ def test_experts_that_are_elsewhere_come_last():
     routing = route(ids, torch.tensor([1, 2, 0, 3]), num_trained=1, elsewhere=True)
     assert routing.offsets_E1.tolist() == [0, 1, 3, 4, 4]
     assert routing.slot_N.tolist() == [6, 0, 7, 3, 1, 2, 4, 5]
-    with pytest.raises(ValueError, match=r"top_k_index\[0, 0\] is -1, not an expert"):
+    assert (routing.num_rows, routing.num_experts) == (8, 4)
+    with pytest.raises(ValueError, match=r"^top_k_index\[0, 0\] is -1, not an expert$"):
         route(ids - 1, torch.arange(4), num_trained=0, elsewhere=True)
-
-
-@pytest.mark.parametrize("ids", [torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2)])
-def test_route_refuses_what_is_not_a_top_k_index(ids):
-    with pytest.raises(ValueError, match="top_k_index"):
+    with pytest.raises(ValueError, match=r"top_k_index\[0, 1\] is 4, not an expert in 0..3"):
         route(ids, torch.arange(4), num_trained=0)
+
+
+@pytest.mark.parametrize("debug", [None, "0", "1"])
+def test_ids_on_a_device_are_looked_at_only_in_debugging(debug, monkeypatch):
+    monkeypatch.delenv("ESFT_DEBUG", raising=False)
+    if debug is not None:
+        monkeypatch.setenv("ESFT_DEBUG", debug)
+    ids = torch.zeros(3, 2, dtype=torch.int64, device="meta")  # has no values: to look at them is an error
+    position = torch.arange(4, device="meta")
+    if debug == "1":
+        with pytest.raises(RuntimeError, match="meta"):
+            route(ids, position, num_trained=1)
+        return
+    for elsewhere in (False, True):
+        routing = route(ids, position, num_trained=1, elsewhere=elsewhere)
+        tables = (routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1)
+        assert [tuple(t.shape) for t in tables] == [(6,), (6,), (3, 2), (5,)]
+        assert {t.device.type for t in tables} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, 2, 1, dtype=torch.int64),
+        torch.zeros(3, 2),
+        torch.zeros(3, 2).to(torch.int16),
+    ],
+)
+def test_route_refuses_what_is_not_a_top_k_index(ids):
+    found = f"got {ids.dtype} {tuple(ids.shape)}".replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=rf"top_k_index must be an integer \[T, K\] tensor, {found}$"):
+        route(ids, torch.arange(4), num_trained=0)
+
+
+def test_a_routing_cannot_be_changed():
+    routing = route(torch.tensor([[0, 1]]), torch.arange(2), num_trained=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        routing.num_trained = 2  # pyright: ignore[reportAttributeAccessIssue]

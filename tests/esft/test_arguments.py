@@ -1,0 +1,46 @@
+import argparse
+
+import pytest
+
+from esft.arguments import Parser, count
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("17", 17), ("100000", 100_000)])
+def test_a_count_is_a_whole_number_from_one_on(text: str, value: int):
+    assert count(text) == value
+
+
+@pytest.mark.parametrize("text", ["0", "-3"])
+def test_a_count_below_one_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^must be at least 1, got {text}$"):
+        count(text)
+
+
+@pytest.mark.parametrize("text", ["many", "1.5", ""])
+def test_a_count_that_is_no_whole_number_is_refused(text: str):
+    with pytest.raises(ValueError):
+        count(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--rows", "0"], "tool: argument --rows: must be at least 1, got 0"),
+        (["--rows", "x"], "tool: argument --rows: invalid whole number value: 'x'"),
+        (["--columns", "2"], "tool: unrecognized arguments: --columns 2"),
+    ],
+)
+def test_a_complaint_is_one_line_on_stderr_and_the_status_is_2(capsys, arguments: list[str], complaint: str):
+    parser = Parser(prog="tool")
+    parser.add_argument("--rows", type=count)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(arguments)
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err == complaint + "\n" and printed.out == ""
+
+
+def test_good_arguments_are_parsed():
+    parser = Parser(prog="tool")
+    parser.add_argument("--rows", type=count)
+    assert parser.parse_args(["--rows", "4"]).rows == 4

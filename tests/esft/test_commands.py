@@ -1,0 +1,244 @@
+"""What each stage hands to the Python call that it covers, and what it prints and writes of the outcome."""
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import esft
+from esft.__main__ import main
+from esft.config import TrainConfig
+from esft.select import ExpertSelection
+from tests.esft.models import save_tiny, tiny_tokenizer, write_records
+
+commands = importlib.import_module("esft.commands")
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "d.jsonl", 6)
+    return tmp_path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of what a stage covers, by name, in the place of which ``answers`` are given."""
+    kept = SimpleNamespace(of={}, answers={})
+
+    def watch(name: str, answer) -> None:
+        def called(*args, **named):
+            kept.of.setdefault(name, []).append((args, named))
+            return kept.answers.get(name, answer)
+
+        monkeypatch.setattr(commands, name, called)
+
+    kept.watch = watch
+    watch("load_model", "a model")
+    watch("load_tokenizer", tiny_tokenizer())
+    watch("swap", None)
+    return kept
+
+
+def stage(text: str) -> None:
+    assert main(text.split()) == 0
+
+
+def test_score_swaps_the_model_and_scores_windows_of_the_data(work, calls, capsys):
+    scores = esft.ExpertScores({1: {0: 1.0}, 2: {0: 1.0}}, {1: {0: 1.0}, 2: {0: 1.0}})
+    calls.watch("score_experts", scores)
+    calls.watch("windows", "batches")
+    stage(
+        "score --model m --data d.jsonl --out s.json --max-length 30 --batch-size 2 --max-tokens 77 --dtype float32 "
+        "--backend reference"
+    )
+    assert calls.of["load_model"] == [(("m", "float32"), {})] and calls.of["load_tokenizer"] == [(("m",), {})]
+    assert calls.of["swap"] == [(("a model", ExpertSelection({}), "reference"), {})]
+    (((examples, length, batch_size), _),) = calls.of["windows"]
+    assert (len(examples), length, batch_size) == (6, 30, 2)
+    assert calls.of["score_experts"] == [(("a model", "batches", 77), {})]
+    assert esft.ExpertScores.load("s.json") == scores
+    assert capsys.readouterr().out == "scores of 2 layers in s.json\n"
+
+
+@pytest.fixture
+def scored(work):
+    token = {1: {0: 0.6, 1: 0.4}, 2: {0: 0.1, 1: 0.9}}
+    gate = {1: {0: 0.2, 1: 0.8}, 2: {0: 0.7, 1: 0.3}}
+    esft.ExpertScores(token, gate).save(work / "s.json")
+    return work
+
+
+@pytest.mark.parametrize(
+    ("more", "experts", "flags"),
+    [
+        ("", {1: [0], 2: [1]}, (False, False)),
+        ("--by gate", {1: [1], 2: [0]}, (False, False)),
+        ("--top-p 0.7 --shared-experts", {1: [0, 1], 2: [1]}, (True, False)),
+        ("--non-expert-modules", {1: [0], 2: [1]}, (False, True)),
+    ],
+)
+def test_select_writes_and_prints_the_choice(scored, capsys, more: str, experts: dict, flags: tuple):
+    stage(f"select --scores s.json --out e.json {more}")
+    chosen = ExpertSelection.load("e.json")
+    assert (chosen.experts, (chosen.shared_experts, chosen.non_expert_modules)) == (experts, flags)
+    count = sum(map(len, experts.values()))
+    lines = [f"layer {layer}: {ids}" for layer, ids in experts.items()]
+    assert capsys.readouterr().out.splitlines() == [*lines, f"{count} of 4 experts in e.json"]
+    assert main(f"select --scores s.json --out e.json {more}".split()) == 2
+    assert "e.json: exists already" in capsys.readouterr().err
+    stage(f"select --scores s.json --out e.json --overwrite {more}")
+
+
+def test_select_draws_what_it_chose_by_and_keeps_a_picture_that_is_there(scored, calls, capsys):
+    calls.watch("plot_scores", None)
+    stage("select --scores s.json --out e.json --by gate --plot p.png")
+    ((arguments, named),) = calls.of["plot_scores"]
+    assert arguments == (esft.ExpertScores.load("s.json"), ExpertSelection.load("e.json"), "p.png")
+    assert named == {"by": "gate"}
+    (scored / "p.png").write_text("")
+    assert main("select --scores s.json --out new.json --plot p.png".split()) == 2
+    assert "p.png: exists already" in capsys.readouterr().err and not (scored / "new.json").exists()
+    stage("select --scores s.json --out new.json --plot p.png --overwrite")
+
+
+def test_select_holds_the_scores_to_the_model(scored, calls, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "moe_layers", lambda model: [SimpleNamespace(index=1, num_experts=2)])
+    assert main("select --scores s.json --out e.json --model m".split()) == 2
+    assert "another model" in capsys.readouterr().err
+    two = [SimpleNamespace(index=index, num_experts=2) for index in (1, 2)]
+    monkeypatch.setattr(commands, "moe_layers", lambda model: two)
+    stage("select --scores s.json --out e.json --model m")
+
+
+RESULT = SimpleNamespace(train_loss=1.23456, trained_parameters=12345, stored_bytes=67890, seconds=5.6)
+
+
+def test_train_hands_over_everything_that_it_is_told(work, calls, capsys):
+    calls.watch("train", RESULT)
+    ExpertSelection({1: [0]}).save(work / "e.json")
+    (work / "c.yaml").write_text("lr: 0.5\nclip: 3.0\n")
+    stage(
+        "train --model m --data d.jsonl --out run --config c.yaml --experts e.json --eval-data v.jsonl --overwrite "
+        "--method esft --lr 0.25 --steps 3 --batch-size 4 --micro-batch-size 2 --max-length 9 --seed 5 --dtype float32 "
+        "--backend reference --recompute frozen --warmup-steps 6 --decay 0.5 --quiet"
+    )
+    config = TrainConfig(
+        method="esft", lr=0.25, steps=3, batch_size=4, micro_batch_size=2, max_length=9, seed=5, dtype="float32",
+        backend="reference", recompute="frozen", warmup_steps=6, decay=0.5, clip=3.0,
+    )  # fmt: skip
+    expected = ("m", "d.jsonl", "run", config, ExpertSelection({1: [0]}), "v.jsonl", False, True)
+    assert calls.of["train"] == [(expected, {"progress": False})]
+    assert capsys.readouterr().out == ("loss 1.235, 12,345 parameters trained, 67,890 bytes stored, 6 s, run in run\n")
+
+
+def test_train_leaves_to_the_settings_what_it_is_not_told(work, calls):
+    calls.watch("train", RESULT)
+    stage("train --model m --data d.jsonl --out run --method full")
+    expected = ("m", "d.jsonl", "run", TrainConfig(method="full"), None, None, False, False)
+    assert calls.of["train"] == [(expected, {"progress": True})]
+
+
+@pytest.mark.parametrize(
+    ("more", "lr"),
+    [("--resume", 0.5), ("--resume --config c.yaml", 0.125), ("", None), ("--resume --lr 0.75", 0.75)],
+)
+def test_a_run_that_resumes_has_the_settings_that_it_was_begun_with(work, calls, more: str, lr: float | None):
+    calls.watch("train", RESULT)
+    (work / "run").mkdir()
+    TrainConfig(lr=0.5).save(work / "run" / "config.yaml")
+    TrainConfig(lr=0.125).save(work / "c.yaml")
+    stage(f"train --model m --data d.jsonl --out run {more}")
+    (((*_, config, _, _, resume, _), _),) = calls.of["train"]
+    assert config.lr == lr and resume == ("--resume" in more)
+
+
+def test_resuming_where_no_run_is_is_left_to_the_training_to_refuse(work, calls):
+    calls.watch("train", RESULT)
+    stage("train --model m --data d.jsonl --out run --resume")
+    assert calls.of["train"][0][0][3] == TrainConfig()
+
+
+@pytest.fixture
+def measured(work, calls):
+    calls.watch("mean_loss", 0.5)
+    calls.watch("exact_match", (0.25, [{"given": "a"}]))
+    return calls
+
+
+def test_eval_measures_the_first_records_and_writes_the_answers(work, measured, capsys):
+    stage(
+        "eval --model m --data d.jsonl --limit 4 --batch-size 3 --max-length 40 --dtype float32 --backend reference "
+        "--out o.json"
+    )
+    result = {"records": 4, "loss": 0.5, "exact_match": 0.25}
+    assert json.loads(capsys.readouterr().out) == result
+    assert json.loads((work / "o.json").read_text()) == {**result, "answers": [{"given": "a"}]}
+    (((model, examples, pad, batch_size), _),) = measured.of["mean_loss"]
+    assert (model, len(examples), pad, batch_size) == ("a model", 4, 258, 3)
+    (((model, _, records, batch_size, progress), _),) = measured.of["exact_match"]
+    assert (model, records, batch_size, progress) == ("a model", esft.data.read_records("d.jsonl")[:4], 3, True)
+    assert measured.of["load_model"] == [(("m", "float32"), {})]
+    assert measured.of["swap"] == [(("a model", ExpertSelection({}), "reference"), {})]
+
+
+def test_eval_can_leave_the_answers_out_and_keeps_a_file_that_is_there(work, measured, capsys):
+    stage("eval --model m --data d.jsonl --loss-only --out o.json")
+    assert json.loads(capsys.readouterr().out) == {"records": 6, "loss": 0.5}
+    assert json.loads((work / "o.json").read_text())["answers"] == []
+    assert "exact_match" not in measured.of
+    assert main("eval --model m --data d.jsonl --loss-only --out o.json".split()) == 2
+    assert "o.json: exists already" in capsys.readouterr().err and len(measured.of["load_model"]) == 1
+    stage("eval --model m --data d.jsonl --quiet --out o.json --overwrite")
+    assert measured.of["exact_match"][0][0][-1] is False
+
+
+def test_eval_cuts_records_as_it_is_told(work, measured, capsys):
+    assert main("eval --model m --data d.jsonl --max-length 3".split()) == 2
+    assert "d.jsonl: no record has its answer within 3 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_an_adapter_is_loaded_and_only_esfts_own_is_put_on_the_fast_experts(work, calls, by_peft: bool, capsys):
+    adapted = SimpleNamespace(peft_config={}) if by_peft else SimpleNamespace()
+    calls.watch("load_any_adapter", adapted)
+    calls.watch("answer", ["one", "two"])
+    stage("generate --model m --adapter a --prompt x --prompt y --max-new-tokens 7")
+    assert calls.of["load_any_adapter"] == [(("a model", "a"), {})]
+    assert calls.of.get("swap", []) == ([] if by_peft else [((adapted, ExpertSelection({}), "auto"), {})])
+    (((model, _, prompts, longest), _),) = calls.of["answer"]
+    assert model is adapted and longest == 7
+    assert prompts == [[{"role": "user", "content": text}] for text in "xy"]
+    assert capsys.readouterr().out == "x\n    one\ny\n    two\n"
+
+
+def test_merge_and_report_hand_over_and_print(work, calls, capsys):
+    calls.watch("merge", "there")
+    calls.watch("report", "a table")
+    stage("merge --model m --adapter a --out o")
+    stage("merge --model m --adapter a --out o --overwrite")
+    stage("report run")
+    assert calls.of["merge"] == [(("m", "a", "o", False), {}), (("m", "a", "o", True), {})]
+    assert calls.of["report"] == [(("run",), {})]
+    assert capsys.readouterr().out.splitlines() == ["merged checkpoint in there"] * 2 + ["a table"]
+
+
+def test_score_keeps_a_file_that_is_there_and_replaces_it_where_it_is_told(work, calls, capsys):
+    calls.watch("score_experts", esft.ExpertScores({1: {0: 1.0}}, {1: {0: 1.0}}))
+    (work / "s.json").write_text("{}")
+    assert main("score --model m --data d.jsonl --out s.json".split()) == 2
+    assert "s.json: exists already" in capsys.readouterr().err and "load_model" not in calls.of
+    stage("score --model m --data d.jsonl --out s.json --overwrite")
+    assert esft.ExpertScores.load("s.json").token_scores == {1: {0: 1.0}}
+
+
+def test_scores_of_a_real_model_add_up(work):
+    save_tiny(work / "base")
+    stage("score --model base --data d.jsonl --out s.json --max-length 64")
+    scores = esft.ExpertScores.load("s.json")
+    assert list(scores.token_scores) == [1, 2]
+    for layer in scores.token_scores.values():
+        assert sum(layer.values()) == pytest.approx(1, abs=1e-3)
+    assert torch.is_grad_enabled()

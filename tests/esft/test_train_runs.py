@@ -1,0 +1,130 @@
+"""Whole training runs: every method learns, saves memory alike, and goes on after it broke."""
+
+import importlib
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import esft
+from esft.checkpoint import load_model, load_tokenizer
+from esft.data import encode_all, read_records
+from esft.evaluate import load_any_adapter, mean_loss
+from esft.select import ExpertSelection
+from tests.esft.models import chat, tiny_tokenizer, token_batch
+from tests.esft.runs import SELECTION, base_and_data, column, run, settings
+
+train_module = importlib.import_module("esft.train")  # ``esft.train`` is the function
+
+
+@pytest.fixture
+def base(tmp_path):
+    return base_and_data(tmp_path)
+
+
+@pytest.mark.parametrize("less", [{"micro_batch_size": 3}, {"recompute": "layers"}, {"recompute": "frozen"}])
+@pytest.mark.parametrize("method", ["esft", "full", "lora"])
+def test_less_memory_trains_alike(base, method: str, less: dict):
+    if method == "lora":
+        pytest.importorskip("peft")
+    # Answers of unlike lengths: micro batches hold unlike numbers of supervised tokens.
+    records = [chat("say " + "ab" * (i % 4), "c" * (1 + 7 * (i % 3))) for i in range(24)]
+    (base.parent / "d.jsonl").write_text("".join(json.dumps({"messages": r}) + "\n" for r in records))
+    selection = SELECTION if method == "esft" else None
+    # Steps so small that rounding, which AdamW's first steps blow up, does not grow.
+    plain, lean = (
+        run(base, name, settings(method=method, steps=3, dtype="float32", lr=1e-4, **more), selection)
+        for name, more in (("plain", {}), ("lean", less))
+    )
+    folders = base.parent / "plain", base.parent / "lean"
+    assert column(folders[1], "loss") == pytest.approx(column(folders[0], "loss"), rel=1e-5)
+    assert column(folders[1], "grad_norm") == pytest.approx(column(folders[0], "grad_norm"), rel=1e-4)
+    assert lean.eval_loss == pytest.approx(plain.eval_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["esft", "full", "lora"])
+def test_every_method_learns_and_leaves_a_whole_run_folder(base, method: str):
+    if method == "lora":
+        pytest.importorskip("peft")
+    out = base.parent / "run"
+    result = run(base, "run", settings(method=method, steps=20), SELECTION if method == "esft" else None)
+    curve = column(out, "loss")
+    assert len(curve) == 20
+    assert curve[-1] < curve[0] - 0.1
+    assert result.eval_loss is not None and result.eval_loss < curve[0]
+    assert yaml.safe_load((out / "config.yaml").read_text())["method"] == method
+    assert list((out / "tensorboard").iterdir())
+    assert json.loads((out / "summary.json").read_text())["stored_bytes"] == result.stored_bytes > 0
+
+    tuned = load_model(str(out / "model" if method == "full" else base))
+    if method != "full":
+        tuned = load_any_adapter(tuned, out / "adapter")
+    examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
+    assert mean_loss(tuned, examples, 258, 8) == pytest.approx(result.eval_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype, dropout", [("float32", 0.0), ("bfloat16", 0.0), ("float32", 0.2)])
+def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, dtype: str, dropout: float):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"attention_dropout": dropout}))
+    whole = run(base, "whole", settings(dtype=dtype))
+    real, calls = train_module.batch_loss, []
+
+    def breaks(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train_module, "batch_loss", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, "broken", settings(dtype=dtype))
+    monkeypatch.setattr(train_module, "batch_loss", real)
+    assert not (base.parent / "broken" / "adapter").exists()
+    resumed = run(base, "broken", settings(dtype=dtype), resume=True)
+    assert column(base.parent / "broken", "loss") == column(base.parent / "whole", "loss")
+    assert resumed.eval_loss == whole.eval_loss
+    one, other = (load_file(base.parent / r / "adapter" / "adapter.safetensors") for r in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_full_fine_tuning_stores_a_checkpoint_that_stock_transformers_loads(base):
+    run(base, "run", settings(method="full"), None)
+    model = AutoModelForCausalLM.from_pretrained(base.parent / "run" / "model").eval()
+    assert model(**token_batch()).logits.isfinite().all()
+    assert load_tokenizer(str(base.parent / "run" / "model")).get_vocab() == load_tokenizer(str(base)).get_vocab()
+    names = load_file(base.parent / "run" / "model" / "model.safetensors").keys()
+    assert names == load_file(base / "model.safetensors").keys()
+
+
+def test_the_auxiliary_loss_is_off_by_default_and_falls_where_it_is_asked_for(base):
+    selection = ExpertSelection({1: [2, 7], 2: [0]}, non_expert_modules=True)
+    run(base, "plain", settings(steps=2), selection)
+    run(base, "balanced", settings(steps=12, aux_loss=3.0), selection)
+    assert column(base.parent / "plain", "aux_loss") == []
+    curve = column(base.parent / "balanced", "aux_loss")
+    assert len(curve) == 12
+    assert 2 < curve[-1] < curve[0] - 0.1  # two layers, each at least about 1
+
+
+def test_esft_changes_the_selected_experts_and_nothing_else(base):
+    run(base, "run", settings(steps=2))
+    esft.merge(base, base.parent / "run" / "adapter", base.parent / "merged")
+    before, after = load_file(base / "model.safetensors"), load_file(base.parent / "merged" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{layer}.mlp.experts.{e}.{p}_proj.weight"
+        for layer, ids in SELECTION.experts.items()
+        for e in ids
+        for p in ("gate", "up", "down")
+    }
+
+
+def test_two_runs_of_one_seed_are_the_same_and_another_seed_is_not(base):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(base, name, settings(seed=seed, steps=3))
+    a, b, c = (column(base.parent / name, "loss") for name in "abc")
+    assert a == b != c

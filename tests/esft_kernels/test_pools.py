@@ -1,0 +1,118 @@
+import dataclasses
+from itertools import product
+
+import pytest
+import torch
+
+from esft_kernels.activation import SWIGLU, Activation
+from esft_kernels.pools import ExpertPools, ExpertWeights, Gradients, Needs
+
+D, F = 3, 5
+
+
+def weights(experts: int, first: int, columns: int = 2 * F, biased: bool = True) -> ExpertWeights:
+    """Weights whose values say which expert, counted from ``first``, and which tensor they are of."""
+
+    def filled(tensor: int, *shape: int) -> torch.Tensor:
+        numbers = 10.0 * torch.arange(first, first + experts) + tensor
+        return numbers.view(-1, *[1] * len(shape)).expand(experts, *shape)
+
+    biases = (filled(2, columns), filled(3, D)) if biased else ()
+    return ExpertWeights(filled(0, columns, D), filled(1, D, F), *biases)
+
+
+def test_tensors_come_in_the_order_of_the_arguments():
+    pool = weights(2, 0)
+    assert [None if t is None else tuple(t.shape) for t in pool.tensors()] == [(2, 10, 3), (2, 3, 5), (2, 10), (2, 3)]
+    assert weights(2, 0, biased=False).tensors()[2:] == (None, None)
+
+
+@pytest.mark.parametrize(("trained", "frozen"), [(2, 4), (0, 3), (3, 0)])
+def test_sizes_are_those_of_the_tensors(trained, frozen):
+    pools = ExpertPools(weights(trained, 0), weights(frozen, trained))
+    assert (pools.num_trained, pools.num_experts) == (trained, trained + frozen)
+    assert (pools.hidden_size, pools.intermediate_size, pools.gate_up_size) == (D, F, 2 * F)
+
+
+def test_experts_without_a_gate_have_one_column_of_h_for_each_of_a():
+    pools = ExpertPools(weights(1, 0, F), weights(1, 1, F), Activation("relu2", gated=False))
+    assert (pools.intermediate_size, pools.gate_up_size) == (F, F)
+
+
+def test_pools_are_plain_swiglu_unless_told_otherwise():
+    pools = ExpertPools(weights(1, 0), weights(1, 1))
+    assert pools.activation == SWIGLU and pools.interleaved is False
+
+
+@pytest.mark.parametrize("trained", [0, 2, 5])
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_expert_is_found_by_its_position(trained, biased):
+    pools = ExpertPools(weights(trained, 0, biased=biased), weights(5 - trained, trained, biased=biased))
+    for position in range(5):
+        expert = pools.at(position).tensors()
+        shapes = [(2 * F, D), (D, F), (2 * F,), (D,)]
+        for number, (tensor, shape) in enumerate(zip(expert, shapes, strict=True)):
+            if number >= 2 and not biased:
+                assert tensor is None
+            else:
+                assert tensor is not None
+                assert torch.equal(tensor, torch.full(shape, 10.0 * position + number))
+
+
+def test_an_expert_is_a_view_of_its_pool():
+    trained, frozen = (ExpertWeights(torch.zeros(2, 2 * F, D), torch.zeros(2, D, F)) for _ in range(2))
+    pools = ExpertPools(trained, frozen)
+    pools.at(1).gate_up_EGD.fill_(1)
+    pools.at(2).down_EDF.fill_(1)
+    assert trained.gate_up_EGD.sum(dim=(1, 2)).tolist() == [0, 2 * F * D]
+    assert frozen.down_EDF.sum(dim=(1, 2)).tolist() == [D * F, 0]
+
+
+def pools_like(activation: Activation, interleaved: bool = False) -> ExpertPools:
+    columns = F * activation.width
+    return ExpertPools(weights(1, 0, columns), weights(1, 1, columns), activation, interleaved)
+
+
+def test_gates_come_before_ups_or_in_turn_with_them():
+    h = torch.arange(8).view(2, 4)
+    gate, up = pools_like(SWIGLU).split(h)
+    assert up is not None and (gate.tolist(), up.tolist()) == ([[0, 1], [4, 5]], [[2, 3], [6, 7]])
+    gate, up = pools_like(SWIGLU, interleaved=True).split(h)
+    assert up is not None and (gate.tolist(), up.tolist()) == ([[0, 2], [4, 6]], [[1, 3], [5, 7]])
+    gate.fill_(-1)
+    assert h.tolist() == [[-1, 1, -1, 3], [-1, 5, -1, 7]]  # views
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_without_a_gate_nothing_is_split(interleaved):
+    h = torch.randn(2, 4)
+    all_of_it, up = pools_like(Activation("gelu", gated=False), interleaved).split(h)
+    assert all_of_it is h and up is None
+
+
+@pytest.mark.parametrize(("x", "routing_weights", "trained"), product([False, True], repeat=3))
+def test_frozen_rows_take_part_where_x_or_the_routing_weights_need_a_gradient(x, routing_weights, trained):
+    needs = Needs(x=x, weights=routing_weights, trained=trained)
+    assert needs.all_rows == (x or routing_weights)
+    assert needs == Needs(x, routing_weights, trained)
+
+
+def test_gradients_are_those_of_x_the_routing_weights_and_the_trained_pool():
+    x, routing_weights, trained = torch.zeros(4, D), torch.zeros(4, 2), weights(1, 0)
+    gradients = Gradients(x, routing_weights, trained)
+    assert gradients.x_TD is x and gradients.weights_TK is routing_weights and gradients.trained is trained
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (weights(1, 0), "down_EDF"),
+        (ExpertPools(weights(1, 0), weights(1, 1)), "frozen"),
+        (Needs(True, True, True), "x"),
+        (Gradients(None, None, None), "trained"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_none_of_them_can_be_changed(value, field):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, field, None)
