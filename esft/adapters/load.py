@@ -62,7 +62,7 @@ def _checked_manifest(model: PreTrainedModel, path: Path) -> tuple[dict[str, Any
     state = model_state(model)
 
     def digest(rounded: torch.dtype | None) -> str:
-        stock = state.swapped is None and state.adapters is None  # else the base can no longer be read
+        stock = state.swapped is None and (state.adapters is None or state.adapters.active is None)
         return model_digest(model, rounded) if stock else _base_digest(model)
 
     try:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from esft.adapters.folder import MANIFEST, SELECTION, WEIGHTS, check_model, write_manifest
 from esft.checkpoint.adapter_tensors import adapter_slots
 from esft.errors import InputError
-from esft.experts.model_state import model_state
+from esft.experts.model_state import known_state
 from esft.files import check_earlier, new_folder
 
 
@@ -27,7 +27,7 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
     something already; DiskError for a full disk. Then no file is left.
     """
     check_model(model)
-    state = model_state(model)
+    state = known_state(model)
     swapped, adapters = state.swapped, state.adapters
     if swapped is None:
         raise InputError("only a swapped model has an adapter to save")

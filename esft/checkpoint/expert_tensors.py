@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from esft.checkpoint.original_format import to_stored
 from esft.errors import InputError
 from esft.experts.experts import Experts
-from esft.experts.model_state import model_state, once_per_model
+from esft.experts.model_state import known_state, once_per_model
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.stock_layout import read_layout
 
@@ -101,7 +101,7 @@ _OWNER = 1 << 32  # element numbers of one parameter
 
 def stock_names(model: nn.Module, layer: MoELayer) -> tuple[tuple[str, ...], bool]:
     """The stock module's parameter names of a layer's experts, and whether they are transposed."""
-    swapped = model_state(model).swapped
+    swapped = known_state(model).swapped
     if isinstance(layer.experts, Experts) and swapped is None:
         raise InputError(f"{layer.name}: swapped by hand, so the checkpoint's names are not known")
     layout = swapped.layouts[layer.name] if swapped is not None else read_layout(layer.experts, layer.name)

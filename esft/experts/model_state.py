@@ -74,11 +74,14 @@ class ModelState:
     found: dict[str, Any] = field(default_factory=dict)
 
 
+def known_state(model: nn.Module) -> ModelState:
+    """What is remembered of a model, to look at: nothing is put on one that has no state."""
+    return vars(model).get("esft_state") or ModelState()  # not getattr: a wrapper would seem to have its model's
+
+
 def model_state(model: nn.Module) -> ModelState:
-    """The state of a model, an empty one the first time."""
-    if "esft_state" not in vars(model):  # not getattr, with which a wrapper would seem to have its model's
-        vars(model)["esft_state"] = ModelState()
-    return vars(model)["esft_state"]
+    """What is remembered of a model, to add to: an empty state is put on one that has none."""
+    return vars(model).setdefault("esft_state", ModelState())
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -88,14 +91,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def swapped_state(model: nn.Module) -> Swapped:
     """Of a swapped model. Raises InputError for a stock one."""
-    if (swapped := model_state(model).swapped) is None:
+    if (swapped := known_state(model).swapped) is None:
         raise InputError("the model is not swapped")
     return swapped
 
 
 def settle_adapter(model: nn.Module) -> None:
     """Make the adapter whose tensors the model has a part of the base; those held beside it were for another base."""
-    state = model_state(model)
+    state = known_state(model)
     if state.adapters is not None and state.adapters.active is not None:
         state.settled |= state.adapters.base.keys()
         state.adapters = None

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from esft.errors import InputError
 from esft.experts.experts import Experts
-from esft.experts.model_state import swapped_state
+from esft.experts.model_state import known_state, swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.swapping.load_state import POOLS, pool_names, read_stock, stock_shapes, whole_pools
 
@@ -33,8 +33,8 @@ def attach(model: PreTrainedModel) -> None:
 def detach(model: PreTrainedModel) -> None:
     """Undo ``attach``; nothing where that was not done."""
     vars(model).pop("save_pretrained", None)
-    if (hook := swapped_state(model).load_hook) is not None:
-        hook.remove()
+    if (swapped := known_state(model).swapped) is not None and swapped.load_hook is not None:
+        swapped.load_hook.remove()
 
 
 class _Saving:

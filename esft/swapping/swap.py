@@ -11,7 +11,15 @@ from transformers import PreTrainedModel
 from esft.checkpoint.digest import model_digest
 from esft.errors import InputError
 from esft.experts.experts import Experts
-from esft.experts.model_state import DEFAULT_ADAPTER, Swapped, model_state, settle_adapter, swapped_state, uncompiled
+from esft.experts.model_state import (
+    DEFAULT_ADAPTER,
+    Swapped,
+    known_state,
+    model_state,
+    settle_adapter,
+    swapped_state,
+    uncompiled,
+)
 from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, trained_parameters
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
@@ -45,7 +53,7 @@ def swap(
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
     selection that does not fit the model, a backend that cannot run here, and a model that is swapped already.
     """
-    state = model_state(model)
+    state = known_state(model)
     if state.swapped is not None:
         raise InputError("the model is swapped already (unswap it first)")
     adapters = state.adapters
@@ -70,7 +78,7 @@ def swap(
     _warn_where_slow(layers, layouts)
     settle_adapter(model)
     model.requires_grad_(False)
-    state.swapped = swapped
+    model_state(model).swapped = swapped
     attach(model)
     try:
         for layer in stacked:

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 from benchmarks import layer, tune
 from benchmarks.shapes import LayerShape
-from esft_kernels import tiles
-from esft_kernels.tiles import Tiles, choose_tiles, tile_key, tiles_for
+from esft_kernels.triton_ops import tiles
+from esft_kernels.triton_ops.tiles import Tiles, choose_tiles, tile_key, tiles_for
 
 SMALL = LayerShape("small", 32, 16, 3, 2)
 CPU = torch.device("cpu")

@@ -19,11 +19,13 @@ from torch.utils import backend_registration
 from triton.runtime.jit import JITFunction
 
 import esft
-from esft.evaluate import batch_loss, has_plain_head
-from esft.select import ExpertSelection
-from esft_kernels import tiles, triton_backend
-from esft_kernels.pools import ExpertPools, ExpertWeights, Needs
+from esft.selection import ExpertSelection
+from esft.training.evaluate import batch_loss, has_plain_head
+from esft_kernels.backend import Needs
+from esft_kernels.backends import triton_backend
+from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import Routing, route
+from esft_kernels.triton_ops import tiles
 from tests.esft.models import tiny_model
 
 MODE = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import esft
-from esft.config import TrainConfig
-from esft.data import IGNORE
-from esft.select import ExpertSelection
-from esft.train import TrainResult
+from esft.selection import ExpertSelection
+from esft.training.config import TrainConfig
+from esft.training.data import IGNORE
+from esft.training.loop import TrainResult
 from tests.esft.models import save_tiny, write_records
 
 SELECTION = ExpertSelection({1: [2, 7], 2: [0]})

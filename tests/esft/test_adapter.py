@@ -1,5 +1,5 @@
+import inspect
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,28 +8,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.adapter import (
-    Loaded,
+from esft.adapters.folder import (
     adapter_weights,
     check_adapter,
     check_digest,
     check_model,
     load_selection,
-    loaded_slots,
     open_manifest,
 )
-from esft.checkpoint import Checkpoint, load_model
-from esft.select import ExpertSelection
-from esft.slots import adapter_slots
-from esft.swap import swap_state
+from esft.checkpoint.adapter_tensors import Slot, adapter_slots
+from esft.checkpoint.folder import Checkpoint
+from esft.checkpoint.load import load_model
+from esft.experts.model_state import swapped_state
+from esft.selection import ExpertSelection
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
 
 def tuned(family: str = "deepseek_v2", **more):
     """A swapped model whose selected tensors have moved."""
     model = esft.swap(tiny_model(family), ExpertSelection({2: [5, 0], FAMILIES[family][1]: [1]}, **more))
-    state = swap_state(model)
-    assert state is not None
+    state = swapped_state(model)
     torch.manual_seed(7)
     with torch.no_grad():
         for slot in adapter_slots(model, state.selection).values():
@@ -101,18 +99,10 @@ def test_a_disk_that_fails_leaves_no_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise SafetensorError("I/O error")
 
-    monkeypatch.setattr("esft.adapter.save_file", fails)
-    with pytest.raises(esft.InputError, match=r"/a: I/O error$"):
+    monkeypatch.setattr("esft.adapters.save.save_file", fails)
+    with pytest.raises(esft.DiskError, match=r"/a: I/O error$"):
         esft.save_adapter(tuned(), tmp_path / "a")
     assert not list(tmp_path.iterdir())
-
-
-def test_which_slots_were_written_depends_on_the_base_that_is_asked_for():
-    assert loaded_slots(SimpleNamespace(), None) == loaded_slots(SimpleNamespace(), "one") == frozenset()
-    model = SimpleNamespace(esft_loaded=Loaded("one", frozenset("a"), frozenset("ab")))
-    assert loaded_slots(model, "one") == frozenset("a")
-    assert loaded_slots(model, "two") == frozenset()
-    assert loaded_slots(model, None) == frozenset("ab")
 
 
 @pytest.mark.parametrize("name", [None, "a"])
@@ -191,8 +181,16 @@ def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(tmp_
 def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
     (tmp_path / "expert_cfg.json").write_text("")
     (tmp_path / "manifest.json").mkdir()
-    with pytest.warns(UserWarning, match=rf"^{tmp_path}: does not say which base it is of \(no manifest\.json\); only"):
-        assert check_adapter(tmp_path, lambda dtype: "", None) == {}
+
+    def merging():
+        return check_adapter(tmp_path, lambda dtype: "", None)
+
+    said = rf"^{tmp_path}: does not say which base it is of \(no manifest\.json\); only"
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert merging() == {}
+    here = inspect.currentframe()
+    assert here is not None
+    assert (warned[0].filename, warned[0].lineno) == (__file__, here.f_lineno - 3)  # who called what calls it
     (tmp_path / "expert_cfg.json").unlink()
     (tmp_path / "expert_cfg.json").mkdir()
     with pytest.raises(esft.InputError, match=rf"^{tmp_path}: not an adapter folder \(no expert_cfg\.json\)$"):
@@ -237,6 +235,15 @@ def test_the_weights_of_several_files_have_the_models_names(tmp_path, prefix: st
     with adapter_weights(tmp_path / "a", files_of(tmp_path / "a", *parts)) as weights:
         for name, tensor in tensors.items():
             assert torch.equal(weights.get_tensor(name), tensor)
+
+
+def test_a_name_that_a_slot_has_is_not_taken_for_a_shortened_one(tmp_path):
+    """A model may have one tensor under a name and another under that name after ``model.``."""
+    tensors = {"norm.weight": torch.zeros(3), "model.norm.weight": torch.ones(3)}
+    files_of(tmp_path / "a", tensors)
+    slots = {name: Slot(name, None, (3,), ()) for name in tensors}
+    with adapter_weights(tmp_path / "a", slots) as weights:
+        assert all(torch.equal(weights.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def test_our_own_file_is_read_alone(tmp_path):

@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from esft.arguments import Parser, count
+from esft.cli.arguments import Parser, count
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("17", 17), ("100000", 100_000)])

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import esft
-from esft.balance import balance_loss, balance_losses
-from esft.families import moe_layers
-from esft.routers import Choice
-from esft.select import ExpertSelection
+from esft.experts.moe_layers import moe_layers
+from esft.scoring.routers import Choice
+from esft.selection import ExpertSelection
+from esft.training.balance import balance_loss, balance_losses
 from tests.esft.models import tiny_model, token_batch
 
 

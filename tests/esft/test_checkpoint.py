@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import esft
-from esft import checkpoint
-from esft.checkpoint import Checkpoint, first_line, load_model, load_tokenizer, model_digest
+from esft.checkpoint import load as loading
+from esft.checkpoint.digest import model_digest
+from esft.checkpoint.folder import Checkpoint
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.errors import first_line
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
@@ -347,8 +350,8 @@ def test_a_model_is_loaded_where_and_as_the_device_says(monkeypatch):
         return model, {"missing_keys": []}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
-    monkeypatch.setattr(checkpoint, "placement", lambda: {"device_map": "somewhere"})
-    monkeypatch.setattr(checkpoint, "compute_dtype", lambda dtype: f"computed {dtype}")
+    monkeypatch.setattr(loading, "placement", lambda: {"device_map": "somewhere"})
+    monkeypatch.setattr(loading, "compute_dtype", lambda dtype: f"computed {dtype}")
     model = tiny_model().train()
     assert load_model("base") is model
     assert not model.training

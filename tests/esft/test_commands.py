@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import esft
-from esft.__main__ import main
-from esft.config import TrainConfig
-from esft.select import ExpertSelection
+from esft.cli.parser import main
+from esft.selection import ExpertSelection
+from esft.training.config import TrainConfig
+from esft.training.data import read_records
 from tests.esft.models import save_tiny, tiny_tokenizer, write_records
 
-commands = importlib.import_module("esft.commands")
+commands = importlib.import_module("esft.cli.commands")
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def calls(monkeypatch):
 
     kept.watch = watch
     watch("load_model", "a model")
+    watch("load_skeleton", "a skeleton")
     watch("load_tokenizer", tiny_tokenizer())
     watch("swap", None)
     return kept
@@ -58,7 +60,7 @@ def test_score_swaps_the_model_and_scores_windows_of_the_data(work, calls, capsy
     assert calls.of["swap"] == [(("a model", ExpertSelection({}), "reference"), {})]
     (((examples, length, batch_size), _),) = calls.of["windows"]
     assert (len(examples), length, batch_size) == (6, 30, 2)
-    assert calls.of["score_experts"] == [(("a model", "batches", 77), {})]
+    assert calls.of["score_experts"] == [(("a model", "batches", 77), {"progress": True})]
     assert esft.ExpertScores.load("s.json") == scores
     assert capsys.readouterr().out == "scores of 2 layers in s.json\n"
 
@@ -179,7 +181,7 @@ def test_eval_measures_the_first_records_and_writes_the_answers(work, measured, 
     (((model, examples, pad, batch_size), _),) = measured.of["mean_loss"]
     assert (model, len(examples), pad, batch_size) == ("a model", 4, 258, 3)
     (((model, _, records, batch_size, progress), _),) = measured.of["exact_match"]
-    assert (model, records, batch_size, progress) == ("a model", esft.data.read_records("d.jsonl")[:4], 3, True)
+    assert (model, records, batch_size, progress) == ("a model", read_records("d.jsonl")[:4], 3, True)
     assert measured.of["load_model"] == [(("m", "float32"), {})]
     assert measured.of["swap"] == [(("a model", ExpertSelection({}), "reference"), {})]
 

@@ -1,13 +1,15 @@
 """Names and layouts of the original format, whatever files a model came from."""
 
+import importlib
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 import esft
-from esft.conversion import by_layer, stored_by_layer, to_stored
-from esft.select import ExpertSelection
+from esft.checkpoint.original_format import by_layer, stored_by_layer, to_stored
+from esft.selection import ExpertSelection
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
 
@@ -80,12 +82,9 @@ def test_nothing_is_stored_by_the_legacy_names_that_transformers_can_still_read(
 
 def test_conversions_are_found_once_and_kept_on_the_model(monkeypatch):
     model, asked = zoo.tiny("mixtral"), []
-    import esft.conversion
-
-    find = esft.conversion.get_model_conversion_mapping
-    monkeypatch.setattr(
-        esft.conversion, "get_model_conversion_mapping", lambda *a, **k: asked.append(a) or find(*a, **k)
-    )
+    module = importlib.import_module("esft.checkpoint.original_format")
+    find = module.get_model_conversion_mapping
+    monkeypatch.setattr(module, "get_model_conversion_mapping", lambda *a, **k: asked.append(a) or find(*a, **k))
     name = "model.layers.1.mlp.gate.weight"
     first = to_stored(model, {name: torch.ones(8, 32)})
     times = len(asked)

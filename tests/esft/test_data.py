@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import esft
-from esft.data import IGNORE, Example, collate, encode, encode_all, epoch_batches, read_records, windows
+from esft.training.data import IGNORE, Example, collate, encode, encode_all, epoch_batches, read_records, windows
 from tests.esft.models import chat, tiny_tokenizer, write_records
 
 

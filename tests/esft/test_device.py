@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import esft
-from esft import checkpoint
-from esft.checkpoint import load_model
-from esft.device import compute_dtype, peak_memory, placement
+from esft.checkpoint import load as loading
+from esft.checkpoint.device import compute_dtype, peak_memory, placement
+from esft.checkpoint.load import load_model
 from tests.esft.models import save_tiny
 
 
@@ -60,7 +60,7 @@ def test_load_model_asks_for_both(gpus, monkeypatch, tmp_path):
 
     gpus(2)
     asked = {}
-    monkeypatch.setattr(checkpoint, "AutoModelForCausalLM", type("", (), {
+    monkeypatch.setattr(loading, "AutoModelForCausalLM", type("", (), {
         "from_pretrained": staticmethod(lambda path, **options: asked.update(options) or (model, {"missing_keys": []}))
     }))  # fmt: skip
     load_model(str(base))

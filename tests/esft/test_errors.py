@@ -1,11 +1,14 @@
 import pytest
 
 import esft
-from esft.errors import InputError
 
 
-def test_bad_input_is_a_value_error_of_the_package_with_its_message():
-    assert esft.InputError is InputError
-    assert InputError.__mro__[1] is ValueError  # so that a caller who knows nothing of this package can catch it
-    with pytest.raises(ValueError, match=r"^a\.json: line 3: no$"):
-        raise InputError("a.json: line 3: no")
+@pytest.mark.parametrize(
+    ("kind", "standard"),
+    [(esft.InputError, ValueError), (esft.DiskError, OSError), (esft.DivergenceError, ArithmeticError)],
+)
+def test_every_error_is_the_packages_and_a_standard_one_with_its_message(kind: type[Exception], standard):
+    for base in (standard, esft.ESFTError):  # a caller who knows nothing of this package can catch it too
+        with pytest.raises(base, match=r"^a\.json: line 3: no$"):
+            raise kind("a.json: line 3: no")
+    assert not issubclass(esft.InputError, OSError) and not issubclass(esft.DiskError, ValueError)

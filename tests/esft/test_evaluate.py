@@ -9,10 +9,12 @@ from torch import nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 import esft
-from esft.checkpoint import load_model
-from esft.config import TrainConfig
-from esft.data import IGNORE, Example, collate, encode_all
-from esft.evaluate import (
+from esft.checkpoint.load import load_model
+from esft.experts.model_state import model_state
+from esft.selection import ExpertSelection
+from esft.training.config import TrainConfig
+from esft.training.data import IGNORE, Example, collate, encode_all
+from esft.training.evaluate import (
     answer,
     batch_loss,
     exact_match,
@@ -22,7 +24,6 @@ from esft.evaluate import (
     mean_loss,
     split_prompt,
 )
-from esft.select import ExpertSelection
 from tests.esft import zoo
 from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
 
@@ -70,7 +71,8 @@ def test_mean_loss_keeps_no_graph_and_nothing_has_no_loss():
 def test_mean_loss_takes_32_examples_at_a_time_unless_told(monkeypatch):
     rows = []
     monkeypatch.setattr(
-        "esft.evaluate.batch_loss", lambda model, batch: (rows.append(len(batch["labels"])) or torch.zeros(()), 1)
+        "esft.training.evaluate.batch_loss",
+        lambda model, batch: (rows.append(len(batch["labels"])) or torch.zeros(()), 1),
     )
     mean_loss(tiny_model(), [examples()[0]] * 70, PAD)
     assert rows == [32, 32, 6]
@@ -96,7 +98,7 @@ def test_a_batchs_loss_and_gradient_are_those_of_the_masked_logits(plain: bool):
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_batch_without_supervised_tokens_has_no_loss(plain: bool):
     model = tiny_model()
-    model.esft_plain_head = plain
+    model_state(model).found["_has_plain_head"] = plain
     loss, count = batch_loss(model, collate([Example([256, 4, 5], [IGNORE] * 3)], PAD))
     assert (float(loss), count) == (0.0, 0)
 
@@ -110,7 +112,7 @@ def test_a_plain_head_is_not_run_and_no_cache_is_kept():
     batch = collate(examples(), PAD)
     batch_loss(model, batch)
     handle.remove()
-    model.esft_plain_head = False
+    model_state(model).found["_has_plain_head"] = False
     batch_loss(model, batch)
     assert caches == [None] * 3
 
@@ -129,8 +131,9 @@ def test_a_batch_goes_where_the_model_is(monkeypatch, plain: bool):
         return MoeModelOutputWithPast(torch.empty(*input_ids.shape, 32, device="meta"))
 
     model = tiny_model().to("meta")
-    model.esft_plain_head, model.model.forward = plain, forward
-    monkeypatch.setattr(f"esft.evaluate.{'linear_cross_entropy' if plain else 'F.cross_entropy'}", note)
+    model_state(model).found["_has_plain_head"] = plain
+    model.model.forward = forward
+    monkeypatch.setattr(f"esft.training.evaluate.{'linear_cross_entropy' if plain else 'F.cross_entropy'}", note)
     batch_loss(model, collate(examples(), PAD))
     assert len(places) >= 4
     assert set(places) == {"meta"}
@@ -151,13 +154,15 @@ def test_logits_and_hidden_states_may_lie_elsewhere_than_the_inputs(monkeypatch)
         def to(self, device):
             return rows.to(device)
 
-    model.esft_plain_head = True
+    model_state(model).found["_has_plain_head"] = True
     hook = model.model.register_forward_hook(lambda module, args, out: setattr(out, "last_hidden_state", Elsewhere()))
     torch.testing.assert_close(batch_loss(model, batch)[0], expected, rtol=1e-5, atol=0)
     hook.remove()
-    model.esft_plain_head = False
+    model_state(model).found["_has_plain_head"] = False
     model.lm_head.register_forward_hook(lambda module, args, out: out.to("meta"))
-    monkeypatch.setattr("esft.evaluate.F.cross_entropy", lambda logits, labels, **_: (logits.device, labels.device))
+    monkeypatch.setattr(
+        "esft.training.evaluate.F.cross_entropy", lambda logits, labels, **_: (logits.device, labels.device)
+    )
     assert [device.type for device in batch_loss(model, batch)[0]] == ["meta", "meta"]
 
 
@@ -237,7 +242,7 @@ def test_of_a_peft_model_the_model_inside_is_looked_at_and_a_changed_head_is_not
         inner = tiny_model()
         model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=[target]))
         assert has_plain_head(model) is plain
-        assert inner.esft_plain_head is plain  # a wrapper would look as if it had it too
+        assert model_state(inner).found["_has_plain_head"] is plain  # a wrapper would look as if it had it too
         assert mean_loss(model, examples(), PAD) == pytest.approx(mean_loss(tiny_model(), examples(), PAD), rel=1e-5)
 
 
@@ -389,7 +394,7 @@ def test_json_is_compared_by_value_and_text_by_letter(given: str, expected: str,
 
 
 def test_exact_match_counts_the_outcomes(monkeypatch):
-    monkeypatch.setattr("esft.evaluate.answer", lambda *_: ["yes", "no", " yes", "[1]"])
+    monkeypatch.setattr("esft.training.evaluate.answer", lambda *_: ["yes", "no", " yes", "[1]"])
     records = [chat("a", "yes"), chat("b", "yes"), [*chat("c", "d"), *chat("e", "yes")], chat("", "yes")[1:]]
     share, outcomes = exact_match(tiny_model(), tiny_tokenizer(), records)
     assert share == 0.5
@@ -409,7 +414,7 @@ def test_exact_match_leaves_room_for_two_tokens_more_than_the_longest_answer(mon
         asked.append((prompts, max_new_tokens, batch_size, progress))
         return ["yes yes yes"[:max_new_tokens]] * len(prompts)  # one token a byte
 
-    monkeypatch.setattr("esft.evaluate.answer", runs_on)
+    monkeypatch.setattr("esft.training.evaluate.answer", runs_on)
     records = [chat("a", "no"), chat("b", "yes"), chat("c", "")]
     share, outcomes = exact_match(tiny_model(), adds_a_start(tiny_tokenizer()), records, 2, True)
     assert (share, [o["given"] for o in outcomes]) == (0.0, ["yes y"] * 3)

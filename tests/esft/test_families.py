@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import esft
-from esft.data import IGNORE
-from esft.evaluate import batch_loss
-from esft.families import MoELayer, moe_layers, routed_parameters, trained_parameters
-from esft.layout import read_layout
-from esft.moe import PROJECTIONS, Experts
-from esft.plain import PlainExperts
-from esft.select import ExpertSelection
+from esft.experts.experts import PROJECTIONS, Experts
+from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, trained_parameters
+from esft.experts.plain_experts import PlainExperts
+from esft.experts.stock_layout import read_layout
+from esft.selection import ExpertSelection
+from esft.training.data import IGNORE
+from esft.training.evaluate import batch_loss
 from tests.esft import zoo
 
 # Families that cannot be built and run here, with the reason; none of them may be runnable.

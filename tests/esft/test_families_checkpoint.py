@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
 
 import esft
-from esft.families import moe_layers, routed_parameters
+from esft.experts.moe_layers import moe_layers, routed_parameters
 from esft.files import safetensors_header
-from esft.select import ExpertSelection
+from esft.selection import ExpertSelection
 from tests.esft import zoo
 from tests.esft.test_families import FAMILIES, close, output, selection, swapped, tune
 

@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_set_in_place_leaves_what_was_there(tmp_path, mo
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(esft.InputError, match=r"Input/output error$"), new_folder(out, overwrite=True):
+    with pytest.raises(esft.DiskError, match=r"Input/output error$"), new_folder(out, overwrite=True):
         pass
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["out", "out/old"][: 2 * there]
 
@@ -104,9 +104,11 @@ def test_a_folder_that_cannot_be_set_in_place_leaves_what_was_there(tmp_path, mo
 )
 def test_an_error_in_the_block_names_the_file_at_fault_as_it_will_be_called(tmp_path, error, message: str):
     out, tmp = tmp_path / "out", tmp_path / ".out.tmp"
+    kind = esft.DiskError
     if isinstance(error, esft.InputError):
+        kind = esft.InputError
         error = esft.InputError(str(error).format(tmp=tmp))
-    with pytest.raises(esft.InputError) as raised, new_folder(out):
+    with pytest.raises(kind) as raised, new_folder(out):
         raise error
     assert str(raised.value) == message.format(out=out)
     assert not list(tmp_path.iterdir())
@@ -193,8 +195,8 @@ def test_an_error_of_the_system_without_a_text_of_its_own_is_said_in_full(tmp_pa
 
     monkeypatch.setattr(Path, "read_text", fails)
     monkeypatch.setattr(Path, "write_text", fails)
-    for touch in (read_text, lambda path: write_json(path, 1)):
-        with pytest.raises(esft.InputError, match=r"/x: of no number$"):
+    for touch, kind in ((read_text, esft.InputError), (lambda path: write_json(path, 1), esft.DiskError)):
+        with pytest.raises(kind, match=r"/x: of no number$"):
             touch(tmp_path / "x")
 
 
@@ -217,7 +219,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(esft.InputError, match=r"/x\.json: No space left on device$"):
+    with pytest.raises(esft.DiskError, match=r"/x\.json: No space left on device$"):
         write_json(tmp_path / "x.json", 2)
     assert read_json(tmp_path / "x.json") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import esft
-import esft.interface as interface
-from esft.families import moe_layers
+import esft.experts.transformers_backend as interface
+from esft.experts.moe_layers import moe_layers
 from tests.esft import zoo
 
 

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import esft
-from esft.checkpoint import load_model
-from esft.families import moe_layers
-from esft.select import ExpertSelection
+from esft.checkpoint.load import load_model
+from esft.experts.moe_layers import moe_layers
+from esft.selection import ExpertSelection
 from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, token_batch
 
 SELECTION = ExpertSelection({1: [5, 2], 2: [0]})

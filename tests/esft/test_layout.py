@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 import esft
-from esft.families import moe_layers
-from esft.layout import is_stacked, read_layout, recognise
-from esft.moe import Experts
-from esft.plain import PlainExperts
-from esft.select import ExpertSelection
+from esft.experts.experts import Experts
+from esft.experts.moe_layers import moe_layers
+from esft.experts.plain_experts import PlainExperts
+from esft.experts.stock_layout import is_stacked, read_layout, recognise
+from esft.selection import ExpertSelection
 from esft_kernels.activation import Activation
 from tests.esft import zoo
 from tests.esft.models import tiny_model, token_batch

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import esft
-from esft import __main__ as command
-from esft.__main__ import main
-from esft.checkpoint import load_model
-from esft.evaluate import load_any_adapter
+from esft.checkpoint.load import load_model
+from esft.cli import parser as command
+from esft.cli.parser import main
+from esft.training.evaluate import load_any_adapter
 from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
 
 
@@ -81,7 +82,7 @@ def test_the_whole_path(work, capsys):
         ("train --model base --data d.jsonl --out run", "method esft needs expert selection"),
         ("train --model base --data d.jsonl --experts wrong.json --out run", "selection names layer 7"),
         ("train --model base --data d.jsonl --out base --method full", "would replace base"),
-        ("train --model base --data d.jsonl --out run --method full --steps 0", "steps must be at least 1"),
+        ("train --model base --data d.jsonl --out run --method full --steps 0", "steps must be in [1, inf), got 0"),
         ("merge --model base --adapter base --out m", "base: not an adapter folder"),
         ("eval --model base --adapter absent --data d.jsonl", "absent: not an adapter folder"),
         ("report base", "base: not a run folder"),
@@ -180,7 +181,10 @@ INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": 409
     [
         (
             "score --model m --data d --out o",
-            {**INFERENCE, "data": "d", "out": "o", "batch_size": 1, "max_tokens": 131_072, "overwrite": False},
+            {
+                **INFERENCE, "data": "d", "out": "o", "batch_size": 1, "max_tokens": 131_072, "overwrite": False,
+                "quiet": False,
+            },
         ),
         (
             "select --scores s --out o",
@@ -192,10 +196,8 @@ INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": 409
         (
             "train --model m --data d --out o",
             {
-                **dict.fromkeys(
-                    "dtype backend max_length batch_size eval_data experts config method micro_batch_size recompute lr "
-                    "steps warmup_steps decay seed".split()
-                ),
+                **dict.fromkeys(field.name for field in fields(esft.TrainConfig)),
+                **dict.fromkeys(("eval_data", "experts", "config")),
                 "model": "m", "data": "d", "out": "o", "resume": False, "overwrite": False, "quiet": False,
             },
         ),
@@ -218,7 +220,7 @@ def test_a_stage_gets_these_values_where_nothing_else_is_said(monkeypatch, text:
     assert parsed(monkeypatch, text) == {"stage": text.split()[0], **expected}
 
 
-def test_the_values_of_a_training_are_read_as_numbers(monkeypatch):
+def test_the_values_of_a_training_become_settings(monkeypatch):
     got = parsed(
         monkeypatch,
         "train --model m --data d --out o --micro-batch-size 2 --lr 1e-3 --steps 3 --warmup-steps 4 --decay 0.5 "
@@ -228,7 +230,8 @@ def test_the_values_of_a_training_are_read_as_numbers(monkeypatch):
         "micro_batch_size": 2, "lr": 1e-3, "steps": 3, "warmup_steps": 4, "decay": 0.5, "seed": 6, "max_length": 7,
         "batch_size": 8,
     }  # fmt: skip
-    assert {name: got[name] for name in expected} == expected
+    config = esft.TrainConfig.load(None, **{name: got[name] for name in expected})
+    assert config == esft.TrainConfig(**expected)
 
 
 REQUIRED = {

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import esft
-from esft.checkpoint import Checkpoint, load_model
-from esft.errors import InputError
-from esft.families import moe_layers
-from esft.select import ExpertSelection
+from esft.checkpoint.folder import Checkpoint
+from esft.checkpoint.load import load_model
+from esft.errors import DiskError, InputError
+from esft.experts.moe_layers import moe_layers
+from esft.selection import ExpertSelection
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
 
@@ -143,7 +144,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_p
     esft.merge(base, tmp_path / "a", tmp_path / "out")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     # ``esft.merge`` names the function; its module is found by import.
-    module = importlib.import_module("esft.merge")
+    module = importlib.import_module("esft.adapters.merge")
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", str(base / "model.safetensors"))
@@ -164,7 +165,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_p
         monkeypatch.setattr(Path, "write_text", full)
     else:
         monkeypatch.setattr("esft.files.os.replace", partial(second, os.replace))
-    with pytest.raises(esft.InputError, match=r"/out(/esft_manifest.json)?: No space left on device$"):
+    with pytest.raises(esft.DiskError, match=r"/out(/esft_manifest.json)?: No space left on device$"):
         esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -173,8 +174,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import esft
-from esft.checkpoint import load_model
-from esft.select import ExpertSelection
+from esft.checkpoint.load import load_model
+from esft.selection import ExpertSelection
 
 base, adapter, out = map(Path, sys.argv[1:])
 model = esft.swap(load_model(str(base)), ExpertSelection({1: [3]}))
@@ -185,7 +186,7 @@ for limit, write in (
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         write()
-    except esft.InputError as error:
+    except esft.DiskError as error:
         print(error)
 """
 
@@ -220,7 +221,7 @@ def damage_copies(monkeypatch, change) -> None:
             change(content)
             target.write_bytes(content)
 
-    monkeypatch.setattr(importlib.import_module("esft.merge").shutil, "copyfile", copy)
+    monkeypatch.setattr(importlib.import_module("esft.adapters.merge").shutil, "copyfile", copy)
 
 
 READS_OTHER = r"^model\.safetensors: reads back other bytes than were written"
@@ -243,10 +244,10 @@ def test_a_disk_that_does_not_keep_what_was_written_is_noticed(tmp_path, monkeyp
     base = save_tiny(tmp_path / "base")
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
     if chunk is not None:
-        monkeypatch.setattr(importlib.import_module("esft.merge"), "CHUNK", chunk)
+        monkeypatch.setattr(importlib.import_module("esft.adapters.merge"), "CHUNK", chunk)
     esft.merge(base, tmp_path / "a", tmp_path / "sound")
     damage_copies(monkeypatch, change)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(DiskError, match=message):
         esft.merge(base, tmp_path / "a", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -256,7 +257,7 @@ def test_a_disk_that_does_not_keep_what_was_written_is_noticed(tmp_path, monkeyp
 def test_a_tuned_tensor_that_was_not_kept_is_named(tmp_path, monkeypatch, wrong: int, place: int):
     base = save_tiny(tmp_path / "base")
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
-    patch = importlib.import_module("esft.merge")._Patch
+    patch = importlib.import_module("esft.adapters.merge")._Patch
     content, written = patch.content, []
 
     def torn(self, base_bytes, tuned):
@@ -268,7 +269,7 @@ def test_a_tuned_tensor_that_was_not_kept_is_named(tmp_path, monkeypatch, wrong:
 
     monkeypatch.setattr(patch, "content", torn)
     name = f"model.layers.1.mlp.experts.3.{('down', 'gate', 'up')[wrong]}_proj.weight"  # as they lie in the file
-    with pytest.raises(InputError, match=rf"^model\.safetensors: tensor {name} reads back otherwise than it was"):
+    with pytest.raises(DiskError, match=rf"^model\.safetensors: tensor {name} reads back otherwise than it was"):
         esft.merge(base, tmp_path / "a", tmp_path / "out")
     assert written[:3] == sorted(written[:3])
     assert not (tmp_path / "out").exists()
@@ -450,5 +451,5 @@ def test_a_tensor_of_the_base_that_the_adapters_cannot_replace_is_named(tmp_path
 
 
 def test_a_tensor_without_elements_stays_as_it_is():
-    module = importlib.import_module("esft.merge")
+    module = importlib.import_module("esft.adapters.merge")
     assert module._Patch(8, 8, (0, 4), torch.float32, []).content(b"", None) == b""

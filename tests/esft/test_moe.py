@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from esft.families import moe_layers
-from esft.moe import PROJECTIONS, DeepSeekMoE, Experts, GatedMLP, Router, RouterConfig
+from esft.experts.deepseek_moe import DeepSeekMoE, GatedMLP, Router, RouterConfig
+from esft.experts.experts import PROJECTIONS, Experts
+from esft.experts.moe_layers import moe_layers
 from esft_kernels.activation import Activation
 from tests.esft.models import tiny_model
 from tests.esft.test_layout import LAYOUTS, Flagged

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import esft
-from esft.checkpoint import Checkpoint, model_digest
-from esft.select import ExpertSelection
+from esft.checkpoint.digest import model_digest
+from esft.checkpoint.folder import Checkpoint
+from esft.selection import ExpertSelection
 from tests.esft import test_families as families
 
 SELECTION = ExpertSelection({0: [3], 1: [5, 0]}, shared_experts=True, non_expert_modules=True)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from esft.config import TrainConfig
-from esft.optim import MasterAdamW
+from esft.training.config import TrainConfig
+from esft.training.optim import MasterAdamW
 
 SIZES = (20.0, 0.01, 0.5)  # of three steps' gradients: the first alone is beyond the default clip
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import esft
-from esft.parameters import Share, StoredTensor, Strided, stored_tensors, strided
-from esft.select import ExpertSelection
-from esft.slots import adapter_slots
+from esft.checkpoint.adapter_tensors import adapter_slots
+from esft.checkpoint.other_tensors import Share, StoredTensor, Strided, stored_tensors, strided
+from esft.selection import ExpertSelection
 from tests.esft import zoo
 from tests.esft.models import tiny_model
 
@@ -84,7 +84,7 @@ def fuse(monkeypatch, fused, names: str = GATE_AND_UP) -> None:
         layer = min(parts, default="").partition(".mlp")[0]
         return rest | ({f"{layer}.mlp.w13": fused(*parts.values())} if parts else {})
 
-    monkeypatch.setattr("esft.parameters.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.other_tensors.to_stored", convert)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_parameter_that_is_only_renamed_is_all_of_its_tensor_and_takes_no_memo
         seen.extend(tensor.device.type for tensor in tensors.values())
         return {"stored." + name: tensor for name, tensor in tensors.items()}
 
-    monkeypatch.setattr("esft.parameters.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.other_tensors.to_stored", convert)
     assert stored_tensors(model, parameters) == {
         f"stored.{name}": StoredTensor((3, 2), (Share(name, None, None),)) for name in names
     }

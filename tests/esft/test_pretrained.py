@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import esft
-from esft.conversion import to_stored
-from esft.families import moe_layers
-from esft.pretrained import detach, stock_state
-from esft.select import ExpertSelection
-from esft.stored import expert_tensors
+from esft.checkpoint.expert_tensors import expert_tensors
+from esft.checkpoint.original_format import to_stored
+from esft.experts.model_state import model_state
+from esft.experts.moe_layers import moe_layers
+from esft.selection import ExpertSelection
+from esft.swapping.save_pretrained import detach, stock_state
 from tests.esft import test_families as families
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
@@ -155,7 +156,7 @@ def test_a_copy_saves_itself_and_unswap_leaves_nothing_behind(tmp_path):
     before = vars(tiny_model()).keys()
     for m in (model, other):
         esft.unswap(m)
-        assert vars(m).keys() - before <= {"esft_expert_tensors", "esft_conversions"}  # found once, and kept
+        assert vars(m).keys() - before == {"esft_state"}  # for what was found once
         assert not m._load_state_dict_pre_hooks
 
 
@@ -256,7 +257,7 @@ def refuse(*_):
 def test_a_lora_of_transformers_own_is_saved_alone_and_without_a_copy_of_the_experts(tmp_path, monkeypatch):
     model = swapped(tuned=True)
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
-    monkeypatch.setattr("esft.pretrained.stock_state", refuse)
+    monkeypatch.setattr("esft.swapping.save_pretrained.stock_state", refuse)
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
     assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
@@ -264,7 +265,7 @@ def test_a_lora_of_transformers_own_is_saved_alone_and_without_a_copy_of_the_exp
 
 def test_a_process_that_does_not_write_copies_nothing(tmp_path, monkeypatch):
     model = swapped()
-    monkeypatch.setattr("esft.pretrained.stock_state", refuse)
+    monkeypatch.setattr("esft.swapping.save_pretrained.stock_state", refuse)
     model.save_pretrained(tmp_path, False)
     assert not files(tmp_path)
 
@@ -281,7 +282,7 @@ def test_arguments_by_position_are_those_of_transformers(tmp_path):
 @pytest.mark.parametrize("trouble", ["", "spread by transformers", "elsewhere"])
 def test_saving_leaves_nothing_on_the_model_even_where_it_fails(tmp_path, trouble: str):
     model = swapped()
-    before, names = vars(model).keys() | {"esft_expert_tensors", "esft_conversions"}, list(model.state_dict())
+    before, names = vars(model).keys(), list(model.state_dict())
     if trouble == "elsewhere":
         moe_layers(model)[1].experts.frozen_down_proj = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         with pytest.raises(esft.InputError, match="^model.layers.2.mlp.experts: a part of the experts is elsewhere"):
@@ -377,7 +378,7 @@ def test_where_both_forms_have_one_shape_the_checkpoints_own_is_read():
     # Of a family whose files would hold the halves' rows in turn, under the name that the model has.
     model = families.swapped(zoo.tiny("gpt_oss"), ExpertSelection({0: [3]}))
     in_turn = {"part": "in turn", "transposed": False}
-    model.esft_expert_tensors = [
+    model_state(model).found["expert_tensors"] = [
         replace(t, **(in_turn if t.stored_name.endswith("gate_up_proj") else {})) for t in expert_tensors(model)
     ]
     name = "model.layers.0.mlp.experts.gate_up_proj"

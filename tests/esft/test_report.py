@@ -4,7 +4,9 @@ import sys
 import pytest
 
 import esft
-from esft.report import plot_scores, read_metrics, report, table
+from esft.scoring.plot import plot_scores
+from esft.training.report import report, table
+from esft.training.run_folder import RunFolder
 
 
 def write_metrics(folder, lines: list[dict]):
@@ -84,7 +86,7 @@ def test_a_run_without_steps_and_a_folder_without_a_run(tmp_path):
 
 def test_metrics_are_read_line_by_line(tmp_path):
     lines = [{"step": 1, "loss": 2.0, "lr": 0.1, "tokens_per_second": 3.0}, {"step": 1, "eval_loss": 4.0}, {"step": 2}]
-    assert read_metrics(write_metrics(tmp_path, lines)) == lines
+    assert RunFolder(write_metrics(tmp_path, lines)).metrics() == lines
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_metrics_are_read_line_by_line(tmp_path):
 def test_a_bad_line_of_the_metrics_is_named(tmp_path, bad: str, message: str):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad)
     with pytest.raises(esft.InputError, match=f"metrics.jsonl: line 2: {message}"):
-        read_metrics(tmp_path)
+        RunFolder(tmp_path).metrics()
 
 
 def test_a_table_lines_up():

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import esft
-from esft.families import GATE, moe_layers
-from esft.routers import GATES, Choice, gate_of, watch_routers
+from esft.experts.moe_layers import GATE, moe_layers
+from esft.scoring.routers import GATES, Choice, gate_of, watch_routers
 from tests.esft.models import tiny_model, token_batch
 
 FUNCTIONS = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import esft
-from esft.balance import balance_losses
-from esft.families import GATE, moe_layers
-from esft.select import ExpertSelection
+from esft.experts.moe_layers import GATE, moe_layers
+from esft.selection import ExpertSelection
+from esft.training.balance import balance_losses
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import esft
-from esft.score import ExpertScores
-from esft.select import ExpertSelection
-from esft.swap import swap_state
+from esft.experts.model_state import model_state
+from esft.scoring.expert_scores import ExpertScores
+from esft.selection import ExpertSelection
 from tests.esft.models import tiny_model
 
 OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "esft-official"
@@ -201,5 +201,5 @@ def test_a_selection_of_anything_but_whole_numbers_is_refused_with_the_model_unt
     model = tiny_model()
     with pytest.raises(esft.InputError, match=value):
         esft.swap(model, ExpertSelection(experts))
-    assert swap_state(model) is None
+    assert model_state(model).swapped is None
     assert all(p.requires_grad for p in model.parameters())

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 import esft
-from esft.families import moe_layers
-from esft.parameters import Share, Strided
-from esft.select import ExpertSelection
-from esft.slots import Piece, Place, Slot, adapter_slots
-from esft.stored import ExpertTensor
+from esft.checkpoint.adapter_tensors import Piece, Place, Slot, adapter_slots
+from esft.checkpoint.expert_tensors import ExpertTensor
+from esft.checkpoint.other_tensors import Share, Strided
+from esft.experts.moe_layers import moe_layers
+from esft.selection import ExpertSelection
 from tests.esft import zoo
 from tests.esft.models import tiny_model
 
@@ -194,7 +194,7 @@ def test_how_files_hold_experts_matters_only_where_experts_train(monkeypatch):
     def refuse(model):
         raise esft.InputError("the checkpoint stores experts in a way that is not supported")
 
-    monkeypatch.setattr("esft.slots.expert_tensors", refuse)
+    monkeypatch.setattr("esft.checkpoint.adapter_tensors.expert_tensors", refuse)
     assert len(adapter_slots(tiny_model(), ExpertSelection({1: []}, shared_experts=True))) == 6
     with pytest.raises(esft.InputError, match="stores experts in a way"):
         adapter_slots(tiny_model(), SELECTION)
@@ -208,7 +208,7 @@ def test_a_tensor_that_holds_what_trains_beside_what_does_not_is_refused(monkeyp
         rest = {name: tensor for name, tensor in tensors.items() if name not in (router, up)}
         return rest | ({"fused": torch.cat([tensors[up], tensors[router]])} if up in tensors else {})
 
-    monkeypatch.setattr("esft.parameters.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.other_tensors.to_stored", convert)
     message = f"^fused: the checkpoint stores {router}, {up} in one tensor, and the selection does not train them all"
     with pytest.raises(esft.InputError, match=message):
         adapter_slots(tiny_model(), ExpertSelection({}, shared, others))
@@ -225,7 +225,7 @@ def test_a_tensor_that_holds_all_that_trains_is_no_mixture(monkeypatch):
         rest = {name: tensor for name, tensor in tensors.items() if "shared" not in name}
         return rest | ({"fused": torch.cat(shared)} if shared else {})
 
-    monkeypatch.setattr("esft.parameters.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.other_tensors.to_stored", convert)
     model = tiny_model(num_hidden_layers=2)  # of which one has experts
     slots = adapter_slots(model, ExpertSelection({}, shared_experts=True))
     assert slots.keys() == {"fused"}

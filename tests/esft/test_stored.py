@@ -5,9 +5,10 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 import esft
-from esft.families import moe_layers
-from esft.select import ExpertSelection
-from esft.stored import ExpertTensor, expert_tensors, expert_weights, slice_name, stock_names
+from esft.checkpoint.expert_tensors import ExpertTensor, expert_tensors, expert_weights, slice_name, stock_names
+from esft.experts.model_state import model_state
+from esft.experts.moe_layers import moe_layers
+from esft.selection import ExpertSelection
 from tests.esft import test_families as families
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
@@ -155,7 +156,7 @@ def test_the_stock_modules_names_are_known_of_swapped_layers_and_not_of_ones_swa
     assert stock_names(model, moe_layers(model)[0]) == expected
     esft.swap(model, ExpertSelection({}))
     assert stock_names(model, moe_layers(model)[0]) == expected
-    del model.esft_state
+    model_state(model).swapped = None
     with pytest.raises(esft.InputError, match="^model.layers.3.mixer.experts: swapped by hand"):
         stock_names(model, moe_layers(model)[1])
     assert stock_names(zoo.tiny("gpt_oss"), moe_layers(zoo.tiny("gpt_oss"))[0])[1] is True
@@ -196,7 +197,7 @@ def test_a_checkpoint_in_which_experts_have_no_slice_of_their_own_is_refused(mon
     def convert(model, state):
         return {name: mixed(tensor) for name, tensor in state.items()}
 
-    monkeypatch.setattr("esft.stored.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.expert_tensors.to_stored", convert)
     with pytest.raises(
         esft.InputError, match="0.mlp.experts.gate_up_proj: the checkpoint stores experts in a way that"
     ):
@@ -212,7 +213,7 @@ def test_which_rows_the_files_hold_is_told_from_where_the_numbers_come_out(
         gate_up = {name: tensor for name, tensor in state.items() if name.endswith("gate_up_proj")}
         return state | {name: (tensor.mT if transposed else tensor)[:, rows] for name, tensor in gate_up.items()}
 
-    monkeypatch.setattr("esft.stored.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.expert_tensors.to_stored", convert)
     found = [t for t in expert_tensors(zoo.tiny(family)) if t.stored_name.endswith("gate_up_proj")]
     assert {(t.part, t.transposed, t.stacked) for t in found} == {(part, transposed, True)}
     assert len(found) == 16
@@ -227,7 +228,7 @@ def test_what_no_layout_has_is_refused_with_the_tensors_name(monkeypatch, family
     def convert(model, state):
         return {name: mixed(tensor) if name.endswith(ending) else tensor for name, tensor in state.items()}
 
-    monkeypatch.setattr("esft.stored.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.expert_tensors.to_stored", convert)
     with pytest.raises(esft.InputError, match=f"0.mlp.experts.{ending}: the checkpoint stores experts in a way that"):
         expert_tensors(zoo.tiny(family))
 

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 import esft
-from esft.checkpoint import model_digest
-from esft.families import moe_layers
-from esft.layout import Layout
-from esft.moe import Experts
-from esft.select import ExpertSelection
-from esft.swap import swap_state, thaw
+from esft.checkpoint.digest import model_digest
+from esft.experts.experts import Experts
+from esft.experts.model_state import known_state, swapped_state
+from esft.experts.moe_layers import moe_layers
+from esft.experts.stock_layout import Layout
+from esft.selection import ExpertSelection
+from esft.swapping.swap import thaw
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 from tests.esft.test_layout import listed
@@ -54,7 +55,11 @@ def hooks(model) -> list[int]:
 
 def hangs_on(model) -> set[str]:
     """What a swap hangs on a model."""
-    return {"esft_state", "save_pretrained", "esft_load_hook"} & set(vars(model))
+    swapped = known_state(model).swapped
+    found = {"save_pretrained"} & set(vars(model))
+    if swapped is not None:
+        found |= {"swapped", "load_hook"} if swapped.load_hook is not None else {"swapped"}
+    return found
 
 
 def swapped_quietly(model, selection: ExpertSelection):
@@ -182,7 +187,7 @@ def test_a_list_of_experts_stays_and_gets_its_flags_back():
     before, experts = flags(model), [layer.experts for layer in moe_layers(model)]
     swapped_quietly(model, ExpertSelection({1: TRAINED}))
     assert all(layer.experts is own for layer, own in zip(moe_layers(model), experts, strict=True))
-    assert swap_state(model).stock == swap_state(model).layouts == {}
+    assert swapped_state(model).stock == swapped_state(model).layouts == {}
     esft.unswap(model)
     assert all(layer.experts is own for layer, own in zip(moe_layers(model), experts, strict=True))
     assert flags(model) == before
@@ -193,10 +198,10 @@ def test_a_swapped_model_remembers_its_base_and_saves_and_reads_stock_checkpoint
     digest, before = model_digest(model), flags(model)
     stock = {layer.name: layer.experts for layer in moe_layers(model)}
     selection = ExpertSelection({1: TRAINED})
-    assert swap_state(model) is None
+    assert known_state(model).swapped is None
     assert esft.swap(model, selection) is model
-    state = swap_state(model)
-    assert state is model.esft_state
+    state = swapped_state(model)
+    assert state is model.esft_state.swapped and state.load_hook is not None
     assert state.selection is selection and state.base_digest == digest and state.required_grad == before
     assert list(state.stock) == list(state.layouts) == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
     assert all(state.stock[name] is experts for name, experts in stock.items())
@@ -280,7 +285,7 @@ def test_a_model_with_an_adapter_set_is_refused_until_its_base_is_back(tmp_path)
     esft.set_adapter(model, "a")
     refused(model, r"the model has an adapter set: swap its base \(set_adapter\(model, None\)", ExpertSelection({}))
     esft.set_adapter(model, None)
-    assert swap_state(esft.swap(model, ExpertSelection({}))) is not None
+    assert known_state(esft.swap(model, ExpertSelection({}))).swapped is not None
 
 
 def expert_parallel(experts: nn.Module) -> None:
@@ -365,7 +370,7 @@ def test_a_swap_that_fails_halfway_leaves_the_stock_model(monkeypatch, error: ty
     monkeypatch.setattr(Layout, "swapped", fails_at_the_second)
     with pytest.raises(error, match="no memory left"):
         esft.swap(model, ExpertSelection({1: [0]}))
-    assert swap_state(model) is None and len(made) == 2
+    assert known_state(model).swapped is None and len(made) == 2
     assert not hangs_on(model) and not hooks(model)
     assert flags(model) == grads
     assert all(layer.experts is own for layer, own in zip(moe_layers(model), stock, strict=True))

@@ -16,18 +16,20 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esft
-from esft.balance import balance_losses
-from esft.checkpoint import load_model, model_digest
-from esft.config import TrainConfig
-from esft.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
-from esft.optim import MasterAdamW
-from esft.select import ExpertSelection
-from esft.swap import swap_state
-from esft.train import peak_rss, prepare
+from esft.checkpoint.device import peak_rss
+from esft.checkpoint.digest import model_digest
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.experts.model_state import swapped_state
+from esft.selection import ExpertSelection
+from esft.training.balance import balance_losses
+from esft.training.config import TrainConfig
+from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
+from esft.training.methods import prepare
+from esft.training.optim import MasterAdamW
 from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
 from tests.esft.runs import SELECTION, FakeLoss, base_and_data, column, metrics, run, settings
 
-train_module = importlib.import_module("esft.train")  # ``esft.train`` is the function
+train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258
 
 
@@ -292,7 +294,7 @@ def test_full_fine_tuning_stores_the_whole_model_and_its_tokenizer_in_the_dtype_
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     assert result.trained_parameters == sum(t.numel() for t in stock.values())
     assert not (out / "experts.json").exists() and not (out / "adapter").exists()
-    assert esft.checkpoint.load_tokenizer(str(out / "model")).chat_template == tiny_tokenizer().chat_template
+    assert load_tokenizer(str(out / "model")).chat_template == tiny_tokenizer().chat_template
     run(base, "run", settings(method="full", steps=1, dtype="bfloat16"), None, resume=True)  # replaces what it stored
 
 
@@ -320,9 +322,9 @@ def test_each_method_lets_train_what_it_says():
     full = prepare(tiny_model(), TrainConfig(method="full"), None)
     assert trains(full) == {name for name, _ in full.named_parameters() if ".frozen_" not in name}
     assert all(p.numel() == 0 for name, p in full.named_parameters() if ".frozen_" in name)
-    assert swap_state(full).selection.experts == {1: list(range(8)), 2: list(range(8))}
+    assert swapped_state(full).selection.experts == {1: list(range(8)), 2: list(range(8))}
     chosen = prepare(tiny_model(), TrainConfig(), SELECTION)
-    assert swap_state(chosen).selection == SELECTION
+    assert swapped_state(chosen).selection == SELECTION
     assert trains(chosen) == {
         f"model.layers.{layer}.mlp.experts.trained_{p}_proj" for layer in (1, 2) for p in ("gate_up", "down")
     }
@@ -471,7 +473,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_stops_the_run(base, out, monkey
         return (bad(trained) if next(calls) == 2 else trained.sum() * 0), 1
 
     monkeypatch.setattr(train_module, "batch_loss", loss)
-    with pytest.raises(esft.InputError, match=message):
+    with pytest.raises(esft.DivergenceError, match=message):
         run(base, "run", settings(), eval_data=None)
     assert column(out, "step") == [1]
     assert not (out / "adapter").exists()

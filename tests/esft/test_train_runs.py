@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import esft
-from esft.checkpoint import load_model, load_tokenizer
-from esft.data import encode_all, read_records
-from esft.evaluate import load_any_adapter, mean_loss
-from esft.select import ExpertSelection
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.selection import ExpertSelection
+from esft.training.data import encode_all, read_records
+from esft.training.evaluate import load_any_adapter, mean_loss
 from tests.esft.models import chat, tiny_tokenizer, token_batch
 from tests.esft.runs import SELECTION, base_and_data, column, run, settings
 
-train_module = importlib.import_module("esft.train")  # ``esft.train`` is the function
+train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 
 
 @pytest.fixture

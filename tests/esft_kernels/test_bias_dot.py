@@ -2,7 +2,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from esft_kernels.bias_dot import bias_dot
+from esft_kernels.triton_ops.bias_dot import bias_dot
 from tests.esft_kernels.bounds import check_bounds, poison_masked
 from tests.esft_kernels.layers import TOLERANCE, Layer, assert_close, make_layer, poison_empty
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from esft_kernels import reference
+from esft_kernels.backends import reference
 
 pytest.importorskip("triton")
-from esft_kernels import bias_grad as op
-from esft_kernels.bias_grad import bias_grad
+from esft_kernels.triton_ops import bias_grad as op
+from esft_kernels.triton_ops.bias_grad import bias_grad
 from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import TOLERANCE, assert_close, make_layer, poison_empty
 

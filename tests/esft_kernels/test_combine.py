@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from esft_kernels import reference
+from esft_kernels.backends import reference
 
 pytest.importorskip("triton")
-from esft_kernels import combine as op
+from esft_kernels.triton_ops import combine as op
 from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from esft_kernels import cpu, reference
-from esft_kernels.cpu import Group, Products, rounded
-from esft_kernels.pools import Needs
+from esft_kernels.backend import Needs
+from esft_kernels.backends import cpu, reference
+from esft_kernels.backends.cpu import Group, Products, rounded
 from tests.esft_kernels.layers import ACTIVATIONS, GPT_OSS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
 
 EVERYTHING = Needs(True, True, True)

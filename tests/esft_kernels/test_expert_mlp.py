@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from esft_kernels import reference
-from esft_kernels.expert_mlp import BACKENDS, RECOMPUTE, aligned, expert_mlp, resolve_backend
-from esft_kernels.pools import ExpertPools, ExpertWeights, Needs
+from esft_kernels.backend import Needs
+from esft_kernels.backends import reference
+from esft_kernels.backends.resolve import BACKENDS, resolve_backend
+from esft_kernels.expert_mlp import RECOMPUTE, aligned, expert_mlp
+from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import Routing
 from tests.esft_kernels.layers import TOLERANCE, Layer, assert_close, make_layer, watch_calls
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from esft_kernels.backend import Needs
 from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp
-from esft_kernels.pools import Needs
 from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
 from tests.esft_kernels.test_expert_mlp import exact
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from esft_kernels.gate import activate, activate_backward, constants
+from esft_kernels.triton_ops.gate import activate, activate_backward, constants
 from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, assert_close, naive_activation
 
 M, F = 4, 8

@@ -3,15 +3,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from esft_kernels import reference
 from esft_kernels.activation import Activation
-from esft_kernels.pools import Needs
+from esft_kernels.backend import Needs
+from esft_kernels.backends import reference
 
 pytest.importorskip("triton")
 import triton.language as tl
 
-from esft_kernels import grad_gemm as op
-from esft_kernels.grad_gemm import grad_gemm
+from esft_kernels.triton_ops import grad_gemm as op
+from esft_kernels.triton_ops.grad_gemm import grad_gemm
 from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, Layer, assert_close, h_columns, make_layer, poison_empty
 

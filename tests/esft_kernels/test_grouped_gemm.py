@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from esft_kernels import reference
+from esft_kernels.backends import reference
 
 pytest.importorskip("triton")
-from esft_kernels import grouped_gemm as op
-from esft_kernels.grouped_gemm import grouped_gemm
+from esft_kernels.triton_ops import grouped_gemm as op
+from esft_kernels.triton_ops.grouped_gemm import grouped_gemm
 from tests.esft_kernels.bounds import check_bounds, poison_masked
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 

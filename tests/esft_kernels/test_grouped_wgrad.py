@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from esft_kernels import reference
+from esft_kernels.backends import reference
 
 pytest.importorskip("triton")
-from esft_kernels import grouped_wgrad as op
-from esft_kernels.grouped_wgrad import grouped_wgrad
+from esft_kernels.triton_ops import grouped_wgrad as op
+from esft_kernels.triton_ops.grouped_wgrad import grouped_wgrad
 from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 

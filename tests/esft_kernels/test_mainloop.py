@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from esft_kernels import tiles
-from esft_kernels.mainloop import (
+from esft_kernels.triton_ops import tiles
+from esft_kernels.triton_ops.mainloop import (
     block_of,
     dot,
     expert_of,

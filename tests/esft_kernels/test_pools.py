@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from esft_kernels.activation import SWIGLU, Activation
-from esft_kernels.pools import ExpertPools, ExpertWeights, Gradients, Needs
+from esft_kernels.backend import Gradients, Needs
+from esft_kernels.pools import ExpertPools, ExpertWeights
 
 D, F = 3, 5
 
@@ -81,6 +82,16 @@ def test_gates_come_before_ups_or_in_turn_with_them():
     assert up is not None and (gate.tolist(), up.tolist()) == ([[0, 2], [4, 6]], [[1, 3], [5, 7]])
     gate.fill_(-1)
     assert h.tolist() == [[-1, 1, -1, 3], [-1, 5, -1, 7]]  # views
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (3, 2, 4)], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_columns_are_split_however_many_dimensions_come_before(interleaved, shape):
+    h = torch.arange(4).expand(shape)
+    gate, up = pools_like(SWIGLU, interleaved).split(h)
+    columns = [[0, 2], [1, 3]] if interleaved else [[0, 1], [2, 3]]
+    for part, expected in zip((gate, up), columns, strict=True):
+        assert part is not None and torch.equal(part, torch.tensor(expected).expand(*shape[:-1], 2))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from esft_kernels import reference
-from esft_kernels.pools import ExpertWeights, Needs
+from esft_kernels.backend import Needs
+from esft_kernels.backends import reference
+from esft_kernels.pools import ExpertWeights
 from esft_kernels.routing import route
 from tests.esft_kernels.layers import ACTIVATIONS, GPT_OSS, TOLERANCE, assert_close, make_layer, naive_moe
 

@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 import torch
 
-from esft_kernels import tiles as module
-from esft_kernels.tiles import (
+from esft_kernels.triton_ops import tiles as module
+from esft_kernels.triton_ops.tiles import (
     DTYPES,
     PROCESSORS,
     Op,

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from esft_kernels import reference
-from esft_kernels.pools import Needs
+from esft_kernels.backend import Needs
+from esft_kernels.backends import reference
 
 pytest.importorskip("triton")
-from esft_kernels import triton_backend
+from esft_kernels.backends import triton_backend
 from tests.esft_kernels.bounds import check_bounds, poison_masked
 from tests.esft_kernels.layers import (
     ACTIVATIONS,

@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from esft_kernels import reference
 from esft_kernels.activation import Activation
+from esft_kernels.backends import reference
 from esft_kernels.pools import ExpertPools, ExpertWeights
 
 pytest.importorskip("triton")
 import triton.language as tl
 
-from esft_kernels import up_gemm as op
-from esft_kernels.up_gemm import up_gemm
+from esft_kernels.triton_ops import up_gemm as op
+from esft_kernels.triton_ops.up_gemm import up_gemm
 from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import (
     ACTIVATIONS,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esft.checkpoint import load_model, load_tokenizer
+from esft.checkpoint.load import load_model, load_tokenizer
 from examples import compare, demo
 from tests.esft.models import chat, save_tiny, write_records
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import esft
-from esft.checkpoint import load_model
+from esft.checkpoint.load import load_model
 from examples import demo
 from tests.esft.models import save_tiny, token_batch, write_records
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from esft.data import IGNORE
+from esft.training.data import IGNORE
 from examples import general
 from examples.compare import read_general
+from examples.pretrain import corpus
+from examples.pretrain.instructions import record, split_of
 from tests.esft.models import chat, tiny_tokenizer
-from tools.pretrain import corpus
-from tools.pretrain.instructions import record, split_of
 
 
 @pytest.fixture(scope="module")
