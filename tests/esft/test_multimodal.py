@@ -13,7 +13,7 @@ import esft
 from esft.checkpoint.digest import model_digest
 from esft.checkpoint.folder import Checkpoint
 from esft.selection import ExpertSelection
-from tests.esft import test_families as families
+from tests.esft.experts import test_moe_layers as families
 
 SELECTION = ExpertSelection({0: [3], 1: [5, 0]}, shared_experts=True, non_expert_modules=True)
 _VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}

@@ -3,7 +3,6 @@
 That every backend's numbers are right is in ``test_expert_mlp_backends``.
 """
 
-import importlib
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from esft_kernels.backend import Needs
 from esft_kernels.backends import reference
-from esft_kernels.backends.resolve import BACKENDS, resolve_backend
+from esft_kernels.backends.resolve import resolve_backend
 from esft_kernels.expert_mlp import RECOMPUTE, aligned, expert_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import Routing
@@ -57,78 +56,11 @@ def calls(monkeypatch) -> dict[str, list[tuple]]:
     return watch_calls(monkeypatch, reference)
 
 
-# Backends.
-
-
-@pytest.mark.parametrize("name", ["cpu", "cpu_packed", "reference", "triton"])
-def test_a_backend_is_the_module_of_its_name(name):
-    module = "triton_backend" if name == "triton" else name
-    if name == "triton":
-        pytest.importorskip("triton")
-    assert resolve_backend(name, CPU).__name__ == f"esft_kernels.{module}"
-    assert name in BACKENDS
-
-
-def test_auto_is_the_cpu_path_on_a_cpu_and_triton_elsewhere(monkeypatch):
-    pytest.importorskip("triton")
-    assert resolve_backend("auto", CPU).__name__ == "esft_kernels.cpu"
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a device of its own needs no interpreter
-    for device in (META, torch.device("cuda")):
-        assert resolve_backend("auto", device).__name__ == "esft_kernels.triton_backend"
-        assert resolve_backend("triton", device).__name__ == "esft_kernels.triton_backend"
-        assert resolve_backend("reference", device) is reference
-
-
-def test_a_name_that_is_no_backend_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match="one of auto, triton, cpu, cpu_packed, reference, got 'cuda'"):
-        resolve_backend("cuda", CPU)
-
-
-@pytest.mark.parametrize("name", ["cpu", "cpu_packed"])
-def test_the_cpu_paths_refuse_tensors_of_a_device(name):
-    with pytest.raises(ValueError, match=f"backend '{name}' computes on CPU tensors, got tensors on meta"):
-        resolve_backend(name, META)
-
-
-def test_packed_weights_need_onednn(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="backend 'cpu_packed' needs a PyTorch with oneDNN"):
-        resolve_backend("cpu_packed", CPU)
-    assert resolve_backend("cpu", CPU).__name__ == "esft_kernels.cpu"
-
-
-@pytest.mark.parametrize("value", [None, "0"])
-def test_triton_refuses_cpu_tensors_without_the_interpreter(value, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if value is not None:
-        monkeypatch.setenv("TRITON_INTERPRET", value)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        resolve_backend("triton", CPU)
-
-
-def test_a_missing_triton_is_named_and_another_missing_module_is_not_taken_for_it(monkeypatch):
-    def missing(name: str):
-        def import_module(*_):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-        monkeypatch.setattr(importlib, "import_module", import_module)
-
-    missing("triton")
-    with pytest.raises(ValueError, match="needs the triton package, which is not installed here"):
-        resolve_backend("triton", META)
-    missing("numpy")
-    with pytest.raises(ModuleNotFoundError, match="numpy"):
-        resolve_backend("triton", META)
-
-
 def test_without_a_backend_named_it_is_that_of_the_device(monkeypatch, calls):
     seen = watch_calls(monkeypatch, resolve_backend("cpu", CPU))
     layer = small()
     expert_mlp(layer.x_TD, layer.weights_TK, layer.pools, layer.routing)
     assert len(seen["forward"]) == 1 and not calls["forward"]
-
-
-# What is kept, and what reaches a backend.
 
 
 def with_leaves(layer: Layer, wanted: tuple[str, ...]) -> tuple[dict[str, Tensor], ExpertPools]:
@@ -248,8 +180,6 @@ def test_it_is_differentiable_once():
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
-
-# What is refused. The layer has 2 trained and 4 frozen experts, D is 8, G 12 and F 6; 5 tokens choose 3 each.
 
 Arguments = tuple[Tensor, Tensor, ExpertPools, Routing]
 

@@ -71,15 +71,18 @@ def test_a_sample_is_the_same_every_time_and_another_seed_gives_another():
 
 def test_every_module_has_a_mirror():
     for module in modules():
-        assert (ROOT / mirror(module)).is_file(), f"no {mirror(module)} for {module}"
+        something = mutants(module, (ROOT / module).read_text(encoding="utf-8"))  # not only names and texts
+        assert not something or (ROOT / mirror(module)).is_file(), f"no {mirror(module)} for {module}"
 
 
 def test_every_mutant_listed_as_equivalent_is_one_of_todays_and_has_a_reason():
     entries = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8"))
+    known = {
+        module: {(mutant.before, mutant.after) for mutant in mutants(module, (ROOT / module).read_text("utf-8"))}
+        for module in {entry["module"] for entry in entries}
+    }
     for entry in entries:
-        assert entry["reason"]
-        known = {(m.before, m.after) for m in mutants(entry["module"], (ROOT / entry["module"]).read_text())}
-        assert (entry["line"], entry["becomes"]) in known, entry
+        assert entry["reason"] and (entry["line"], entry["becomes"]) in known[entry["module"]], entry
 
 
 def test_mutants_are_killed_by_the_mirror_or_by_the_rest_or_survive(tmp_path: Path):

@@ -16,8 +16,8 @@ from esft.experts.stock_layout import Layout
 from esft.selection import ExpertSelection
 from esft.swapping.swap import thaw
 from tests.esft import zoo
+from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import FAMILIES, tiny_model, token_batch
-from tests.esft.test_layout import listed
 
 TRAINED = [5, 2]
 

@@ -254,7 +254,7 @@ def test_the_interpreter_splits_some_and_some_not():
     assert [splits_for(torch.empty(0), programs) for programs in (8, 9)] == [2, 1]
 
 
-PUBLISHED = sorted(Path(__file__).parents[3].glob("shared/esft-official/intent/routing_layer_*.txt.gz"))
+PUBLISHED = sorted(Path(__file__).parents[4].glob("shared/esft-official/intent/routing_layer_*.txt.gz"))
 
 
 @pytest.mark.skipif(not PUBLISHED, reason="the published routing logs are not here")

@@ -1,4 +1,3 @@
-import inspect
 import json
 
 import pytest
@@ -8,15 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.adapters.folder import (
-    adapter_weights,
-    check_adapter,
-    check_digest,
-    check_model,
-    load_selection,
-    open_manifest,
-)
-from esft.checkpoint.adapter_tensors import Slot, adapter_slots
+from esft.checkpoint.adapter_tensors import adapter_slots
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from esft.experts.model_state import swapped_state
@@ -127,89 +118,6 @@ def test_what_was_loaded_before_a_swap_is_of_its_base_and_need_not_be_saved_agai
     assert len(load_file(tmp_path / "b" / "adapter.safetensors")) == 3
 
 
-@pytest.mark.parametrize(
-    ("manifest", "dtype", "hint"),
-    [
-        ({"base_dtype": "float32"}, torch.bfloat16, True),
-        ({"base_dtype": "bfloat16"}, torch.bfloat16, False),
-        ({"base_dtype": "float32"}, None, False),
-        ({"base_dtype": None}, torch.bfloat16, False),
-        ({}, torch.bfloat16, False),
-    ],
-)
-def test_another_base_is_named_and_the_dtype_where_that_may_be_why(manifest, dtype, hint: bool):
-    ours, theirs = "0123456789abcdef", "fedcba9876543210"
-    manifest = {"base_model": "tiny", "base_digest": theirs} | manifest
-    check_digest(manifest, theirs, "x/a", dtype)
-    with pytest.raises(esft.InputError) as raised:
-        check_digest(manifest, ours, "x/a", dtype)
-    expected = (
-        "x/a: made from another base (tiny, digest fedcba987654), not from these weights (0123456789ab)"
-        + "; it was trained in float32 and these are in bfloat16: should they be the same, load them so" * hint
-    )
-    assert str(raised.value) == expected
-
-
-def test_a_manifest_without_a_digest_is_of_another_base():
-    with pytest.raises(esft.InputError, match=r"another base \(None, digest None\)"):
-        check_digest({}, "0123456789abcdef", "a")
-
-
-@pytest.mark.parametrize(
-    ("base_dtype", "base_digest", "fits"),
-    [
-        ("float32", "plain", True),
-        ("float32", "rounded", False),
-        ("float16", "plain", True),
-        ("float16", "rounded", True),
-        ("float16", "other", False),
-        (None, "plain", True),
-    ],
-)
-def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(tmp_path, base_dtype, base_digest, fits):
-    (tmp_path / "expert_cfg.json").write_text("")
-    manifest = {"format_version": 1, "base_digest": base_digest, "base_dtype": base_dtype}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    digests = {None: "plain", torch.float16: "rounded"}
-    if fits:
-        assert check_adapter(tmp_path, digests.__getitem__, torch.float32) == manifest
-    else:
-        with pytest.raises(esft.InputError, match=rf"^{tmp_path}: made from another base"):
-            check_adapter(tmp_path, digests.__getitem__, torch.float32)
-
-
-def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
-    (tmp_path / "expert_cfg.json").write_text("")
-    (tmp_path / "manifest.json").mkdir()
-
-    def merging():
-        return check_adapter(tmp_path, lambda dtype: "", None)
-
-    said = rf"^{tmp_path}: does not say which base it is of \(no manifest\.json\); only"
-    with pytest.warns(UserWarning, match=said) as warned:
-        assert merging() == {}
-    here = inspect.currentframe()
-    assert here is not None
-    assert (warned[0].filename, warned[0].lineno) == (__file__, here.f_lineno - 3)  # who called what calls it
-    (tmp_path / "expert_cfg.json").unlink()
-    (tmp_path / "expert_cfg.json").mkdir()
-    with pytest.raises(esft.InputError, match=rf"^{tmp_path}: not an adapter folder \(no expert_cfg\.json\)$"):
-        check_adapter(tmp_path, lambda dtype: "", None)
-
-
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"format_version": 2}', '{"format_version": null}'])
-def test_a_manifest_of_another_format_is_refused(tmp_path, content: str):
-    (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(esft.InputError, match=r"/manifest\.json: format_version must be 1$"):
-        open_manifest(tmp_path)
-
-
-def test_a_selection_is_read_with_its_switches_and_held_to_the_model(tmp_path):
-    chosen = ExpertSelection({1: [7]}, shared_experts=True, non_expert_modules=True)
-    chosen.save(tmp_path / "expert_cfg.json")
-    assert load_selection(tmp_path, tiny_model()) == chosen
-
-
 ONE = "model.layers.1.mlp.experts.1.{}_proj.weight"
 
 
@@ -225,67 +133,6 @@ def one_expert(**change) -> dict:
     sizes = {"gate": (20, 32), "up": (20, 32), "down": (32, 20)}
     tensors = {ONE.format(name): torch.randn(*size) for name, size in sizes.items()}
     return tensors | {ONE.format(name): value for name, value in change.items()}
-
-
-@pytest.mark.parametrize("prefix", ["model.", ""])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_weights_of_several_files_have_the_models_names(tmp_path, prefix: str, dtype: torch.dtype):
-    tensors = {name: tensor.to(dtype) for name, tensor in one_expert().items()}
-    parts = [{prefix + name.removeprefix("model."): tensor} for name, tensor in tensors.items()]
-    with adapter_weights(tmp_path / "a", files_of(tmp_path / "a", *parts)) as weights:
-        for name, tensor in tensors.items():
-            assert torch.equal(weights.get_tensor(name), tensor)
-
-
-def test_a_name_that_a_slot_has_is_not_taken_for_a_shortened_one(tmp_path):
-    """A model may have one tensor under a name and another under that name after ``model.``."""
-    tensors = {"norm.weight": torch.zeros(3), "model.norm.weight": torch.ones(3)}
-    files_of(tmp_path / "a", tensors)
-    slots = {name: Slot(name, None, (3,), ()) for name in tensors}
-    with adapter_weights(tmp_path / "a", slots) as weights:
-        assert all(torch.equal(weights.get_tensor(name), tensor) for name, tensor in tensors.items())
-
-
-def test_our_own_file_is_read_alone(tmp_path):
-    tensors = one_expert()
-    slots = files_of(tmp_path / "a", one_expert())
-    save_file(tensors, tmp_path / "a" / "adapter.safetensors")
-    with adapter_weights(tmp_path / "a", slots) as weights:
-        assert all(torch.equal(weights.get_tensor(name), tensor) for name, tensor in tensors.items())
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ([], r"holds no safetensors file \(pickled weights are never loaded\)"),
-        ([one_expert(), {ONE.format("up"): torch.zeros(20, 32)}], rf"holds tensor {ONE.format('up')} twice"),
-        ([{ONE.format("gate"): torch.zeros(20, 32)}], rf"tensor {ONE.format('down')} is missing \(2 missing in all\)"),
-        (
-            [one_expert() | {"z": torch.zeros(1), "model.a": torch.zeros(1)}],
-            r"tensor model\.a belongs to nothing selected \(2 such in all\)",
-        ),
-        ([one_expert(up=torch.zeros(20, 32, dtype=torch.int64))], rf"tensor {ONE.format('up')} is I64, not floating"),
-        ([one_expert(up=torch.zeros(20, 32, dtype=torch.uint8))], rf"tensor {ONE.format('up')} is U8, not floating"),
-        (
-            [one_expert(down=torch.zeros(20, 32))],
-            rf"tensor {ONE.format('down')} has shape \(20, 32\), the base has \(32, 20\)",
-        ),
-        ([one_expert(up=torch.zeros(640))], rf"tensor {ONE.format('up')} has shape \(640,\), the base has \(20, 32\)"),
-    ],
-)
-def test_weights_that_are_not_exactly_the_selections_are_named(tmp_path, parts, message: str):
-    slots = files_of(tmp_path / "a", *parts)
-    with pytest.raises(esft.InputError, match=f"^{tmp_path}/a: {message}"), adapter_weights(tmp_path / "a", slots):
-        pass
-
-
-def test_an_adapter_of_another_base_is_refused_and_nothing_written(tmp_path):
-    esft.save_adapter(tuned(), tmp_path / "a")
-    other = tiny_model(seed=1)
-    before = logits(other)
-    with pytest.raises(esft.InputError, match="made from another base"):
-        esft.load_adapter(other, tmp_path / "a")
-    assert torch.equal(logits(other), before)
 
 
 @pytest.mark.parametrize(
@@ -345,26 +192,6 @@ def test_an_unknown_format_and_an_incomplete_folder_are_refused(tmp_path):
         esft.load_adapter(tiny_model(), tmp_path / "a")
 
 
-@pytest.mark.parametrize(
-    ("experts", "message"),
-    [
-        ({"0": [1]}, r"names layer 0; the model's MoE layers are \[1, 2\]"),
-        ({"2": [8]}, r"names experts \[8\] of layer 2, which has 8"),
-        ({"2": [-1]}, r"names experts \[-1\] of layer 2"),
-        ({"2": [1, 1]}, "layer 2 names an expert twice"),
-    ],
-)
-def test_a_selection_that_does_not_fit_is_named_with_its_file(tmp_path, experts, message: str):
-    esft.save_adapter(tuned(), tmp_path / "a")
-    base = save_tiny(tmp_path / "base")
-    (tmp_path / "a" / "expert_cfg.json").write_text(json.dumps({"experts": experts}))
-    with pytest.raises(esft.InputError, match=f"a/expert_cfg.json: .*{message}"):
-        esft.load_adapter(tiny_model(), tmp_path / "a")
-    with pytest.raises(esft.InputError, match=f"a/expert_cfg.json: .*{message}"):
-        esft.merge(base, tmp_path / "a", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-
-
 def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "precious").write_text("keep")
@@ -399,12 +226,6 @@ def test_what_another_library_put_into_trained_modules_is_not_saved_as_theirs(tm
     torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
 
 
-def test_only_a_model_of_transformers_is_one():
-    check_model(tiny_model())
-    with pytest.raises(esft.InputError, match="^Linear is no transformers model"):
-        check_model(torch.nn.Linear(1, 1))
-
-
 def test_a_wrapped_model_is_refused(tmp_path):
     esft.save_adapter(tuned(), tmp_path / "a")
     compiled = torch.compile(tuned(), backend="eager")
@@ -437,15 +258,3 @@ def test_an_adapter_trained_in_another_dtype_fits_its_base(tmp_path, stored: tor
     esft.load_adapter(load_model(str(base)), tmp_path / "a")
     esft.load_adapter(load_model(str(base)), tmp_path / "a", name="a")
     esft.merge(base, tmp_path / "a", tmp_path / "merged")
-
-
-def test_where_float16_hides_whether_a_base_is_the_same_the_error_says_so(tmp_path):
-    base = save_small(tmp_path / "base", torch.bfloat16)
-    for trained, loaded in (("bfloat16", "float16"), ("float16", "bfloat16")):
-        model = esft.swap(load_model(str(base), trained), ExpertSelection({1: [0]}))
-        esft.save_adapter(model, tmp_path / "a", overwrite=True)
-        other = load_model(str(base), loaded)
-        if trained == "float16":  # and what it was before the swap is not kept
-            esft.swap(other, ExpertSelection({1: [0]}))
-        with pytest.raises(esft.InputError, match=f"another base.* trained in {trained} and these are in {loaded}"):
-            esft.load_adapter(other, tmp_path / "a")

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import re
 import weakref
 from dataclasses import replace
 
@@ -15,17 +14,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import esft
-from esft.checkpoint.expert_tensors import expert_tensors
-from esft.checkpoint.original_format import to_stored
-from esft.experts.model_state import model_state
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import detach, stock_state
-from tests.esft import test_families as families
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
+from tests.esft.experts import test_moe_layers as families
+from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import FAMILIES, tiny_model, token_batch
-from tests.esft.test_layout import listed
 
 SELECTION = ExpertSelection({1: [5, 2], 2: [0]})
 
@@ -139,13 +135,6 @@ def test_a_swapped_models_own_state_keeps_its_names_and_loads(tmp_path):
     assert same_weights(accelerator.unwrap_model(other), model)
 
 
-def test_a_stock_models_state_loads_into_a_swapped_one():
-    stock, model = tiny_model(seed=1), swapped()
-    expected = stock(**token_batch()).logits
-    model.load_state_dict(stock.state_dict())
-    torch.testing.assert_close(model(**token_batch()).logits, expected, atol=2e-6, rtol=1e-5)
-
-
 def test_a_copy_saves_itself_and_unswap_leaves_nothing_behind(tmp_path):
     model = swapped()
     other = copy.deepcopy(model)
@@ -210,19 +199,6 @@ def test_a_sharded_model_is_saved_once_its_state_is_collected(tmp_path):
     finally:
         dist.destroy_process_group()
     assert files(tmp_path / "sharded") == files(tmp_path / "whole")
-
-
-def test_a_checkpoint_that_does_not_fit_is_an_error_or_its_gaps_are_reported(tmp_path):
-    model = swapped(tuned=True)
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.1.mlp.experts.5.up_proj.weight"
-    with pytest.raises(esft.InputError, match=rf"{name}: has shape \(3, 32\), the model's has \(20, 32\)"):
-        swapped().load_state_dict(state | {name: state[name][:3]})
-    with pytest.raises(RuntimeError, match="Missing key.*layers.1.mlp.experts.trained_gate_up_proj"):
-        swapped().load_state_dict({n: t for n, t in state.items() if n != name})
-    with pytest.raises(RuntimeError, match='Unexpected key.*"other"'):
-        swapped().load_state_dict(state | {"other": torch.ones(1)})
 
 
 def test_experts_in_a_module_list_save_and_load_as_they_always_did(tmp_path):
@@ -328,88 +304,9 @@ def test_detaching_what_was_never_attached_is_nothing():
     assert set(vars(model)) == before
 
 
-def test_a_checkpoint_loads_into_a_model_inside_another_under_its_prefix():
-    stock, model = tiny_model(seed=1), swapped()
-    outer = torch.nn.ModuleDict({"inner": model})
-    state = {f"inner.{name}": tensor for name, tensor in stock.state_dict().items()}
-    outer.load_state_dict(dict(state))
-    assert all(
-        torch.equal(tensor, stock.state_dict()[name]) for name, tensor in stock_state(model, model.state_dict()).items()
-    )
-    with pytest.raises(RuntimeError, match='Unexpected key.*"inner.other"'):
-        outer.load_state_dict(state | {"inner.other": torch.ones(1)})
-    own = {f"inner.{name}": tensor + 1 for name, tensor in model.state_dict().items()}
-    outer.load_state_dict(dict(own))
-    assert all(torch.equal(tensor, own[f"inner.{name}"]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "wrong", "right"),
-    [
-        ("granitemoe", "model.layers.0.block_sparse_moe.input_linear.weight", (7, 48, 32), (8, 48, 32)),
-        ("gpt_oss", "model.layers.0.mlp.experts.down_proj_bias", (8, 31), (8, 32)),
-        ("kimi_linear", "model.layers.0.self_attn.k_conv1d.weight", (32, 4), (32, 1, 4)),
-    ],
-)
-def test_a_tensor_of_another_shape_is_refused_with_both_shapes(family: str, name: str, wrong, right):
-    model = families.swapped(zoo.tiny(family), ExpertSelection({}))
-    state = to_stored(zoo.tiny(family), zoo.tiny(family).state_dict())
-    assert tuple(state[name].shape) == right
-    shapes = rf"has shape {wrong}, the model's has {right}"
-    with pytest.raises(esft.InputError, match=re.escape(f"{name}: {shapes}")):
-        model.load_state_dict(state | {name: torch.zeros(wrong)})
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_of_files_in_two_forms_the_shape_tells_which_and_a_part_of_them_may_come(transposed: bool):
-    stock, model = multimodal.tiny(), esft.swap(multimodal.tiny(), ExpertSelection({0: [3]}))
-    names = [f"model.language_model.layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)]
-    value = torch.randn(8, 32, 12)
-    found = model.load_state_dict({names[0]: value.mT if transposed else value}, strict=False)
-    assert not found.unexpected_keys
-    pools = [n for n in model.state_dict() if ".layers.0.mlp.experts." in n]
-    assert set(pools) <= set(found.missing_keys)  # as the layer's other projection did not come
-    state = stock_state(model, model.state_dict())
-    assert torch.equal(state[names[0]], value)
-    assert torch.equal(state[names[1]], stock.state_dict()[names[1]])
-
-
-def test_where_both_forms_have_one_shape_the_checkpoints_own_is_read():
-    # Of a family whose files would hold the halves' rows in turn, under the name that the model has.
-    model = families.swapped(zoo.tiny("gpt_oss"), ExpertSelection({0: [3]}))
-    in_turn = {"part": "in turn", "transposed": False}
-    model_state(model).found["expert_tensors"] = [
-        replace(t, **(in_turn if t.stored_name.endswith("gate_up_proj") else {})) for t in expert_tensors(model)
-    ]
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    value = torch.randn(8, 32, 48)
-    model.load_state_dict({name: value}, strict=False)
-    rows = [*range(0, 32, 2), *range(1, 32, 2)]
-    assert torch.equal(stock_state(model, model.state_dict())[name], value[:, rows])
-
-
 def test_files_whose_form_only_the_shape_tells_are_saved_in_the_stock_models(tmp_path):
     model = esft.swap(multimodal.tiny(), ExpertSelection({0: [3], 1: [5, 0]}))
     families.tune(model)
     model.save_pretrained(tmp_path / "swapped")
     esft.unswap(model).save_pretrained(tmp_path / "stock")
     assert files(tmp_path / "swapped") == files(tmp_path / "stock")
-
-
-def test_a_swapped_models_own_state_is_not_mixed_with_a_checkpoints_names():
-    model = swapped()
-    name = "model.layers.1.mlp.experts.5.up_proj.weight"
-    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{name}"'):
-        model.load_state_dict(model.state_dict() | {name: torch.zeros(20, 32)})
-
-
-def test_parts_are_read_into_a_parameter_that_does_not_lie_in_order():
-    model = families.swapped(zoo.tiny("kimi_linear"), ExpertSelection({}))
-    name = "model.layers.0.self_attn.conv1d.weight"
-    convolution = model.get_submodule(name.rpartition(".")[0])
-    convolution.weight = torch.nn.Parameter(torch.zeros(4, 1, 96).permute(2, 1, 0), requires_grad=False)
-    expected = zoo.tiny("kimi_linear").state_dict()[name]
-    parts = to_stored(zoo.tiny("kimi_linear"), {name: expected})
-    assert len(parts) == 3
-    model.load_state_dict(parts, strict=False)
-    assert torch.equal(convolution.weight, expected)

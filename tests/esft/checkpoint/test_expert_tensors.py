@@ -9,11 +9,11 @@ from esft.checkpoint.expert_tensors import ExpertTensor, expert_tensors, expert_
 from esft.experts.model_state import model_state
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
-from tests.esft import test_families as families
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
+from tests.esft.experts import test_moe_layers as families
+from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import tiny_model
-from tests.esft.test_layout import listed
 
 PARTS = {"whole": [0, 1, 2, 3], "first half": [0, 1], "second half": [2, 3], "in turn": [0, 2, 1, 3]}
 

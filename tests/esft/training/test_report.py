@@ -1,12 +1,9 @@
 import json
-import sys
 
 import pytest
 
 import esft
-from esft.scoring.plot import plot_scores
 from esft.training.report import report, table
-from esft.training.run_folder import RunFolder
 
 
 def write_metrics(folder, lines: list[dict]):
@@ -84,29 +81,6 @@ def test_a_run_without_steps_and_a_folder_without_a_run(tmp_path):
         report(tmp_path / "run")
 
 
-def test_metrics_are_read_line_by_line(tmp_path):
-    lines = [{"step": 1, "loss": 2.0, "lr": 0.1, "tokens_per_second": 3.0}, {"step": 1, "eval_loss": 4.0}, {"step": 2}]
-    assert RunFolder(write_metrics(tmp_path, lines)).metrics() == lines
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ("{", r"not JSON \(Expecting property name"),
-        ("[]", "names no step"),
-        ("{}", "names no step"),
-        ('{"step": "2"}', "names no step"),
-        ('{"step": 2, "loss": 1.0}', "a loss without lr and tokens_per_second"),
-        ('{"step": 2, "loss": 1.0, "lr": 1.0}', "a loss without lr and tokens_per_second"),
-        ('{"step": 2, "loss": 1.0, "tokens_per_second": 1.0}', "a loss without lr and tokens_per_second"),
-    ],
-)
-def test_a_bad_line_of_the_metrics_is_named(tmp_path, bad: str, message: str):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad)
-    with pytest.raises(esft.InputError, match=f"metrics.jsonl: line 2: {message}"):
-        RunFolder(tmp_path).metrics()
-
-
 def test_a_table_lines_up():
     assert table([{"a": 1234, "bb": 0.5}, {"bb": "x", "a": None}]).splitlines() == [
         "| a     | bb    |",
@@ -138,50 +112,3 @@ def marked(axes) -> set[tuple[int, int]]:
     assert all(abs(y - v) + abs(x - w) < 1e-9 for (y, x), (v, w) in zip(centres, rounded, strict=True))
     assert all(0.5 < p.get_height() < 1 and 0.5 < p.get_width() < 1 and not p.get_fill() for p in axes.patches)
     return set(rounded)
-
-
-def test_the_picture_shows_experts_by_falling_score_and_frames_the_chosen(tmp_path, drawn):
-    import matplotlib
-
-    path = plot_scores(SCORES, esft.ExpertSelection({1: [1], 2: [0, 2]}), str(tmp_path / "a.png"))
-    assert path == tmp_path / "a.png" and path.read_bytes().startswith(b"\x89PNG")
-    assert matplotlib.get_backend().lower() == "agg"  # which needs no screen
-    (figure,) = drawn
-    axes, bar = figure.axes
-    assert axes.images[0].get_array().tolist() == [[0.7, 0.2, 0.1], [0.4, 0.4, 0.2]]
-    ids = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axes.texts}
-    rows = ["102", "021"]  # of two equal scores the lower id comes first
-    assert ids == {(row, column): rows[row][column] for row in range(2) for column in range(3)}
-    assert {(t.get_ha(), t.get_va()) for t in axes.texts} == {("center", "center")}
-    assert marked(axes) == {(0, 0), (1, 0), (1, 1)}
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
-    assert axes.get_yticks().tolist() == [0, 1]
-    assert axes.get_ylabel() == "layer" and "falling score" in axes.get_xlabel()
-    assert axes.get_title() == "token scores, 3 experts chosen" and bar.get_ylabel() == "token score"
-
-
-def test_the_picture_shows_the_scores_that_are_asked_for_under_the_title_that_is_given(tmp_path, drawn):
-    plot_scores(SCORES, esft.ExpertSelection({}), tmp_path / "a.png", "a title", by="gate")
-    (figure,) = drawn
-    axes, bar = figure.axes
-    assert axes.images[0].get_array().tolist() == [[0.6, 0.4]]
-    assert not axes.patches
-    assert axes.get_title() == "a title" and bar.get_ylabel() == "gate score"
-
-
-@pytest.mark.parametrize("experts", [64, 65])
-def test_the_picture_grows_with_the_experts_and_names_up_to_64_of_them(tmp_path, drawn, experts: int):
-    row = dict.fromkeys(range(experts), 1 / experts)
-    few, many = {1: {0: 0.5, 1: 0.5}}, {1: row, 2: row}
-    for scores in (few, many):
-        plot_scores(esft.ExpertScores(scores, {}), esft.ExpertSelection({}), tmp_path / "a.png")
-    small, large = drawn
-    assert len(large.axes[0].texts) == (128 if experts == 64 else 0)
-    assert large.get_figwidth() > small.get_figwidth() >= 6  # room for the labels even beside few experts
-    assert 0.2 < large.get_figheight() - small.get_figheight() < 0.6  # inches, of one more layer
-
-
-def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(esft.InputError, match="a picture needs matplotlib: pip install 'esft\\[plot\\]'"):
-        plot_scores(SCORES, esft.ExpertSelection({}), tmp_path / "a.png")

@@ -12,7 +12,7 @@ from esft.experts.moe_layers import moe_layers, routed_parameters
 from esft.files import safetensors_header
 from esft.selection import ExpertSelection
 from tests.esft import zoo
-from tests.esft.test_families import FAMILIES, close, output, selection, swapped, tune
+from tests.esft.experts.test_moe_layers import FAMILIES, close, output, selection, swapped, tune
 
 
 @pytest.mark.parametrize("family", FAMILIES)

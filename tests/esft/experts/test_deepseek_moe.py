@@ -3,12 +3,9 @@ import torch
 from torch import Tensor
 
 from esft.experts.deepseek_moe import DeepSeekMoE, GatedMLP, Router, RouterConfig
-from esft.experts.experts import PROJECTIONS, Experts
+from esft.experts.experts import Experts
 from esft.experts.moe_layers import moe_layers
-from esft_kernels.activation import Activation
 from tests.esft.models import tiny_model
-from tests.esft.test_layout import LAYOUTS, Flagged
-from tests.esft.test_layout import batch as batch_for_flagged
 
 CONFIGS = {
     "deepseek_v2": RouterConfig(8, 3, "softmax", num_groups=2, topk_group=1, scale=2.0),
@@ -171,96 +168,6 @@ def test_block_is_made_of_the_sizes_that_it_was_told():
     assert block.shared_experts.up_proj.weight.shape == (48, 64)
     plain = DeepSeekMoE(64, 16, RouterConfig(32, 3))
     assert plain.shared_experts is None and plain.experts.trained == () and plain.experts.backend == "auto"
-
-
-def test_stacked_gives_the_weights_back_in_expert_order():
-    gate_up, down = torch.randn(5, 6, 4), torch.randn(5, 4, 3)
-    experts = Experts(gate_up, down, [3, 0])
-    assert torch.equal(experts.trained_down_proj, down[[3, 0]])
-    assert torch.equal(experts.frozen_down_proj, down[[1, 2, 4]])
-    assert all(torch.equal(a, b) for a, b in zip(experts.stacked(), (gate_up, down), strict=True))
-
-
-@pytest.mark.parametrize("flags", LAYOUTS)
-@pytest.mark.parametrize("trained", [[], [3, 0], [4, 3, 2, 1, 0]])
-def test_experts_compute_and_hold_what_they_were_given_whatever_the_layout(flags: dict, trained: list[int]):
-    stock = Flagged(**flags)
-    weights = [p.detach().clone() for p in stock.parameters()]
-    names = dict(zip(("gate_up_bias", "down_bias"), weights[2:], strict=False))
-    activation = Activation(gated=flags["gated"])
-    settings = {"transposed": flags["transposed"], "interleaved": flags["interleaved"], "activation": activation}
-    experts = Experts(*weights[:2], tuple(trained), **settings, **names)
-    args = batch_for_flagged()
-    torch.testing.assert_close(experts(*args), stock(*args), atol=1e-12, rtol=1e-12)
-    pools = experts.pools
-    assert (experts.num_experts, pools.num_trained, pools.num_experts) == (5, len(trained), 5)
-    assert pools.activation == activation and pools.interleaved == flags["interleaved"]
-    for whole, given in zip(experts.stacked(), weights, strict=True):
-        assert torch.equal(whole, given) and not whole.requires_grad
-    for e in range(5):
-        parts = experts.weights_of(e)
-        assert all(torch.equal(part, given[e]) for part, given in zip(parts, weights, strict=True))
-        assert not any(part.requires_grad for part in parts)
-        parts[1].fill_(e)  # a view: what is written there is the experts'
-    assert experts.stacked()[1].flatten(1).unique(dim=1).flatten().tolist() == [0, 1, 2, 3, 4]
-    assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), weights, strict=True))  # copies, so left alone
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("trained", [[], [3, 0]])
-def test_both_pools_are_parameters_of_which_the_trained_one_trains_where_it_holds_something(biased: bool, trained):
-    biases = {"gate_up_bias": torch.randn(4, 6), "down_bias": torch.randn(4, 4)} if biased else {}
-    experts = Experts(torch.randn(4, 6, 4), torch.randn(4, 4, 3), trained, **biases)
-    names = PROJECTIONS if biased else PROJECTIONS[:2]
-    expected = {f"trained_{n}": bool(trained) for n in names} | {f"frozen_{n}": False for n in names}
-    assert {n: p.requires_grad for n, p in experts.named_parameters()} == expected
-    assert experts.state_dict().keys() == expected.keys()  # the positions follow from the ids, and are not saved
-    if not biased:
-        assert experts.trained_gate_up_proj_bias is None and experts.frozen_down_proj_bias is None
-    assert experts.position.tolist() == ([1, 2, 3, 0] if trained else [0, 1, 2, 3])
-    assert experts.position.dtype == torch.int64
-
-
-def test_what_is_not_said_has_its_usual_meaning():
-    experts = Experts(torch.randn(4, 6, 4), torch.randn(4, 4, 3))
-    assert (experts.trained, experts.backend, experts.recompute) == ((), "auto", "none")
-    assert (experts.activation, experts.interleaved, experts.transposed) == (Activation(), False, False)
-    assert Experts(torch.randn(4, 6, 4, device="meta"), torch.randn(4, 4, 3, device="meta")).position.is_meta
-    assert repr(Experts(torch.randn(4, 6, 4), torch.randn(4, 4, 3), [2, 0], "cpu")) == (
-        "Experts(num_experts=4, trained=[2, 0], backend='cpu')"
-    )
-
-
-def test_backend_and_recompute_get_to_the_kernels():
-    args = torch.randn(2, 4), torch.tensor([[0], [1]]), torch.rand(2, 1)
-    with pytest.raises(ValueError, match="backend must be one of .*'gpu'"):
-        Experts(torch.randn(4, 6, 4), torch.randn(4, 4, 3), [1], "gpu")(*args)
-    with pytest.raises(ValueError, match="recompute must be one of .*'all'"):
-        Experts(torch.randn(4, 6, 4), torch.randn(4, 4, 3), [1], "auto", "all")(*args)
-
-
-@pytest.mark.parametrize(("of_x", "of_weights"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_experts_compute_in_the_dtype_of_their_weights_and_return_that_of_their_input(of_x, of_weights):
-    experts = Experts(torch.randn(4, 6, 4).to(of_weights), torch.randn(4, 4, 3).to(of_weights), [2])
-    x, index, weights = torch.randn(3, 4).to(of_x), torch.tensor([[0, 2], [2, 1], [1, 3]]), torch.rand(3, 2)
-    out = experts(x, index, weights)
-    assert out.dtype == of_x
-    assert torch.equal(out, experts(x.to(of_weights), index, weights).to(of_x))
-
-
-def test_rows_of_two_pools_are_put_in_order_as_a_tensor_of_their_own():
-    experts = Experts(torch.randn(4, 6, 4), torch.randn(4, 4, 3), [3, 0])
-    trained, frozen = torch.tensor([[3.0], [0.0]]).half(), torch.tensor([[1.0], [2.0]]).half()
-    whole = experts.in_order(trained, frozen)
-    assert whole.dtype == torch.float16 and whole.tolist() == [[0], [1], [2], [3]]
-    trained.zero_()
-    assert whole.tolist() == [[0], [1], [2], [3]]
-
-
-@pytest.mark.parametrize("trained", [[4], [-1], [1, 1]])
-def test_impossible_trained_experts_are_refused(trained: list[int]):
-    with pytest.raises(ValueError, match="trained experts"):
-        Experts(torch.randn(4, 6, 4), torch.randn(4, 4, 3), trained)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import esft
+from esft.checkpoint.digest import model_digest
+from esft.checkpoint.folder import Checkpoint
+from esft.checkpoint.load import load_model
+from tests.esft import test_multimodal as multimodal
+from tests.esft import zoo
+from tests.esft.models import FAMILIES, save_tiny, tiny_model
+
+WEIGHTS = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def rewrite(base: Path, change) -> None:
+    """Change the tensors of a checkpoint's one file."""
+    tensors = load_file(base / WEIGHTS)
+    change(tensors)
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+
+
+def shards(folder: Path) -> Path:
+    tiny_model().save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_and_the_model_loaded_in_any_dtype_have_one_digest(tmp_path, family: str, stored: torch.dtype):
+    base = save_tiny(tmp_path / "base", family, dtype=stored)
+    digest = Checkpoint.open(base).digest()
+    for dtype in ("float32", "bfloat16"):
+        assert model_digest(load_model(str(base), dtype)) == digest
+
+
+def test_a_digest_rounded_to_float16_is_that_of_the_model_loaded_in_it(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-4)  # where float16 has fewer bits than bfloat16
+    model.save_pretrained(tmp_path)
+    found = Checkpoint.open(tmp_path)
+    assert found.digest(torch.float16) == model_digest(model, torch.float16) == model_digest(model.half())
+    assert found.digest() != found.digest(torch.float16)
+
+
+PARTS = """embed_tokens self_attn.q_proj self_attn.kv_b_proj mlp.gate.weight experts.gate_up_proj experts.down_proj
+shared_experts.up_proj norm.weight lm_head""".split()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_that_differs_in_any_part_has_another_digest(part: str):
+    model = tiny_model()
+    before = model_digest(model)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if part in name).mul_(1.5)
+    assert model_digest(model) != before
+
+
+def spaced(length: int) -> set[int]:
+    """64 places over a tensor, the first and the last among them, by whole numbers."""
+    return {length - 1 if i == 63 else i * (length - 1) // 63 for i in range(64)}
+
+
+# 9600 values: no other of the 64 places is a whole number, which rounding might turn into the one below.
+@pytest.mark.parametrize("place", [0, 152, 304, 4875, 9446, 9447, 9598, 9599, 1, 63, 151, 153, 4800, 4874, 4876])
+def test_64_evenly_spaced_values_of_a_tensor_make_the_digest(place: int):
+    model = tiny_model()
+    before = model_digest(model)
+    assert model.lm_head.weight.numel() == 9600
+    with torch.no_grad():
+        model.lm_head.weight.view(-1)[place] += 1
+    assert (model_digest(model) != before) == (place in spaced(9600))
+
+
+@pytest.mark.parametrize("place", range(0, 32, 5))
+def test_of_a_small_tensor_every_value_counts(place: int):
+    model = tiny_model()
+    before = model_digest(model)
+    with torch.no_grad():
+        model.model.norm.weight[place] += 1
+    assert model_digest(model) != before
+
+
+def test_the_digest_stays_what_earlier_adapters_say_of_their_base(tmp_path):
+    """Of names, shapes and values that are exact in bfloat16, hashed in the order of the names."""
+    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    expected = hashlib.sha256()
+    for name, tensor in sorted(load_file(base / WEIGHTS).items()):
+        length = tensor.numel()
+        places = torch.linspace(0, length - 1, min(64, length), dtype=torch.float64).long()
+        expected.update(f"{name} {tuple(tensor.shape)} ".encode())
+        expected.update(tensor.flatten()[places].float().numpy().tobytes())
+    assert Checkpoint.open(base).digest() == expected.hexdigest()
+
+
+def rename_one(tensors: dict) -> None:
+    """To a name that sorts into the same place, so that the values stay in their order."""
+    tensors["model.layers.0.self_attn.renamed.weight"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("change", [rename_one, lambda t: t.update({HEAD: t[HEAD].reshape(32, 300)})])
+def test_names_and_shapes_are_in_the_digest(tmp_path, change):
+    base = save_tiny(tmp_path / "base")
+    before = Checkpoint.open(base).digest()
+    rewrite(base, change)
+    assert Checkpoint.open(base).digest() != before
+
+
+def test_the_digest_is_the_same_however_the_tensors_lie_in_files(tmp_path):
+    one = Checkpoint.open(save_tiny(tmp_path / "one"))
+    many = Checkpoint.open(shards(tmp_path / "many"))
+    assert one.digest() == many.digest()
+    assert set(one.files.values()) == {WEIGHTS}
+    assert one.files.keys() == many.files.keys()
+    for name, file in many.files.items():
+        assert name in load_file(many.folder / file)
+
+
+def test_a_tied_weight_is_in_the_digest_once():
+    model = tiny_model("qwen3_moe", tie_word_embeddings=True)
+    alone = tiny_model("qwen3_moe", tie_word_embeddings=True)
+    alone.state_dict = lambda: {n: t for n, t in model.state_dict().items() if n != HEAD}
+    assert HEAD in model.state_dict()
+    assert model_digest(model) == model_digest(alone)
+
+
+def test_weights_that_are_elsewhere_have_no_digest():
+    model = tiny_model()
+    model.model.norm.to("meta")
+    with pytest.raises(esft.InputError, match=r"^model\.norm\.weight: the weights are not in memory"):
+        model_digest(model)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "granitemoe", "gpt_oss", "qwen3_vl_moe"])
+def test_files_that_hold_the_models_own_tensors_are_told_apart_and_have_the_same_digest(tmp_path, family: str):
+    model = multimodal.tiny() if family == "qwen3_vl_moe" else zoo.tiny(family)
+    model.save_pretrained(tmp_path / "own", save_original_format=False)
+    model.save_pretrained(tmp_path / "original")
+    if family == "qwen3_vl_moe":  # the same names, transposed
+        multimodal.as_on_the_hub(tmp_path / "original")
+    own, original = Checkpoint.open(tmp_path / "own"), Checkpoint.open(tmp_path / "original")
+    assert not original.as_in_memory
+    assert own.as_in_memory == (family != "gpt_oss")  # whose two forms are one
+    assert own.digest() == original.digest() == model_digest(model)
+
+
+def test_extra_prediction_layers_do_not_count(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    digest = Checkpoint.open(base).digest()
+    tensors = load_file(base / "model.safetensors")
+    extra = {name.replace("layers.2.", "layers.3."): t.clone() for name, t in tensors.items() if "layers.2." in name}
+    save_file(tensors | extra, base / "model.safetensors", {"format": "pt"})
+    assert extra
+    assert Checkpoint.open(base).digest() == digest
+
+
+def test_further_prediction_layers_are_no_weights_of_the_model_but_those_of_another_tower_are(tmp_path):
+    base = Checkpoint.open(save_tiny(tmp_path / "base"))  # three layers
+    names = {"model.layers.3.mlp.experts.0.up_proj.weight": "", "vision_tower.layers.7.attn.weight": ""}
+    checkpoint = Checkpoint(base.folder, base.files | names, base.config)
+    assert not checkpoint.belongs("model.layers.3.mlp.experts.0.up_proj.weight")
+    assert not checkpoint.belongs("model.layers.3.embed.weight")
+    assert not checkpoint.belongs("model.layers.10.embed.weight")
+    assert checkpoint.belongs("model.layers.2.mlp.experts.0.up_proj.weight")
+    assert checkpoint.belongs("vision_tower.layers.7.attn.weight")
+    assert checkpoint.belongs("model.norm.weight")
+    assert not checkpoint.belongs("model.rotary_emb.inv_freq")
+    assert not checkpoint.belongs("model.layers.0.self_attn.rotary_emb.inv_freq")

@@ -1,0 +1,216 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import esft
+from esft.checkpoint.folder import Checkpoint
+from tests.esft import test_multimodal as multimodal
+from tests.esft import zoo
+from tests.esft.models import save_tiny, tiny_model
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def rewrite(base: Path, change) -> None:
+    """Change the tensors of a checkpoint's one file."""
+    tensors = load_file(base / WEIGHTS)
+    change(tensors)
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+
+
+def rewrite_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def shards(folder: Path) -> Path:
+    tiny_model().save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def second_name(tensors: dict, held: str, head: str = HEAD) -> None:
+    """Give a tied embedding's second name what it has in some files."""
+    value = tensors[EMBEDDING].clone()
+    tensors[head] = {"two values": value * 2, "two dtypes": value.bfloat16(), "two shapes": value[:-1]}.get(held, value)
+    if held == "two dtypes":
+        tensors[EMBEDDING] = value.bfloat16().float()
+    if held == "second":
+        del tensors[EMBEDDING]
+
+
+@pytest.mark.parametrize(
+    ("held", "tied", "names"),
+    [
+        ("first", True, [EMBEDDING]),
+        ("second", True, [HEAD]),
+        ("both", True, [EMBEDDING, HEAD]),
+        ("two values", False, [EMBEDDING]),
+        ("two dtypes", False, [EMBEDDING]),
+        ("two shapes", False, [EMBEDDING]),
+    ],
+)
+def test_tied_weights_are_one_unless_the_files_hold_two(tmp_path, held: str, tied: bool, names: list[str]):
+    tiny_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path)
+    once = Checkpoint.open(tmp_path).digest()
+    if held != "first":
+        rewrite(tmp_path, lambda tensors: second_name(tensors, held))
+    found = Checkpoint.open(tmp_path)
+    assert found.tied == ({HEAD: EMBEDDING} if tied else {})
+    assert found.names_of(EMBEDDING) == names
+    assert found.names_of(HEAD) == ([HEAD] if HEAD in found.files else [])
+    assert found.names_of("model.norm.weight") == ["model.norm.weight"]
+    assert found.names_of("nothing") == []
+    assert (found.digest() == once) == tied
+
+
+@pytest.mark.parametrize(("original", "head"), [(True, "head.weight"), (False, HEAD)])
+def test_tied_weights_have_the_names_of_the_files(tmp_path, original: bool, head: str):
+    """The original format of this family has another name for the head."""
+    zoo.tiny("deepseek_v4", tie_word_embeddings=True).save_pretrained(tmp_path, save_original_format=original)
+    assert Checkpoint.open(tmp_path).tied == {head: EMBEDDING}
+    rewrite(tmp_path, lambda tensors: second_name(tensors, "both", head))
+    found = Checkpoint.open(tmp_path)
+    assert found.as_in_memory != original
+    assert found.tied == {head: EMBEDDING}
+
+
+def test_tied_weights_are_compared_over_two_files(tmp_path):
+    tiny_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    save_file(tensors, tmp_path / "one.safetensors")
+    files = dict.fromkeys(tensors, "one.safetensors") | {HEAD: "two.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": files}))
+    for factor in (1, 2):
+        save_file({HEAD: tensors[EMBEDDING] * factor}, tmp_path / "two.safetensors")
+        assert Checkpoint.open(tmp_path).tied == ({HEAD: EMBEDDING} if factor == 1 else {})
+
+
+def test_where_a_tensor_lies_is_found_in_its_own_file_and_a_wrong_index_is_named(tmp_path):
+    base = shards(tmp_path / "base")
+    found = Checkpoint.open(base)
+    for name in (HEAD, "model.layers.1.mlp.experts.3.up_proj.weight"):
+        stored, tensor = found.stored(name), load_file(base / found.files[name])[name]
+        content = (base / found.files[name]).read_bytes()[stored.start : stored.end]
+        assert (stored.dtype, stored.shape) == ("F32", tuple(tensor.shape))
+        assert content == tensor.numpy().tobytes()
+    other = next(file for file in found.files.values() if file != found.files[HEAD])
+    rewrite_json(base / INDEX, lambda index: index["weight_map"].update({HEAD: other}))
+    with pytest.raises(esft.InputError, match=rf"base/{other}: holds no tensor {HEAD}, as the index says"):
+        Checkpoint.open(base).stored(HEAD)
+
+
+def test_the_dtype_is_the_configurations_of_the_text_model(tmp_path):
+    assert Checkpoint.open(save_tiny(tmp_path / "a", dtype=torch.bfloat16)).dtype == torch.bfloat16
+    found = Checkpoint.open(save_tiny(tmp_path / "b"))
+    assert found.dtype == torch.float32
+    for value, dtype in (("float16", torch.float16), (torch.bfloat16, torch.bfloat16), (None, None)):
+        vars(found.config)["dtype"] = value
+        assert found.dtype is dtype
+    model = multimodal.tiny()
+    model.config.text_config.dtype, model.config.dtype = torch.bfloat16, torch.float32
+    assert Checkpoint(tmp_path, {}, model.config).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("architectures", "wanted"),
+    [
+        (["DeepseekV2ForSequenceClassification"], "DeepseekV2ForSequenceClassification"),
+        (["DeepseekV2ForCausalLM", "DeepseekV2Model"], "DeepseekV2ForCausalLM"),
+        (["OfAnotherLibrary"], "DeepseekV2ForCausalLM"),
+        (["DeepseekV2Config"], "DeepseekV2ForCausalLM"),  # a class, but no model
+        (["pipeline"], "DeepseekV2ForCausalLM"),  # no class at all
+        ([], "DeepseekV2ForCausalLM"),
+        (None, "DeepseekV2ForCausalLM"),
+    ],
+)
+def test_the_skeleton_is_of_the_class_that_the_configuration_names(tmp_path, architectures, wanted: str):
+    base = save_tiny(tmp_path / "base")
+    rewrite_json(base / "config.json", lambda config: config.update(architectures=architectures))
+    skeleton = Checkpoint.open(base).skeleton
+    assert type(skeleton).__name__ == wanted
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_act", "foo"), ("num_hidden_layers", "x"), ("architectures", ["BertModel"])]
+)
+def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
+    tiny_model().save_pretrained(tmp_path)
+    rewrite_json(tmp_path / "config.json", lambda config: config.update({key: value}))
+    with pytest.raises(esft.InputError, match=r"config\.json: (makes no model|not a model's configuration) \(."):
+        _ = Checkpoint.open(tmp_path).skeleton
+
+
+def lose(*names: str):
+    return lambda base: rewrite(base, lambda tensors: [tensors.pop(name) for name in names])
+
+
+def truncate(base):
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+
+
+OUTPUTS = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "{", "not a model's configuration"),
+        ("config.json", '{"model_type": "unheard_of"}', "not a model's configuration"),
+        (INDEX, "{}", r"index\.json: has no weight_map"),
+        (INDEX, "[]", r"index\.json: has no weight_map"),
+        (INDEX, '{"weight_map": ["model.safetensors"]}', r"index\.json: has no weight_map"),
+        (WEIGHTS, "nonsense", r"model\.safetensors: not a readable safetensors file"),
+    ],
+)
+def test_a_damaged_folder_is_refused(tmp_path, file: str, text: str, message: str):
+    base = save_tiny(tmp_path / "base")
+    (base / file).write_text(text)
+    with pytest.raises(esft.InputError, match=message):
+        Checkpoint.open(base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../elsewhere/model.safetensors", "sub/model.safetensors", "", 7, None, "..", "pytorch_model.bin", "safetensors"],
+)
+def test_an_index_that_names_no_file_of_its_folder_is_refused(tmp_path, name):
+    base = shards(tmp_path / "base")
+    rewrite_json(base / INDEX, lambda index: index["weight_map"].update({HEAD: name}))
+    with pytest.raises(esft.InputError, match=rf"index\.json: {name!r} is not the name of a safetensors file"):
+        Checkpoint.open(base)
+
+
+def test_a_folder_without_a_config_or_without_weights_is_refused(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    assert Checkpoint.open(str(base)).folder == base
+    (base / WEIGHTS).rename(base / "pytorch_model.bin")
+    with pytest.raises(esft.InputError, match=rf"base: no {WEIGHTS} and no {INDEX} \(pickled weights are never"):
+        Checkpoint.open(base)
+    (base / WEIGHTS).mkdir()
+    with pytest.raises(esft.InputError, match="pickled weights are never"):
+        Checkpoint.open(base)
+    (base / "config.json").rename(base / "other.json")
+    (base / "config.json").mkdir()
+    with pytest.raises(esft.InputError, match=r"base: not a checkpoint folder \(no config\.json\)"):
+        Checkpoint.open(base)
+
+
+def test_a_base_with_two_sets_of_weights_is_refused_and_an_index_of_the_one_file_is_not(tmp_path):
+    base, other = tmp_path / "base", shards(tmp_path / "shards")
+    tiny_model().save_pretrained(base)
+    shutil.copyfile(other / INDEX, base / INDEX)
+    with pytest.raises(esft.InputError, match=r"base: holds model\.safetensors and an index of other files"):
+        Checkpoint.open(base)
+    rewrite_json(base / INDEX, lambda index: index["weight_map"].update(dict.fromkeys(index["weight_map"], WEIGHTS)))
+    assert Checkpoint.open(base).digest() == Checkpoint.open(other).digest()

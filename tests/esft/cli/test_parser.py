@@ -1,0 +1,319 @@
+"""The command, stage after stage on a model built here, and its one-line errors."""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import esft
+from esft.checkpoint.load import load_model
+from esft.cli import parser as command
+from esft.cli.parser import main
+from esft.training.evaluate import load_any_adapter
+from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base")
+    write_records(tmp_path / "d.jsonl")
+    return tmp_path
+
+
+def test_the_whole_path(work, capsys):
+    stages = [
+        "score --model base --data d.jsonl --out scores.json --max-length 64",
+        "select --scores scores.json --model base --top-p 0.4 --out experts.json --plot experts.png",
+        "train --model base --data d.jsonl --eval-data d.jsonl --experts experts.json --out run --steps 8 --lr 3e-3 "
+        "--batch-size 8 --max-length 64 --quiet",
+        "report run",
+        "eval --model base --adapter run/adapter --data d.jsonl --quiet --out eval.json",
+        "merge --model base --adapter run/adapter --out merged",
+        "eval --model merged --data d.jsonl --quiet",
+        "generate --model merged --prompt 'say a' --prompt 'say b' --max-new-tokens 4",
+    ]
+    printed = []
+    for stage in stages:
+        assert main(shlex.split(stage)) == 0, capsys.readouterr().err
+        printed.append(capsys.readouterr().out)
+    chosen = json.loads((work / "experts.json").read_text())
+    assert set(chosen) == {"experts", "shared_experts", "non_expert_modules"}
+    assert (work / "experts.png").read_bytes().startswith(b"\x89PNG")
+    assert "tokens/s" in printed[3]
+    with_adapter, merged = json.loads(printed[4]), json.loads(printed[6])
+    assert with_adapter == pytest.approx(merged, rel=1e-5)
+    assert len(json.loads((work / "eval.json").read_text())["answers"]) == 24
+    assert [line for line in printed[7].splitlines() if not line.startswith(" ")] == ["say a", "say b"]
+    tuned = load_any_adapter(load_model("base"), "run/adapter")
+    stock = AutoModelForCausalLM.from_pretrained("merged").eval()
+    assert torch.equal(stock(**token_batch()).logits, tuned(**token_batch()).logits)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("score --model base --data absent.jsonl --out s.json", "absent.jsonl: No such file"),
+        ("score --model base --data d.jsonl --out there.json", "there.json: exists already"),
+        ("score --model base --data d.jsonl --out d.jsonl/s.json", "is not a folder"),
+        ("score --model base --data d.jsonl --out base --overwrite", "base: is a folder"),
+        ("score --model base --data broken.jsonl --out s.json", "broken.jsonl: line 2: not JSON"),
+        ("score --model base --data question.jsonl --out s.json", "question.jsonl: line 1: no assistant turn"),
+        ("score --model dense --data d.jsonl --out s.json", "no MoE layers"),
+        ("select --scores nan.json --out e.json", "expert 0 has score nan"),
+        ("select --scores none.json --out e.json", "no token scores"),
+        ("select --scores strange.json --model base --out e.json", "no expert 8"),
+        ("select --scores other.json --out e.json --plot no/such/x.png", "no/such"),
+        ("train --model base --data d.jsonl --experts nothing.json --out run", "selection is empty"),
+        ("train --model base --data d.jsonl --out . --method full --overwrite", "would replace"),
+        ("train --model base --data d.jsonl --out d.jsonl/run --method full", "is not a folder"),
+        ("merge --model other_base --adapter adapter --out m", "made from another base"),
+        ("score --model absent --data d.jsonl --out s.json", "absent: cannot load"),
+        ("score --model base --data empty.jsonl --out s.json", "empty.jsonl: holds no records"),
+        ("select --scores d.jsonl --out e.json", "d.jsonl: line 2: not JSON"),
+        ("select --scores other.json --model base --out e.json", "score file is of another model"),
+        ("select --scores other.json --top-p 1.5 --out e.json", "top_p must be in (0, 1], got 1.5"),
+        ("train --model base --data d.jsonl --out run", "method esft needs expert selection"),
+        ("train --model base --data d.jsonl --experts wrong.json --out run", "selection names layer 7"),
+        ("train --model base --data d.jsonl --out base --method full", "would replace base"),
+        ("train --model base --data d.jsonl --out run --method full --steps 0", "steps must be in [1, inf), got 0"),
+        ("merge --model base --adapter base --out m", "base: not an adapter folder"),
+        ("eval --model base --adapter absent --data d.jsonl", "absent: not an adapter folder"),
+        ("report base", "base: not a run folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(work, capsys, stage: str, message: str):
+    (work / "there.json").write_text("{}")
+    (work / "empty.jsonl").write_text("")
+    (work / "other.json").write_text('{"token_scores": {"1": {"0": 1.0}}, "gate_scores": {"1": {"0": 0.5}}}')
+    (work / "wrong.json").write_text('{"experts": {"7": [0]}}')
+    (work / "nothing.json").write_text('{"experts": {"1": []}}')
+    (work / "nan.json").write_text('{"token_scores": {"1": {"0": NaN}}, "gate_scores": {}}')
+    (work / "none.json").write_text('{"token_scores": {}, "gate_scores": {}}')
+    strange = json.dumps({layer: {str(e + 2): 0.125 for e in range(8)} for layer in ("1", "2")})
+    (work / "strange.json").write_text(f'{{"token_scores": {strange}, "gate_scores": {strange}}}')
+    good = (work / "d.jsonl").read_text()
+    (work / "broken.jsonl").write_text(good.splitlines()[0] + "\n{\n")
+    (work / "question.jsonl").write_text('{"messages": [{"role": "user", "content": "say a"}]}\n')
+    if "adapter" in stage:
+        save_tiny(work / "other_base", seed=1)
+        esft.save_adapter(esft.swap(load_model("base"), esft.ExpertSelection({1: [0]})), "adapter")
+    if "dense" in stage:
+        config = AutoConfig.for_model(
+            "llama", vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained("dense")
+        tiny_tokenizer().save_pretrained("dense")
+    capsys.readouterr()
+    before = sorted(work.rglob("*"))
+    assert main(stage.split()) == 2
+    captured = capsys.readouterr()
+    lines = [
+        line for line in captured.err.splitlines() if line.strip() and "Loading weights" not in line
+    ]  # transformers' progress bar
+    assert len(lines) == 1 and lines[0].startswith("esft: ") and message in lines[0]
+    assert sorted(work.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("select --scores s.json --out e.json --top-p x", "invalid float value: 'x'"),
+        ("eval --model base --data d.jsonl --batch-size 0", "must be at least 1, got 0"),
+        ("eval --model base --data d.jsonl --limit -7", "must be at least 1, got -7"),
+        ("generate --model base --prompt a --max-new-tokens many", "invalid whole number value: 'many'"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(capsys, stage: str, message: str):
+    with pytest.raises(SystemExit, match="2"):
+        main(stage.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_run_resumes_with_the_settings_it_was_begun_with(work, capsys):
+    (work / "experts.json").write_text('{"experts": {"1": [0]}}')
+    (work / "others.json").write_text('{"experts": {"1": [1]}}')
+    save_tiny(work / "other_base", seed=1)
+    write_records(work / "other.jsonl", 16)
+    begin = (
+        "train --model base --data d.jsonl --out run --experts experts.json --lr 1e-3 --batch-size 8 --steps 2 --quiet"
+    )
+    assert main(begin.split()) == 0
+    assert main("train --model base --data d.jsonl --out run --resume --steps 4 --quiet".split()) == 0
+    rates = [json.loads(line)["lr"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rates == [1e-3] * 4
+    before = {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for change, message in {
+        "--lr 1e-4": "cannot resume with lr 0.0001: the run was begun with 0.001",
+        "--method full": "cannot resume with method full",
+        "--experts others.json": "cannot resume with another expert selection",
+        "--model other_base": "cannot resume with model other_base",
+        "--data other.jsonl": "cannot resume with data other.jsonl",
+    }.items():
+        stage = f"train --model base --data d.jsonl --out run --resume --quiet {change}"
+        assert main(stage.split()) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()} == before
+
+
+def parsed(monkeypatch, text: str) -> dict:
+    """What the stage of a command line gets."""
+    got = []
+    monkeypatch.setattr(command, "COMMANDS", dict.fromkeys(command.COMMANDS, got.append))
+    assert main(text.split()) == 0
+    return vars(got[0])
+
+
+INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": 4096}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "score --model m --data d --out o",
+            {
+                **INFERENCE, "data": "d", "out": "o", "batch_size": 1, "max_tokens": 131_072, "overwrite": False,
+                "quiet": False,
+            },
+        ),
+        (
+            "select --scores s --out o",
+            {
+                "scores": "s", "by": "token", "top_p": 0.2, "out": "o", "model": None, "shared_experts": False,
+                "non_expert_modules": False, "plot": None, "overwrite": False,
+            },
+        ),
+        (
+            "train --model m --data d --out o",
+            {
+                **dict.fromkeys(field.name for field in fields(esft.TrainConfig)),
+                **dict.fromkeys(("eval_data", "experts", "config")),
+                "model": "m", "data": "d", "out": "o", "resume": False, "overwrite": False, "quiet": False,
+            },
+        ),
+        (
+            "eval --model m --data d",
+            {
+                **INFERENCE, "batch_size": 64, "adapter": None, "data": "d", "limit": None, "loss_only": False,
+                "out": None, "overwrite": False, "quiet": False,
+            },
+        ),
+        (
+            "generate --model m --prompt a --prompt b",
+            {**INFERENCE, "batch_size": 64, "adapter": None, "prompt": ["a", "b"], "max_new_tokens": 128},
+        ),
+        ("merge --model m --adapter a --out o", {"model": "m", "adapter": "a", "out": "o", "overwrite": False}),
+        ("report r", {"run": "r"}),
+    ],
+)  # fmt: skip
+def test_a_stage_gets_these_values_where_nothing_else_is_said(monkeypatch, text: str, expected: dict):
+    assert parsed(monkeypatch, text) == {"stage": text.split()[0], **expected}
+
+
+def test_the_values_of_a_training_become_settings(monkeypatch):
+    got = parsed(
+        monkeypatch,
+        "train --model m --data d --out o --micro-batch-size 2 --lr 1e-3 --steps 3 --warmup-steps 4 --decay 0.5 "
+        "--seed 6 --max-length 7 --batch-size 8",
+    )
+    expected = {
+        "micro_batch_size": 2, "lr": 1e-3, "steps": 3, "warmup_steps": 4, "decay": 0.5, "seed": 6, "max_length": 7,
+        "batch_size": 8,
+    }  # fmt: skip
+    config = esft.TrainConfig.load(None, **{name: got[name] for name in expected})
+    assert config == esft.TrainConfig(**expected)
+
+
+REQUIRED = {
+    "score": "--model m --data d --out o",
+    "select": "--scores s --out o",
+    "train": "--model m --data d --out o",
+    "eval": "--model m --data d",
+    "generate": "--model m --prompt a",
+    "merge": "--model m --adapter a --out o",
+}
+
+
+@pytest.mark.parametrize(("stage", "option"), [(s, o) for s, text in REQUIRED.items() for o in text.split()[::2]])
+def test_what_a_stage_cannot_do_without_is_asked_for(capsys, stage: str, option: str):
+    words = REQUIRED[stage].split()
+    left = [word for i in range(0, len(words), 2) if words[i] != option for word in words[i : i + 2]]
+    with pytest.raises(SystemExit, match="2"):
+        main([stage, *left])
+    assert capsys.readouterr().err == f"esft {stage}: the following arguments are required: {option}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train --model m --data d --out o --method sft",
+        "train --model m --data d --out o --recompute all",
+        "train --model m --data d --out o --dtype int8",
+        "train --model m --data d --out o --backend gpu",
+        "select --scores s --out o --by name",
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused(capsys, text: str):
+    with pytest.raises(SystemExit, match="2"):
+        main(text.split())
+    assert f"invalid choice: '{text.split()[-1]}'" in capsys.readouterr().err
+
+
+def test_no_stage_and_no_run_are_refused(capsys):
+    for arguments, missing in (([], "stage"), (["report"], "run")):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert f"the following arguments are required: {missing}" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_is_one_line_where_it_names_a_file_and_is_raised_where_not(monkeypatch, capsys):
+    def fails(error: Exception):
+        def stage(_):
+            raise error
+
+        monkeypatch.setattr(command, "COMMANDS", {"report": stage})
+
+    fails(OSError(28, "No space left on device", "some/file"))
+    assert main(["report", "r"]) == 2
+    assert capsys.readouterr().err == "esft: some/file: No space left on device\n"
+    for error in (OSError("of nothing in particular"), RuntimeError("a mistake of ours")):
+        fails(error)
+        with pytest.raises(type(error), match=str(error)):
+            main(["report", "r"])
+
+
+def test_the_script_keeps_memory_and_ends_with_the_status_of_its_arguments(monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(command, "keep_memory", lambda: done.append("kept"))
+    monkeypatch.setattr(sys, "argv", ["esft", "report", "no/such/run"])
+    with pytest.raises(SystemExit) as ended:
+        command.entry()
+    assert ended.value.code == 2 and done == ["kept"]
+    assert "no/such/run: not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("platform", "has", "asked"), [("linux", True, 2), ("linux", False, 0), ("win32", True, 0)])
+def test_freed_memory_is_kept_where_the_system_can_be_told(monkeypatch, platform: str, has: bool, asked: int):
+    told = []
+    libc = SimpleNamespace(mallopt=lambda *values: told.append(values)) if has else SimpleNamespace()
+    monkeypatch.setattr(command.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(command.sys, "platform", platform)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    command.keep_memory()
+    # M_TRIM_THRESHOLD is -1 and M_MMAP_MAX is -4 in glibc's malloc.h: never trim, and map nothing on its own.
+    assert told == [(-1, -1), (-4, 0)][:asked]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"  # what the user has set stays
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    command.keep_memory()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")

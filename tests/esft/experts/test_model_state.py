@@ -1,0 +1,109 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import esft
+from esft.experts.model_state import (
+    Adapters,
+    ModelState,
+    Swapped,
+    known_state,
+    model_state,
+    once_per_model,
+    settle_adapter,
+    swapped_state,
+    uncompiled,
+)
+from esft.selection import ExpertSelection
+from tests.esft.models import tiny_model
+
+
+def test_looking_at_a_model_puts_nothing_on_it():
+    model = nn.Linear(2, 2)
+    before = set(vars(model))
+    assert known_state(model) == ModelState(None, None, frozenset(), {})
+    assert set(vars(model)) == before
+
+
+def test_what_is_added_to_a_models_state_stays_with_it_and_with_its_copies():
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model_state(model).settled = frozenset({"a"})
+    assert model_state(model) is known_state(model) is vars(model)["esft_state"]
+    assert known_state(other).settled == frozenset()
+    twin = copy.deepcopy(model)
+    assert known_state(twin).settled == {"a"} and known_state(twin) is not known_state(model)
+
+
+def test_a_wrapper_has_not_its_models_state():
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name: str):
+            return super().__getattr__(name) if name in ("inner", "_modules") else getattr(self.inner, name)
+
+    model = nn.Linear(2, 2)
+    model_state(model).settled = frozenset({"a"})
+    assert known_state(Wrapper(model)).settled == frozenset()
+    assert model_state(Wrapper(model)).settled == frozenset()
+
+
+def test_a_function_runs_once_for_each_model():
+    asked = []
+
+    @once_per_model
+    def answer(model):
+        """What it says."""
+        asked.append(model)
+        return len(asked)
+
+    @once_per_model
+    def other(model):
+        return "other"
+
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert [answer(one), answer(two), answer(one), other(one)] == [1, 2, 1, "other"]
+    assert asked == [one, two] and answer.__doc__ == "What it says."
+
+
+def test_what_is_found_may_be_nothing():
+    asked = []
+    find = once_per_model(lambda model: asked.append(model))
+    model = nn.Linear(2, 2)
+    assert find(model) is None and find(model) is None and len(asked) == 1
+
+
+def test_the_state_of_a_swap_is_there_for_swapped_models_only():
+    model = nn.Linear(2, 2)
+    with pytest.raises(esft.InputError, match="^the model is not swapped$"):
+        swapped_state(model)
+    swapped = Swapped(ExpertSelection({}), "digest", {}, {})
+    assert swapped.stock == {} and swapped.load_hook is None
+    model_state(model).swapped = swapped
+    assert swapped_state(model) is swapped
+
+
+def test_a_set_adapter_becomes_a_part_of_the_base_and_one_that_is_only_held_stays():
+    model = nn.Linear(2, 2)
+    settle_adapter(model)
+    state = model_state(model)
+    state.adapters = Adapters("digest", base={"a": torch.zeros(1)})
+    settle_adapter(model)
+    assert state.adapters is not None and state.settled == frozenset()
+    state.adapters.active, state.settled = "default", frozenset({"b"})
+    settle_adapter(model)
+    assert state.adapters is None and state.settled == {"a", "b"}
+
+
+def test_a_compiled_model_is_looked_into_and_swaps_back():
+    model = tiny_model()
+    assert uncompiled(model) is model
+    esft.swap(model, ExpertSelection({1: [2]}))
+    compiled = torch.compile(model)
+    assert uncompiled(compiled) is model
+    assert esft.unswap(compiled) is compiled
+    assert known_state(model).swapped is None
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,273 @@
+"""What the loop computes, logs and stores, step by step; whole runs are in test_train_runs."""
+
+import importlib
+import itertools
+import json
+import math
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import esft
+from esft.checkpoint.device import peak_rss
+from esft.checkpoint.load import load_model
+from esft.selection import ExpertSelection
+from esft.training.balance import balance_losses
+from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
+from esft.training.optim import MasterAdamW
+from tests.esft.models import chat, save_tiny, tiny_tokenizer, write_records
+from tests.esft.runs import SELECTION, FakeLoss, base_and_data, column, metrics, run, settings
+
+train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
+PAD = 258
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return base_and_data(tmp_path_factory.mktemp("saved")).parent
+
+
+@pytest.fixture
+def base(tmp_path, saved):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def out(base):
+    return base.parent / "run"
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A FakeLoss in the forward pass's place, and a fixed loss on evaluation data."""
+    loss = FakeLoss()
+    monkeypatch.setattr(train_module, "batch_loss", loss)
+    monkeypatch.setattr(train_module, "mean_loss", lambda *_: 0.25)
+    return loss
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What the optimizer is told: a rate and the gradients by name, of every step."""
+    told = []
+
+    class Recorded(MasterAdamW):
+        def step(self, lr: float) -> float:
+            told.append((lr, {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None}))
+            return super().step(lr)
+
+    monkeypatch.setattr(train_module, "MasterAdamW", Recorded)
+    return told
+
+
+@pytest.mark.parametrize("aux_loss", [0.0, 2.0])
+@pytest.mark.parametrize("together", [None, 3])
+def test_a_step_has_the_gradient_of_the_mean_over_the_batchs_tokens_and_of_the_weighted_balance(
+    base, out, monkeypatch, steps, together: int | None, aux_loss: float
+):
+    draw = torch.Generator().manual_seed(0)
+    examples = []
+    for length in (3, 5, 8, 9, 12, 17, 20, 31):  # long ones last: the parts have very unlike numbers of tokens
+        ids = torch.randint(0, 256, (length,), generator=draw).tolist()
+        learnt = torch.rand(length, generator=draw) < 0.6
+        examples.append(Example(ids, [t if yes else IGNORE for t, yes in zip(ids, learnt.tolist(), strict=True)]))
+    examples[0].labels[0] = examples[0].ids[0]  # nothing comes before a first token: it cannot be learnt
+    monkeypatch.setattr(train_module, "encode_all", lambda *_: examples)
+    config = settings(method="full", steps=1, micro_batch_size=together, aux_loss=aux_loss, dtype="float32")
+    run(base, "run", config, None, eval_data=None)
+
+    model = load_model(str(base), "float32")
+    (order,) = epoch_batches(examples, 8, config.seed, 0)
+    total, balance = torch.zeros(()), torch.zeros(())
+    for start in range(0, 8, together or 8):
+        part = [examples[i] for i in order[start : start + (together or 8)]]
+        batch = collate(part, PAD)
+        with balance_losses(model, batch["attention_mask"]) as found:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["labels"][:, 1:].flatten()
+        total = total + F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORE, reduction="sum")
+        balance = balance + len(part) / 8 * sum(found)
+    loss = total / sum(label != IGNORE for example in examples for label in example.labels[1:])
+    (loss + aux_loss * balance).backward()
+
+    ((_, gradients),) = steps
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    alike = gradients.keys() & expected.keys()  # all but the experts, which are in pools
+    assert {"model.layers.1.mlp.gate.weight", "model.embed_tokens.weight", "lm_head.weight"} <= alike
+    for name in alike:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=1e-6)
+    norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
+    (line,) = metrics(out)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert line.get("aux_loss") == (pytest.approx(balance.item(), rel=1e-5) if aux_loss else None)
+
+
+@pytest.mark.parametrize("together", [None, 2])
+def test_batches_are_those_of_epoch_after_epoch_in_parts(base, fake, together: int | None):
+    write_records(base.parent / "d.jsonl", 7)
+    run(base, "run", settings(steps=8, batch_size=3, micro_batch_size=together, seed=5), eval_data=None)
+    examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
+    batches = [batch for epoch in range(3) for batch in epoch_batches(examples, 3, 5, epoch)][:8]
+    parts = [batch[i : i + (together or 3)] for batch in batches for i in range(0, len(batch), together or 3)]
+    assert fake.batches == [collate([examples[i] for i in part], PAD)["input_ids"].tolist() for part in parts]
+
+
+def test_what_a_step_draws_depends_on_the_seed_and_the_step_alone(base, fake):
+    for name, seed, count in (("a", 0, 4), ("b", 0, 2), ("c", 1, 2)):
+        run(base, name, settings(steps=count, seed=seed), eval_data=None)
+    a, b, c = fake.drawn[:4], fake.drawn[4:6], fake.drawn[6:]
+    assert a[:2] == b
+    assert len({*a, *c}) == 6
+
+
+def test_the_loss_of_a_run_is_the_mean_of_its_last_twenty_steps(base, fake):
+    result = run(base, "run", settings(steps=23, save_every=99), eval_data=None)
+    assert result.train_loss == pytest.approx(sum(10 - call for call in range(4, 24)) / 20)
+    assert result.eval_loss is None
+    assert column(base.parent / "run", "eval_loss") == []
+
+
+def breaks(at: int):
+    calls = itertools.count(1)
+
+    def count() -> None:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+
+    return count
+
+
+def test_a_resumed_run_has_the_weights_and_moments_of_the_broken_one(base, out, monkeypatch):
+    config = settings(steps=4, save_every=2, dtype="bfloat16")
+    run(base, "whole", config)
+    real, count = train_module.batch_loss, breaks(4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "batch_loss", lambda *args: count() or real(*args))
+        run(base, "run", config)
+    run(base, "run", None, None, resume=True)  # with the settings and the selection that it was begun with
+    one, other = (load_file(base.parent / r / "adapter" / "adapter.safetensors") for r in ("whole", "run"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert column(out, "loss") == column(base.parent / "whole", "loss")
+
+
+def test_a_run_that_has_ended_goes_on_for_more_steps_and_none_are_left_for_fewer(base, out, fake):
+    run(base, "run", settings(steps=4, save_every=2), eval_data=None)
+    assert run(base, "run", settings(steps=5, save_every=2), resume=True, eval_data=None).steps == 5
+    assert column(out, "step") == [1, 2, 3, 4, 5]
+    result = run(base, "run", settings(steps=4, save_every=2), resume=True, eval_data=None)
+    assert math.isnan(result.train_loss) and result.eval_loss is None and result.tokens_per_second == 0
+
+
+def trains(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_layers_are_made_again_in_the_backward_of_every_micro_batch(base, monkeypatch):
+    calls, passes = [], []
+    real = train_module.batch_loss
+
+    def watched(model, batch):
+        calls.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+        if len(calls) == 1:
+            model.get_submodule("model.layers.2.mlp").register_forward_pre_hook(lambda *_: passes.append(1))
+        return real(model, batch)
+
+    monkeypatch.setattr(train_module, "batch_loss", watched)
+    run(base, "layers", settings(steps=1, micro_batch_size=3, recompute="layers"), eval_data=None)
+    assert calls == [True] * 3
+    assert len(passes) == 2 * 3
+
+
+def test_bad_input_leaves_nothing_behind(base):
+    folder = base.parent
+    bad, long, inside = folder / "bad.jsonl", folder / "long.jsonl", folder / "other" / "inside.jsonl"
+    bad.write_text("{\n")
+    long.write_text(json.dumps({"messages": chat("x" * 50, "y")}) + "\n")
+    save_tiny(folder / "other")
+    write_records(inside)
+    (folder / "file").write_text("")
+    for name, held in (("half", "config.yaml"), ("rest", "origin.json")):
+        (folder / name).mkdir()
+        (folder / name / held).write_text("{}")
+    there = sorted(folder.rglob("*"))
+    usual = {"model_path": str(base), "data": folder / "d.jsonl", "out": "x", "config": settings()}
+    cases = [
+        ({"selection": None, "config": None}, "method esft needs expert selection"),
+        ({"config": settings(method="full")}, "method full takes no expert selection"),
+        ({"config": settings(method="lora")}, "method lora takes no expert selection"),
+        ({"selection": ExpertSelection({9: [0]})}, "names layer 9"),
+        ({"selection": ExpertSelection({1: []})}, "selection is empty"),
+        ({"model_path": str(folder / "no")}, "no: cannot load"),
+        ({"data": bad}, "bad.jsonl: line 1"),
+        ({"eval_data": bad}, "bad.jsonl: line 1"),
+        ({"data": long, "config": settings(max_length=30)}, "long.jsonl: no record has its answer within 30 tokens"),
+        ({"eval_data": long, "config": settings(max_length=30)}, "long.jsonl: no record has its answer within 30"),
+        ({"resume": True}, "x: holds no run to resume"),
+        ({"resume": True, "out": "half"}, "half: holds no run to resume"),
+        ({"resume": True, "out": "rest"}, "rest: holds no run to resume"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"out": "other"}, "other: holds something already"),
+        ({"out": "file", "overwrite": True}, "file: is a file"),
+        ({"out": "other", "overwrite": True}, "other: holds no run, and is not overwritten"),
+        ({"out": "base", "overwrite": True}, "would replace .*base, which is read"),
+        ({"out": "d.jsonl"}, "would replace .*d.jsonl, which is read"),
+        ({"out": "other", "overwrite": True, "data": inside}, "would replace .*inside.jsonl, which is read"),
+        ({"out": "other", "overwrite": True, "eval_data": inside}, "would replace .*inside.jsonl, which is read"),
+    ]
+    for change, message in cases:
+        given = {**usual, "selection": SELECTION, **change}
+        with pytest.raises(esft.InputError, match=message):
+            esft.train(**{**given, "out": folder / given["out"]})
+        assert sorted(folder.rglob("*")) == there
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda p: p.sum() * math.nan, "step 2: loss nan, gradient norm nan; lower the learning rate"),
+        (lambda p: p.sum() * 0 + math.inf, "step 2: loss inf, gradient norm 0.0;"),
+        (lambda p: (p * 0).abs().sum().sqrt(), "step 2: loss 0.0, gradient norm nan;"),
+    ],
+)
+def test_a_loss_or_a_gradient_that_is_not_finite_stops_the_run(base, out, monkeypatch, bad, message: str):
+    calls = itertools.count(1)
+
+    def loss(model, _):
+        trained = next(p for p in model.parameters() if p.requires_grad and p.numel())
+        return (bad(trained) if next(calls) == 2 else trained.sum() * 0), 1
+
+    monkeypatch.setattr(train_module, "batch_loss", loss)
+    with pytest.raises(esft.DivergenceError, match=message):
+        run(base, "run", settings(), eval_data=None)
+    assert column(out, "step") == [1]
+    assert not (out / "adapter").exists()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_where_it_is_wanted(base, fake, capfd, progress: bool):
+    run(base, "run", settings(steps=4, save_every=2), eval_data=None, progress=progress)
+    run(base, "run", settings(steps=5, save_every=2), eval_data=None, progress=progress, resume=True)
+    shown = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    bars = [line for line in shown if line.startswith("esft")]
+    assert bool(bars) == progress
+    if progress:
+        assert "0/4" in bars[0] and any("4/4" in bar and "loss=7.500" in bar for bar in bars)
+        assert any("2/5" in bar for bar in bars) and "5/5" in bars[-1]
+
+
+def test_the_largest_memory_is_in_bytes_on_every_system(monkeypatch):
+    import resource
+
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 if who == 0 else 9))
+    for platform, expected in (("linux", 3 * 1024), ("darwin", 3)):  # which counts in KiB, and which in bytes
+        monkeypatch.setattr(sys, "platform", platform)
+        assert peak_rss() == expected
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_rss() == 0

@@ -1,0 +1,117 @@
+"""What the loop computes, logs and stores, step by step; whole runs are in test_train_runs."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import esft
+from esft.checkpoint.digest import model_digest
+from esft.checkpoint.load import load_model, load_tokenizer
+from esft.experts.model_state import swapped_state
+from esft.training.config import TrainConfig
+from esft.training.methods import prepare
+from tests.esft.models import tiny_model, tiny_tokenizer
+from tests.esft.runs import SELECTION, base_and_data, column, run, settings
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return base_and_data(tmp_path_factory.mktemp("saved")).parent
+
+
+@pytest.fixture
+def base(tmp_path, saved):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def out(base):
+    return base.parent / "run"
+
+
+def test_full_fine_tuning_stores_the_whole_model_and_its_tokenizer_in_the_dtype_of_the_run(base, out):
+    result = run(base, "run", settings(method="full", steps=1, dtype="bfloat16"), None)
+    tensors, stock = load_file(out / "model" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert tensors.keys() == stock.keys()
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert result.trained_parameters == sum(t.numel() for t in stock.values())
+    assert not (out / "experts.json").exists() and not (out / "adapter").exists()
+    assert load_tokenizer(str(out / "model")).chat_template == tiny_tokenizer().chat_template
+    run(base, "run", settings(method="full", steps=1, dtype="bfloat16"), None, resume=True)  # replaces what it stored
+
+
+def test_a_lora_run_stores_what_peft_loads_with_its_base_and_is_the_same_for_one_seed(base, out):
+    pytest.importorskip("peft")
+    norms = {}
+    for name, seed, noise in (("run", 0, 1), ("again", 0, 2), ("other", 1, 1)):
+        torch.manual_seed(noise)
+        # All records at once: the seed's order of the data is no difference.
+        run(base, name, settings(method="lora", steps=1, seed=seed, batch_size=24, lora_rank=3, dtype="float32"), None)
+        norms[name] = column(base.parent / name, "grad_norm")[0]
+    assert norms["run"] == norms["again"] != pytest.approx(norms["other"], rel=1e-3)
+    manifest = json.loads((out / "adapter" / "manifest.json").read_text())
+    assert manifest["base_digest"] == model_digest(load_model(str(base)))
+    assert manifest["chosen_by"] == {"lora_rank": 3}
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 3
+    run(base, "run", None, None, resume=True)  # replaces what it stored
+
+
+def trains(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_each_method_lets_train_what_it_says():
+    full = prepare(tiny_model(), TrainConfig(method="full"), None)
+    assert trains(full) == {name for name, _ in full.named_parameters() if ".frozen_" not in name}
+    assert all(p.numel() == 0 for name, p in full.named_parameters() if ".frozen_" in name)
+    assert swapped_state(full).selection.experts == {1: list(range(8)), 2: list(range(8))}
+    chosen = prepare(tiny_model(), TrainConfig(), SELECTION)
+    assert swapped_state(chosen).selection == SELECTION
+    assert trains(chosen) == {
+        f"model.layers.{layer}.mlp.experts.trained_{p}_proj" for layer in (1, 2) for p in ("gate_up", "down")
+    }
+
+
+def test_lora_is_asked_for_on_every_linear_layer_but_the_head_and_on_every_expert(monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(peft, "get_peft_model", lambda *asked: asked)
+    stock = tiny_model()
+    model, lora = prepare(stock, TrainConfig(method="lora", lora_rank=3, lora_alpha=7), None)
+    assert model is stock
+    assert (lora.r, lora.lora_alpha, lora.task_type) == (3, 7, "CAUSAL_LM")
+    linear = {name for name, module in stock.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert "lm_head" in linear and set(lora.target_modules) == linear - {"lm_head"}
+    experts = {f"model.layers.{layer}.mlp.experts.{p}" for layer in (1, 2) for p in ("gate_up_proj", "down_proj")}
+    assert set(lora.target_parameters) == experts
+
+
+@pytest.mark.parametrize("recompute", ["none", "frozen", "layers"])
+def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(recompute: str):
+    model = prepare(tiny_model(), TrainConfig(recompute=recompute, backend="reference"), SELECTION)
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    assert (experts.recompute, experts.backend) == ("frozen" if recompute == "frozen" else "none", "reference")
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == (recompute == "layers")
+
+
+def test_a_model_that_cannot_make_its_layers_again_is_refused(monkeypatch):
+    model, asked = tiny_model(), []
+
+    def refuses(options):
+        asked.append(options)
+        raise ValueError("does not support it")
+
+    monkeypatch.setattr(model, "gradient_checkpointing_enable", refuses)
+    with pytest.raises(esft.InputError, match="recompute layers: does not support it"):
+        prepare(model, TrainConfig(recompute="layers"), SELECTION)
+    assert asked == [{"use_reentrant": False}]
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(esft.InputError, match="method lora needs the peft package: pip install 'esft\\[lora\\]'"):
+        prepare(tiny_model(), TrainConfig(method="lora"), None)
