@@ -16,7 +16,7 @@ from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
 from benchmarks.shapes import LayerShape
-from esft_kernels.expert_mlp import expert_mlp
+from esft_kernels.autograd_op import expert_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import expert_order, route
 

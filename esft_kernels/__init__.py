@@ -1,11 +1,11 @@
 """The routed experts of a Mixture-of-Experts layer: all forward, weight gradients of the trained ones only."""
 
 from esft_kernels.activation import Activation
+from esft_kernels.autograd_op import RECOMPUTE, expert_mlp
 from esft_kernels.backend import Gradients, Needs
 from esft_kernels.backends.resolve import BACKENDS, resolve_backend
-from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp
+from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
-from esft_kernels.routed_mlp import routed_mlp
 from esft_kernels.routing import Routing, expert_order, route
 
 __all__ = [

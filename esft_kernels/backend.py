@@ -37,7 +37,7 @@ class Gradients:
 class Backend(Protocol):
     """A module with these functions. What H holds between them is the backend's own affair.
 
-    Tensors are aligned (see ``esft_kernels.expert_mlp.aligned``), on one device and of one dtype, but for the routing
+    Tensors are aligned (see ``esft_kernels.autograd_op.aligned``), on one device and of one dtype, but for the routing
     weights, which may be float32.
     """
 

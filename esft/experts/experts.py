@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from esft_kernels.activation import SWIGLU, Activation
+from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
-from esft_kernels.routed_mlp import routed_mlp
 from esft_kernels.routing import expert_order
 
 PROJECTIONS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")

@@ -13,8 +13,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from esft.experts.plain_experts import plain_mlp
 from esft.experts.stock_layout import read_layout
+from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
-from esft_kernels.routed_mlp import routed_mlp
 
 NAME = "esft"
 

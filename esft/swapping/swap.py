@@ -24,8 +24,8 @@ from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, tra
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import attach, detach
+from esft_kernels.autograd_op import RECOMPUTE
 from esft_kernels.backends.resolve import resolve_backend
-from esft_kernels.expert_mlp import RECOMPUTE
 
 
 def swap(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from esft_kernels.backends.resolve import BACKENDS
 
 from esft.errors import InputError
 from esft.files import read_text
-from esft_kernels.expert_mlp import RECOMPUTE
+from esft_kernels.autograd_op import RECOMPUTE
+from esft_kernels.backends.resolve import BACKENDS
 
 # Learning rates of the paper (appendix A); any other default would need a reason of its own.
 PAPER_LR = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}

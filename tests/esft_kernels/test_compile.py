@@ -15,7 +15,7 @@ KERNELS = ("up_gemm", "grouped_gemm", "grad_gemm", "grouped_wgrad", "combine")
 # A grad_gemm tile whose accumulator and H do not fit the registers of four warps.
 SPILLING = """
 import sys
-from esft_kernels import tiles
+from esft_kernels.triton_ops import tiles
 from tools.compile_kernels import main
 real = tiles.choose_tiles
 def spilling(arch, dtype, op, rows, features):

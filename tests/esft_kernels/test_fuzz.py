@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from esft_kernels.autograd_op import RECOMPUTE, expert_mlp
 from esft_kernels.backend import Needs
-from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp
 from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
-from tests.esft_kernels.test_expert_mlp import exact
+from tests.esft_kernels.test_autograd_op import exact
 
 PADDING = 7  # rows beyond T that are never read
 

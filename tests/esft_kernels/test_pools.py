@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from esft_kernels.activation import SWIGLU, Activation
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
 
 D, F = 3, 5
 
@@ -95,3 +95,22 @@ def test_without_a_gate_nothing_is_split(interleaved):
     h = torch.randn(2, 4)
     all_of_it, up = pools_like(Activation("gelu", gated=False), interleaved).split(h)
     assert all_of_it is h and up is None
+
+
+@pytest.mark.parametrize("trained", [[], [4, 1], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("biased", [False, True])
+def test_stacked_weights_are_split_into_pools_with_copies_in_their_order(trained: list[int], biased: bool):
+    biases = (torch.randn(5, 8), torch.randn(5, 3)) if biased else (None, None)
+    weights = ExpertWeights(torch.randn(5, 8, 3), torch.randn(5, 3, 4), *biases)
+    activation = Activation("gelu")
+    pools = split_pools(weights, trained, activation, interleaved=True)
+    assert (pools.activation, pools.interleaved) == (activation, True)
+    frozen = [expert for expert in range(5) if expert not in trained]
+    for pool, ids in ((pools.trained, trained), (pools.frozen, frozen)):
+        for part, whole in zip(pool.tensors(), weights.tensors(), strict=True):
+            assert (part is None) == (whole is None)
+            if part is not None and whole is not None:
+                assert torch.equal(part, whole[ids]) and part.data_ptr() != whole.data_ptr()
+    assert split_pools(weights, [2]).activation == SWIGLU and not split_pools(weights, [2]).interleaved
+    with pytest.raises(ValueError, match=r"trained experts \[5\] are not in a layer of 5"):
+        split_pools(weights, [5])

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from esft_kernels.autograd_op import expert_mlp
 from esft_kernels.backend import Needs
 from esft_kernels.backends import cpu, cpu_packed, reference
-from esft_kernels.expert_mlp import expert_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
 from tests.esft_kernels.layers import TOLERANCE, assert_close, make_layer
 

@@ -1,7 +1,4 @@
-"""What the differentiable op promises whatever computes it: what it keeps, hands on and refuses.
-
-That every backend's numbers are right is in ``test_expert_mlp_backends``.
-"""
+"""Which backend computes where, and what is said where none can."""
 
 import importlib
 
@@ -19,17 +16,17 @@ def test_a_backend_is_the_module_of_its_name(name):
     module = "triton_backend" if name == "triton" else name
     if name == "triton":
         pytest.importorskip("triton")
-    assert resolve_backend(name, CPU).__name__ == f"esft_kernels.{module}"
+    assert resolve_backend(name, CPU).__name__ == f"esft_kernels.backends.{module}"
     assert name in BACKENDS
 
 
 def test_auto_is_the_cpu_path_on_a_cpu_and_triton_elsewhere(monkeypatch):
     pytest.importorskip("triton")
-    assert resolve_backend("auto", CPU).__name__ == "esft_kernels.cpu"
+    assert resolve_backend("auto", CPU).__name__ == "esft_kernels.backends.cpu"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a device of its own needs no interpreter
     for device in (META, torch.device("cuda")):
-        assert resolve_backend("auto", device).__name__ == "esft_kernels.triton_backend"
-        assert resolve_backend("triton", device).__name__ == "esft_kernels.triton_backend"
+        assert resolve_backend("auto", device).__name__ == "esft_kernels.backends.triton_backend"
+        assert resolve_backend("triton", device).__name__ == "esft_kernels.backends.triton_backend"
         assert resolve_backend("reference", device) is reference
 
 
@@ -48,7 +45,7 @@ def test_packed_weights_need_onednn(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="backend 'cpu_packed' needs a PyTorch with oneDNN"):
         resolve_backend("cpu_packed", CPU)
-    assert resolve_backend("cpu", CPU).__name__ == "esft_kernels.cpu"
+    assert resolve_backend("cpu", CPU).__name__ == "esft_kernels.backends.cpu"
 
 
 @pytest.mark.parametrize("value", [None, "0"])

@@ -272,3 +272,22 @@ def test_little_is_padded_on_the_published_routing():
             padding = padded_rows(offsets, tiles.block_m) / (tokens * top_k)
             print(f"{path.name} {op} {tiles.block_m} rows a tile: {padding:.1%} padding")
             assert padding < 0.10
+
+
+def test_tiles_can_be_handed_in_for_a_while(monkeypatch):
+    tensor, mine, asked = torch.empty(1), Tiles(16, 32, 64, 4, 1), []
+    usual = module.tiles_for(tensor, "up", 5, (48, 32))
+    monkeypatch.setattr(module, "tuned", lambda: 1 / 0)  # what is handed in goes before what was tuned
+    with module.chosen_by(lambda *what: asked.append(what) or mine):
+        assert module.tiles_for(tensor, "up", 5, (48, 32)) is mine
+        with module.chosen_by(lambda *what: usual):
+            assert module.tiles_for(tensor, "up", 5, (48, 32)) is usual
+        assert module.tiles_for(tensor, "grad", 7, (40, 24)) is mine
+    assert asked == [
+        ("interpreter", torch.float32, "up", 5, (48, 32)),
+        ("interpreter", torch.float32, "grad", 7, (40, 24)),
+    ]
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError), module.chosen_by(lambda *what: mine):
+        raise ZeroDivisionError
+    assert module.tiles_for(tensor, "up", 5, (48, 32)) == usual

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from esft_kernels.autograd_op import RECOMPUTE, expert_mlp
 from esft_kernels.backend import Needs
 from esft_kernels.backends.cpu import rounded
 from esft_kernels.backends.resolve import resolve_backend
-from esft_kernels.expert_mlp import RECOMPUTE, expert_mlp
 from esft_kernels.pools import ExpertWeights
 from tests.esft_kernels.layers import ACTIVATIONS, GPT_OSS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
-from tests.esft_kernels.test_expert_mlp import EVERYTHING, NEEDS, exact, run
+from tests.esft_kernels.test_autograd_op import EVERYTHING, NEEDS, exact, run
 
 CASES = {
     "mixed": {},

@@ -9,12 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esft_kernels import routed_mlp as opaque
+from esft_kernels import compiled_op as opaque
 from esft_kernels.activation import Activation
 from esft_kernels.backend import Needs
 from esft_kernels.backends import cpu, reference
+from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.pools import ExpertWeights
-from esft_kernels.routed_mlp import routed_mlp
 from esft_kernels.routing import expert_order
 from tests.esft_kernels.layers import ACTIVATIONS, Layer, assert_close, make_layer, watch_calls
 

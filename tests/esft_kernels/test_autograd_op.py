@@ -1,6 +1,6 @@
 """What the differentiable op promises whatever computes it: what it keeps, hands on and refuses.
 
-That every backend's numbers are right is in ``test_expert_mlp_backends``.
+That every backend's numbers are right is in ``test_autograd_op_backends``.
 """
 
 from dataclasses import replace
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from esft_kernels.autograd_op import RECOMPUTE, aligned, expert_mlp
 from esft_kernels.backend import Needs
 from esft_kernels.backends import reference
 from esft_kernels.backends.resolve import resolve_backend
-from esft_kernels.expert_mlp import RECOMPUTE, aligned, expert_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import Routing
 from tests.esft_kernels.layers import TOLERANCE, Layer, assert_close, make_layer, watch_calls

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from esft_kernels.activation import Activation
+from esft_kernels.autograd_op import expert_mlp, rows_to_keep, run_backward, run_forward
 from esft_kernels.backend import Needs
 from esft_kernels.backends.resolve import resolve_backend
-from esft_kernels.expert_mlp import expert_mlp, rows_to_keep, run_backward, run_forward
 from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import Routing, route
 
