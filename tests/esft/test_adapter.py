@@ -1,3 +1,4 @@
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from esft.adapter import (
 )
 from esft.checkpoint import Checkpoint, load_model
 from esft.select import ExpertSelection
-from esft.slots import adapter_slots
+from esft.slots import Slot, adapter_slots
 from esft.swap import swap_state
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
@@ -191,8 +192,16 @@ def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(tmp_
 def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
     (tmp_path / "expert_cfg.json").write_text("")
     (tmp_path / "manifest.json").mkdir()
-    with pytest.warns(UserWarning, match=rf"^{tmp_path}: does not say which base it is of \(no manifest\.json\); only"):
-        assert check_adapter(tmp_path, lambda dtype: "", None) == {}
+
+    def merging():
+        return check_adapter(tmp_path, lambda dtype: "", None)
+
+    said = rf"^{tmp_path}: does not say which base it is of \(no manifest\.json\); only"
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert merging() == {}
+    here = inspect.currentframe()
+    assert here is not None
+    assert (warned[0].filename, warned[0].lineno) == (__file__, here.f_lineno - 3)  # who called what calls it
     (tmp_path / "expert_cfg.json").unlink()
     (tmp_path / "expert_cfg.json").mkdir()
     with pytest.raises(esft.InputError, match=rf"^{tmp_path}: not an adapter folder \(no expert_cfg\.json\)$"):
@@ -237,6 +246,15 @@ def test_the_weights_of_several_files_have_the_models_names(tmp_path, prefix: st
     with adapter_weights(tmp_path / "a", files_of(tmp_path / "a", *parts)) as weights:
         for name, tensor in tensors.items():
             assert torch.equal(weights.get_tensor(name), tensor)
+
+
+def test_a_name_that_a_slot_has_is_not_taken_for_a_shortened_one(tmp_path):
+    """A model may have one tensor under a name and another under that name after ``model.``."""
+    tensors = {"norm.weight": torch.zeros(3), "model.norm.weight": torch.ones(3)}
+    files_of(tmp_path / "a", tensors)
+    slots = {name: Slot(name, None, (3,), ()) for name in tensors}
+    with adapter_weights(tmp_path / "a", slots) as weights:
+        assert all(torch.equal(weights.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def test_our_own_file_is_read_alone(tmp_path):
