@@ -83,6 +83,16 @@ def test_gates_come_before_ups_or_in_turn_with_them():
     assert h.tolist() == [[-1, 1, -1, 3], [-1, 5, -1, 7]]  # views
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (3, 2, 4)], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_columns_are_split_however_many_dimensions_come_before(interleaved, shape):
+    h = torch.arange(4).expand(shape)
+    gate, up = pools_like(SWIGLU, interleaved).split(h)
+    columns = [[0, 2], [1, 3]] if interleaved else [[0, 1], [2, 3]]
+    for part, expected in zip((gate, up), columns, strict=True):
+        assert part is not None and torch.equal(part, torch.tensor(expected).expand(*shape[:-1], 2))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_without_a_gate_nothing_is_split(interleaved):
     h = torch.randn(2, 4)
