@@ -29,13 +29,13 @@ from unittest.mock import patch
 
 import torch
 import triton
-from esft_kernels.backend import Needs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import SHAPES, LayerShape
 from esft_kernels.activation import Activation
+from esft_kernels.backend import Needs
 from esft_kernels.backends import triton_backend
 from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import Routing

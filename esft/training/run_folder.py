@@ -84,11 +84,15 @@ class RunFolder:
                 raise InputError(f"cannot resume with {name} {path}: the run was begun with another")
 
     @contextmanager
-    def log(self, first_step: int) -> Iterator[Callable[..., None]]:
-        """A function ``log(step, **values)`` that adds a line to the metrics and points to TensorBoard's events."""
+    def log(self, done: int) -> Iterator[Callable[..., None]]:
+        """A function ``log(step, **values)`` that adds a line to the metrics and points to TensorBoard's events.
+
+        Args:
+            done: steps that the run has done; TensorBoard forgets what it has of later ones.
+        """
         with (
             open(self.path / METRICS, "a", encoding="utf-8") as metrics,
-            SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step) as board,
+            SummaryWriter(str(self.path / "tensorboard"), purge_step=done + 1) as board,
         ):
 
             def log(step: int, **values: float) -> None:

@@ -13,6 +13,8 @@ from esft_kernels.pools import ExpertWeights
 from tests.esft_kernels.layers import ACTIVATIONS, GPT_OSS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
 from tests.esft_kernels.test_autograd_op import EVERYTHING, NEEDS, exact, run
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "mixed": {},
     "sizes that no tile divides": {"hidden": 67, "intermediate": 33},

@@ -30,6 +30,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "model", "dtypes"),
     [
@@ -54,6 +55,7 @@ def test_compiles_without_spills_and_with_matrix_instructions(target, model, dty
         assert wide and min(wide) >= 70
 
 
+@pytest.mark.slow
 def test_a_kernel_made_to_spill_fails():
     result = run("-c", SPILLING)
     assert result.returncode == 1, result.stdout + result.stderr

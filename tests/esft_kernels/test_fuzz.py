@@ -69,6 +69,7 @@ def sensitivity(layer: Layer, needs: Needs, expected: list[torch.Tensor | None])
     return moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cpu_packed", "triton"])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

@@ -85,6 +85,7 @@ def test_every_mutant_listed_as_equivalent_is_one_of_todays_and_has_a_reason():
         assert entry["reason"] and (entry["line"], entry["becomes"]) in known[entry["module"]], entry
 
 
+@pytest.mark.slow
 def test_mutants_are_killed_by_the_mirror_or_by_the_rest_or_survive(tmp_path: Path):
     files = {
         "pack/__init__.py": "",

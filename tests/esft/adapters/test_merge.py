@@ -191,6 +191,7 @@ for limit, write in (
 """
 
 
+@pytest.mark.slow
 def test_the_systems_own_limit_on_a_file_is_one_error_for_merged_checkpoints_and_adapters(tmp_path):
     base = save_tiny(tmp_path / "base")
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")

@@ -78,6 +78,7 @@ def test_the_memory_of_all_gpus_counts_and_no_gpu_has_none(gpus, monkeypatch):
         assert peak_memory() == memory
 
 
+@pytest.mark.slow
 def test_no_operation_mixes_devices():
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

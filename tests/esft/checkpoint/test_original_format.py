@@ -20,6 +20,9 @@ NAMES = {
     "nemotron_h": ["backbone.layers.1.mixer.experts.0.up_proj.weight", "backbone.embeddings.weight"],
     "kimi_linear": ["model.layers.0.self_attn.q_conv1d.weight", "model.layers.0.self_attn.v_conv1d.weight"],
     "gpt_oss": ["model.layers.0.mlp.experts.gate_up_proj"],
+    # Whose own names set off a renaming too, so that files that hold the model's tensors are not told by its absence.
+    "laguna": ["model.layers.0.mlp.shared_expert.up_proj.weight", "model.layers.1.mlp.experts.7.down_proj.weight"],
+    "axk1": ["model.layers.1.post_mlp_layernorm.weight", "model.layers.1.mlp.experts.0.gate_proj.weight"],
 }
 
 

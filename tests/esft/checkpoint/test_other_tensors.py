@@ -55,6 +55,14 @@ def test_loops_are_told_from_the_numbers_that_they_count(numbers: list[int], siz
     assert torch.equal(found.read(tensor), torch.tensor([numbers], dtype=torch.float32))
 
 
+def test_a_tensor_that_does_not_lie_in_order_is_an_error_and_not_read_wrongly():
+    some = Strided((2,), (2,), (1,), 0)
+    with pytest.raises(RuntimeError, match="view"):
+        some.read(torch.zeros(3, 2).T)
+    with pytest.raises(RuntimeError, match="view"):
+        some.write(torch.zeros(3, 2).T, torch.ones(2))
+
+
 @pytest.mark.parametrize(
     "numbers",
     [

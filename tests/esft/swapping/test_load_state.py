@@ -125,3 +125,11 @@ def test_parts_are_read_into_a_parameter_that_does_not_lie_in_order():
     assert len(parts) == 3
     model.load_state_dict(parts, strict=False)
     assert torch.equal(convolution.weight, expected)
+
+
+def test_a_parameter_that_comes_under_both_its_names_is_read_by_the_models_own():
+    model = families.swapped(zoo.tiny("granitemoe"), ExpertSelection({}))
+    own, stored = (f"model.layers.0.block_sparse_moe.router.{name}" for name in ("weight", "layer.weight"))
+    found = model.load_state_dict({own: torch.ones(8, 32), stored: torch.zeros(8, 32)}, strict=False)
+    assert found.unexpected_keys == [stored]
+    assert torch.equal(model.get_parameter(own), torch.ones(8, 32))

@@ -393,6 +393,11 @@ def test_json_is_compared_by_value_and_text_by_letter(given: str, expected: str,
     assert matches(given, expected) == right
 
 
+@pytest.mark.parametrize("given", ["[" * 100_000, "[" + "9" * 5000 + "]"])
+def test_an_answer_that_cannot_be_read_is_wrong(given: str):
+    assert not matches(given, "[1]")
+
+
 def test_exact_match_counts_the_outcomes(monkeypatch):
     monkeypatch.setattr("esft.training.evaluate.answer", lambda *_: ["yes", "no", " yes", "[1]"])
     records = [chat("a", "yes"), chat("b", "yes"), [*chat("c", "d"), *chat("e", "yes")], chat("", "yes")[1:]]
