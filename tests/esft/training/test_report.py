@@ -88,27 +88,3 @@ def test_a_table_lines_up():
         "| 1,234 | 0.500 |",
         "| None  | x     |",
     ]
-
-
-SCORES = esft.ExpertScores({1: {0: 0.2, 1: 0.7, 2: 0.1}, 2: {2: 0.4, 1: 0.2, 0: 0.4}}, {1: {0: 0.6, 1: 0.4}})
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are drawn, as matplotlib closes them."""
-    pytest.importorskip("matplotlib").use("template")  # one that writes nothing, as a screen's would
-    import matplotlib.pyplot as plt
-
-    figures = []
-    real = plt.close
-    monkeypatch.setattr(plt, "close", lambda figure: (figures.append(figure), real(figure)))
-    return figures
-
-
-def marked(axes) -> set[tuple[int, int]]:
-    """(row, column) of the framed places: the frames' centres, which must lie on whole numbers."""
-    centres = [(p.get_y() + p.get_height() / 2, p.get_x() + p.get_width() / 2) for p in axes.patches]
-    rounded = [(round(y), round(x)) for y, x in centres]
-    assert all(abs(y - v) + abs(x - w) < 1e-9 for (y, x), (v, w) in zip(centres, rounded, strict=True))
-    assert all(0.5 < p.get_height() < 1 and 0.5 < p.get_width() < 1 and not p.get_fill() for p in axes.patches)
-    return set(rounded)
