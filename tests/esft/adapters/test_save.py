@@ -118,23 +118,6 @@ def test_what_was_loaded_before_a_swap_is_of_its_base_and_need_not_be_saved_agai
     assert len(load_file(tmp_path / "b" / "adapter.safetensors")) == 3
 
 
-ONE = "model.layers.1.mlp.experts.1.{}_proj.weight"
-
-
-def files_of(folder, *parts: dict) -> dict:
-    """The slots of one expert, and a folder with files of tensors."""
-    folder.mkdir()
-    for number, tensors in enumerate(parts):
-        save_file(tensors, folder / f"model-{number}.safetensors")
-    return adapter_slots(tiny_model(), ExpertSelection({1: [1]}))
-
-
-def one_expert(**change) -> dict:
-    sizes = {"gate": (20, 32), "up": (20, 32), "down": (32, 20)}
-    tensors = {ONE.format(name): torch.randn(*size) for name, size in sizes.items()}
-    return tensors | {ONE.format(name): value for name, value in change.items()}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -150,18 +150,6 @@ def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
         _ = Checkpoint.open(tmp_path).skeleton
 
 
-def lose(*names: str):
-    return lambda base: rewrite(base, lambda tensors: [tensors.pop(name) for name in names])
-
-
-def truncate(base):
-    weights = base / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-50])
-
-
-OUTPUTS = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(3)]
-
-
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [

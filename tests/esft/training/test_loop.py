@@ -4,7 +4,6 @@ import importlib
 import itertools
 import json
 import math
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -19,51 +18,11 @@ from esft.checkpoint.load import load_model
 from esft.selection import ExpertSelection
 from esft.training.balance import balance_losses
 from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
-from esft.training.optim import MasterAdamW
 from tests.esft.models import chat, save_tiny, tiny_tokenizer, write_records
-from tests.esft.runs import SELECTION, FakeLoss, base_and_data, column, metrics, run, settings
+from tests.esft.runs import SELECTION, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return base_and_data(tmp_path_factory.mktemp("saved")).parent
-
-
-@pytest.fixture
-def base(tmp_path, saved):
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def out(base):
-    return base.parent / "run"
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """A FakeLoss in the forward pass's place, and a fixed loss on evaluation data."""
-    loss = FakeLoss()
-    monkeypatch.setattr(train_module, "batch_loss", loss)
-    monkeypatch.setattr(train_module, "mean_loss", lambda *_: 0.25)
-    return loss
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """What the optimizer is told: a rate and the gradients by name, of every step."""
-    told = []
-
-    class Recorded(MasterAdamW):
-        def step(self, lr: float) -> float:
-            told.append((lr, {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None}))
-            return super().step(lr)
-
-    monkeypatch.setattr(train_module, "MasterAdamW", Recorded)
-    return told
 
 
 @pytest.mark.parametrize("aux_loss", [0.0, 2.0])
@@ -163,10 +122,6 @@ def test_a_run_that_has_ended_goes_on_for_more_steps_and_none_are_left_for_fewer
     assert column(out, "step") == [1, 2, 3, 4, 5]
     result = run(base, "run", settings(steps=4, save_every=2), resume=True, eval_data=None)
     assert math.isnan(result.train_loss) and result.eval_loss is None and result.tokens_per_second == 0
-
-
-def trains(model) -> set[str]:
-    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_layers_are_made_again_in_the_backward_of_every_micro_batch(base, monkeypatch):

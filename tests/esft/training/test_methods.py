@@ -1,7 +1,6 @@
 """What the loop computes, logs and stores, step by step; whole runs are in test_train_runs."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -15,23 +14,7 @@ from esft.experts.model_state import swapped_state
 from esft.training.config import TrainConfig
 from esft.training.methods import prepare
 from tests.esft.models import tiny_model, tiny_tokenizer
-from tests.esft.runs import SELECTION, base_and_data, column, run, settings
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return base_and_data(tmp_path_factory.mktemp("saved")).parent
-
-
-@pytest.fixture
-def base(tmp_path, saved):
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def out(base):
-    return base.parent / "run"
+from tests.esft.runs import SELECTION, column, run, settings
 
 
 def test_full_fine_tuning_stores_the_whole_model_and_its_tokenizer_in_the_dtype_of_the_run(base, out):
