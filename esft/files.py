@@ -111,7 +111,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInfo:
     """A tensor in a safetensors file: its dtype by the format's name, its shape, and the bytes of the file it is in."""
 
     dtype: str
@@ -120,7 +120,7 @@ class Stored:
     end: int
 
 
-def safetensors_header(path: Path) -> dict[str, Stored]:
+def safetensors_header(path: Path) -> dict[str, TensorInfo]:
     """Where the tensors of a safetensors file lie (format: 8 bytes of header length, a JSON header, the data)."""
     with open_safetensors(path):  # which checks the header against the file
         pass
@@ -129,7 +129,7 @@ def safetensors_header(path: Path) -> dict[str, Stored]:
         header = json.loads(file.read(length))
     begin = 8 + length
     return {
-        name: Stored(t["dtype"], tuple(t["shape"]), *(begin + offset for offset in t["data_offsets"]))
+        name: TensorInfo(t["dtype"], tuple(t["shape"]), *(begin + offset for offset in t["data_offsets"]))
         for name, t in header.items()
         if name != "__metadata__"
     }

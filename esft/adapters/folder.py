@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.checkpoint.adapter_tensors import Slot
+from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
-from esft.experts.moe_layers import moe_layers
 from esft.files import open_safetensors, read_json, write_json
 from esft.selection import ExpertSelection
 
@@ -22,6 +21,8 @@ WEIGHTS = "adapter.safetensors"
 SELECTION = "expert_cfg.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+
+Digest = Callable[[torch.dtype | None], str]  # of some weights, after rounding to a dtype
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -48,25 +49,30 @@ def open_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_digest(manifest: dict[str, Any], digest: str, adapter: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Raise InputError unless the adapter's manifest names these weights, which are in this dtype."""
-    if manifest.get("base_digest") != digest:
+def made_from(manifest: dict[str, Any], digest: Digest) -> bool:
+    """Whether an adapter's manifest names the weights of this digest."""
+    named = manifest.get("base_digest")
+    rounded = manifest.get("base_dtype") == "float16" and named == digest(torch.float16)
+    return rounded or named == digest(None)
+
+
+def check_base(manifest: dict[str, Any], digest: Digest, adapter: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Raise InputError unless an adapter's manifest names the weights of this digest, which are in this dtype."""
+    if not made_from(manifest, digest):
         trained, hint = manifest.get("base_dtype"), ""
         if dtype is not None and trained is not None and trained != _name(dtype):
-            hint = (
-                f"; it was trained in {trained} and these are in {_name(dtype)}: should they be the same, load them so"
-            )
+            hint = f"; it was trained in {trained} and these are in {_name(dtype)}: load its base in {trained}"
         raise InputError(
             f"{adapter}: made from another base ({manifest.get('base_model')}, digest "
-            f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest[:12]}){hint}"
+            f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest(None)[:12]}){hint}"
         )
 
 
-def check_adapter(path: Path, digest: Callable[[torch.dtype | None], str], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The manifest of an adapter folder, held against the base's digest, which may be asked for as rounded to a dtype.
+def open_adapter(path: Path) -> dict[str, Any]:
+    """The manifest of an adapter folder.
 
-    Published adapters have none: then the manifest is empty, and a warning says that the base was not checked. Raises
-    InputError for a folder that is no adapter, and for another base.
+    Published adapters have none: then it is empty, and a warning says that the base is not checked. Raises InputError
+    for a folder that is no adapter.
     """
     if not (path / SELECTION).is_file():
         raise InputError(f"{path}: not an adapter folder (no {SELECTION})")
@@ -74,24 +80,20 @@ def check_adapter(path: Path, digest: Callable[[torch.dtype | None], str], dtype
         unknown = f"{path}: does not say which base it is of (no {MANIFEST})"
         warnings.warn(f"{unknown}; only names and shapes are checked", stacklevel=3)
         return {}
-    manifest = open_manifest(path)
-    if manifest.get("base_dtype") != "float16" or manifest.get("base_digest") != digest(torch.float16):
-        check_digest(manifest, digest(None), path, dtype)
-    return manifest
+    return open_manifest(path)
 
 
-def load_selection(path: Path, model: PreTrainedModel) -> ExpertSelection:
-    """An adapter's selection. Raises InputError where it is not one or does not fit the model."""
+def selected_tensors(path: Path, model: PreTrainedModel) -> tuple[ExpertSelection, dict[str, AdapterTensor]]:
+    """An adapter's selection, and what of the model it trains. Raises InputError where it does not fit the model."""
     selection = ExpertSelection.load(path / SELECTION)
     try:
-        selection.check({layer.index: layer.num_experts for layer in moe_layers(model)})
+        return selection, adapter_tensors(model, selection)
     except InputError as error:
         raise InputError(f"{path / SELECTION}: {error}") from error
-    return selection
 
 
 class AdapterWeights:
-    """An adapter's tensors in its safetensors files, by the names that the model's slots have."""
+    """An adapter's tensors in its safetensors files, by the names that the model has for them."""
 
     def __init__(self, handles: dict[str, tuple[Any, str]]):
         self._handles = handles  # name -> its open file and the name there
@@ -102,11 +104,11 @@ class AdapterWeights:
 
 
 @contextmanager
-def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeights]:
+def adapter_weights(path: Path, tensors: dict[str, AdapterTensor]) -> Iterator[AdapterWeights]:
     """An adapter's open weights: ours, or the safetensors files of a published adapter.
 
     Published adapters may leave out a leading ``model.`` of the names. Raises InputError unless the tensors are exactly
-    those that the slots are for, once each, in their shapes and of floating point.
+    these, once each, in their shapes and of floating point.
     """
     files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
     if not files:
@@ -116,20 +118,20 @@ def adapter_weights(path: Path, slots: dict[str, Slot]) -> Iterator[AdapterWeigh
         for file in files:
             handle = stack.enter_context(open_safetensors(file))
             for own in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                name = f"model.{own}" if own not in slots and f"model.{own}" in slots else own
+                name = f"model.{own}" if own not in tensors and f"model.{own}" in tensors else own
                 if name in found:
                     raise InputError(f"{path}: holds tensor {name} twice")
                 found[name] = handle, own
-        if missing := sorted(slots.keys() - found.keys()):
+        if missing := sorted(tensors.keys() - found.keys()):
             raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
-        if extra := sorted(found.keys() - slots.keys()):
+        if extra := sorted(found.keys() - tensors.keys()):
             raise InputError(f"{path}: tensor {extra[0]} belongs to nothing selected ({len(extra)} such in all)")
-        for name, slot in slots.items():
+        for name, tensor in tensors.items():
             handle, own = found[name]
             stored = handle.get_slice(own)
             if not stored.get_dtype().startswith(("F", "BF")):
                 raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, not floating point")
-            shape, wanted = tuple(stored.get_shape()), slot.shape
+            shape, wanted = tuple(stored.get_shape()), tensor.shape
             if shape != wanted:
                 raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")
         yield AdapterWeights(found)

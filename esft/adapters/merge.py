@@ -10,11 +10,19 @@ from pathlib import Path
 import torch
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from esft.adapters.folder import MANIFEST, AdapterWeights, adapter_weights, check_adapter, load_selection
-from esft.checkpoint.adapter_tensors import Place, Slot, adapter_slots
+from esft.adapters.folder import (
+    MANIFEST,
+    AdapterWeights,
+    adapter_weights,
+    check_base,
+    open_adapter,
+    selected_tensors,
+)
+from esft.checkpoint.adapter_tensors import AdapterTensor
 from esft.checkpoint.folder import Checkpoint
+from esft.checkpoint.views import Link
 from esft.errors import DiskError, InputError
-from esft.files import Stored, check_apart, check_earlier, new_folder, write_json
+from esft.files import TensorInfo, check_apart, check_earlier, new_folder, write_json
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
 OTHER_FORMATS = ("pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*", "consolidated*", "*.gguf")
@@ -24,25 +32,27 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass
 class _Patch:
-    """Bytes ``start:end`` of a file, a tensor or a slice of one, that an adapter's tensors replace all or a part of."""
+    """A tensor of the base's files, or a slice of one, that an adapter's tensors replace all or a part of."""
 
-    start: int
+    file: str
+    name: str
+    info: TensorInfo
+    start: int  # bytes of the file
     end: int
     shape: tuple[int, ...]
-    dtype: torch.dtype  # that the base has there
-    changes: list[tuple[str, Place]]  # the adapter's tensors
+    changes: list[tuple[str, Link]]  # the adapter's tensors
 
     def content(self, base: bytes, tuned: AdapterWeights) -> bytes:
         """What takes the place of the base's bytes. Raises InputError for values that the base's dtype cannot hold."""
         if not base:  # a tensor without elements, of which torch makes no buffer
             return base
-        block = bytearray(base)
-        tensor = torch.frombuffer(block, dtype=self.dtype).view(self.shape)
-        for name, place in self.changes:
+        block, dtype = bytearray(base), DTYPES[self.info.dtype]
+        tensor = torch.frombuffer(block, dtype=dtype).view(self.shape)
+        for name, link in self.changes:
             value = tuned.get_tensor(name)
-            if (held := value.to(self.dtype)).isinf().any() and not value.isinf().any():
-                raise InputError(f"adapter's tensor {name} has values beyond {self.dtype}, which the base has there")
-            place.put(tensor, held)
+            if (held := value.to(dtype)).isinf().any() and not value.isinf().any():
+                raise InputError(f"adapter's tensor {name} has values beyond {dtype}, which the base has there")
+            link.load(tensor, held)
         return bytes(block)
 
 
@@ -69,26 +79,21 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     if overwrite:
         check_earlier(out, "merge", MERGED)
     checkpoint = Checkpoint.open(base)
-    manifest = check_adapter(adapter, checkpoint.digest, checkpoint.dtype)
-    skeleton = checkpoint.skeleton
-    slots = adapter_slots(skeleton, load_selection(adapter, skeleton))
-    with adapter_weights(adapter, slots) as tuned:
-        patches = _patches(checkpoint, slots)
-        with new_folder(out, overwrite) as folder:
-            for source in _to_copy(checkpoint):
-                target = folder / source.relative_to(base)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, target)  # the content of a link, and without its mode: it may be read-only
-            for file, changes in patches.items():
-                with open(folder / file, "r+b") as handle:
-                    for patch in changes:
-                        handle.seek(patch.start)
-                        content = patch.content(handle.read(patch.end - patch.start), tuned)
-                        handle.seek(patch.start)
-                        handle.write(content)
-            for file in sorted(set(checkpoint.files.values())):
-                _verify(base / file, folder / file, patches.get(file, []), tuned)
-            write_json(folder / MERGED, manifest)
+    if manifest := open_adapter(adapter):
+        check_base(manifest, checkpoint.digest, adapter, checkpoint.dtype)
+    _, tensors = selected_tensors(adapter, checkpoint.skeleton)
+    plan = _plan(checkpoint, tensors)
+    _validate(plan, checkpoint)
+    with adapter_weights(adapter, tensors) as tuned, new_folder(out, overwrite) as folder:
+        for source in _to_copy(checkpoint):
+            target = folder / source.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target)  # the content of a link, and without its mode: it may be read-only
+        for file, patches in plan.items():
+            _apply(folder / file, patches, tuned)
+        for file, patches in plan.items():
+            _verify(base / file, folder / file, patches, tuned)
+        write_json(folder / MERGED, manifest)
     return out
 
 
@@ -101,29 +106,42 @@ def _to_copy(checkpoint: Checkpoint) -> Iterator[Path]:
         yield from sorted(path for path in templates.iterdir() if path.is_file())
 
 
-def _patches(checkpoint: Checkpoint, slots: dict[str, Slot]) -> dict[str, list[_Patch]]:
-    """File -> what changes in it, in file order. Raises InputError for a tensor that has no place in the base."""
-    patches: dict[str, dict[int, _Patch]] = {}  # file -> where it begins -> the patch
-    for name, slot in slots.items():
-        for place in slot.places(checkpoint.as_in_memory):
-            if not (own_names := checkpoint.names_of(place.name)):
-                raise InputError(f"{checkpoint.folder}: holds no tensor {place.name}, which the adapter changes")
+def _plan(checkpoint: Checkpoint, tensors: dict[str, AdapterTensor]) -> dict[str, list[_Patch]]:
+    """Every file of weights -> what changes in it, in file order. Raises InputError for what the base lacks."""
+    patches: dict[tuple[str, int], _Patch] = {}  # by file and where it begins
+    for name, tensor in tensors.items():
+        for link, shape in tensor.in_files(checkpoint.as_in_memory):
+            if not (own_names := checkpoint.names_of(link.parameter)):
+                raise InputError(f"{checkpoint.folder}: holds no tensor {link.parameter}, which the adapter changes")
             for own in own_names:
-                file = checkpoint.files[own]
-                patch = _patch(checkpoint.stored(own), place, f"{checkpoint.folder / file}: tensor {own}")
-                patches.setdefault(file, {}).setdefault(patch.start, patch).changes.append((name, place))
-    return {file: [changes[start] for start in sorted(changes)] for file, changes in patches.items()}
+                file, info = checkpoint.files[own], checkpoint.info(own)
+                count = 1 if link.expert is None else info.shape[0]
+                size = (info.end - info.start) // count
+                start = info.start + size * (link.expert or 0)
+                patch = _Patch(file, own, info, start, start + size, shape, [])
+                patches.setdefault((file, start), patch).changes.append((name, link))
+    ordered = [patches[key] for key in sorted(patches)]
+    return {file: [p for p in ordered if p.file == file] for file in sorted(set(checkpoint.files.values()))}
 
 
-def _patch(stored: Stored, place: Place, where: str) -> _Patch:
-    shape, count = (stored.shape, 1) if place.index is None else (stored.shape[1:], stored.shape[0])
-    if shape != place.shape:
-        raise InputError(f"{where} has shape {stored.shape}, which is not the model's")
-    if stored.dtype not in DTYPES:
-        raise InputError(f"{where} is {stored.dtype}; only {', '.join(DTYPES)} can be merged into")
-    size = (stored.end - stored.start) // count
-    start = stored.start + size * (place.index or 0)
-    return _Patch(start, start + size, shape, DTYPES[stored.dtype], [])
+def _validate(plan: dict[str, list[_Patch]], checkpoint: Checkpoint) -> None:
+    """Raise InputError unless the base's tensors have the model's shapes, and dtypes that can be merged into."""
+    for patch in (patch for patches in plan.values() for patch in patches):
+        where, info = f"{checkpoint.folder / patch.file}: tensor {patch.name}", patch.info
+        sliced = any(link.expert is not None for _, link in patch.changes)
+        if info.shape != ((info.shape[:1] if sliced else ()) + patch.shape):
+            raise InputError(f"{where} has shape {info.shape}, which is not the model's")
+        if info.dtype not in DTYPES:
+            raise InputError(f"{where} is {info.dtype}; only {', '.join(DTYPES)} can be merged into")
+
+
+def _apply(path: Path, patches: list[_Patch], tuned: AdapterWeights) -> None:
+    with open(path, "r+b") as handle:
+        for patch in patches:
+            handle.seek(patch.start)
+            content = patch.content(handle.read(patch.end - patch.start), tuned)
+            handle.seek(patch.start)
+            handle.write(content)
 
 
 def _verify(before: Path, after: Path, patches: list[_Patch], tuned: AdapterWeights) -> None:

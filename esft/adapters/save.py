@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from esft.adapters.folder import MANIFEST, SELECTION, WEIGHTS, check_model, write_manifest
-from esft.checkpoint.adapter_tensors import adapter_slots
+from esft.checkpoint.adapter_tensors import adapter_tensors
 from esft.errors import InputError
 from esft.experts.model_state import known_state
 from esft.files import check_earlier, new_folder
@@ -31,13 +31,16 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
     swapped, adapters = state.swapped, state.adapters
     if swapped is None:
         raise InputError("only a swapped model has an adapter to save")
-    slots = adapter_slots(model, swapped.selection)
-    if uncovered := sorted(adapters.base.keys() - slots.keys()) if adapters is not None else []:
+    tensors = adapter_tensors(model, swapped.selection)
+    if uncovered := sorted(adapters.base.keys() - tensors.keys()) if adapters is not None else []:
         raise InputError(
             f"a loaded adapter has changed {uncovered[0]}, which is not in the model's selection ({len(uncovered)} "
             "such in all): what is saved would be incomplete"
         )
-    if foreign := {p.parameter for slot in slots.values() for p in slot.pieces} - swapped.required_grad.keys():
+    if (
+        foreign := {link.parameter for tensor in tensors.values() for link in tensor.stored.links}
+        - swapped.required_grad.keys()
+    ):
         raise InputError(
             f"{min(foreign)}: is not of the model that was swapped, but the selection's non-expert modules hold it: "
             "take out what another library has put in (PEFT: merge_and_unload or unload) before saving the adapter"
@@ -46,7 +49,7 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         check_earlier(path, "adapter", SELECTION, MANIFEST)
     with new_folder(path, overwrite) as folder:
         swapped.selection.save(folder / SELECTION)
-        tensors = {name: slot.read().contiguous().cpu() for name, slot in slots.items()}
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        values = {name: tensor.read().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(values, folder / WEIGHTS, {"format": "pt"})
         write_manifest(folder, model, swapped.base_digest, swapped.selection.chosen_by)
     return Path(path)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint.original_format import stored_by_layer
 from esft.errors import InputError
+from esft.experts.model_state import known_state
 
 SAMPLES = 64  # values of a tensor that enter the digest
 
@@ -32,6 +33,14 @@ def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> 
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?)")
     tensors = stored_by_layer(model, state.keys() - tied_names(model).keys(), state.__getitem__)
     return digest_of((name, sample(tensor, rounded)) for name, tensor in tensors)
+
+
+def base_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:
+    """``model_digest`` of the weights below an adapter that is set and below what a swapped model has trained."""
+    state = known_state(model)
+    if state.adapters is not None and (state.swapped is not None or state.adapters.active is not None):
+        return state.adapters.base_digest
+    return model_digest(model, rounded) if state.swapped is None else state.swapped.base_digest
 
 
 def sample(tensor: Tensor, rounded: torch.dtype | None) -> tuple[tuple[int, ...], Tensor]:

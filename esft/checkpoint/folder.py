@@ -22,7 +22,7 @@ from transformers import (
 from esft.checkpoint.digest import digest_of, sample, tied_names
 from esft.checkpoint.original_format import stored_by_layer, to_stored
 from esft.errors import InputError, first_line
-from esft.files import Stored, open_safetensors, read_json, safetensors_header
+from esft.files import TensorInfo, open_safetensors, read_json, safetensors_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,15 +78,15 @@ class Checkpoint:
         own = self.skeleton.state_dict()
         original = dict(stored_by_layer(self.skeleton, own, own.__getitem__))
         # The shapes too: a family may keep the names and only transpose.
-        held = {(name, stored.shape) for header in self._headers.values() for name, stored in header.items()}
+        held = {(name, info.shape) for header in self._headers.values() for name, info in header.items()}
         matches = [{(name, tuple(t.shape)) for name, t in form.items()} & held for form in (own, original)]
         return len(matches[0]) > len(matches[1])
 
     @cached_property
-    def _headers(self) -> dict[str, dict[str, Stored]]:
+    def _headers(self) -> dict[str, dict[str, TensorInfo]]:
         return {file: safetensors_header(self.folder / file) for file in set(self.files.values())}
 
-    def stored(self, name: str) -> Stored:
+    def info(self, name: str) -> TensorInfo:
         """Where in its file a tensor lies. Raises InputError where the index is wrong about the file."""
         file = self.files[name]
         if name not in self._headers[file]:
@@ -136,7 +136,7 @@ class Checkpoint:
         return found
 
     def _equal(self, *names: str) -> bool:
-        kinds = {(stored.dtype, stored.shape) for stored in map(self.stored, names)}
+        kinds = {(info.dtype, info.shape) for info in map(self.info, names)}
         with ExitStack() as stack:
             handles = {name: stack.enter_context(open_safetensors(self.folder / self.files[name])) for name in names}
             return len(kinds) == 1 and torch.equal(*(handles[name].get_tensor(name) for name in names))

@@ -54,6 +54,7 @@ class Experts(nn.Module):
         order = expert_order(list(trained), gate_up.shape[0])
         self.trained, self.backend, self.recompute = tuple(trained), backend, recompute
         self.activation, self.interleaved, self.transposed = activation, interleaved, transposed
+        self.stock_names: tuple[str, ...] = ()  # what the module in whose place this is calls its parameters
         s = len(self.trained)
         for name, tensor in zip(PROJECTIONS, (gate_up, down, gate_up_bias, down_bias), strict=True):
             for pool, ids in (("trained", order[:s]), ("frozen", order[s:])):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esft.errors import InputError
-from esft.experts.stock_layout import Layout
 from esft.selection import ExpertSelection
 
 DEFAULT_ADAPTER = "default"  # the name of one that is loaded without a name, as in PEFT
@@ -26,7 +25,6 @@ class Swapped:
     Attributes:
         selection: what trains.
         base_digest: of the weights that the model had when it was swapped.
-        layouts: module path of a layer's experts -> how the stock module lays out its weights.
         required_grad: the stock model's ``requires_grad``, by parameter name.
         stock: module path of a layer's experts -> the stock module, its weights taken out.
         load_hook: what lets ``load_state_dict`` read a checkpoint's names.
@@ -34,7 +32,6 @@ class Swapped:
 
     selection: ExpertSelection
     base_digest: str
-    layouts: dict[str, Layout]
     required_grad: dict[str, bool]
     stock: dict[str, nn.Module] = field(default_factory=dict)
     load_hook: RemovableHandle | None = None

@@ -6,11 +6,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from esft.errors import InputError
 from esft.experts.experts import Experts
-from esft.experts.stock_layout import is_stacked
+from esft.experts.stock_layout import is_stacked, is_transposed, stacked_weights
 
 # What a MoE block calls its router and its shared experts.
 ROUTERS = ("gate", "router", "wg", "moe_gate")
@@ -45,6 +45,26 @@ class MoELayer:
     @property
     def num_experts(self) -> int:
         return len(self.experts) if isinstance(self.experts, nn.ModuleList) else int(self.experts.num_experts)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the experts' weights are [in, out]."""
+        return self.experts.transposed if isinstance(self.experts, Experts) else is_transposed(self.experts)
+
+    def weights(self, expert: int) -> dict[str, Tensor]:
+        """Detached views of one expert's weights, by the names of the stock model's parameters.
+
+        Raises InputError for experts that ``swap`` did not put in, of which no names are known.
+        """
+        if isinstance(self.experts, nn.ModuleList):
+            return {name: p.detach() for name, p in self.experts[expert].named_parameters(f"{self.name}.{expert}")}
+        if isinstance(self.experts, Experts):
+            if not self.experts.stock_names:
+                raise InputError(f"{self.name}: swapped by hand, so the checkpoint's names are not known")
+            names, weights = self.experts.stock_names, self.experts.weights_of(expert)
+            return {f"{self.name}.{name}": weight for name, weight in zip(names, weights, strict=True)}
+        stacked = stacked_weights(self.experts, self.name)
+        return {f"{self.name}.{name}": weight.detach()[expert] for name, weight in stacked.items()}
 
     @property
     def router(self) -> nn.Module:

@@ -62,8 +62,12 @@ class Layout:
         common: dict[str, Any] = {"transposed": self.transposed, **biases}
         if self.is_fused:
             common |= {"activation": self.activation, "interleaved": self.interleaved}
-            return Experts(*weights[:2], trained, backend, recompute, **common)
-        return PlainExperts(*weights[:2], trained, backend, recompute, gate=self.gate, norm=self.norm, **common)
+            experts = Experts(*weights[:2], trained, backend, recompute, **common)
+        else:
+            common |= {"gate": self.gate, "norm": self.norm}
+            experts = PlainExperts(*weights[:2], trained, backend, recompute, **common)
+        experts.stock_names = self.names
+        return experts
 
 
 def is_stacked(module: nn.Module) -> bool:
@@ -78,13 +82,17 @@ def _gated(stock: nn.Module) -> bool:
     return bool(getattr(stock, "has_gate", hasattr(stock, "gate_up_proj")))
 
 
-def read_layout(stock: nn.Module, name: str) -> Layout:
-    """The layout of a stock module; ``name`` is for messages.
+def is_transposed(stock: nn.Module) -> bool:
+    """Whether a stock module's weights are [E, in, out]."""
+    return bool(getattr(stock, "is_transposed", False))
 
-    Raises InputError where the weights are not floating-point stacks of the shapes that the flags promise, and where a
-    module without flags computes something else than its layout says.
+
+def stacked_weights(stock: nn.Module, name: str) -> dict[str, Tensor]:
+    """A stock module's weights by its own names for them, in the order of ``PROJECTIONS``; ``name`` is for messages.
+
+    Raises InputError where they are not floating-point stacks of the shapes that the module's flags promise.
     """
-    gated, transposed = _gated(stock), bool(getattr(stock, "is_transposed", False))
+    gated, transposed = _gated(stock), is_transposed(stock)
     up = PROJECTIONS[0] if gated else "up_proj"
     names = (up, "down_proj")
     if getattr(stock, "has_bias", False):
@@ -96,6 +104,17 @@ def read_layout(stock: nn.Module, name: str) -> Layout:
     for n, weight, shape in zip(names, weights, wanted, strict=False):
         if tuple(weight.shape) != shape:
             raise InputError(f"{name}.{n}: has shape {tuple(weight.shape)}, not {shape} as {names[1]} has it")
+    return dict(zip(names, weights, strict=True))
+
+
+def read_layout(stock: nn.Module, name: str) -> Layout:
+    """The layout of a stock module; ``name`` is for messages.
+
+    Raises InputError for weights that ``stacked_weights`` does not take, and where a module without flags computes
+    something else than its layout says.
+    """
+    gated, transposed = _gated(stock), is_transposed(stock)
+    weights = stacked_weights(stock, name)
     gate = getattr(stock, "_apply_gate", None) if gated else getattr(stock, "act_fn", None)
     if gate is None and hasattr(stock, "act_fn"):
         gate = _Gated(stock.act_fn)
@@ -103,8 +122,8 @@ def read_layout(stock: nn.Module, name: str) -> Layout:
         raise InputError(f"{name}: what these experts compute between their projections is not known")
     norm = stock.post_expert_norm if getattr(stock, "has_post_expert_norm", False) else None
     activation, interleaved = recognise(gate, gated, stock) or (None, False)
-    layout = Layout(names, transposed, activation, interleaved, gate, norm)
-    if not hasattr(stock, "is_transposed") and not _computes_the_same(stock, layout, d):
+    layout = Layout(tuple(weights), transposed, activation, interleaved, gate, norm)
+    if not hasattr(stock, "is_transposed") and not _computes_the_same(stock, layout, weights["down_proj"].shape[1]):
         raise InputError(f"{name}: {type(stock).__name__} computes something else than stacked experts do")
     return layout
 

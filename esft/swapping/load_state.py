@@ -8,12 +8,11 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.checkpoint.adapter_tensors import Piece
-from esft.checkpoint.expert_tensors import ExpertTensor, expert_tensors, expert_weights, stock_names
-from esft.checkpoint.other_tensors import stored_tensors
+from esft.checkpoint.stored_tensors import expert_tensors, other_tensors
+from esft.checkpoint.views import Link, Part, StoredTensor
 from esft.errors import InputError
 from esft.experts.experts import PROJECTIONS, Experts
 from esft.experts.moe_layers import MoELayer, moe_layers
@@ -21,15 +20,9 @@ from esft.experts.moe_layers import MoELayer, moe_layers
 POOLS = tuple(f".{pool}_{name}" for pool, name in product(("trained", "frozen"), PROJECTIONS))
 
 
-def stock_shapes(model: nn.Module, layer: MoELayer) -> dict[str, tuple[int, ...]]:
-    """The parameters of a layer's stock experts, by their names in the model."""
-    pools = {name: getattr(layer.experts, f"frozen_{ours}") for name, ours in pool_names(model, layer).items()}
-    return {f"{layer.name}.{name}": (layer.num_experts, *pool.shape[1:]) for name, pool in pools.items()}
-
-
-def pool_names(model: nn.Module, layer: MoELayer) -> dict[str, str]:
-    """The stock module's parameter names -> what the pools call them."""
-    return dict(zip(stock_names(model, layer)[0], PROJECTIONS, strict=False))
+def stock_shapes(layer: MoELayer) -> dict[str, tuple[int, ...]]:
+    """The parameters of a swapped layer's stock experts, by their names in the model."""
+    return {name: (layer.num_experts, *weight.shape) for name, weight in layer.weights(0).items()}
 
 
 def whole_pools(layer: MoELayer, pools: Sequence[Tensor | None], advice: str) -> list[Tensor]:
@@ -66,33 +59,32 @@ def read_stock(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: st
 def _read_experts(model: PreTrainedModel, foreign: dict[str, Tensor]) -> dict[str, Tensor]:
     """Write the experts' tensors among ``foreign`` to the pools, and take them out; returns the pools now complete."""
     layers = {layer.index: layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)}
-    stored: dict[str, list[ExpertTensor]] = defaultdict(list)
-    for tensor in expert_tensors(model):
-        stored[tensor.stored_name].append(tensor)
+    stored: dict[str, list[tuple[MoELayer, int, StoredTensor]]] = defaultdict(list)
+    for (index, expert), tensors in expert_tensors(model).items():
+        for tensor in tensors.values() if index in layers else ():
+            stored[tensor.name].append((layers[index], expert, tensor))
     for layer in layers.values():  # what a stock model's own state has, and a save with save_original_format=False
-        for place, (name, shape) in enumerate(stock_shapes(model, layer).items()):
+        for name, shape in stock_shapes(layer).items():
             # Where only the shape tells which of the two it is, it does so for transformers too.
-            told_by_shape = name in stored and stored[name][0].transposed
-            if name in foreign and (name not in stored or (told_by_shape and foreign[name].shape == shape)):
-                ids = range(layer.num_experts)
-                stored[name] = [ExpertTensor(layer.index, e, name, name, True, place, "whole", False) for e in ids]
-    missing = {index: sum(p.numel() for p in _pools(layer).values()) for index, layer in layers.items()}
-    written: dict[int, dict[int, list]] = {}  # layer -> its experts' weights
+            told_by_shape = any(link.inside == Part(transposed=True) for *_, t in stored[name][:1] for link in t.links)
+            if name in foreign and (not stored[name] or (told_by_shape and foreign[name].shape == shape)):
+                tensors = [StoredTensor(name, e, shape[1:], (Link(name, e),)) for e in range(layer.num_experts)]
+                stored[name] = [(layer, tensor.expert, tensor) for tensor in tensors]
+    missing: dict[int, int] = {}  # elements of the layers of which some came
     for name in [name for name in stored if name in foreign]:
         value = foreign.pop(name)
-        for tensor in stored[name]:
-            layer = layers[tensor.layer]
-            if tensor.layer not in written:
+        for layer, expert, tensor in stored[name]:
+            if layer.index not in missing:
                 pools = (layer.experts.trained_down_proj, layer.experts.frozen_down_proj)
                 whole_pools(layer, pools, "load the checkpoint before it is spread")
-                written[tensor.layer] = expert_weights(model, layer, range(layer.num_experts))
-            weight, _, _ = written[tensor.layer][tensor.expert][tensor.projection]
-            shape = (layer.num_experts,) * tensor.stacked + tuple(tensor.read(weight).shape)
-            _check_shape(name, value, shape)
-            part = value[tensor.expert] if tensor.stacked else value
-            tensor.write(weight, part)
-            missing[tensor.layer] -= part.numel()
-    return {name: p for index in written if not missing[index] for name, p in _pools(layers[index]).items()}
+                missing[layer.index] = sum(p.numel() for p in _pools(layer).values())
+            stacked = tensor.expert is not None
+            _check_shape(name, value, (layer.num_experts, *tensor.shape) if stacked else tensor.shape)
+            part = value[expert] if stacked else value
+            for link in tensor.links:
+                link.load(layer.weights(expert)[link.parameter], part)
+            missing[layer.index] -= part.numel()
+    return {name: p for index, rest in missing.items() if not rest for name, p in _pools(layers[index]).items()}
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -107,12 +99,12 @@ def _pools(layer: MoELayer) -> dict[str, Tensor]:
 def _read_others(model: PreTrainedModel, absent: dict[str, Tensor], foreign: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take out of ``foreign`` what the checkpoint has under other names or in parts; returns it by the model's."""
     found: dict[str, Tensor] = {}
-    for name, stored in stored_tensors(model, absent).items():
+    for name, stored in other_tensors(model, absent).items():
         if name in foreign:
             value = foreign.pop(name)
             _check_shape(name, value, stored.shape)
-            for share in stored.shares:
-                if share.parameter not in found:
-                    found[share.parameter] = absent[share.parameter].clone(memory_format=torch.contiguous_format)
-                Piece(found[share.parameter], share.parameter, None, share).put(found[share.parameter], value)
+            for link in stored.links:
+                if link.parameter not in found:
+                    found[link.parameter] = absent[link.parameter].clone(memory_format=torch.contiguous_format)
+                link.load(found[link.parameter], value)
     return found

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.experts.experts import Experts
+from esft.experts.experts import PROJECTIONS, Experts
 from esft.experts.model_state import known_state, swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers
-from esft.swapping.load_state import POOLS, pool_names, read_stock, stock_shapes, whole_pools
+from esft.swapping.load_state import POOLS, read_stock, stock_shapes, whole_pools
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -82,7 +82,7 @@ def save_pretrained(
     if not is_main_process:
         return save({}, *args, **kwargs)
     swapped = [layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)]
-    shapes = {name: shape for layer in swapped for name, shape in stock_shapes(model, layer).items()}
+    shapes = {name: shape for layer in swapped for name, shape in stock_shapes(layer).items()}
     vars(model)["get_parameter"] = partial(_get_parameter, model, shapes)  # some conversions ask for shapes
     # Not handed over: the save_pretrained of a quantised model asks the model for its state in any case.
     hook = model.register_state_dict_post_hook(_write_stock) if state_dict is None else None
@@ -128,7 +128,7 @@ def stock_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dic
 
 def _stacked(model: nn.Module, layer: MoELayer, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A layer's experts by the names of the stock module's parameters, in the order of those."""
-    ours = pool_names(model, layer)
+    ours = dict(zip(layer.experts.stock_names, PROJECTIONS, strict=False))
     for name, _ in swapped_state(model).stock[layer.name].named_parameters(recurse=False):
         pools = [state_dict.get(f"{layer.name}.{pool}_{ours[name]}") for pool in ("trained", "frozen")]
         advice = "to save it, collect the state: save_pretrained(..., state_dict=...)"

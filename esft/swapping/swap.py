@@ -74,7 +74,7 @@ def swap(
     except ValueError as error:
         raise InputError(str(error)) from error
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    swapped = Swapped(selection, model_digest(model), layouts, required_grad)
+    swapped = Swapped(selection, model_digest(model), required_grad)
     _warn_where_slow(layers, layouts)
     settle_adapter(model)
     model.requires_grad_(False)
@@ -87,7 +87,7 @@ def swap(
             experts.train(stock.training)
             swapped.stock[layer.name] = stock
             setattr(layer.block, layer.attribute, experts)
-            _set_weights(stock, layout, [torch.empty(0)] * len(layout.names))
+            _set_weights(stock, experts.stock_names, [torch.empty(0)] * len(experts.stock_names))
     except BaseException:  # out of memory, most likely: the layers done so far go back
         unswap(model)
         raise
@@ -139,7 +139,7 @@ def unswap(model: PreTrainedModel) -> PreTrainedModel:
         layer = layers.pop()  # and no other reference: the pools go before the next layer's weights are made
         if isinstance(layer.experts, Experts):
             stock = swapped.stock[layer.name]
-            _set_weights(stock, swapped.layouts[layer.name], layer.experts.stacked())
+            _set_weights(stock, layer.experts.stock_names, layer.experts.stacked())
             stock.train(layer.experts.training)
             setattr(layer.block, layer.attribute, stock)
     for name, parameter in inner.named_parameters():
@@ -150,6 +150,6 @@ def unswap(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _set_weights(stock: nn.Module, layout: Layout, weights: list[torch.Tensor]) -> None:
-    for name, weight in zip(layout.names, weights, strict=True):
+def _set_weights(stock: nn.Module, names: tuple[str, ...], weights: list[torch.Tensor]) -> None:
+    for name, weight in zip(names, weights, strict=True):
         setattr(stock, name, nn.Parameter(weight))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esft.adapters.folder import MANIFEST, check_digest, open_manifest
+from esft.adapters.folder import MANIFEST, check_base, open_manifest
 from esft.adapters.load import load_adapter
 from esft.checkpoint.digest import model_digest
 from esft.errors import InputError, first_line
@@ -32,7 +33,7 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
     if not (folder / "adapter_config.json").is_file():
         return load_adapter(model, adapter)
     if (folder / MANIFEST).is_file():
-        check_digest(open_manifest(folder), model_digest(model), adapter)
+        check_base(open_manifest(folder), partial(model_digest, model), adapter)
     try:
         from peft import PeftModel
     except ModuleNotFoundError as error:

@@ -8,14 +8,16 @@ from safetensors.torch import save_file
 import esft
 from esft.adapters.folder import (
     adapter_weights,
-    check_adapter,
-    check_digest,
+    check_base,
     check_model,
-    load_selection,
+    made_from,
+    open_adapter,
     open_manifest,
+    selected_tensors,
 )
-from esft.checkpoint.adapter_tensors import Slot, adapter_slots
+from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.checkpoint.load import load_model
+from esft.checkpoint.views import StoredTensor
 from esft.experts.model_state import swapped_state
 from esft.selection import ExpertSelection
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
@@ -27,9 +29,9 @@ def tuned(family: str = "deepseek_v2", **more):
     state = swapped_state(model)
     torch.manual_seed(7)
     with torch.no_grad():
-        for slot in adapter_slots(model, state.selection).values():
-            tensor = slot.read()
-            slot.write(tensor + torch.randn_like(tensor) * 0.05)
+        for tensor in adapter_tensors(model, state.selection).values():
+            value = tensor.read()
+            tensor.write(value + torch.randn_like(value) * 0.05)
     return model
 
 
@@ -50,19 +52,19 @@ def logits(model) -> torch.Tensor:
 def test_another_base_is_named_and_the_dtype_where_that_may_be_why(manifest, dtype, hint: bool):
     ours, theirs = "0123456789abcdef", "fedcba9876543210"
     manifest = {"base_model": "tiny", "base_digest": theirs} | manifest
-    check_digest(manifest, theirs, "x/a", dtype)
+    check_base(manifest, lambda rounded: theirs, "x/a", dtype)
     with pytest.raises(esft.InputError) as raised:
-        check_digest(manifest, ours, "x/a", dtype)
+        check_base(manifest, lambda rounded: ours, "x/a", dtype)
     expected = (
         "x/a: made from another base (tiny, digest fedcba987654), not from these weights (0123456789ab)"
-        + "; it was trained in float32 and these are in bfloat16: should they be the same, load them so" * hint
+        + "; it was trained in float32 and these are in bfloat16: load its base in float32" * hint
     )
     assert str(raised.value) == expected
 
 
 def test_a_manifest_without_a_digest_is_of_another_base():
     with pytest.raises(esft.InputError, match=r"another base \(None, digest None\)"):
-        check_digest({}, "0123456789abcdef", "a")
+        check_base({}, lambda rounded: "0123456789abcdef", "a")
 
 
 @pytest.mark.parametrize(
@@ -76,16 +78,13 @@ def test_a_manifest_without_a_digest_is_of_another_base():
         (None, "plain", True),
     ],
 )
-def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(tmp_path, base_dtype, base_digest, fits):
-    (tmp_path / "expert_cfg.json").write_text("")
+def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(base_dtype, base_digest, fits):
     manifest = {"format_version": 1, "base_digest": base_digest, "base_dtype": base_dtype}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     digests = {None: "plain", torch.float16: "rounded"}
-    if fits:
-        assert check_adapter(tmp_path, digests.__getitem__, torch.float32) == manifest
-    else:
-        with pytest.raises(esft.InputError, match=rf"^{tmp_path}: made from another base"):
-            check_adapter(tmp_path, digests.__getitem__, torch.float32)
+    assert made_from(manifest, digests.__getitem__) is fits
+    if not fits:
+        with pytest.raises(esft.InputError, match=r"^x/a: made from another base .*\(plain\)"):
+            check_base(manifest, digests.__getitem__, "x/a", torch.float32)
 
 
 def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
@@ -93,7 +92,7 @@ def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
     (tmp_path / "manifest.json").mkdir()
 
     def merging():
-        return check_adapter(tmp_path, lambda dtype: "", None)
+        return open_adapter(tmp_path)
 
     said = rf"^{tmp_path}: does not say which base it is of \(no manifest\.json\); only"
     with pytest.warns(UserWarning, match=said) as warned:
@@ -104,7 +103,7 @@ def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
     (tmp_path / "expert_cfg.json").unlink()
     (tmp_path / "expert_cfg.json").mkdir()
     with pytest.raises(esft.InputError, match=rf"^{tmp_path}: not an adapter folder \(no expert_cfg\.json\)$"):
-        check_adapter(tmp_path, lambda dtype: "", None)
+        open_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"format_version": 2}', '{"format_version": null}'])
@@ -117,18 +116,24 @@ def test_a_manifest_of_another_format_is_refused(tmp_path, content: str):
 def test_a_selection_is_read_with_its_switches_and_held_to_the_model(tmp_path):
     chosen = ExpertSelection({1: [7]}, shared_experts=True, non_expert_modules=True)
     chosen.save(tmp_path / "expert_cfg.json")
-    assert load_selection(tmp_path, tiny_model()) == chosen
+    selection, tensors = selected_tensors(tmp_path, model := tiny_model())
+    assert selection == chosen
+    assert tensors.keys() == adapter_tensors(model, chosen).keys()
+    ExpertSelection({1: [8]}).save(tmp_path / "expert_cfg.json")
+    message = rf"^{tmp_path}/expert_cfg.json: selection names experts \[8\] of layer 1, which has 8 experts$"
+    with pytest.raises(esft.InputError, match=message):
+        selected_tensors(tmp_path, model)
 
 
 ONE = "model.layers.1.mlp.experts.1.{}_proj.weight"
 
 
 def files_of(folder, *parts: dict) -> dict:
-    """The slots of one expert, and a folder with files of tensors."""
+    """What one expert's tensors are in a model, and a folder with files of tensors."""
     folder.mkdir()
     for number, tensors in enumerate(parts):
         save_file(tensors, folder / f"model-{number}.safetensors")
-    return adapter_slots(tiny_model(), ExpertSelection({1: [1]}))
+    return adapter_tensors(tiny_model(), ExpertSelection({1: [1]}))
 
 
 def one_expert(**change) -> dict:
@@ -151,7 +156,7 @@ def test_a_name_that_a_slot_has_is_not_taken_for_a_shortened_one(tmp_path):
     """A model may have one tensor under a name and another under that name after ``model.``."""
     tensors = {"norm.weight": torch.zeros(3), "model.norm.weight": torch.ones(3)}
     files_of(tmp_path / "a", tensors)
-    slots = {name: Slot(name, None, (3,), ()) for name in tensors}
+    slots = {name: AdapterTensor(StoredTensor(name, None, (3,), ()), ()) for name in tensors}
     with adapter_weights(tmp_path / "a", slots) as weights:
         assert all(torch.equal(weights.get_tensor(name), tensor) for name, tensor in tensors.items())
 

@@ -17,6 +17,7 @@ from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from esft.errors import DiskError, InputError
 from esft.experts.moe_layers import moe_layers
+from esft.files import TensorInfo
 from esft.selection import ExpertSelection
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
@@ -453,4 +454,5 @@ def test_a_tensor_of_the_base_that_the_adapters_cannot_replace_is_named(tmp_path
 
 def test_a_tensor_without_elements_stays_as_it_is():
     module = importlib.import_module("esft.adapters.merge")
-    assert module._Patch(8, 8, (0, 4), torch.float32, []).content(b"", None) == b""
+    patch = module._Patch("f", "n", TensorInfo("F32", (0, 4), 8, 8), 8, 8, (0, 4), [])
+    assert patch.content(b"", None) == b""

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.checkpoint.adapter_tensors import adapter_slots
+from esft.checkpoint.adapter_tensors import adapter_tensors
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from esft.experts.model_state import swapped_state
@@ -21,9 +21,9 @@ def tuned(family: str = "deepseek_v2", **more):
     state = swapped_state(model)
     torch.manual_seed(7)
     with torch.no_grad():
-        for slot in adapter_slots(model, state.selection).values():
-            tensor = slot.read()
-            slot.write(tensor + torch.randn_like(tensor) * 0.05)
+        for tensor in adapter_tensors(model, state.selection).values():
+            value = tensor.read()
+            tensor.write(value + torch.randn_like(value) * 0.05)
     return model
 
 

@@ -98,14 +98,14 @@ def test_where_a_tensor_lies_is_found_in_its_own_file_and_a_wrong_index_is_named
     base = shards(tmp_path / "base")
     found = Checkpoint.open(base)
     for name in (HEAD, "model.layers.1.mlp.experts.3.up_proj.weight"):
-        stored, tensor = found.stored(name), load_file(base / found.files[name])[name]
+        stored, tensor = found.info(name), load_file(base / found.files[name])[name]
         content = (base / found.files[name]).read_bytes()[stored.start : stored.end]
         assert (stored.dtype, stored.shape) == ("F32", tuple(tensor.shape))
         assert content == tensor.numpy().tobytes()
     other = next(file for file in found.files.values() if file != found.files[HEAD])
     rewrite_json(base / INDEX, lambda index: index["weight_map"].update({HEAD: other}))
     with pytest.raises(esft.InputError, match=rf"base/{other}: holds no tensor {HEAD}, as the index says"):
-        Checkpoint.open(base).stored(HEAD)
+        Checkpoint.open(base).info(HEAD)
 
 
 def test_the_dtype_is_the_configurations_of_the_text_model(tmp_path):

@@ -17,6 +17,8 @@ from esft.selection import ExpertSelection
 from esft.training.data import IGNORE
 from esft.training.evaluate import batch_loss
 from tests.esft import zoo
+from tests.esft.experts.test_stock_layout import listed
+from tests.esft.models import tiny_model
 
 # Families that cannot be built and run here, with the reason; none of them may be runnable.
 UNBUILDABLE = {
@@ -329,3 +331,54 @@ def test_every_parameter_of_shared_experts_is_found(family: str):
     for name, parameter in model.named_parameters():
         if any(name.startswith(at) for at in decoder_layers):
             assert (parameter in found) == ("share" in name), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_weights_are_detached_views_in_the_order_of_the_projections_with_their_stock_names(family: str):
+    model = zoo.tiny(family)
+    layer = moe_layers(model)[1]
+    names = ["gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"][: 4 if family == "gpt_oss" else 2]
+    expected = {name: getattr(layer.experts, name).detach().clone() for name in names}
+    for swapped in (False, True):
+        if swapped:
+            esft.swap(model, ExpertSelection({1: [5]}))
+            layer = moe_layers(model)[1]
+        for expert in (5, 2):
+            weights = layer.weights(expert)
+            assert list(weights) == [f"{layer.name}.{name}" for name in names]
+            for weight, name in zip(weights.values(), names, strict=True):
+                assert torch.equal(weight, expected[name][expert]) and not weight.requires_grad
+                weight += 1  # reaches the model
+                expected[name][expert] += 1
+    stock = esft.unswap(model).state_dict()
+    assert all(torch.equal(stock[f"{layer.name}.{name}"], expected[name]) for name in names)
+
+
+def test_weights_of_experts_in_a_module_list_are_those_of_its_modules():
+    model = listed(tiny_model())
+    layer = moe_layers(model)[1]
+    weights = layer.weights(7)
+    assert list(weights) == [f"{layer.name}.7.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")]
+    for name, weight in weights.items():
+        assert weight.data_ptr() == model.get_parameter(name).data_ptr() and not weight.requires_grad
+
+
+def test_the_stock_modules_names_are_known_of_swapped_layers_and_not_of_ones_swapped_by_hand():
+    model = zoo.tiny("nemotron_h")
+    layer = moe_layers(model)[1]
+    expected = [f"{layer.name}.{name}" for name in ("up_proj", "down_proj")]
+    assert list(layer.weights(0)) == expected and layer.transposed is False
+    esft.swap(model, ExpertSelection({}))
+    layer = moe_layers(model)[1]
+    assert list(layer.weights(0)) == expected and layer.transposed is False
+    layer.experts.stock_names = ()
+    with pytest.raises(esft.InputError, match="^model.layers.3.mixer.experts: swapped by hand"):
+        layer.weights(0)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_whether_weights_are_transposed_is_known_of_either(swapped: bool):
+    model = zoo.tiny("gpt_oss")
+    if swapped:
+        esft.swap(model, ExpertSelection({}))
+    assert all(layer.transposed is True for layer in moe_layers(model))

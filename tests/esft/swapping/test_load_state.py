@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import esft
-from esft.checkpoint.expert_tensors import expert_tensors
 from esft.checkpoint.original_format import to_stored
-from esft.experts.model_state import model_state
+from esft.checkpoint.stored_tensors import expert_tensors
+from esft.checkpoint.views import Part
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import stock_state
 from tests.esft import test_multimodal as multimodal
@@ -97,10 +97,10 @@ def test_of_files_in_two_forms_the_shape_tells_which_and_a_part_of_them_may_come
 def test_where_both_forms_have_one_shape_the_checkpoints_own_is_read():
     # Of a family whose files would hold the halves' rows in turn, under the name that the model has.
     model = families.swapped(zoo.tiny("gpt_oss"), ExpertSelection({0: [3]}))
-    in_turn = {"part": "in turn", "transposed": False}
-    model_state(model).found["expert_tensors"] = [
-        replace(t, **(in_turn if t.stored_name.endswith("gate_up_proj") else {})) for t in expert_tensors(model)
-    ]
+    for tensors in expert_tensors(model).values():
+        for name, tensor in tensors.items():
+            if tensor.name.endswith("gate_up_proj"):
+                tensors[name] = replace(tensor, links=(replace(tensor.links[0], inside=Part("in turn")),))
     name = "model.layers.0.mlp.experts.gate_up_proj"
     value = torch.randn(8, 32, 48)
     model.load_state_dict({name: value}, strict=False)

@@ -187,7 +187,7 @@ def test_a_list_of_experts_stays_and_gets_its_flags_back():
     before, experts = flags(model), [layer.experts for layer in moe_layers(model)]
     swapped_quietly(model, ExpertSelection({1: TRAINED}))
     assert all(layer.experts is own for layer, own in zip(moe_layers(model), experts, strict=True))
-    assert swapped_state(model).stock == swapped_state(model).layouts == {}
+    assert swapped_state(model).stock == {}
     esft.unswap(model)
     assert all(layer.experts is own for layer, own in zip(moe_layers(model), experts, strict=True))
     assert flags(model) == before
@@ -203,9 +203,9 @@ def test_a_swapped_model_remembers_its_base_and_saves_and_reads_stock_checkpoint
     state = swapped_state(model)
     assert state is model.esft_state.swapped and state.load_hook is not None
     assert state.selection is selection and state.base_digest == digest and state.required_grad == before
-    assert list(state.stock) == list(state.layouts) == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+    assert list(state.stock) == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
     assert all(state.stock[name] is experts for name, experts in stock.items())
-    assert all(layout.names == ("gate_up_proj", "down_proj") for layout in state.layouts.values())
+    assert all(layer.experts.stock_names == ("gate_up_proj", "down_proj") for layer in moe_layers(model))
     assert not any(p.numel() for experts in stock.values() for p in experts.parameters())
     assert len(hangs_on(model)) == 3 and len(hooks(model)) == 1
 
