@@ -16,6 +16,7 @@ from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
 from esft.files import open_safetensors, read_json, write_json
 from esft.selection import ExpertSelection
+from esft.transformers_internals import base_name
 
 WEIGHTS = "adapter.safetensors"
 SELECTION = "expert_cfg.json"
@@ -33,7 +34,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chosen_by: dict[str, Any]) -> None:
     """What an adapter was trained from, and how its experts were chosen."""
-    base = {"base_model": model.config._name_or_path, "base_digest": base_digest, "base_dtype": _name(model.dtype)}
+    base = {"base_model": base_name(model), "base_digest": base_digest, "base_dtype": _name(model.dtype)}
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **base, "chosen_by": chosen_by})
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from esft.adapters.folder import (
     MANIFEST,
@@ -23,6 +22,7 @@ from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.views import Link
 from esft.errors import DiskError, InputError
 from esft.files import TensorInfo, check_apart, check_earlier, new_folder, write_json
+from esft.transformers_internals import CHAT_TEMPLATE_DIR
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
 OTHER_FORMATS = ("pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*", "consolidated*", "*.gguf")

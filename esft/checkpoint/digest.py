@@ -12,13 +12,9 @@ from transformers import PreTrainedModel
 from esft.checkpoint.original_format import stored_by_layer
 from esft.errors import InputError
 from esft.experts.model_state import known_state
+from esft.transformers_internals import tied_names
 
 SAMPLES = 64  # values of a tensor that enter the digest
-
-
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """The weights that are another one under a second name: that name -> the other one's."""
-    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:

@@ -19,10 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from esft.checkpoint.digest import digest_of, sample, tied_names
+from esft.checkpoint.digest import digest_of, sample
 from esft.checkpoint.original_format import stored_by_layer, to_stored
 from esft.errors import InputError, first_line
 from esft.files import TensorInfo, open_safetensors, read_json, safetensors_header
+from esft.transformers_internals import tied_names, without_weights
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -67,7 +68,7 @@ class Checkpoint:
         try:
             with torch.device("meta"):
                 if isinstance(named, type) and issubclass(named, PreTrainedModel):
-                    return named._from_config(self.config)
+                    return without_weights(named, self.config)
                 return AutoModelForCausalLM.from_config(self.config)
         except Exception as error:  # whatever a model's constructor says of values that it cannot use
             raise InputError(f"{self.folder / 'config.json'}: makes no model ({first_line(error)})") from error

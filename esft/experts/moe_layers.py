@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from esft.errors import InputError
 from esft.experts.experts import Experts
-from esft.experts.stock_layout import is_stacked, is_transposed, stacked_weights
+from esft.experts.stock_layout import is_stacked, stacked_weights
+from esft.transformers_internals import is_transposed
 
 # What a MoE block calls its router and its shared experts.
 ROUTERS = ("gate", "router", "wg", "moe_gate")

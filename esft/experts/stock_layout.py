@@ -20,6 +20,14 @@ from torch import Tensor, nn
 from esft.errors import InputError
 from esft.experts.experts import PROJECTIONS, Experts
 from esft.experts.plain_experts import PlainExperts
+from esft.transformers_internals import (
+    between_projections,
+    has_bias,
+    has_gate,
+    is_marked,
+    is_transposed,
+    output_norm,
+)
 from esft_kernels.activation import Activation, Kind
 from esft_kernels.pools import ExpertWeights
 
@@ -73,18 +81,9 @@ class Layout:
 def is_stacked(module: nn.Module) -> bool:
     """Whether a module holds stacked experts behind the seam ``(hidden_states, top_k_index, top_k_weights)``."""
     names = ("num_experts", "down_proj")
-    if not all(hasattr(module, name) for name in names) or not (_gated(module) or hasattr(module, "up_proj")):
+    if not all(hasattr(module, name) for name in names) or not (has_gate(module) or hasattr(module, "up_proj")):
         return False
-    return len(inspect.signature(module.forward).parameters) == 3 or hasattr(module, "is_transposed")
-
-
-def _gated(stock: nn.Module) -> bool:
-    return bool(getattr(stock, "has_gate", hasattr(stock, "gate_up_proj")))
-
-
-def is_transposed(stock: nn.Module) -> bool:
-    """Whether a stock module's weights are [E, in, out]."""
-    return bool(getattr(stock, "is_transposed", False))
+    return len(inspect.signature(module.forward).parameters) == 3 or is_marked(module)
 
 
 def stacked_weights(stock: nn.Module, name: str) -> dict[str, Tensor]:
@@ -92,10 +91,10 @@ def stacked_weights(stock: nn.Module, name: str) -> dict[str, Tensor]:
 
     Raises InputError where they are not floating-point stacks of the shapes that the module's flags promise.
     """
-    gated, transposed = _gated(stock), is_transposed(stock)
+    gated, transposed = has_gate(stock), is_transposed(stock)
     up = PROJECTIONS[0] if gated else "up_proj"
     names = (up, "down_proj")
-    if getattr(stock, "has_bias", False):
+    if has_bias(stock):
         names += (f"{up}_bias", "down_proj_bias")
     weights = [_float_weight(stock, n, name) for n in names]
     e, f, d = weights[1].shape if transposed else (*weights[1].shape[:1], *weights[1].shape[:0:-1])
@@ -113,17 +112,17 @@ def read_layout(stock: nn.Module, name: str) -> Layout:
     Raises InputError for weights that ``stacked_weights`` does not take, and where a module without flags computes
     something else than its layout says.
     """
-    gated, transposed = _gated(stock), is_transposed(stock)
+    gated, transposed = has_gate(stock), is_transposed(stock)
     weights = stacked_weights(stock, name)
-    gate = getattr(stock, "_apply_gate", None) if gated else getattr(stock, "act_fn", None)
+    gate = between_projections(stock)
     if gate is None and hasattr(stock, "act_fn"):
         gate = _Gated(stock.act_fn)
     if gate is None:
         raise InputError(f"{name}: what these experts compute between their projections is not known")
-    norm = stock.post_expert_norm if getattr(stock, "has_post_expert_norm", False) else None
+    norm = output_norm(stock)
     activation, interleaved = recognise(gate, gated, stock) or (None, False)
     layout = Layout(tuple(weights), transposed, activation, interleaved, gate, norm)
-    if not hasattr(stock, "is_transposed") and not _computes_the_same(stock, layout, weights["down_proj"].shape[1]):
+    if not is_marked(stock) and not _computes_the_same(stock, layout, weights["down_proj"].shape[1]):
         raise InputError(f"{name}: {type(stock).__name__} computes something else than stacked experts do")
     return layout
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from esft.experts.plain_experts import plain_mlp
 from esft.experts.stock_layout import read_layout
+from esft.transformers_internals import ALL_EXPERTS_FUNCTIONS, is_expert_parallel
 from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
 
@@ -37,7 +37,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     x_TD = hidden_states.to(weights.gate_up_EGD.dtype)
     if layout.is_fused:
         in_order = torch.arange(pools.num_experts, device=x_TD.device)
-        out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, in_order, pools, elsewhere=self._is_expert_parallel)
+        out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, in_order, pools, elsewhere=is_expert_parallel(self))
     else:
         out_TD = plain_mlp(x_TD, top_k_index, top_k_weights, pools, layout.gate, layout.norm)
     return out_TD.to(hidden_states.dtype)

@@ -22,6 +22,7 @@ from esft.experts.experts import PROJECTIONS, Experts
 from esft.experts.model_state import known_state, swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.swapping.load_state import POOLS, read_stock, stock_shapes, whole_pools
+from esft.transformers_internals import has_peft_adapter, is_spread
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -74,10 +75,10 @@ def save_pretrained(
     Raises InputError for experts that are spread over ranks, whose state has to be collected first.
     """
     save = partial(type(model).save_pretrained, model, save_directory, is_main_process)
-    if getattr(model, "_hf_peft_config_loaded", False):  # PEFT's own weights alone are written
+    if has_peft_adapter(model):  # PEFT's own weights alone are written
         return save(state_dict, *args, **kwargs)
-    sharded = getattr(model.config, "distributed_config", None) is not None  # transformers would take its own state
-    if sharded or kwargs.get("distributed_checkpoint", False):
+    # Of a model that it has spread, transformers would take its own state.
+    if is_spread(model) or kwargs.get("distributed_checkpoint", False):
         raise InputError("a swapped model that transformers has spread over ranks cannot be saved whole")
     if not is_main_process:
         return save({}, *args, **kwargs)

@@ -24,6 +24,7 @@ from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, tra
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import attach, detach
+from esft.transformers_internals import is_expert_parallel
 from esft_kernels.autograd_op import RECOMPUTE
 from esft_kernels.backends.resolve import resolve_backend
 
@@ -63,7 +64,7 @@ def swap(
     selection.check({layer.index: layer.num_experts for layer in layers})
     stacked = [layer for layer in layers if not isinstance(layer.experts, nn.ModuleList)]
     layouts = {layer.name: read_layout(layer.experts, layer.name) for layer in stacked}
-    if spread := [layer.name for layer in stacked if getattr(layer.experts, "_is_expert_parallel", False)]:
+    if spread := [layer.name for layer in stacked if is_expert_parallel(layer.experts)]:
         raise InputError(f"{spread[0]}: experts that are spread over ranks cannot be swapped")
     if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")

@@ -85,7 +85,7 @@ def test_nothing_is_stored_by_the_legacy_names_that_transformers_can_still_read(
 
 def test_conversions_are_found_once_and_kept_on_the_model(monkeypatch):
     model, asked = zoo.tiny("mixtral"), []
-    module = importlib.import_module("esft.checkpoint.original_format")
+    module = importlib.import_module("esft.transformers_internals")
     find = module.get_model_conversion_mapping
     monkeypatch.setattr(module, "get_model_conversion_mapping", lambda *a, **k: asked.append(a) or find(*a, **k))
     name = "model.layers.1.mlp.gate.weight"

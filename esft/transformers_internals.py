@@ -1,0 +1,138 @@
+"""What this project uses of transformers that its documentation does not promise: all of it, and nowhere else.
+
+When a new version changes some of this, only this file has to follow it, and ``TRIED`` then names that version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
+TRIED = ("5.20.2", "5.23.0")  # the versions of transformers with which all tests have passed
+
+__all__ = ["ALL_EXPERTS_FUNCTIONS", "CHAT_TEMPLATE_DIR"]
+
+
+# Models.
+
+
+def without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this class from its configuration; its weights are made on the device that is set."""
+    return model_class._from_config(config)
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """The folder or hub id that the model was loaded from."""
+    return model.config._name_or_path
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """The weights that are another one under a second name: that name -> the other one's."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def has_peft_adapter(model: PreTrainedModel) -> bool:
+    """Whether transformers itself has put PEFT's weights into the model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether transformers has spread the model over ranks."""
+    return getattr(model.config, "distributed_config", None) is not None
+
+
+# Modules of stacked experts, as ``use_experts_implementation`` marks them.
+
+
+def is_marked(experts: nn.Module) -> bool:
+    return hasattr(experts, "is_transposed")
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether the weights are [E, in, out]."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def has_gate(experts: nn.Module) -> bool:
+    return bool(getattr(experts, "has_gate", hasattr(experts, "gate_up_proj")))
+
+
+def has_bias(experts: nn.Module) -> bool:
+    return bool(getattr(experts, "has_bias", False))
+
+
+def between_projections(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The module's own function of the up projection's output; None where it has none."""
+    return getattr(experts, "_apply_gate", None) if has_gate(experts) else getattr(experts, "act_fn", None)
+
+
+def output_norm(experts: nn.Module) -> nn.Module | None:
+    """What is applied to each expert's output."""
+    return experts.get_submodule("post_expert_norm") if getattr(experts, "has_post_expert_norm", False) else None
+
+
+def is_expert_parallel(experts: nn.Module) -> bool:
+    """Whether other ranks hold some of the experts."""
+    return bool(getattr(experts, "_is_expert_parallel", False))
+
+
+# The conversion between the original format of checkpoints and a model's own tensors.
+
+
+def conversions(model: PreTrainedModel) -> list[Any]:
+    """The conversions between the original format and the model.
+
+    A loaded model remembers those that its files needed. Where these are the very ones that the model's own names set
+    off, the files held the tensors as the model does, and the family's are the ones.
+    """
+    of_files = getattr(model, "_weight_conversions", None)
+    of_family = get_model_conversion_mapping(model)
+    renamings = [c for c in of_family if isinstance(c, WeightRenaming)]
+    converters = [c for c in of_family if isinstance(c, WeightConverter)]
+    for name in model.state_dict():
+        rename_source_key(name, renamings, converters)
+    of_names = [_patterns(c) for c in of_family if c.was_used()]
+    if of_files is None or [_patterns(c) for c in of_files] == of_names:
+        # As transformers does: whether files have a prefix is not known, and nobody saves by the legacy names.
+        return [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    return of_files
+
+
+def _patterns(conversion: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(conversion.source_patterns), tuple(conversion.target_patterns)
+
+
+def revert(model: PreTrainedModel, conversions: list[Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint's tensors from some of the model's, by these conversions."""
+    return revert_weight_conversion(_Original(model, conversions), tensors)
+
+
+class _Original:
+    """A model as ``revert_weight_conversion`` looks at it, with other conversions than it remembers."""
+
+    def __init__(self, model: PreTrainedModel, conversions: list[Any]):
+        self._model, self._weight_conversions = model, conversions
+
+    def get_parameter(self, name: str) -> Tensor:
+        """Of no shape: where a conversion transposes tensors unless they have the model's shape already, it does.
+
+        A swapped model has no such parameter, and the original format is the one that differs from the model's.
+        """
+        return torch.empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
