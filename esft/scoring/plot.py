@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from esft.errors import InputError
@@ -27,8 +28,9 @@ def plot_scores(
     per_layer = scores.token_scores if by == "token" else scores.gate_scores
     layers = list(per_layer)
     ranked = {layer: sorted(per_layer[layer].items(), key=lambda item: (-item[1], item[0])) for layer in layers}
-    values = [[score for _, score in ranked[layer]] for layer in layers]
-    width = max(len(row) for row in values)
+    width = max(map(len, ranked.values()))
+    nothing = [math.nan] * width  # layers may have fewer experts than others
+    values = [([score for _, score in ranked[layer]] + nothing)[:width] for layer in layers]
     figure, axes = plt.subplots(figsize=(max(6, width * 0.34), 1.6 + 0.42 * len(layers)), layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     for row, layer in enumerate(layers):

@@ -41,7 +41,7 @@ def test_experts_compute_and_hold_what_they_were_given_whatever_the_layout(flags
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("trained", [[], [3, 0]])
+@pytest.mark.parametrize("trained", [[], [3, 0], [3]])
 def test_both_pools_are_parameters_of_which_the_trained_one_trains_where_it_holds_something(biased: bool, trained):
     biases = {"gate_up_bias": torch.randn(4, 6), "down_bias": torch.randn(4, 4)} if biased else {}
     experts = Experts(torch.randn(4, 6, 4), torch.randn(4, 4, 3), trained, **biases)
@@ -51,7 +51,7 @@ def test_both_pools_are_parameters_of_which_the_trained_one_trains_where_it_hold
     assert experts.state_dict().keys() == expected.keys()  # the positions follow from the ids, and are not saved
     if not biased:
         assert experts.trained_gate_up_proj_bias is None and experts.frozen_down_proj_bias is None
-    assert experts.position.tolist() == ([1, 2, 3, 0] if trained else [0, 1, 2, 3])
+    assert experts.position.tolist() == {0: [0, 1, 2, 3], 1: [1, 2, 3, 0], 2: [1, 2, 3, 0]}[len(trained)]
     assert experts.position.dtype == torch.int64
 
 

@@ -34,6 +34,8 @@ def test_the_picture_shows_experts_by_falling_score_and_frames_the_chosen(tmp_pa
 
     path = plot_scores(SCORES, esft.ExpertSelection({1: [1], 2: [0, 2]}), str(tmp_path / "a.png"))
     assert path == tmp_path / "a.png" and path.read_bytes().startswith(b"\x89PNG")
+    width, height = (int.from_bytes(path.read_bytes()[at : at + 4]) for at in (16, 20))
+    assert (width, height) == (780, int(130 * (1.6 + 2 * 0.42)))  # 130 dots an inch
     assert matplotlib.get_backend().lower() == "agg"  # which needs no screen
     (figure,) = drawn
     axes, bar = figure.axes
@@ -41,7 +43,9 @@ def test_the_picture_shows_experts_by_falling_score_and_frames_the_chosen(tmp_pa
     ids = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axes.texts}
     rows = ["102", "021"]  # of two equal scores the lower id comes first
     assert ids == {(row, column): rows[row][column] for row in range(2) for column in range(3)}
-    assert {(t.get_ha(), t.get_va()) for t in axes.texts} == {("center", "center")}
+    assert {(t.get_ha(), t.get_va(), t.get_fontsize(), t.get_color()) for t in axes.texts} == {
+        ("center", "center", 6.0, "white")
+    }
     assert marked(axes) == {(0, 0), (1, 0), (1, 1)}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
     assert axes.get_yticks().tolist() == [0, 1]
@@ -58,6 +62,15 @@ def test_the_picture_shows_the_scores_that_are_asked_for_under_the_title_that_is
     assert axes.get_title() == "a title" and bar.get_ylabel() == "gate score"
 
 
+def test_layers_may_have_unlike_numbers_of_experts(tmp_path, drawn):
+    scores = esft.ExpertScores({1: {0: 0.5, 1: 0.5}, 2: {0: 0.2, 1: 0.3, 2: 0.5}}, {})
+    plot_scores(scores, esft.ExpertSelection({1: [1], 2: [2]}), tmp_path / "a.png")
+    (figure,) = drawn
+    assert figure.axes[0].images[0].get_array().filled(-1).tolist() == [[0.5, 0.5, -1], [0.5, 0.3, 0.2]]
+    assert [t.get_text() for t in figure.axes[0].texts] == ["0", "1", "2", "1", "0"]
+    assert marked(figure.axes[0]) == {(0, 1), (1, 0)}
+
+
 @pytest.mark.parametrize("experts", [64, 65])
 def test_the_picture_grows_with_the_experts_and_names_up_to_64_of_them(tmp_path, drawn, experts: int):
     row = dict.fromkeys(range(experts), 1 / experts)
@@ -66,8 +79,9 @@ def test_the_picture_grows_with_the_experts_and_names_up_to_64_of_them(tmp_path,
         plot_scores(esft.ExpertScores(scores, {}), esft.ExpertSelection({}), tmp_path / "a.png")
     small, large = drawn
     assert len(large.axes[0].texts) == (128 if experts == 64 else 0)
-    assert large.get_figwidth() > small.get_figwidth() >= 6  # room for the labels even beside few experts
-    assert 0.2 < large.get_figheight() - small.get_figheight() < 0.6  # inches, of one more layer
+    assert small.get_figwidth() == 6  # inches: room for the labels even beside few experts
+    assert large.get_figwidth() == pytest.approx(0.34 * experts)
+    assert [figure.get_figheight() for figure in drawn] == pytest.approx([1.6 + 0.42, 1.6 + 2 * 0.42])
 
 
 def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):

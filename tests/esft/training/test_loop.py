@@ -4,13 +4,14 @@ import importlib
 import itertools
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esft
 from esft.checkpoint.device import peak_rss
@@ -217,12 +218,76 @@ def test_progress_is_shown_where_it_is_wanted(base, fake, capfd, progress: bool)
         assert any("2/5" in bar for bar in bars) and "5/5" in bars[-1]
 
 
-def test_the_largest_memory_is_in_bytes_on_every_system(monkeypatch):
-    import resource
+def test_the_metrics_hold_every_step_and_every_evaluation(base, out, fake, steps, monkeypatch):
+    asked, clock = [], itertools.count()
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))  # 1 s a look
+    monkeypatch.setattr(train_module, "peak_memory", lambda: 123)
 
-    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 if who == 0 else 9))
-    for platform, expected in (("linux", 3 * 1024), ("darwin", 3)):  # which counts in KiB, and which in bytes
-        monkeypatch.setattr(sys, "platform", platform)
-        assert peak_rss() == expected
-    monkeypatch.setitem(sys.modules, "resource", None)
-    assert peak_rss() == 0
+    def evaluate(model, examples, pad: int, batch_size: int) -> float:
+        asked.append((len(examples), pad, batch_size))
+        model.eval()
+        return 0.5 + len(asked)
+
+    monkeypatch.setattr(train_module, "mean_loss", evaluate)
+    write_records(base.parent / "e.jsonl", 5)
+    config = settings(steps=5, eval_every=2, micro_batch_size=4, warmup_steps=2, decay=0.4)
+    result = run(base, "run", config, eval_data=base.parent / "e.jsonl")
+
+    examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
+    batches = [b for epoch in range(2) for b in epoch_batches(examples, 8, 0, epoch)][:5]
+    counts = [sum(len(examples[i].ids) for i in batch) for batch in batches]
+    expected = []
+    for step, evaluated in zip(range(5), (None, 1.5, None, 2.5, 3.5), strict=True):
+        # Two parts of alike size a step: calls 1 and 2 have losses 9 and 8, and so on.
+        loss = pytest.approx(8.5 - 2 * step)
+        speed = counts[step] / 1.0
+        line = {"loss": loss, "lr": config.rate(step), "grad_norm": 0.0, "tokens_per_second": speed}
+        expected += [{"step": step + 1, **line}]
+        expected += [{"step": step + 1, "eval_loss": evaluated}] if evaluated else []
+    assert metrics(out) == expected
+    assert asked == [(5, PAD, 4)] * 3
+    assert fake.training == [True] * 10
+    assert [rate for rate, _ in steps] == [config.rate(step) for step in range(5)]
+
+    assert (result.steps, result.eval_loss, result.peak_gpu_memory) == (5, 3.5, 123)
+    assert result.trained_parameters == 3 * 3 * 20 * 32  # three experts of three matrices
+    assert result.seconds == 11.0  # the loop looks at the clock twice a step, and before and after
+    assert result.tokens_per_second == sum(counts) / 11.0
+    assert 2**20 < result.peak_rss <= peak_rss()
+    stored = (out / "adapter" / "adapter.safetensors").stat().st_size
+    assert result.stored_bytes == stored > 4 * result.trained_parameters
+    origin = {"model": str(base), "data": str(base.parent / "d.jsonl")}
+    assert json.loads((out / "summary.json").read_text()) == {"method": "esft", **origin, **vars(result)}
+
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "eval_loss"):
+        logged = [(line["step"], line[name]) for line in metrics(out) if name in line]
+        assert [(e.step, e.value) for e in board.Scalars(name)] == [(s, pytest.approx(v)) for s, v in logged]
+
+
+def test_a_run_is_kept_unless_overwritten_and_then_goes_whole(base, out, fake):
+    run(base, "run", settings(steps=3, save_every=2), eval_data=None)
+    (out / "note").write_text("of the run before")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(esft.InputError, match="holds something already"):
+        run(base, "run", settings(steps=1))
+    (base.parent / "bad.jsonl").write_text("{\n")
+    with pytest.raises(esft.InputError, match="line 1"):
+        run(base, "run", settings(steps=1), overwrite=True, eval_data=base.parent / "bad.jsonl")
+    assert sorted(out.rglob("*")) == before
+    run(base, "run", settings(steps=2), overwrite=True, eval_data=None)
+    assert column(out, "step") == [1, 2]
+    assert not (out / "note").exists() and not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_overwriting_takes_an_empty_folder_and_none(base, out, fake, there: bool):
+    if there:
+        out.mkdir()
+    run(base, "run", settings(steps=1), overwrite=True, eval_data=None)
+    assert column(out, "step") == [1]
+
+
+def test_where_a_run_writes_may_be_a_folder_below_others_that_are_not_there(base, fake):
+    run(base, "new/below/run", settings(steps=1), eval_data=None)
+    assert column(base.parent / "new" / "below" / "run", "step") == [1]

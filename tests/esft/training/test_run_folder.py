@@ -1,75 +1,25 @@
-"""What the loop computes, logs and stores, step by step; whole runs are in test_train_runs."""
+"""The files of a run: what it is begun with, what it logs, what it resumes from."""
 
 import hashlib
 import importlib
 import itertools
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esft
-from esft.checkpoint.device import peak_rss
 from esft.checkpoint.digest import model_digest
 from esft.checkpoint.load import load_model
 from esft.selection import ExpertSelection
 from esft.training.config import TrainConfig
-from esft.training.data import encode_all, epoch_batches, read_records
 from esft.training.run_folder import RunFolder
-from tests.esft.models import save_tiny, tiny_tokenizer, write_records
-from tests.esft.runs import SELECTION, column, metrics, run, settings
+from tests.esft.models import save_tiny, write_records
+from tests.esft.runs import SELECTION, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258
-
-
-def test_the_metrics_hold_every_step_and_every_evaluation(base, out, fake, steps, monkeypatch):
-    asked, clock = [], itertools.count()
-    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))  # 1 s a look
-    monkeypatch.setattr(train_module, "peak_memory", lambda: 123)
-
-    def evaluate(model, examples, pad: int, batch_size: int) -> float:
-        asked.append((len(examples), pad, batch_size))
-        model.eval()
-        return 0.5 + len(asked)
-
-    monkeypatch.setattr(train_module, "mean_loss", evaluate)
-    write_records(base.parent / "e.jsonl", 5)
-    config = settings(steps=5, eval_every=2, micro_batch_size=4, warmup_steps=2, decay=0.4)
-    result = run(base, "run", config, eval_data=base.parent / "e.jsonl")
-
-    examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
-    batches = [b for epoch in range(2) for b in epoch_batches(examples, 8, 0, epoch)][:5]
-    counts = [sum(len(examples[i].ids) for i in batch) for batch in batches]
-    expected = []
-    for step, evaluated in zip(range(5), (None, 1.5, None, 2.5, 3.5), strict=True):
-        # Two parts of alike size a step: calls 1 and 2 have losses 9 and 8, and so on.
-        loss = pytest.approx(8.5 - 2 * step)
-        speed = counts[step] / 1.0
-        line = {"loss": loss, "lr": config.rate(step), "grad_norm": 0.0, "tokens_per_second": speed}
-        expected += [{"step": step + 1, **line}]
-        expected += [{"step": step + 1, "eval_loss": evaluated}] if evaluated else []
-    assert metrics(out) == expected
-    assert asked == [(5, PAD, 4)] * 3
-    assert fake.training == [True] * 10
-    assert [rate for rate, _ in steps] == [config.rate(step) for step in range(5)]
-
-    assert (result.steps, result.eval_loss, result.peak_gpu_memory) == (5, 3.5, 123)
-    assert result.trained_parameters == 3 * 3 * 20 * 32  # three experts of three matrices
-    assert result.seconds == 11.0  # the loop looks at the clock twice a step, and before and after
-    assert result.tokens_per_second == sum(counts) / 11.0
-    assert 2**20 < result.peak_rss <= peak_rss()
-    stored = (out / "adapter" / "adapter.safetensors").stat().st_size
-    assert result.stored_bytes == stored > 4 * result.trained_parameters
-    origin = {"model": str(base), "data": str(base.parent / "d.jsonl")}
-    assert json.loads((out / "summary.json").read_text()) == {"method": "esft", **origin, **vars(result)}
-
-    board = EventAccumulator(str(out / "tensorboard")).Reload()
-    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "eval_loss"):
-        logged = [(line["step"], line[name]) for line in metrics(out) if name in line]
-        assert [(e.step, e.value) for e in board.Scalars(name)] == [(s, pytest.approx(v)) for s, v in logged]
 
 
 def test_a_checkpoint_is_left_every_so_many_steps_but_not_at_the_end_and_the_last_one_stays(base, out, fake):
@@ -153,32 +103,55 @@ def test_the_run_folder_says_what_was_trained_from_what(base, out, fake):
     assert result.eval_loss is None
 
 
-def test_a_run_is_kept_unless_overwritten_and_then_goes_whole(base, out, fake):
-    run(base, "run", settings(steps=3, save_every=2), eval_data=None)
-    (out / "note").write_text("of the run before")
-    before = sorted(out.rglob("*"))
-    with pytest.raises(esft.InputError, match="holds something already"):
-        run(base, "run", settings(steps=1))
-    (base.parent / "bad.jsonl").write_text("{\n")
-    with pytest.raises(esft.InputError, match="line 1"):
-        run(base, "run", settings(steps=1), overwrite=True, eval_data=base.parent / "bad.jsonl")
-    assert sorted(out.rglob("*")) == before
-    run(base, "run", settings(steps=2), overwrite=True, eval_data=None)
-    assert column(out, "step") == [1, 2]
-    assert not (out / "note").exists() and not (out / "checkpoints").exists()
+ORIGIN = {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_overwriting_takes_an_empty_folder_and_none(base, out, fake, there: bool):
-    if there:
-        out.mkdir()
-    run(base, "run", settings(steps=1), overwrite=True, eval_data=None)
-    assert column(out, "step") == [1]
+def begun(path, selection: ExpertSelection | None = SELECTION) -> RunFolder:
+    folder = RunFolder(path)
+    folder.begin(settings(), ORIGIN, selection)
+    return folder
 
 
-def test_where_a_run_writes_may_be_a_folder_below_others_that_are_not_there(base, fake):
-    run(base, "new/below/run", settings(steps=1), eval_data=None)
-    assert column(base.parent / "new" / "below" / "run", "step") == [1]
+@pytest.mark.parametrize("lost", ["config.yaml", "origin.json", "folder"])
+def test_a_run_without_what_it_was_begun_with_is_not_resumed(tmp_path, lost: str):
+    folder = begun(tmp_path / "run")
+    folder.check_free(resume=True, overwrite=False)
+    (tmp_path / "run" / lost).unlink() if lost != "folder" else shutil.rmtree(tmp_path / "run")
+    with pytest.raises(esft.InputError, match=r"run: holds no run to resume$"):
+        folder.check_free(resume=True, overwrite=False)
+
+
+def test_only_a_run_is_replaced_and_only_where_told(tmp_path):
+    folder = begun(tmp_path / "run")
+    folder.check_free(resume=False, overwrite=True)
+    for resume, overwrite, message in ((False, False, "holds something already"), (True, True, "exclude each other")):
+        with pytest.raises(esft.InputError, match=message):
+            folder.check_free(resume, overwrite)
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(esft.InputError, match=r"run: holds no run, and is not overwritten$"):
+        folder.check_free(resume=False, overwrite=True)
+    for free in ("new", "empty"):
+        if free == "empty":
+            (tmp_path / free).mkdir()
+        for overwrite in (False, True):
+            RunFolder(tmp_path / free).check_free(resume=False, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("selection", [SELECTION, None])
+def test_a_run_goes_on_with_what_it_was_begun_with_unless_told_for_how_long(tmp_path, selection):
+    folder = begun(tmp_path / "run", selection)
+    assert folder.begun_with(None, None) == (settings(), selection)
+    assert folder.begun_with(settings(steps=99), selection) == (settings(steps=99), selection)
+    for config, other, message in ((settings(lr=1.0), None, "lr 1.0"), (None, ExpertSelection({1: [2]}), "selection")):
+        with pytest.raises(esft.InputError, match=f"^cannot resume with .*{message}"):
+            folder.begun_with(config, other)
+
+
+def test_the_base_and_the_data_are_told_by_their_digests_and_named_by_their_paths(tmp_path):
+    folder = begun(tmp_path / "run")
+    folder.check_origin({"model": "1", "data": "2"}, {"model": "elsewhere", "data": "d"})
+    with pytest.raises(esft.InputError, match=r"^cannot resume with data e\.jsonl: the run was begun with another$"):
+        folder.check_origin({"model": "1", "data": "3"}, {"model": "m", "data": "e.jsonl"})
 
 
 def write_metrics(folder, lines: list[dict]):

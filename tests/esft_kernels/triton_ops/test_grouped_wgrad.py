@@ -55,6 +55,7 @@ def test_the_gradient_is_laid_out_like_the_weights(splits, monkeypatch):
     like = torch.zeros(2, 33, 24).mT
     out = grouped_wgrad(grad, rows, like, offsets)
     assert out.stride() == like.stride()
+    assert not like.any() and out.data_ptr() != like.data_ptr()  # of which only the layout is taken
     assert_close(out, reference.grouped_wgrad(grad.double(), rows.double(), offsets.tolist(), 2), 1e-5)
 
 
