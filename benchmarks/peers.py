@@ -17,7 +17,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Exper
 
 from benchmarks.shapes import LayerShape
 from esft_kernels.autograd_op import expert_mlp
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
 from esft_kernels.routing import expert_order, route
 
 
@@ -94,25 +94,19 @@ class PoolStep(Step):
 
 def ours(problem: Problem, trained: list[int], backend: str) -> Step:
     """This project's experts with ``trained`` of them trained."""
-    order = torch.tensor(expert_order(trained, problem.shape.experts))
-    s, device = len(trained), problem.x_TD.device
-    position = torch.argsort(order).to(device)
-
-    def pool(which: Tensor, trains: bool) -> ExpertWeights:
-        which = which.to(device)
-        weights = (problem.gate_up_EGD[which], problem.down_EDF[which])
-        if shape.gpt_oss_layout:
-            weights = (t.mT.contiguous().mT for t in weights)
-        tensors = (*weights, *(bias[which] for bias in problem.biases))
-        return ExpertWeights(*(t.requires_grad_(trains) for t in tensors))
-
-    shape = problem.shape
-    pools = ExpertPools(pool(order[:s], True), pool(order[s:], False), shape.activation, shape.gpt_oss_layout)
+    shape, s = problem.shape, len(trained)
+    position = torch.argsort(torch.tensor(expert_order(trained, shape.experts))).to(problem.x_TD.device)
+    gate_up, down = problem.gate_up_EGD, problem.down_EDF
+    if shape.gpt_oss_layout:  # stored as [E, D, G] and [E, F, D]
+        gate_up, down = gate_up.mT.contiguous().mT, down.mT.contiguous().mT
+    weights = ExpertWeights(gate_up, down, *problem.biases)
+    pools = split_pools(weights, trained, shape.activation, shape.gpt_oss_layout)
+    parameters = [t.requires_grad_() for t in pools.trained.tensors() if t is not None] if s else []
 
     def forward(x: Tensor, weights: Tensor) -> Tensor:
         return expert_mlp(x, weights, pools, route(problem.index_TK, position, s), backend)
 
-    return PoolStep(forward, [t for t in pools.trained.tensors() if t is not None] if s else [], pools)
+    return PoolStep(forward, parameters, pools)
 
 
 def _stock_experts(problem: Problem, implementation: str, trains: bool) -> DeepseekV2Experts:

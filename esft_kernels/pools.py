@@ -80,7 +80,7 @@ class ExpertPools:
 def split_pools(
     weights: ExpertWeights, trained: Sequence[int], activation: Activation = SWIGLU, interleaved: bool = False
 ) -> ExpertPools:
-    """Pools with copies of stacked weights, which are ordered by expert id.
+    """Pools with copies of stacked weights, which are ordered by expert id; each lies in memory as what it is of.
 
     Args:
         weights: of all E experts.

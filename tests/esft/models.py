@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,19 @@ def tiny_model(
     """A random model with 8 experts in its MoE layers; every weight, router included, is large enough to matter."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_SIZES | FAMILIES[family][0] | settings)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.5 if "gate.weight" in name else 0.1)
-        for name, buffer in model.named_buffers():
-            if "correction_bias" in name:
-                buffer.normal_(std=0.2)
+    draw_weights(model)
     return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def draw_weights(model: PreTrainedModel) -> None:
+    """Random weights that are large enough to matter, those of routers above all."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.5 if re.search(r"gate\.weight|router", name) else 0.1)
+    for name, buffer in model.named_buffers():
+        if "correction_bias" in name:
+            buffer.normal_(std=0.2)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -17,6 +17,8 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tests.esft.models import draw_weights
+
 MODELS = Path(transformers.__file__).parent / "models"
 EXPERTS = 8
 
@@ -181,15 +183,10 @@ def tiny(family: str, **settings: Any) -> PreTrainedModel:
     cls = model_class(family)
     config = _small(cls.config_class, OVERRIDES.get(family, {}) | settings)
     model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.5 if re.search(r"gate\.weight|router", name) else 0.1)
-        for name, buffer in model.named_buffers():
-            if "correction_bias" in name:
-                buffer.normal_(std=0.2)
-            elif name.endswith("tid2eid"):  # token -> experts, of a router that hashes
-                buffer.copy_(torch.stack([torch.randperm(EXPERTS)[: buffer.shape[1]] for _ in buffer]))
+    draw_weights(model)
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):  # token -> experts, of a router that hashes
+            buffer.copy_(torch.stack([torch.randperm(EXPERTS)[: buffer.shape[1]] for _ in buffer]))
     return model.eval()
 
 

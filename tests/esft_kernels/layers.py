@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esft_kernels.activation import Activation
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
 from esft_kernels.routing import Routing, expert_order, route
 
 # fp32 differs by the order of its sums. A 16-bit result has been rounded five times at most on its way (H, A, Y and the
@@ -70,16 +70,11 @@ class Layer:
 
     @property
     def pools(self) -> ExpertPools:
-        order, s = torch.tensor(expert_order(self.trained, len(self.down_EDF))), len(self.trained)
-
-        def pool(which: Tensor) -> ExpertWeights:
-            gate_up, down = self.gate_up_EGD[which], self.down_EDF[which]
-            if self.transposed:  # stored as [E, D, G] and [E, F, D]
-                gate_up, down = gate_up.mT.contiguous().mT, down.mT.contiguous().mT
-            biases = (self.gate_up_bias_EG, self.down_bias_ED)
-            return ExpertWeights(gate_up, down, *(None if b is None else b[which] for b in biases))
-
-        return ExpertPools(pool(order[:s]), pool(order[s:]), self.activation, self.interleaved)
+        gate_up, down = self.gate_up_EGD, self.down_EDF
+        if self.transposed:  # stored as [E, D, G] and [E, F, D]
+            gate_up, down = gate_up.mT.contiguous().mT, down.mT.contiguous().mT
+        weights = ExpertWeights(gate_up, down, self.gate_up_bias_EG, self.down_bias_ED)
+        return split_pools(weights, self.trained, self.activation, self.interleaved)
 
     @property
     def routing(self) -> Routing:
@@ -190,3 +185,14 @@ def watch_calls(monkeypatch: pytest.MonkeyPatch, backend: ModuleType) -> dict[st
     for name in seen:
         watch(name)
     return seen
+
+
+def numbered_weights(experts: int, first: int, columns: int = 10, biased: bool = True) -> ExpertWeights:
+    """[experts, columns, 3] and [experts, 3, 5]: values that say which expert, counted from ``first``, and tensor."""
+
+    def filled(tensor: int, *shape: int) -> Tensor:
+        numbers = 10.0 * torch.arange(first, first + experts) + tensor
+        return numbers.view(-1, *[1] * len(shape)).expand(experts, *shape)
+
+    biases = (filled(2, columns), filled(3, 3)) if biased else ()
+    return ExpertWeights(filled(0, columns, 3), filled(1, 3, 5), *biases)

@@ -3,48 +3,39 @@ import torch
 
 from esft_kernels.activation import SWIGLU, Activation
 from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
+from tests.esft_kernels.layers import numbered_weights
 
 D, F = 3, 5
 
 
-def weights(experts: int, first: int, columns: int = 2 * F, biased: bool = True) -> ExpertWeights:
-    """Weights whose values say which expert, counted from ``first``, and which tensor they are of."""
-
-    def filled(tensor: int, *shape: int) -> torch.Tensor:
-        numbers = 10.0 * torch.arange(first, first + experts) + tensor
-        return numbers.view(-1, *[1] * len(shape)).expand(experts, *shape)
-
-    biases = (filled(2, columns), filled(3, D)) if biased else ()
-    return ExpertWeights(filled(0, columns, D), filled(1, D, F), *biases)
-
-
 def test_tensors_come_in_the_order_of_the_arguments():
-    pool = weights(2, 0)
+    pool = numbered_weights(2, 0)
     assert [None if t is None else tuple(t.shape) for t in pool.tensors()] == [(2, 10, 3), (2, 3, 5), (2, 10), (2, 3)]
-    assert weights(2, 0, biased=False).tensors()[2:] == (None, None)
+    assert numbered_weights(2, 0, biased=False).tensors()[2:] == (None, None)
 
 
 @pytest.mark.parametrize(("trained", "frozen"), [(2, 4), (0, 3), (3, 0)])
 def test_sizes_are_those_of_the_tensors(trained, frozen):
-    pools = ExpertPools(weights(trained, 0), weights(frozen, trained))
+    pools = ExpertPools(numbered_weights(trained, 0), numbered_weights(frozen, trained))
     assert (pools.num_trained, pools.num_experts) == (trained, trained + frozen)
     assert (pools.hidden_size, pools.intermediate_size, pools.gate_up_size) == (D, F, 2 * F)
 
 
 def test_experts_without_a_gate_have_one_column_of_h_for_each_of_a():
-    pools = ExpertPools(weights(1, 0, F), weights(1, 1, F), Activation("relu2", gated=False))
+    pools = ExpertPools(numbered_weights(1, 0, F), numbered_weights(1, 1, F), Activation("relu2", gated=False))
     assert (pools.intermediate_size, pools.gate_up_size) == (F, F)
 
 
 def test_pools_are_plain_swiglu_unless_told_otherwise():
-    pools = ExpertPools(weights(1, 0), weights(1, 1))
+    pools = ExpertPools(numbered_weights(1, 0), numbered_weights(1, 1))
     assert pools.activation == SWIGLU and pools.interleaved is False
 
 
 @pytest.mark.parametrize("trained", [0, 2, 5])
 @pytest.mark.parametrize("biased", [False, True])
 def test_an_expert_is_found_by_its_position(trained, biased):
-    pools = ExpertPools(weights(trained, 0, biased=biased), weights(5 - trained, trained, biased=biased))
+    pool, rest = numbered_weights(trained, 0, biased=biased), numbered_weights(5 - trained, trained, biased=biased)
+    pools = ExpertPools(pool, rest)
     for position in range(5):
         expert = pools.at(position).tensors()
         shapes = [(2 * F, D), (D, F), (2 * F,), (D,)]
@@ -67,7 +58,7 @@ def test_an_expert_is_a_view_of_its_pool():
 
 def pools_like(activation: Activation, interleaved: bool = False) -> ExpertPools:
     columns = F * activation.width
-    return ExpertPools(weights(1, 0, columns), weights(1, 1, columns), activation, interleaved)
+    return ExpertPools(numbered_weights(1, 0, columns), numbered_weights(1, 1, columns), activation, interleaved)
 
 
 def test_gates_come_before_ups_or_in_turn_with_them():

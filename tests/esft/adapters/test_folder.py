@@ -18,25 +18,9 @@ from esft.adapters.folder import (
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.checkpoint.load import load_model
 from esft.checkpoint.views import StoredTensor
-from esft.experts.model_state import swapped_state
 from esft.selection import ExpertSelection
-from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
-
-
-def tuned(family: str = "deepseek_v2", **more):
-    """A swapped model whose selected tensors have moved."""
-    model = esft.swap(tiny_model(family), ExpertSelection({2: [5, 0], FAMILIES[family][1]: [1]}, **more))
-    state = swapped_state(model)
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for tensor in adapter_tensors(model, state.selection).values():
-            value = tensor.read()
-            tensor.write(value + torch.randn_like(value) * 0.05)
-    return model
-
-
-def logits(model) -> torch.Tensor:
-    return model(**token_batch()).logits
+from tests.esft.adapters.tuned import logits, tuned
+from tests.esft.models import save_tiny, tiny_model
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,10 @@ from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
+from tests.esft.checkpoint.files import WEIGHTS, rewrite
 from tests.esft.models import FAMILIES, save_tiny, tiny_model
 
-WEIGHTS = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def rewrite(base: Path, change) -> None:
-    """Change the tensors of a checkpoint's one file."""
-    tensors = load_file(base / WEIGHTS)
-    change(tensors)
-    save_file(tensors, base / WEIGHTS, {"format": "pt"})
 
 
 def shards(folder: Path) -> Path:

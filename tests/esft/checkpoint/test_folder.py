@@ -10,24 +10,11 @@ import esft
 from esft.checkpoint.folder import Checkpoint
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
+from tests.esft.checkpoint.files import WEIGHTS, rewrite, rewrite_json
 from tests.esft.models import save_tiny, tiny_model
 
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def rewrite(base: Path, change) -> None:
-    """Change the tensors of a checkpoint's one file."""
-    tensors = load_file(base / WEIGHTS)
-    change(tensors)
-    save_file(tensors, base / WEIGHTS, {"format": "pt"})
-
-
-def rewrite_json(path: Path, change) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def shards(folder: Path) -> Path:

@@ -1,30 +1,12 @@
-import json
-from pathlib import Path
-
 import pytest
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import esft
 from esft.checkpoint import load as loading
 from esft.checkpoint.load import load_model, load_tokenizer
+from tests.esft.checkpoint.files import rewrite, rewrite_json
 from tests.esft.models import save_tiny, tiny_model, tiny_tokenizer
-
-WEIGHTS = "model.safetensors"
-
-
-def rewrite(base: Path, change) -> None:
-    """Change the tensors of a checkpoint's one file."""
-    tensors = load_file(base / WEIGHTS)
-    change(tensors)
-    save_file(tensors, base / WEIGHTS, {"format": "pt"})
-
-
-def rewrite_json(path: Path, change) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def lose(*names: str):

@@ -17,15 +17,7 @@ from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
 from tests.esft.experts import test_moe_layers as families
 from tests.esft.models import tiny_model, token_batch
-
-SELECTION = ExpertSelection({1: [5, 2], 2: [0]})
-
-
-def swapped(tuned: bool = False, family: str = "deepseek_v2"):
-    model = esft.swap(tiny_model(family), SELECTION)
-    if tuned:
-        families.tune(model)
-    return model
+from tests.esft.swapping.models import swapped
 
 
 def test_a_stock_models_state_loads_into_a_swapped_one():

@@ -22,15 +22,7 @@ from tests.esft import zoo
 from tests.esft.experts import test_moe_layers as families
 from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import FAMILIES, tiny_model, token_batch
-
-SELECTION = ExpertSelection({1: [5, 2], 2: [0]})
-
-
-def swapped(tuned: bool = False, family: str = "deepseek_v2"):
-    model = esft.swap(tiny_model(family), SELECTION)
-    if tuned:
-        families.tune(model)
-    return model
+from tests.esft.swapping.models import SELECTION, swapped
 
 
 def same_weights(model, other) -> bool:

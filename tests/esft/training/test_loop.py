@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esft
