@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
+from esft.experts.model_state import Base
 from esft.files import open_safetensors, read_json, write_json
 from esft.selection import ExpertSelection
-from esft.transformers_internals import base_name
 
 WEIGHTS = "adapter.safetensors"
 SELECTION = "expert_cfg.json"
@@ -32,10 +32,10 @@ def check_model(model: PreTrainedModel) -> None:
         raise InputError(f"{type(model).__name__} is no transformers model; one that is wrapped has to be unwrapped")
 
 
-def write_manifest(folder: Path, model: PreTrainedModel, base_digest: str, chosen_by: dict[str, Any]) -> None:
+def write_manifest(folder: Path, base: Base, chosen_by: dict[str, Any]) -> None:
     """What an adapter was trained from, and how its experts were chosen."""
-    base = {"base_model": base_name(model), "base_digest": base_digest, "base_dtype": _name(model.dtype)}
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **base, "chosen_by": chosen_by})
+    trained_from = {"base_model": base.name, "base_digest": base.digest, "base_dtype": _name(base.dtype)}
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **trained_from, "chosen_by": chosen_by})
 
 
 def _name(dtype: torch.dtype | None) -> str:

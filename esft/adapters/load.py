@@ -61,10 +61,12 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
         settle_adapter(model)
     if state.adapters is None:
         state.adapters = Adapters(base_digest(model))
-    if name is None and state.adapters.active is not None:
-        set_adapter(model, None)
+    if name is None:
+        _switch(model, state.adapters, None)
     state.adapters.held[name or DEFAULT_ADAPTER] = selection, values
-    return model if name is not None else set_adapter(model, DEFAULT_ADAPTER)
+    if name is None:
+        _switch(model, state.adapters, DEFAULT_ADAPTER)
+    return model
 
 
 def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
@@ -78,23 +80,28 @@ def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     held = adapters.held if adapters is not None else {}
     if name is not None and name not in held:
         raise InputError(f"the model holds no adapter named {name!r}; it holds {sorted(held)}")
-    if adapters is None or name == adapters.active:
-        return model
+    if adapters is not None and name != adapters.active:
+        _switch(model, adapters, name)
+    return model
+
+
+def _switch(model: PreTrainedModel, adapters: Adapters, name: str | None) -> None:
+    """Give the model the base's tensors back, and then those of an adapter where one is named."""
     if adapters.active is not None:
-        selection, values = held[adapters.active]
+        selection, values = adapters.held[adapters.active]
         tensors = adapter_tensors(model, selection)
-        held[adapters.active] = selection, {key: _newer(values[key], t.read()) for key, t in tensors.items()}
+        kept = {key: _newer(values[key], tensor.read()) for key, tensor in tensors.items()}
+        adapters.held[adapters.active] = selection, kept
         for key, tensor in tensors.items():
             tensor.write(adapters.base[key])
         adapters.active, adapters.base = None, {}
     if name is not None:
-        selection, values = held[name]
+        selection, values = adapters.held[name]
         tensors = adapter_tensors(model, selection)
         adapters.base = {key: tensor.read().to("cpu", copy=True) for key, tensor in tensors.items()}
         for key, tensor in tensors.items():
             tensor.write(values[key])
         adapters.active = name
-    return model
 
 
 def _newer(held: Tensor, read: Tensor) -> Tensor:

@@ -51,5 +51,5 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         swapped.selection.save(folder / SELECTION)
         values = {name: tensor.read().contiguous().cpu() for name, tensor in tensors.items()}
         save_file(values, folder / WEIGHTS, {"format": "pt"})
-        write_manifest(folder, model, swapped.base_digest, swapped.selection.chosen_by)
+        write_manifest(folder, swapped.base, swapped.selection.chosen_by)
     return Path(path)

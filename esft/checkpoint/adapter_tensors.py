@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from esft.checkpoint.original_format import original_format
 from esft.checkpoint.stored_tensors import expert_tensors, other_tensors
 from esft.checkpoint.views import WHOLE, Link, StoredTensor
 from esft.errors import InputError
-from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters
+from esft.experts.moe_layers import stock_weights
 from esft.selection import ExpertSelection
 
 
@@ -63,29 +64,19 @@ def adapter_tensors(model: PreTrainedModel, selection: ExpertSelection) -> dict[
     Raises InputError where the selection does not fit the model, and where the checkpoint stores something of it in a
     way that is not supported.
     """
-    layers = moe_layers(model)
-    selection.check({layer.index: layer.num_experts for layer in layers})
+    weights = stock_weights(model)
+    selection.check(weights.num_experts)
+    to_stored = original_format(model)
     found: dict[str, AdapterTensor] = {}
-    for layer in layers:
-        for expert in selection.experts.get(layer.index, ()):
-            weights = layer.weights(expert)
-            for name, stored in expert_tensors(model)[layer.index, expert].items():
-                found[name] = AdapterTensor(stored, tuple(weights[link.parameter] for link in stored.links))
-    if selection.shared_experts or selection.non_expert_modules:
-        found |= _others(model, layers, selection)
-    return found
-
-
-def _others(model: PreTrainedModel, layers: list[MoELayer], selection: ExpertSelection) -> dict[str, AdapterTensor]:
-    routed = {p for layer in layers for p in routed_parameters(layer)}
-    shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
-    others = {name: p.detach() for name, p in model.named_parameters() if p not in routed}
-    trained = {
-        name for name, p in model.named_parameters()
-        if name in others and (selection.shared_experts if p in shared else selection.non_expert_modules)
-    }  # fmt: skip
-    found = {}
-    for name, stored in other_tensors(model, others).items():
+    names = expert_tensors(model, weights.experts, to_stored) if selection.num_experts else {}
+    for layer, expert in ((layer, expert) for layer, ids in selection.experts.items() for expert in ids):
+        own = weights.experts[layer].weights[expert]
+        for name, stored in names[layer, expert].items():
+            found[name] = AdapterTensor(stored, tuple(own[link.parameter] for link in stored.links))
+    trained = weights.shared.keys() if selection.shared_experts else set()
+    trained |= weights.others.keys() if selection.non_expert_modules else set()
+    others = weights.shared | weights.others
+    for name, stored in other_tensors(to_stored, others).items() if trained else ():
         parameters = {link.parameter for link in stored.links}
         if parameters <= trained:
             found[name] = AdapterTensor(stored, tuple(others[link.parameter] for link in stored.links))

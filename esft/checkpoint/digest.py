@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from esft.checkpoint.original_format import stored_by_layer
+from esft.checkpoint.original_format import original_format
 from esft.errors import InputError
 from esft.experts.model_state import known_state
 from esft.transformers_internals import tied_names
@@ -27,7 +27,8 @@ def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> 
     state = model.state_dict()
     if away := [name for name, tensor in state.items() if tensor.is_meta]:
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?)")
-    tensors = stored_by_layer(model, state.keys() - tied_names(model).keys(), state.__getitem__)
+    names = state.keys() - tied_names(model).keys()
+    tensors = original_format(model)(names, state.__getitem__)
     return digest_of((name, sample(tensor, rounded)) for name, tensor in tensors)
 
 
@@ -36,7 +37,7 @@ def base_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> s
     state = known_state(model)
     if state.adapters is not None and (state.swapped is not None or state.adapters.active is not None):
         return state.adapters.base_digest
-    return model_digest(model, rounded) if state.swapped is None else state.swapped.base_digest
+    return model_digest(model, rounded) if state.swapped is None else state.swapped.base.digest
 
 
 def sample(tensor: Tensor, rounded: torch.dtype | None) -> tuple[tuple[int, ...], Tensor]:

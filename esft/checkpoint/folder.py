@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from esft.checkpoint.digest import digest_of, sample
-from esft.checkpoint.original_format import stored_by_layer, to_stored
+from esft.checkpoint.original_format import original_format
 from esft.errors import InputError, first_line
 from esft.files import TensorInfo, open_safetensors, read_json, safetensors_header
 from esft.transformers_internals import tied_names, without_weights
@@ -77,7 +77,7 @@ class Checkpoint:
     def as_in_memory(self) -> bool:
         """Whether the files hold the tensors as the model does, and not in the original format."""
         own = self.skeleton.state_dict()
-        original = dict(stored_by_layer(self.skeleton, own, own.__getitem__))
+        original = dict(original_format(self.skeleton)(own, own.__getitem__))
         # The shapes too: a family may keep the names and only transpose.
         held = {(name, info.shape) for header in self._headers.values() for name, info in header.items()}
         matches = [{(name, tuple(t.shape)) for name, t in form.items()} & held for form in (own, original)]
@@ -113,7 +113,7 @@ class Checkpoint:
                 names = filter(self.belongs, handle.keys())
                 held |= {self.tied.get(own, own): partial(handle.get_tensor, own) for own in names}
             if self.as_in_memory:
-                yield from stored_by_layer(self.skeleton, held, lambda name: held[name]())
+                yield from original_format(self.skeleton)(held, lambda name: held[name]())
             else:
                 yield from ((name, read()) for name, read in held.items())
 
@@ -130,8 +130,9 @@ class Checkpoint:
         As in transformers, two that the files hold with different values are not tied, whatever the configuration says.
         """
         state, found = self.skeleton.state_dict(), {}
+        to_stored = original_format(self.skeleton)
         for pair in tied_names(self.skeleton).items():
-            names = pair if self.as_in_memory else [next(iter(to_stored(self.skeleton, {n: state[n]}))) for n in pair]
+            names = pair if self.as_in_memory else [next(to_stored([name], state.__getitem__))[0] for name in pair]
             if not self.files.keys() >= set(names) or self._equal(*names):
                 found[names[0]] = names[1]
         return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,23 +17,26 @@ from transformers import PreTrainedModel
 from esft.experts.model_state import once_per_model
 from esft.transformers_internals import conversions, revert
 
-_conversions = once_per_model(conversions)  # as they are asked for layer by layer
+# Names of a model's tensors, and what reads one -> those of the checkpoint.
+ToStored = Callable[[Iterable[str], Callable[[str], Tensor]], Iterator[tuple[str, Tensor]]]
+
+_conversions = once_per_model(conversions)
 
 
-def to_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model, by its own names -> those of its checkpoint in the original format.
+def original_format(model: PreTrainedModel) -> ToStored:
+    """A function of a model's tensors, stock names and all, that gives those of its checkpoint in the original format.
 
-    Tensors that are fused or split together have to come together.
+    It goes layer by layer: what is read and copied is never more than one layer. Tensors that are fused or split
+    together have to come together.
     """
-    return revert(model, _conversions(model), tensors)
+    return partial(_to_stored, partial(revert, model, _conversions(model)))
 
 
-def stored_by_layer(
-    model: PreTrainedModel, names: Iterable[str], read: Callable[[str], Tensor]
+def _to_stored(
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], names: Iterable[str], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """``to_stored`` of all these tensors, layer by layer: what is read and copied is never more than one layer."""
     for group in by_layer(names):
-        yield from to_stored(model, {name: read(name) for name in group}).items()
+        yield from convert({name: read(name) for name in group}).items()
 
 
 def by_layer(names: Iterable[str]) -> Iterator[list[str]]:

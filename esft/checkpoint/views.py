@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -50,6 +51,16 @@ class Part:
 
 
 WHOLE = Part()
+
+
+def part_that_reads(tensor: Tensor, numbers: Tensor) -> Part | None:
+    """The part of a tensor of different numbers that reads these; None where there is none."""
+    for transposed, rows in product((False, True) if tensor.dim() == 2 else (False,), ROWS):
+        part = Part(rows, transposed)
+        halves = tensor.shape[-1 if transposed else 0] % 2 == 0
+        if (rows == "all" or halves) and torch.equal(part.read(tensor), numbers):
+            return part
+    return None
 
 
 @dataclass(frozen=True)

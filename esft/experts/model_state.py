@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,20 +19,35 @@ DEFAULT_ADAPTER = "default"  # the name of one that is loaded without a name, as
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Base:
+    """The weights that something is trained from.
+
+    Attributes:
+        name: the folder or hub id that they were loaded from.
+        digest: see ``esft.checkpoint.digest``.
+        dtype: in which they were when the digest was taken.
+    """
+
+    name: str
+    digest: str
+    dtype: torch.dtype
+
+
 @dataclass
 class Swapped:
     """What a swapped model needs to be saved, and to become the stock model again.
 
     Attributes:
         selection: what trains.
-        base_digest: of the weights that the model had when it was swapped.
+        base: the weights that the model had when it was swapped.
         required_grad: the stock model's ``requires_grad``, by parameter name.
         stock: module path of a layer's experts -> the stock module, its weights taken out.
         load_hook: what lets ``load_state_dict`` read a checkpoint's names.
     """
 
     selection: ExpertSelection
-    base_digest: str
+    base: Base
     required_grad: dict[str, bool]
     stock: dict[str, nn.Module] = field(default_factory=dict)
     load_hook: RemovableHandle | None = None
@@ -101,14 +117,17 @@ def settle_adapter(model: nn.Module) -> None:
         state.adapters = None
 
 
-def once_per_model(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Let a function of a model run once for each, and keep what it returns on the model."""
+def once_per_model(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a function of a model run once for each, and keep what it returns on the model.
+
+    Its further arguments are what the caller knows of the model already.
+    """
 
     @wraps(function)
-    def kept(model: nn.Module) -> Result:
+    def kept(model: nn.Module, *known: Any) -> Result:
         found = model_state(model).found
         if function.__qualname__ not in found:
-            found[function.__qualname__] = function(model)
+            found[function.__qualname__] = function(model, *known)
         return found[function.__qualname__]
 
     return kept

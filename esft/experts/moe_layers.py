@@ -68,6 +68,17 @@ class MoELayer:
         return {f"{self.name}.{name}": weight.detach()[expert] for name, weight in stacked.items()}
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that belong to one routed expert or another; a norm that all share is none of them."""
+        return [p for name, p in self.experts.named_parameters() if not name.startswith("post_expert_norm.")]
+
+    def trained_parameters(self, experts: list[int]) -> list[nn.Parameter]:
+        """Of a swapped layer, the parameters of these experts: the trained pool, or the experts of a ModuleList."""
+        if isinstance(self.experts, nn.ModuleList):
+            return [p for e in experts for p in self.experts[e].parameters()]
+        return [p for name, p in self.experts.named_parameters() if experts and name.startswith("trained_")]
+
+    @property
     def router(self) -> nn.Module:
         for name in ROUTERS:
             if isinstance(module := getattr(self.block, name, None), nn.Module):
@@ -110,13 +121,57 @@ def _is_list(name: str, module: nn.Module) -> bool:
     return bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
 
 
-def routed_parameters(layer: MoELayer) -> list[nn.Parameter]:
-    """The parameters that belong to one routed expert or another; a norm that all share is none of them."""
-    return [p for name, p in layer.experts.named_parameters() if not name.startswith("post_expert_norm.")]
+@dataclass(frozen=True)
+class ExpertStack:
+    """The routed experts of one layer, as the stock model has them.
+
+    Attributes:
+        weights: of each expert, detached views by the names of the stock model's parameters, in the order of
+            ``PROJECTIONS`` where they are stacked.
+        stacked: whether those parameters hold all experts; else each expert is a module of its own.
+        transposed: whether the weights are [in, out].
+    """
+
+    weights: list[dict[str, Tensor]]
+    stacked: bool
+    transposed: bool
 
 
-def trained_parameters(layer: MoELayer, experts: list[int]) -> list[nn.Parameter]:
-    """Of a swapped layer, the parameters of these experts: the trained pool, or the experts of a ModuleList."""
-    if isinstance(layer.experts, nn.ModuleList):
-        return [p for e in experts for p in layer.experts[e].parameters()]
-    return [p for name, p in layer.experts.named_parameters() if experts and name.startswith("trained_")]
+@dataclass(frozen=True)
+class StockWeights:
+    """All weights of a stock or a swapped model, detached, by the names that the stock model has for them.
+
+    Attributes:
+        experts: by layer index.
+        shared: those of shared experts.
+        others: all that is left.
+    """
+
+    experts: dict[int, ExpertStack]
+    shared: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        return {layer: len(stack.weights) for layer, stack in self.experts.items()}
+
+
+def stock_weights(model: nn.Module) -> StockWeights:
+    """Raises InputError for a model without MoE layers, and for experts that are not supported."""
+    layers = moe_layers(model)
+    experts = {
+        layer.index: ExpertStack(
+            [layer.weights(expert) for expert in range(layer.num_experts)],
+            not isinstance(layer.experts, nn.ModuleList),
+            layer.transposed,
+        )
+        for layer in layers
+    }
+    routed = {p for layer in layers for p in layer.parameters}
+    shared = {p for layer in layers for module in layer.shared_experts for p in module.parameters()}
+    rest = {name: p for name, p in model.named_parameters() if p not in routed}
+    return StockWeights(
+        experts,
+        {name: p.detach() for name, p in rest.items() if p in shared},
+        {name: p.detach() for name, p in rest.items() if p not in shared},
+    )

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from esft.checkpoint.original_format import original_format
 from esft.checkpoint.stored_tensors import expert_tensors, other_tensors
 from esft.checkpoint.views import Link, Part, StoredTensor
 from esft.errors import InputError
 from esft.experts.experts import PROJECTIONS, Experts
-from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
 
 POOLS = tuple(f".{pool}_{name}" for pool, name in product(("trained", "frozen"), PROJECTIONS))
 
@@ -60,7 +61,8 @@ def _read_experts(model: PreTrainedModel, foreign: dict[str, Tensor]) -> dict[st
     """Write the experts' tensors among ``foreign`` to the pools, and take them out; returns the pools now complete."""
     layers = {layer.index: layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)}
     stored: dict[str, list[tuple[MoELayer, int, StoredTensor]]] = defaultdict(list)
-    for (index, expert), tensors in expert_tensors(model).items():
+    tensors_of = expert_tensors(model, stock_weights(model).experts, original_format(model))
+    for (index, expert), tensors in tensors_of.items():
         for tensor in tensors.values() if index in layers else ():
             stored[tensor.name].append((layers[index], expert, tensor))
     for layer in layers.values():  # what a stock model's own state has, and a save with save_original_format=False
@@ -99,7 +101,7 @@ def _pools(layer: MoELayer) -> dict[str, Tensor]:
 def _read_others(model: PreTrainedModel, absent: dict[str, Tensor], foreign: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take out of ``foreign`` what the checkpoint has under other names or in parts; returns it by the model's."""
     found: dict[str, Tensor] = {}
-    for name, stored in other_tensors(model, absent).items():
+    for name, stored in other_tensors(original_format(model), absent).items():
         if name in foreign:
             value = foreign.pop(name)
             _check_shape(name, value, stored.shape)

@@ -13,6 +13,7 @@ from esft.errors import InputError
 from esft.experts.experts import Experts
 from esft.experts.model_state import (
     DEFAULT_ADAPTER,
+    Base,
     Swapped,
     known_state,
     model_state,
@@ -20,11 +21,11 @@ from esft.experts.model_state import (
     swapped_state,
     uncompiled,
 )
-from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, trained_parameters
+from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import attach, detach
-from esft.transformers_internals import is_expert_parallel
+from esft.transformers_internals import base_name, is_expert_parallel
 from esft_kernels.autograd_op import RECOMPUTE
 from esft_kernels.backends.resolve import resolve_backend
 
@@ -75,7 +76,7 @@ def swap(
     except ValueError as error:
         raise InputError(str(error)) from error
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    swapped = Swapped(selection, model_digest(model), required_grad)
+    swapped = Swapped(selection, Base(base_name(model), model_digest(model), model.dtype), required_grad)
     _warn_where_slow(layers, layouts)
     settle_adapter(model)
     model.requires_grad_(False)
@@ -104,14 +105,14 @@ def thaw(model: PreTrainedModel) -> PreTrainedModel:
     inner = uncompiled(model)
     selection = swapped_state(inner).selection
     layers = moe_layers(inner)
-    of_experts = {p for layer in layers for p in routed_parameters(layer)}
+    of_experts = {p for layer in layers for p in layer.parameters}
     shared = {p for layer in layers for m in layer.shared_experts for p in m.parameters()}
     for parameter in inner.parameters():
         trains = selection.shared_experts if parameter in shared else selection.non_expert_modules
         if trains and parameter not in of_experts:
             parameter.requires_grad_()
     for layer in layers:
-        for parameter in trained_parameters(layer, selection.experts.get(layer.index, [])):
+        for parameter in layer.trained_parameters(selection.experts.get(layer.index, [])):
             parameter.requires_grad_()
     return model
 

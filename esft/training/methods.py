@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from esft.adapters.folder import write_manifest
 from esft.adapters.save import save_adapter
 from esft.errors import InputError
+from esft.experts.model_state import Base
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import read_layout
 from esft.files import new_folder
 from esft.selection import ExpertSelection
 from esft.swapping.swap import swap, unswap
 from esft.training.config import TrainConfig
+from esft.transformers_internals import base_name
 
 ADAPTER = "adapter"
 MODEL = "model"  # of a full fine-tuning, in the place of an adapter
@@ -91,7 +93,8 @@ class LoRA:
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
         with new_folder(run / ADAPTER, overwrite=True) as folder:
             model.save_pretrained(folder)
-            write_manifest(folder, model.get_base_model(), base_digest, {"lora_rank": config.lora_rank})
+            base = model.get_base_model()
+            write_manifest(folder, Base(base_name(base), base_digest, base.dtype), {"lora_rank": config.lora_rank})
         return run / ADAPTER
 
 

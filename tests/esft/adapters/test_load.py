@@ -227,7 +227,7 @@ def test_a_swap_makes_default_a_part_of_the_base_but_not_beside_others(tmp_path)
     digest = model_digest(model)
     esft.swap(model, ExpertSelection({2: [0]}))
     state = model_state(model)
-    assert state.swapped is not None and state.swapped.base_digest == digest
+    assert state.swapped is not None and state.swapped.base.digest == digest
     assert state.adapters is None and len(state.settled) == 3
     torch.testing.assert_close(logits(esft.unswap(model)), one, atol=2e-6, rtol=1e-5)
     beside = esft.load_adapter(esft.load_adapter(tiny_model(), tmp_path / "one"), tmp_path / "one", name="one")

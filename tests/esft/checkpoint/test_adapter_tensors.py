@@ -127,7 +127,7 @@ def test_nothing_selected_is_nothing_to_save():
 
 
 def test_how_files_hold_experts_matters_only_where_experts_train(monkeypatch):
-    def refuse(model):
+    def refuse(model, *known):
         raise esft.InputError("the checkpoint stores experts in a way that is not supported")
 
     monkeypatch.setattr("esft.checkpoint.adapter_tensors.expert_tensors", refuse)
@@ -140,11 +140,11 @@ def test_how_files_hold_experts_matters_only_where_experts_train(monkeypatch):
 def test_a_tensor_that_holds_what_trains_beside_what_does_not_is_refused(monkeypatch, shared: bool, others: bool):
     router, up = "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.shared_experts.up_proj.weight"
 
-    def convert(model, tensors: dict) -> dict:
+    def convert(model, conversions, tensors: dict) -> dict:
         rest = {name: tensor for name, tensor in tensors.items() if name not in (router, up)}
         return rest | ({"fused": torch.cat([tensors[up], tensors[router]])} if up in tensors else {})
 
-    monkeypatch.setattr("esft.checkpoint.stored_tensors.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.original_format.revert", convert)
     message = f"^fused: the checkpoint stores {router}, {up} in one tensor, and the selection does not train them all"
     with pytest.raises(esft.InputError, match=message):
         adapter_tensors(tiny_model(), ExpertSelection({}, shared, others))
@@ -156,12 +156,12 @@ def test_a_tensor_that_holds_what_trains_beside_what_does_not_is_refused(monkeyp
 
 
 def test_a_tensor_that_holds_all_that_trains_is_no_mixture(monkeypatch):
-    def convert(model, tensors: dict) -> dict:
+    def convert(model, conversions, tensors: dict) -> dict:
         shared = [tensor.flatten() for name, tensor in tensors.items() if "shared" in name]
         rest = {name: tensor for name, tensor in tensors.items() if "shared" not in name}
         return rest | ({"fused": torch.cat(shared)} if shared else {})
 
-    monkeypatch.setattr("esft.checkpoint.stored_tensors.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.original_format.revert", convert)
     model = tiny_model(num_hidden_layers=2)  # of which one has experts
     tensors = adapter_tensors(model, ExpertSelection({}, shared_experts=True))
     assert tensors.keys() == {"fused"}

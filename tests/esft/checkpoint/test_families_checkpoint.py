@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
 
 import esft
-from esft.experts.moe_layers import moe_layers, routed_parameters
+from esft.experts.moe_layers import moe_layers
 from esft.files import safetensors_header
 from esft.selection import ExpertSelection
 from tests.esft import zoo
@@ -47,7 +47,7 @@ def test_shared_experts_and_non_expert_modules_merge_to_the_tuned_models_weights
     assert not info["missing_keys"] and not info["unexpected_keys"]
     expected, base = esft.unswap(model).state_dict(), zoo.tiny(family)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
-    routed = {p for layer in moe_layers(base) for p in routed_parameters(layer)}
+    routed = {p for layer in moe_layers(base) for p in layer.parameters}
     assert not any(torch.equal(p, expected[name]) for name, p in base.named_parameters() if p not in routed)
     headers = [safetensors_header(tmp_path / f / "model.safetensors") for f in ("base", "merged")]
     assert headers[0] == headers[1]

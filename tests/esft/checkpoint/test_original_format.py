@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 import esft
-from esft.checkpoint.original_format import by_layer, stored_by_layer, to_stored
+from esft.checkpoint.original_format import by_layer, original_format
 from esft.selection import ExpertSelection
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
@@ -26,6 +26,10 @@ NAMES = {
 }
 
 
+def to_stored(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(original_format(model)(tensors, tensors.__getitem__))
+
+
 @pytest.mark.parametrize("form", ["original", "own", "never saved"])
 @pytest.mark.parametrize("family", NAMES)
 def test_names_and_values_are_the_original_formats_whatever_the_files_were(family: str, form: str, tmp_path):
@@ -36,7 +40,7 @@ def test_names_and_values_are_the_original_formats_whatever_the_files_were(famil
     if form != "never saved":
         model.save_pretrained(tmp_path / form, save_original_format=form == "original")
         model = zoo.model_class(family).from_pretrained(tmp_path / form)
-    found = dict(stored_by_layer(model, model.state_dict(), model.state_dict().__getitem__))
+    found = to_stored(model, model.state_dict())
     if model.config.tie_word_embeddings:
         found.pop("lm_head.weight", None)
     assert found.keys() == expected.keys()
@@ -126,7 +130,7 @@ def test_no_more_than_one_layer_is_read_before_it_is_asked_for():
         read.append(name)
         return model.state_dict()[name]
 
-    stored = stored_by_layer(model, names, tensor)
+    stored = original_format(model)(names, tensor)
     assert read == []
     first = [next(stored) for _ in range(9)]  # a router and eight experts
     assert read == [names[0], names[2]]

@@ -6,10 +6,12 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 import esft
+from esft.checkpoint import stored_tensors
 from esft.checkpoint.adapter_tensors import adapter_tensors
-from esft.checkpoint.stored_tensors import ExpertTensors, expert_tensors, other_tensors, slice_name
+from esft.checkpoint.original_format import original_format
+from esft.checkpoint.stored_tensors import ExpertTensors, slice_name
 from esft.checkpoint.views import WHOLE, Link, Part, StoredTensor, Strided
-from esft.experts.moe_layers import moe_layers
+from esft.experts.moe_layers import moe_layers, stock_weights
 from esft.selection import ExpertSelection
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
@@ -49,6 +51,14 @@ FORMS = {
         (f"{_V}.3.down_proj", f"{_V}.down_proj", True, 1, "all", True),
     ],
 }
+
+
+def expert_tensors(model) -> ExpertTensors:
+    return stored_tensors.expert_tensors(model, stock_weights(model).experts, original_format(model))
+
+
+def other_tensors(model, parameters: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
+    return stored_tensors.other_tensors(original_format(model), parameters)
 
 
 def every(tensors: ExpertTensors) -> list[StoredTensor]:
@@ -139,10 +149,10 @@ def test_a_slices_name_has_the_number_where_one_by_one_names_have_it(stacked: st
     ids=["second", "in one", "some", "one", "from the last", "rows back", "of one back", "of one a part", "flat"],
 )
 def test_a_checkpoint_in_which_experts_have_no_slice_of_their_own_is_refused(monkeypatch, mixed):
-    def convert(model, state):
+    def convert(model, conversions, state):
         return {name: mixed(tensor) for name, tensor in state.items()}
 
-    monkeypatch.setattr("esft.checkpoint.stored_tensors.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.original_format.revert", convert)
     with pytest.raises(
         esft.InputError, match="0.mlp.experts.gate_up_proj: the checkpoint stores experts in a way that"
     ):
@@ -154,11 +164,13 @@ def test_a_checkpoint_in_which_experts_have_no_slice_of_their_own_is_refused(mon
 def test_which_rows_the_files_hold_is_told_from_where_the_numbers_come_out(
     monkeypatch, rows: str, numbers: list[int], family: str, transposed: bool
 ):
-    def convert(model, state):  # a probe has two gates before two ups, in the model as its rows or its columns
+    def convert(
+        model, conversions, state
+    ):  # a probe has two gates before two ups, in the model as its rows or its columns
         gate_up = {name: tensor for name, tensor in state.items() if name.endswith("gate_up_proj")}
         return state | {name: (tensor.mT if transposed else tensor)[:, numbers] for name, tensor in gate_up.items()}
 
-    monkeypatch.setattr("esft.checkpoint.stored_tensors.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.original_format.revert", convert)
     found = [t for t in every(expert_tensors(zoo.tiny(family))) if t.name.endswith("gate_up_proj")]
     assert {t.links[0].inside for t in found} == {Part(rows, transposed)}
     assert [t.expert for t in found] == [t.links[0].expert for t in found] == [*range(8)] * 2
@@ -170,10 +182,10 @@ def test_which_rows_the_files_hold_is_told_from_where_the_numbers_come_out(
     ids=["half of what has no halves", "a bias from its end"],
 )
 def test_what_no_layout_has_is_refused_with_the_tensors_name(monkeypatch, family: str, ending: str, mixed):
-    def convert(model, state):
+    def convert(model, conversions, state):
         return {name: mixed(tensor) if name.endswith(ending) else tensor for name, tensor in state.items()}
 
-    monkeypatch.setattr("esft.checkpoint.stored_tensors.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.original_format.revert", convert)
     with pytest.raises(esft.InputError, match=f"0.mlp.experts.{ending}: the checkpoint stores experts in a way that"):
         expert_tensors(zoo.tiny(family))
 
@@ -195,13 +207,13 @@ GATE_AND_UP = r"shared_experts\.(gate|up)_proj"
 def fuse(monkeypatch, fused, names: str = GATE_AND_UP) -> None:
     """Let checkpoints hold two parameters of each layer in one tensor."""
 
-    def convert(model, tensors: dict) -> dict:
+    def convert(model, conversions, tensors: dict) -> dict:
         parts = {name: tensor for name, tensor in tensors.items() if re.search(names, name)}
         rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
         layer = min(parts, default="").partition(".mlp")[0]
         return rest | ({f"{layer}.mlp.w13": fused(*parts.values())} if parts else {})
 
-    monkeypatch.setattr("esft.checkpoint.stored_tensors.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.original_format.revert", convert)
 
 
 @pytest.mark.parametrize(
@@ -239,11 +251,11 @@ def test_a_parameter_that_is_only_renamed_is_all_of_its_tensor_and_takes_no_memo
     model, seen = tiny_model(), []
     parameters = {name: torch.randn(3, 2) for name in names}
 
-    def convert(model, tensors: dict) -> dict:
+    def convert(model, conversions, tensors: dict) -> dict:
         seen.extend(tensor.device.type for tensor in tensors.values())
         return {"stored." + name: tensor for name, tensor in tensors.items()}
 
-    monkeypatch.setattr("esft.checkpoint.stored_tensors.to_stored", convert)
+    monkeypatch.setattr("esft.checkpoint.original_format.revert", convert)
     assert other_tensors(model, parameters) == {
         f"stored.{name}": StoredTensor(f"stored.{name}", None, (3, 2), (Link(name),)) for name in names
     }

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from esft.checkpoint.views import WHOLE, Link, Part, Strided, strided
+from esft.checkpoint.views import WHOLE, Link, Part, Strided, part_that_reads, strided
 
 ROWS = {"all": [0, 1, 2, 3], "first half": [0, 1], "second half": [2, 3], "in turn": [0, 2, 1, 3]}
 
@@ -150,3 +150,16 @@ def test_a_whole_weight_may_be_a_part_of_a_stored_tensor():
     assert value.tolist() == [0, 0, 7, 8, 9]
     link.load(weight, torch.arange(5.0))
     assert weight.tolist() == [[2], [3], [4]]
+
+
+@pytest.mark.parametrize("part", [Part(rows, transposed) for transposed in (False, True) for rows in ROWS], ids=str)
+def test_a_part_is_found_by_what_it_reads(part: Part):
+    tensor = torch.arange(24).view(4, 6)
+    assert part_that_reads(tensor, part.read(tensor)) == part
+
+
+def test_what_no_part_reads_is_not_found():
+    tensor = torch.arange(24).view(4, 6)
+    assert part_that_reads(tensor, tensor.flip(0)) is None
+    odd = torch.arange(3)  # has no halves
+    assert part_that_reads(odd, odd[:2]) is None and part_that_reads(odd, odd) == WHOLE

@@ -7,6 +7,7 @@ from torch import nn
 import esft
 from esft.experts.model_state import (
     Adapters,
+    Base,
     ModelState,
     Swapped,
     known_state,
@@ -69,6 +70,12 @@ def test_a_function_runs_once_for_each_model():
     assert asked == [one, two] and answer.__doc__ == "What it says."
 
 
+def test_a_function_gets_what_the_caller_knows_of_the_model():
+    find = once_per_model(lambda model, *known: known)
+    model = nn.Linear(2, 2)
+    assert find(model, 1, 2) == (1, 2) and find(model, 3) == (1, 2)
+
+
 def test_what_is_found_may_be_nothing():
     asked = []
     find = once_per_model(lambda model: asked.append(model))
@@ -80,7 +87,7 @@ def test_the_state_of_a_swap_is_there_for_swapped_models_only():
     model = nn.Linear(2, 2)
     with pytest.raises(esft.InputError, match="^the model is not swapped$"):
         swapped_state(model)
-    swapped = Swapped(ExpertSelection({}), "digest", {}, {})
+    swapped = Swapped(ExpertSelection({}), Base("tiny", "digest", torch.float32), {}, {})
     assert swapped.stock == {} and swapped.load_hook is None
     model_state(model).swapped = swapped
     assert swapped_state(model) is swapped

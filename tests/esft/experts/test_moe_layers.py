@@ -10,7 +10,7 @@ from torch import nn
 
 import esft
 from esft.experts.experts import PROJECTIONS, Experts
-from esft.experts.moe_layers import MoELayer, moe_layers, routed_parameters, trained_parameters
+from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
 from esft.experts.plain_experts import PlainExperts
 from esft.experts.stock_layout import read_layout
 from esft.selection import ExpertSelection
@@ -190,13 +190,13 @@ def names_in(layer: MoELayer, parameters: list[nn.Parameter]) -> list[str]:
 def test_parameters_are_told_apart_as_routed_and_trained():
     (layer,) = moe_layers(tree(layers__0__experts=ours(PlainExperts, gate=torch.tanh, norm=nn.LayerNorm(2))))
     pools = [f"{pool}_{name}" for name in PROJECTIONS[:2] for pool in ("trained", "frozen")]
-    assert names_in(layer, routed_parameters(layer)) == pools
-    assert names_in(layer, trained_parameters(layer, [2])) == pools[0::2]
-    assert trained_parameters(layer, []) == []
+    assert names_in(layer, layer.parameters) == pools
+    assert names_in(layer, layer.trained_parameters([2])) == pools[0::2]
+    assert layer.trained_parameters([]) == []
     (layer,) = moe_layers(tree(layers__0__experts=linears(3, 3, 3)))
-    assert names_in(layer, routed_parameters(layer)) == [f"{e}.{part}" for e in range(3) for part in ("weight", "bias")]
-    assert names_in(layer, trained_parameters(layer, [2, 0])) == ["2.weight", "2.bias", "0.weight", "0.bias"]
-    assert trained_parameters(layer, []) == []
+    assert names_in(layer, layer.parameters) == [f"{e}.{part}" for e in range(3) for part in ("weight", "bias")]
+    assert names_in(layer, layer.trained_parameters([2, 0])) == ["2.weight", "2.bias", "0.weight", "0.bias"]
+    assert layer.trained_parameters([]) == []
 
 
 def test_every_family_is_tested_or_listed_with_a_reason():
@@ -382,3 +382,29 @@ def test_whether_weights_are_transposed_is_known_of_either(swapped: bool):
     if swapped:
         esft.swap(model, ExpertSelection({}))
     assert all(layer.transposed is True for layer in moe_layers(model))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_models_weights_are_those_of_experts_of_shared_experts_and_the_rest(swapped: bool):
+    model = tiny_model()
+    names = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if swapped:
+        esft.swap(model, ExpertSelection({1: [5, 2]}))
+    found = stock_weights(model)
+    assert found.num_experts == {1: 8, 2: 8}
+    for layer, stack in found.experts.items():
+        assert stack.stacked and not stack.transposed
+        for expert, weights in enumerate(stack.weights):
+            assert list(weights) == [f"model.layers.{layer}.mlp.experts.{n}_proj" for n in ("gate_up", "down")]
+            assert all(torch.equal(weight, names[name][expert]) for name, weight in weights.items())
+    assert found.shared.keys() == {name for name in names if "shared" in name}
+    assert found.others.keys() == {n for n in names if "shared" not in n and ".experts." not in n}
+    for name, weight in (found.shared | found.others).items():
+        assert weight.data_ptr() == model.get_parameter(name).data_ptr() and not weight.requires_grad
+
+
+def test_experts_that_are_modules_of_their_own_are_no_stack():
+    stack = stock_weights(listed(tiny_model())).experts[2]
+    assert not stack.stacked and len(stack.weights) == 8
+    assert list(stack.weights[3])[0] == "model.layers.2.mlp.experts.3.gate_proj.weight"
+    assert all(stack.transposed for stack in stock_weights(zoo.tiny("gpt_oss")).experts.values())

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 import esft
-from esft.checkpoint.original_format import to_stored
+from esft.checkpoint.original_format import original_format
 from esft.checkpoint.stored_tensors import expert_tensors
 from esft.checkpoint.views import Part
+from esft.experts.moe_layers import stock_weights
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import stock_state
 from tests.esft import test_multimodal as multimodal
@@ -65,7 +66,8 @@ def test_a_checkpoint_loads_into_a_model_inside_another_under_its_prefix():
 )
 def test_a_tensor_of_another_shape_is_refused_with_both_shapes(family: str, name: str, wrong, right):
     model = families.swapped(zoo.tiny(family), ExpertSelection({}))
-    state = to_stored(zoo.tiny(family), zoo.tiny(family).state_dict())
+    own = zoo.tiny(family).state_dict()
+    state = dict(original_format(zoo.tiny(family))(own, own.__getitem__))
     assert tuple(state[name].shape) == right
     shapes = rf"has shape {wrong}, the model's has {right}"
     with pytest.raises(esft.InputError, match=re.escape(f"{name}: {shapes}")):
@@ -89,7 +91,7 @@ def test_of_files_in_two_forms_the_shape_tells_which_and_a_part_of_them_may_come
 def test_where_both_forms_have_one_shape_the_checkpoints_own_is_read():
     # Of a family whose files would hold the halves' rows in turn, under the name that the model has.
     model = families.swapped(zoo.tiny("gpt_oss"), ExpertSelection({0: [3]}))
-    for tensors in expert_tensors(model).values():
+    for tensors in expert_tensors(model, stock_weights(model).experts, original_format(model)).values():
         for name, tensor in tensors.items():
             if tensor.name.endswith("gate_up_proj"):
                 tensors[name] = replace(tensor, links=(replace(tensor.links[0], inside=Part("in turn")),))
@@ -113,7 +115,7 @@ def test_parts_are_read_into_a_parameter_that_does_not_lie_in_order():
     convolution = model.get_submodule(name.rpartition(".")[0])
     convolution.weight = torch.nn.Parameter(torch.zeros(4, 1, 96).permute(2, 1, 0), requires_grad=False)
     expected = zoo.tiny("kimi_linear").state_dict()[name]
-    parts = to_stored(zoo.tiny("kimi_linear"), {name: expected})
+    parts = dict(original_format(zoo.tiny("kimi_linear"))([name], lambda _: expected))
     assert len(parts) == 3
     model.load_state_dict(parts, strict=False)
     assert torch.equal(convolution.weight, expected)

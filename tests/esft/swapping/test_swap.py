@@ -10,7 +10,7 @@ from torch import nn
 import esft
 from esft.checkpoint.digest import model_digest
 from esft.experts.experts import Experts
-from esft.experts.model_state import known_state, swapped_state
+from esft.experts.model_state import Base, known_state, swapped_state
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import Layout
 from esft.selection import ExpertSelection
@@ -202,7 +202,11 @@ def test_a_swapped_model_remembers_its_base_and_saves_and_reads_stock_checkpoint
     assert esft.swap(model, selection) is model
     state = swapped_state(model)
     assert state is model.esft_state.swapped and state.load_hook is not None
-    assert state.selection is selection and state.base_digest == digest and state.required_grad == before
+    assert (
+        state.selection is selection
+        and state.base == Base(model.config._name_or_path, digest, model.dtype)
+        and state.required_grad == before
+    )
     assert list(state.stock) == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
     assert all(state.stock[name] is experts for name, experts in stock.items())
     assert all(layer.experts.stock_names == ("gate_up_proj", "down_proj") for layer in moe_layers(model))
