@@ -32,6 +32,7 @@ kernels: .venv/installed
 	.venv/bin/python -m tools.compile_kernels $(OPTIONS)
 
 bench: .venv/installed
+	$(RUN) -m pytest benchmarks
 	$(RUN) -m benchmarks layer $(OPTIONS)
 
 demo: .venv/installed $(DATA)/test.jsonl

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
@@ -171,12 +172,12 @@ def per_expert(problem: Problem) -> Step:
     slots, top_k = problem.index_TK.flatten(), problem.shape.top_k
 
     def forward(x: Tensor, weights: Tensor) -> Tensor:
-        every = x.repeat_interleave(top_k, dim=0)
+        every = repeat(x, "token d -> (token k) d", k=top_k)
         out = torch.empty_like(every)
         for e, expert in enumerate(experts):
             mask = slots == e
             out[mask] = expert(every[mask])
-        out = (out.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+        out = (rearrange(out, "(token k) d -> token k d", k=top_k) * weights[..., None]).sum(dim=1)
         return out.to(x.dtype)
 
     return Step(forward, [p for p in experts.parameters() if p.requires_grad])

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -27,7 +28,8 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "all": lambda x: x,
     "first half": lambda x: x.chunk(2)[0],
     "second half": lambda x: x.chunk(2)[1],
-    "in turn": lambda x: x.unflatten(0, (2, -1)).transpose(0, 1),  # the halves' rows, one of each after the other
+    # The halves' rows, one of each after the other; still a view, of one dimension more.
+    "in turn": lambda x: rearrange(x, "(half row) ... -> row half ...", half=2),
 }
 
 
@@ -40,7 +42,7 @@ class Part:
 
     def read(self, tensor: Tensor) -> Tensor:
         view = self._view(tensor)
-        return view.flatten(0, 1) if self.rows == "in turn" else view
+        return rearrange(view, "row half ... -> (row half) ...") if self.rows == "in turn" else view
 
     def write(self, tensor: Tensor, value: Tensor) -> None:
         view = self._view(tensor)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from esft.experts.experts import Experts
@@ -75,14 +76,15 @@ class Router(nn.Module):
     def _limit_groups(self, choice_TE: Tensor) -> Tensor:
         """Bar the experts outside each token's best groups."""
         c = self.config
-        grouped = choice_TE.unflatten(1, (c.num_groups, -1))
+        grouped = rearrange(choice_TE, "token (group expert) -> token group expert", group=c.num_groups)
         if c.scoring == "softmax":
             group_score = grouped.amax(dim=-1)
         else:
             group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
         best = group_score.topk(c.topk_group, dim=-1, sorted=False).indices
         barred = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, best, False)
-        return grouped.masked_fill(barred[..., None], float("-inf")).flatten(1)
+        kept = grouped.masked_fill(barred[..., None], float("-inf"))
+        return rearrange(kept, "token group expert -> token (group expert)")
 
 
 class GatedMLP(nn.Module):

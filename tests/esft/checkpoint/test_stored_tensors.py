@@ -164,9 +164,8 @@ def test_a_checkpoint_in_which_experts_have_no_slice_of_their_own_is_refused(mon
 def test_which_rows_the_files_hold_is_told_from_where_the_numbers_come_out(
     monkeypatch, rows: str, numbers: list[int], family: str, transposed: bool
 ):
-    def convert(
-        model, conversions, state
-    ):  # a probe has two gates before two ups, in the model as its rows or its columns
+    # A probe has two gates before two ups, in the model as its rows or its columns.
+    def convert(model, conversions, state):
         gate_up = {name: tensor for name, tensor in state.items() if name.endswith("gate_up_proj")}
         return state | {name: (tensor.mT if transposed else tensor)[:, numbers] for name, tensor in gate_up.items()}
 
