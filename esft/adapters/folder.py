@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
+from esft.checkpoint.digest import forward_settings
 from esft.errors import InputError
 from esft.experts.model_state import Base
 from esft.files import open_safetensors, read_json, write_json
@@ -21,7 +22,8 @@ from esft.selection import ExpertSelection
 WEIGHTS = "adapter.safetensors"
 SELECTION = "expert_cfg.json"
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 has the first part of the digest alone, and no settings
 
 Digest = Callable[[torch.dtype | None], str]  # of some weights, after rounding to a dtype
 
@@ -34,8 +36,15 @@ def check_model(model: PreTrainedModel) -> None:
 
 def write_manifest(folder: Path, base: Base, chosen_by: dict[str, Any]) -> None:
     """What an adapter was trained from, and how its experts were chosen."""
-    trained_from = {"base_model": base.name, "base_digest": base.digest, "base_dtype": _name(base.dtype)}
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **trained_from, "chosen_by": chosen_by})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "base_model": base.name,
+        "base_digest": base.digest,
+        "base_dtype": _name(base.dtype),
+        "base_settings": base.settings,
+        "chosen_by": chosen_by,
+    }
+    write_json(folder / MANIFEST, manifest)
 
 
 def _name(dtype: torch.dtype | None) -> str:
@@ -45,16 +54,19 @@ def _name(dtype: torch.dtype | None) -> str:
 def open_manifest(path: Path) -> dict[str, Any]:
     """The manifest alone, of an adapter of any kind. Raises InputError for one of another format."""
     manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path / MANIFEST}: format_version must be {FORMAT_VERSION}")
+    if not isinstance(manifest, dict) or manifest.get("format_version") not in READABLE:
+        raise InputError(f"{path / MANIFEST}: format_version must be one of {', '.join(map(str, READABLE))}")
     return manifest
 
 
 def made_from(manifest: dict[str, Any], digest: Digest) -> bool:
     """Whether an adapter's manifest names the weights of this digest."""
     named = manifest.get("base_digest")
-    rounded = manifest.get("base_dtype") == "float16" and named == digest(torch.float16)
-    return rounded or named == digest(None)
+
+    def names(found: str) -> bool:
+        return named == (found.partition("-")[0] if manifest.get("format_version") == 1 else found)
+
+    return (manifest.get("base_dtype") == "float16" and names(digest(torch.float16))) or names(digest(None))
 
 
 def check_base(manifest: dict[str, Any], digest: Digest, adapter: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -67,6 +79,17 @@ def check_base(manifest: dict[str, Any], digest: Digest, adapter: str | Path, dt
             f"{adapter}: made from another base ({manifest.get('base_model')}, digest "
             f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest(None)[:12]}){hint}"
         )
+
+
+def check_settings(manifest: dict[str, Any], config: PreTrainedConfig, adapter: str | Path) -> None:
+    """Raise InputError where the model computes otherwise than the adapter's base did: another top-k, RoPE base, ...
+
+    A setting that only one of the two has is passed over, as versions of transformers differ in them.
+    """
+    mine = forward_settings(config)
+    for name, theirs in manifest.get("base_settings", {}).items():
+        if name in mine and mine[name] != theirs:
+            raise InputError(f"{adapter}: made from a base with {name} {theirs}; this model has {mine[name]}")
 
 
 def open_adapter(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from esft.adapters.folder import (
     adapter_weights,
     check_base,
     check_model,
+    check_settings,
     made_from,
     open_adapter,
     selected_tensors,
@@ -48,6 +49,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
         settles = state.swapped is None and alone and made_from(manifest, partial(model_digest, model))
         if not settles:
             check_base(manifest, partial(base_digest, model), path, model.dtype)
+    check_settings(manifest, model.config, path)
     selection, tensors = selected_tensors(path, model)
     gone = frozenset() if manifest else state.settled  # nothing tells which base a published adapter is of
     if uncovered := sorted(gone - tensors.keys()):

@@ -14,6 +14,7 @@ from esft.adapters.folder import (
     AdapterWeights,
     adapter_weights,
     check_base,
+    check_settings,
     open_adapter,
     selected_tensors,
 )
@@ -81,6 +82,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     checkpoint = Checkpoint.open(base)
     if manifest := open_adapter(adapter):
         check_base(manifest, checkpoint.digest, adapter, checkpoint.dtype)
+        check_settings(manifest, checkpoint.config, adapter)
     _, tensors = selected_tensors(adapter, checkpoint.skeleton)
     plan = _plan(checkpoint, tensors)
     _validate(plan, checkpoint)

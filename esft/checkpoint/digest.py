@@ -1,24 +1,41 @@
-"""The digest that tells one base from another."""
+"""The digest that tells one base from another, and the settings of a model that its forward pass depends on."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.original_format import original_format
 from esft.errors import InputError
 from esft.experts.model_state import known_state
 from esft.transformers_internals import tied_names
 
-SAMPLES = 64  # values of a tensor that enter the digest
+SAMPLES = 64  # values of a tensor that enter the first part of a digest
+CHUNK = 1 << 24  # values that are rounded and hashed at a time
+
+# What a configuration holds beside what the forward pass of the base depends on.
+NOT_OF_THE_FORWARD = {
+    "architectures", "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "distributed_config",
+    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
+    "num_labels", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "problem_type", "quantization_config", "return_dict", "router_aux_loss_coef",
+    "router_z_loss_coef", "seq_aux", "sep_token_id", "tie_word_embeddings", "torch_dtype", "transformers_version",
+    "use_cache",
+}  # fmt: skip
 
 
 def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:
-    """A digest of the weights of a stock model: 64 evenly spaced values of every tensor, rounded to bfloat16.
+    """A digest of the weights of a stock model, every value rounded to bfloat16.
+
+    It has two parts, joined by a hyphen: SHA-256 over 64 evenly spaced values of every tensor, which is all that
+    adapters of format version 1 have, and XXH3 (128 bits) over all values. It finds accidents, not forgers.
 
     The rounding makes it the same for a checkpoint loaded in another dtype. float16 is the exception, as its small
     values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it. Raises InputError for
@@ -28,8 +45,7 @@ def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> 
     if away := [name for name, tensor in state.items() if tensor.is_meta]:
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?)")
     names = state.keys() - tied_names(model).keys()
-    tensors = original_format(model)(names, state.__getitem__)
-    return digest_of((name, sample(tensor, rounded)) for name, tensor in tensors)
+    return digest_of(original_format(model)(names, state.__getitem__), rounded)
 
 
 def base_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:
@@ -40,16 +56,30 @@ def base_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> s
     return model_digest(model, rounded) if state.swapped is None else state.swapped.base.digest
 
 
-def sample(tensor: Tensor, rounded: torch.dtype | None) -> tuple[tuple[int, ...], Tensor]:
+def digest_of(tensors: Iterable[tuple[str, Tensor]], rounded: torch.dtype | None = None) -> str:
+    """The digest of these tensors by their names in the original format, in whatever order they come."""
+    found = {name: (f"{name} {tuple(tensor.shape)} ", *_read(tensor, rounded)) for name, tensor in tensors}
+    sampled, whole = hashlib.sha256(), xxhash.xxh3_128()
+    for _, (head, some, every) in sorted(found.items()):
+        sampled.update(head.encode() + some)
+        whole.update(head.encode() + every)
+    return f"{sampled.hexdigest()}-{whole.hexdigest()}"
+
+
+def _read(tensor: Tensor, rounded: torch.dtype | None) -> tuple[bytes, bytes]:
+    """Of a tensor's values: 64 evenly spaced ones, and a hash of all."""
     flat = tensor.detach().reshape(-1)
     # Made on the CPU: a GPU may round them otherwise.
     index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return tuple(tensor.shape), flat[index.to(flat.device)].to(rounded).bfloat16().float().cpu()
+    some = flat[index.to(flat.device)].to(rounded).bfloat16().float().cpu().numpy().tobytes()
+    hashed = xxhash.xxh3_128()
+    for part in flat.split(CHUNK):
+        values = part.to(rounded).bfloat16().view(torch.int16) if part.is_floating_point() else part.long()
+        hashed.update(values.contiguous().cpu().numpy())
+    return some, hashed.digest()
 
 
-def digest_of(samples: Iterable[tuple[str, tuple[tuple[int, ...], Tensor]]]) -> str:
-    digest = hashlib.sha256()
-    for name, (shape, values) in sorted(samples):
-        digest.update(f"{name} {shape} ".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+def forward_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a text model's configuration its forward pass depends on, as JSON has it."""
+    values = json.loads(json.dumps(config.get_text_config().to_dict(), default=str))
+    return {k: v for k, v in values.items() if k not in NOT_OF_THE_FORWARD and not k.startswith("_")}

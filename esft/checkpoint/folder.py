@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from esft.checkpoint.digest import digest_of, sample
+from esft.checkpoint.digest import digest_of
 from esft.checkpoint.original_format import original_format
 from esft.errors import InputError, first_line
 from esft.files import TensorInfo, open_safetensors, read_json, safetensors_header
@@ -102,7 +102,7 @@ class Checkpoint:
 
     def digest(self, rounded: torch.dtype | None = None) -> str:
         """The digest of these weights; equal to ``model_digest`` of the model loaded from them."""
-        return digest_of((name, sample(tensor, rounded)) for name, tensor in self._tensors())
+        return digest_of(self._tensors(), rounded)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The model's weights in the files, under the names of the original format."""

@@ -27,11 +27,13 @@ class Base:
         name: the folder or hub id that they were loaded from.
         digest: see ``esft.checkpoint.digest``.
         dtype: in which they were when the digest was taken.
+        settings: what of the model's configuration its forward pass depends on.
     """
 
     name: str
     digest: str
     dtype: torch.dtype
+    settings: dict[str, Any]
 
 
 @dataclass

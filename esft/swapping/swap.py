@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from esft.checkpoint.digest import model_digest
+from esft.checkpoint.digest import forward_settings, model_digest
 from esft.errors import InputError
 from esft.experts.experts import Experts
 from esft.experts.model_state import (
@@ -76,7 +76,8 @@ def swap(
     except ValueError as error:
         raise InputError(str(error)) from error
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    swapped = Swapped(selection, Base(base_name(model), model_digest(model), model.dtype), required_grad)
+    base = Base(base_name(model), model_digest(model), model.dtype, forward_settings(model.config))
+    swapped = Swapped(selection, base, required_grad)
     _warn_where_slow(layers, layouts)
     settle_adapter(model)
     model.requires_grad_(False)

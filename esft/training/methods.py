@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.adapters.folder import write_manifest
 from esft.adapters.save import save_adapter
+from esft.checkpoint.digest import forward_settings
 from esft.errors import InputError
 from esft.experts.model_state import Base
 from esft.experts.moe_layers import moe_layers
@@ -93,8 +94,9 @@ class LoRA:
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
         with new_folder(run / ADAPTER, overwrite=True) as folder:
             model.save_pretrained(folder)
-            base = model.get_base_model()
-            write_manifest(folder, Base(base_name(base), base_digest, base.dtype), {"lora_rank": config.lora_rank})
+            stock = model.get_base_model()
+            base = Base(base_name(stock), base_digest, stock.dtype, forward_settings(stock.config))
+            write_manifest(folder, base, {"lora_rank": config.lora_rank})
         return run / ADAPTER
 
 

@@ -10,16 +10,20 @@ from esft.adapters.folder import (
     adapter_weights,
     check_base,
     check_model,
+    check_settings,
     made_from,
     open_adapter,
     open_manifest,
     selected_tensors,
 )
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
+from esft.checkpoint.digest import forward_settings
 from esft.checkpoint.load import load_model
 from esft.checkpoint.views import StoredTensor
+from esft.experts.model_state import known_state
 from esft.selection import ExpertSelection
 from tests.esft.adapters.tuned import logits, tuned
+from tests.esft.checkpoint.files import rewrite_json
 from tests.esft.models import save_tiny, tiny_model
 
 
@@ -63,12 +67,43 @@ def test_a_manifest_without_a_digest_is_of_another_base():
     ],
 )
 def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(base_dtype, base_digest, fits):
-    manifest = {"format_version": 1, "base_digest": base_digest, "base_dtype": base_dtype}
+    manifest = {"format_version": 2, "base_digest": base_digest, "base_dtype": base_dtype}
     digests = {None: "plain", torch.float16: "rounded"}
     assert made_from(manifest, digests.__getitem__) is fits
     if not fits:
         with pytest.raises(esft.InputError, match=r"^x/a: made from another base .*\(plain\)"):
             check_base(manifest, digests.__getitem__, "x/a", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("version", "base_digest", "fits"),
+    [(1, "some", True), (1, "some-every", False), (1, "other", False), (2, "some-every", True), (2, "some", False)],
+)
+def test_an_adapter_of_the_first_version_is_held_to_the_first_part_of_the_digest(version, base_digest, fits):
+    manifest = {"format_version": version, "base_digest": base_digest, "base_dtype": "float32"}
+    assert made_from(manifest, lambda rounded: "some-every") is fits
+
+
+def test_a_base_that_computes_otherwise_is_refused_with_the_setting():
+    config = tiny_model().config
+    manifest = {"base_settings": forward_settings(config) | {"of_another_version": 1}}
+    check_settings(manifest, config, "x/a")
+    check_settings({}, config, "x/a")  # of the first version
+    config.num_experts_per_tok = 1
+    with pytest.raises(esft.InputError, match="^x/a: made from a base with num_experts_per_tok 3; this model has 1$"):
+        check_settings(manifest, config, "x/a")
+
+
+def test_a_base_with_another_setting_is_refused_by_load_and_merge_with_nothing_written(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(esft.swap(load_model(str(base)), ExpertSelection({1: [5]})), tmp_path / "a")
+    rewrite_json(base / "config.json", lambda config: config.update(num_experts_per_tok=1))
+    model = load_model(str(base))
+    with pytest.raises(esft.InputError, match="made from a base with num_experts_per_tok 3; this model has 1"):
+        esft.load_adapter(model, tmp_path / "a")
+    with pytest.raises(esft.InputError, match="made from a base with num_experts_per_tok 3; this model has 1"):
+        esft.merge(base, tmp_path / "a", tmp_path / "out")
+    assert known_state(model).adapters is None and not (tmp_path / "out").exists()
 
 
 def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
@@ -90,10 +125,10 @@ def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
         open_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"format_version": 2}', '{"format_version": null}'])
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"format_version": 3}', '{"format_version": null}'])
 def test_a_manifest_of_another_format_is_refused(tmp_path, content: str):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(esft.InputError, match=r"/manifest\.json: format_version must be 1$"):
+    with pytest.raises(esft.InputError, match=r"/manifest\.json: format_version must be one of 1, 2$"):
         open_manifest(tmp_path)
 
 

@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import esft
+from esft.checkpoint.digest import forward_settings
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from esft.selection import ExpertSelection
@@ -54,10 +55,11 @@ def test_the_folder_says_what_was_trained_from_what_and_how_it_was_chosen(tmp_pa
     assert folder == tmp_path / "a"
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "expert_cfg.json", "manifest.json"]
     assert json.loads((folder / "manifest.json").read_text()) == {
-        "format_version": 1,
+        "format_version": 2,
         "base_model": str(base),
         "base_digest": Checkpoint.open(base).digest(),
         "base_dtype": dtype,
+        "base_settings": forward_settings(model.config),
         "chosen_by": {"by": "gate", "top_p": 0.25},
     }
     assert ExpertSelection.load(folder / "expert_cfg.json") == chosen
@@ -151,7 +153,7 @@ def test_a_truncated_file_and_a_pickle_are_refused(tmp_path):
 def test_an_unknown_format_and_an_incomplete_folder_are_refused(tmp_path):
     esft.save_adapter(tuned(), tmp_path / "a")
     (tmp_path / "a" / "manifest.json").write_text(json.dumps({"format_version": 99}))
-    with pytest.raises(esft.InputError, match="format_version must be 1"):
+    with pytest.raises(esft.InputError, match="format_version must be one of 1, 2"):
         esft.load_adapter(tiny_model(), tmp_path / "a")
     (tmp_path / "a" / "expert_cfg.json").unlink()
     with pytest.raises(esft.InputError, match="no expert_cfg.json"):

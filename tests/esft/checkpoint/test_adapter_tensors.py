@@ -121,6 +121,12 @@ def test_slices_of_stacked_experts_know_their_number():
     assert list(in_files) == [(Link(stacked[3], 6), (32,))]
 
 
+@pytest.mark.parametrize(("layer", "expert"), [(7, 0), (1, 8)])
+def test_a_selection_that_does_not_fit_the_model_is_refused(layer: int, expert: int):
+    with pytest.raises(esft.InputError, match="^selection names"):
+        adapter_tensors(tiny_model(), ExpertSelection({layer: [expert]}))
+
+
 def test_nothing_selected_is_nothing_to_save():
     assert adapter_tensors(tiny_model(), ExpertSelection({})) == {}
     assert adapter_tensors(tiny_model(), ExpertSelection({1: []})) == {}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import esft
-from esft.checkpoint.digest import model_digest
+from esft.checkpoint.digest import forward_settings, model_digest
 from esft.experts.experts import Experts
 from esft.experts.model_state import Base, known_state, swapped_state
 from esft.experts.moe_layers import moe_layers
@@ -203,7 +203,8 @@ def test_a_swapped_model_remembers_its_base_and_saves_and_reads_stock_checkpoint
     state = swapped_state(model)
     assert state is model.esft_state.swapped and state.load_hook is not None
     assert state.selection is selection and state.required_grad == before
-    assert state.base == Base(model.config._name_or_path, digest, model.dtype)
+    settings = forward_settings(model.config)
+    assert state.base == Base(model.config._name_or_path, digest, model.dtype, settings)
     assert list(state.stock) == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
     assert all(state.stock[name] is experts for name, experts in stock.items())
     assert all(layer.experts.stock_names == ("gate_up_proj", "down_proj") for layer in moe_layers(model))
