@@ -84,7 +84,7 @@ class RunFolder:
         for entry in entries(self.path):
             if entry.startswith((f"{NEXT}/", f"{REPLACED}/")):
                 continue
-            if not (entry == NEXT or entry in outcome or _OWN.fullmatch(entry)):
+            if not (entry in (NEXT, REPLACED) or entry in outcome or _OWN.fullmatch(entry)):
                 raise InputError(f"{self.path}: holds {entry}, which no run has written; move it elsewhere first")
         if (self.path / NEXT).is_dir():
             RunFolder(self.path / NEXT).check_ours()
