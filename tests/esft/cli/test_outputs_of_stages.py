@@ -33,11 +33,11 @@ FOREIGN = [
     ("train --model base --data thesis/g.jsonl --method full --out thesis --overwrite", "would replace thesis/g.jsonl"),
     (
         "train --model base --data g.jsonl --config run/c.yaml --experts e.json --out run --overwrite",
-        "run/c.yaml, which",
+        "run/c.yaml, wh",
     ),
     (
         "train --model base --data g.jsonl --experts run/experts.json --out run --overwrite",
-        "run/experts.json, which is",
+        "run/experts.json, wh",
     ),
     ("merge --model base --adapter adapter --out thesis --overwrite", "thesis: holds no earlier merge"),
     ("merge --model base --adapter adapter --out base --overwrite", "would replace base, which is read"),

@@ -312,6 +312,7 @@ def test_a_signal_ends_a_stage_with_one_line_and_the_status_of_a_shell(monkeypat
         raise error
 
     monkeypatch.setattr(command, "COMMANDS", {"report": stage})
+    monkeypatch.setattr(sys, "argv", ["/bin/esft"])
     assert main(["report", "r"]) == status
     assert capsys.readouterr().err == line + "\n"
 

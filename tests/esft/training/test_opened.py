@@ -99,9 +99,9 @@ def test_a_run_that_was_killed_before_it_had_begun_is_begun_again_but_not_resume
             path.unlink()
     for name in (".esft.lock", ".esft-0123abcd.tmp"):
         (tmp_path / "run" / name).write_text("")
-    with pytest.raises(InputError, match="no run to resume, it was broken off before its first step: begin it again"):
-        with opened(tmp_path / "run", True, False):
-            pass
+    match = "no run to resume, it was broken off before its first step: begin it again"
+    with pytest.raises(InputError, match=match), opened(tmp_path / "run", True, False):
+        pass
     with opened(tmp_path / "run", False, False) as folder:
         fill(folder, "two")
     assert {"esft_run.json", "model"} < {p.name for p in (tmp_path / "run").iterdir()}
@@ -138,16 +138,14 @@ def test_a_run_with_what_it_has_not_written_is_not_overwritten(run, mine: str):
     (run / mine).parent.mkdir(parents=True, exist_ok=True)
     (run / mine).write_text("mine")
     before = tree(run)
-    with pytest.raises(InputError, match=f"run: holds {mine}, which no run has written; move it"):
-        with opened(run, False, True):
-            pass
+    match = f"run: holds {mine}, which no run has written; move it"
+    with pytest.raises(InputError, match=match), opened(run, False, True):
+        pass
     assert tree(run) == before
 
 
 def test_what_comes_while_the_other_run_is_made_is_left_alone_and_so_is_that_run(run, two):
-    match = (
-        "holds thesis, which no run has written; move it elsewhere first, and resume: the new run is whole, in .*ing$"
-    )
+    match = "holds thesis, which no run has written; move it elsewhere first, and resume: the new run is whole, in .*"
     with pytest.raises(InputError, match=match), opened(run, False, True) as folder:
         fill(folder, "two")
         (run / "thesis").write_text("mine")
