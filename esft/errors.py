@@ -19,6 +19,19 @@ class DivergenceError(ESFTError, ArithmeticError):
     """A training whose loss or gradient is no longer a number; names the step."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal has stopped the work.
+
+    Attributes:
+        signal: its number.
+        resumable: whether a training has saved a checkpoint for it.
+    """
+
+    def __init__(self, message: str, signal: int, resumable: bool = False):
+        super().__init__(message)
+        self.signal, self.resumable = signal, resumable
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says, for a message in one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -22,10 +22,12 @@ from esft.checkpoint.adapter_tensors import AdapterTensor
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.views import Link
 from esft.errors import DiskError, InputError
-from esft.files import TensorInfo, check_apart, check_earlier, new_folder, write_json
+from esft.files import TensorInfo, read_json, write_json
+from esft.outputs import check_apart, check_new_folder, entries, new_folder
 from esft.transformers_internals import CHAT_TEMPLATE_DIR
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
+FILES = "files"  # there also: what the checkpoint consists of
 OTHER_FORMATS = ("pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*", "consolidated*", "*.gguf")
 CHUNK = 1 << 24  # bytes compared at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -70,15 +72,16 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
         base: checkpoint folder.
         adapter: adapter folder.
         out: folder to write.
-        overwrite: replace an earlier merge that ``out`` holds; nothing else is replaced.
+        overwrite: replace an earlier merge that ``out`` holds, if it holds nothing else.
 
     Raises InputError for an adapter of another base, for tensors that are missing or do not fit, for an output folder
-    that holds something already; DiskError for a disk that is full or does not keep what was written.
+    that holds something else or that another process writes; DiskError for a disk that is full or does not keep what
+    was written.
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
     check_apart(out, base, adapter)
-    if overwrite:
-        check_earlier(out, "merge", MERGED)
+    earlier = _earlier if overwrite else None
+    check_new_folder(out, earlier)
     checkpoint = Checkpoint.open(base)
     if manifest := open_adapter(adapter):
         check_base(manifest, checkpoint.digest, adapter, checkpoint.dtype)
@@ -86,7 +89,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     _, tensors = selected_tensors(adapter, checkpoint.skeleton)
     plan = _plan(checkpoint, tensors)
     _validate(plan, checkpoint)
-    with adapter_weights(adapter, tensors) as tuned, new_folder(out, overwrite) as folder:
+    with adapter_weights(adapter, tensors) as tuned, new_folder(out, earlier) as folder:
         for source in _to_copy(checkpoint):
             target = folder / source.relative_to(base)
             target.parent.mkdir(exist_ok=True)
@@ -95,8 +98,19 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
             _apply(folder / file, patches, tuned)
         for file, patches in plan.items():
             _verify(base / file, folder / file, patches, tuned)
-        write_json(folder / MERGED, manifest)
+        write_json(folder / MERGED, manifest | {FILES: sorted({*entries(folder), MERGED})})
     return out
+
+
+def _earlier(out: Path) -> set[str]:
+    """The files of an earlier merge. Raises InputError where none is."""
+    if not (out / MERGED).is_file():
+        raise InputError(f"{out}: holds no earlier merge (no {MERGED}), and is not overwritten")
+    marker = read_json(out / MERGED)
+    files = marker.get(FILES) if isinstance(marker, dict) else None
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise InputError(f"{out / MERGED}: does not say which files are of the merge: it is not overwritten; remove it")
+    return set(files)
 
 
 def _to_copy(checkpoint: Checkpoint) -> Iterator[Path]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from esft.adapters.folder import MANIFEST, SELECTION, WEIGHTS, check_model, write_manifest
+from esft.adapters.folder import MANIFEST, SELECTION, WEIGHTS, check_model, open_manifest, write_manifest
 from esft.checkpoint.adapter_tensors import adapter_tensors
 from esft.errors import InputError
 from esft.experts.model_state import known_state
-from esft.files import check_earlier, new_folder
+from esft.outputs import new_folder
 
 
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:
@@ -20,12 +20,27 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
     Args:
         model: a swapped model.
         path: folder to write.
-        overwrite: replace an earlier adapter that ``path`` holds; nothing else is replaced.
+        overwrite: replace an earlier adapter that ``path`` holds, if it holds nothing else.
 
     Raises InputError for a stock model, for a wrapped one, for one where another adapter has written what the selection
     does not cover, where another library has exchanged modules that the selection trains, and for a folder that holds
-    something already; DiskError for a full disk. Then no file is left.
+    something else or that another process writes; DiskError for a full disk. Then no file is left.
     """
+    with new_folder(path, _earlier if overwrite else None) as folder:
+        write_adapter(model, folder)
+    return Path(path)
+
+
+def _earlier(path: Path) -> set[str]:
+    """The files of an earlier adapter. Raises InputError where none is, or one that is not ours."""
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"{path}: holds no earlier adapter (no {MANIFEST}), and is not overwritten")
+    open_manifest(path)
+    return {SELECTION, WEIGHTS, MANIFEST}
+
+
+def write_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """``save_adapter`` into a folder that is empty."""
     check_model(model)
     state = known_state(model)
     swapped, adapters = state.swapped, state.adapters
@@ -45,11 +60,7 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
             f"{min(foreign)}: is not of the model that was swapped, but the selection's non-expert modules hold it: "
             "take out what another library has put in (PEFT: merge_and_unload or unload) before saving the adapter"
         )
-    if overwrite:
-        check_earlier(path, "adapter", SELECTION, MANIFEST)
-    with new_folder(path, overwrite) as folder:
-        swapped.selection.save(folder / SELECTION)
-        values = {name: tensor.read().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(values, folder / WEIGHTS, {"format": "pt"})
-        write_manifest(folder, swapped.base, swapped.selection.chosen_by)
-    return Path(path)
+    swapped.selection.save(folder / SELECTION)
+    values = {name: tensor.read().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(values, folder / WEIGHTS, {"format": "pt"})
+    write_manifest(folder, swapped.base, swapped.selection.chosen_by)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -24,3 +27,12 @@ def count(text: str) -> int:
 
 
 count.__name__ = "whole number"  # argparse names the type in its message
+
+
+def resuming(arguments: Sequence[str]) -> str:
+    """The command line that goes on with the training that this one has begun."""
+    program = [sys.executable, "-m", "esft"] if Path(sys.argv[0]).name == "__main__.py" else ["esft"]
+    # argparse takes the beginning of an option for it.
+    kept = [word for word in arguments if not (word.startswith("--ov") and "--overwrite".startswith(word))]
+    resumes = any(word.startswith("--res") and "--resume".startswith(word) for word in kept)
+    return shlex.join([*program, *kept, *([] if resumes else ["--resume"])])

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from esft.adapters.merge import merge
 from esft.checkpoint.load import load_model, load_skeleton, load_tokenizer
+from esft.errors import InputError
 from esft.experts.moe_layers import moe_layers
-from esft.files import check_new_file, write_json
+from esft.files import read_json, write_json
+from esft.outputs import check_apart, check_new_file
 from esft.scoring.expert_scores import ExpertScores
 from esft.scoring.plot import plot_scores
 from esft.scoring.score import score_experts
@@ -21,12 +23,13 @@ from esft.training.config import TrainConfig
 from esft.training.data import encode_all, read_records, windows
 from esft.training.evaluate import answer, exact_match, load_any_adapter, mean_loss
 from esft.training.loop import train
+from esft.training.opened import latest
 from esft.training.report import report
 from esft.training.run_folder import CONFIG
 
 
 def _score(args: argparse.Namespace) -> None:
-    check_new_file(args.out, args.overwrite)
+    check_new_file(args.out, ExpertScores.load if args.overwrite else None, [args.model, args.data])
     model, tokenizer = load_model(args.model, args.dtype), load_tokenizer(args.model)
     examples = encode_all(tokenizer, read_records(args.data), args.max_length, args.data)
     # Without a selection the swap only brings the faster experts.
@@ -38,9 +41,10 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _select(args: argparse.Namespace) -> None:
-    check_new_file(args.out, args.overwrite)
+    inputs = [args.scores, args.model]
+    check_new_file(args.out, ExpertSelection.load if args.overwrite else None, [*inputs, args.plot])
     if args.plot:
-        check_new_file(args.plot, args.overwrite)
+        check_new_file(args.plot, _check_plot if args.overwrite else None, [*inputs, args.out])
     scores = ExpertScores.load(args.scores)
     if args.model:
         scores.check({layer.index: layer.num_experts for layer in moe_layers(load_skeleton(args.model))})
@@ -57,7 +61,9 @@ def _select(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     overrides = {each.name: getattr(args, each.name) for each in fields(TrainConfig)}
-    begun = Path(args.out) / CONFIG
+    if not args.resume:  # which may be told the run's own files
+        check_apart(args.out, args.config, args.experts)
+    begun = latest(args.out).path / CONFIG
     resumes = args.resume and not args.config and begun.is_file()
     config = TrainConfig.load(begun if resumes else args.config, **overrides)
     selection = ExpertSelection.load(args.experts) if args.experts else None
@@ -73,7 +79,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     if args.out:
-        check_new_file(args.out, args.overwrite)
+        inputs = [args.model, args.adapter, args.data]
+        check_new_file(args.out, _check_result if args.overwrite else None, inputs)
     model, tokenizer = _model_with_adapter(args), load_tokenizer(args.model)
     records = read_records(args.data)[: args.limit]
     examples = encode_all(tokenizer, records, args.max_length, args.data)
@@ -99,6 +106,21 @@ def _merge(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     print(report(args.run))
+
+
+def _check_plot(path: Path) -> None:
+    """Raise InputError for a file that is no picture of ``plot_scores``."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if not (head.startswith(b"\x89PNG") and b"Matplotlib" in head):
+        raise InputError("not a picture that matplotlib has drawn")
+
+
+def _check_result(path: Path) -> None:
+    """Raise InputError for a file that is no outcome of ``esft eval``."""
+    result = read_json(path)
+    if not isinstance(result, dict) or not result.keys() >= {"records", "loss", "answers"}:
+        raise InputError(f"{path}: not an outcome of esft eval")
 
 
 def _model_with_adapter(args: argparse.Namespace):

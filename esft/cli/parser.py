@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from esft.cli.arguments import Parser, count
+from esft.cli.arguments import Parser, count, resuming
 from esft.cli.commands import COMMANDS
-from esft.errors import ESFTError
+from esft.errors import ESFTError, Interrupted
 from esft.training.config import TrainConfig
 
 
@@ -116,13 +117,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage. Returns the exit status: 0, or 2 after a one-line error for bad input."""
+    """Run one stage. Returns the exit status: 0, 2 after a one-line error for bad input, 128 + N after signal N."""
     args = _parser().parse_args(arguments)
     try:
         COMMANDS[args.stage](args)
     except ESFTError as error:
         print(f"esft: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Interrupted) else Interrupted("interrupted", signal.SIGINT)
+        given = sys.argv[1:] if arguments is None else arguments
+        print(f"esft: {stopped}{f'; go on with: {resuming(given)}' if stopped.resumable else ''}", file=sys.stderr)
+        return 128 + stopped.signal
     except OSError as error:
         if error.filename is None:
             raise
@@ -134,4 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """What the installed ``esft`` script calls."""
     keep_memory()
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())
+
+
+def _terminate(number: int, _) -> None:
+    raise Interrupted("terminated", number)

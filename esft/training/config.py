@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
-from esft.files import read_text
+from esft.files import read_text, write_text
 from esft_kernels.autograd_op import RECOMPUTE
 from esft_kernels.backends.resolve import BACKENDS
 
@@ -121,7 +121,7 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """Write a file that ``load`` reads."""
-        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
     def check_resumes(self, begun: TrainConfig) -> None:
         """Raise InputError where a run begun with other settings cannot go on with these; only ``steps`` may differ."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import time
@@ -19,18 +18,19 @@ from transformers import PreTrainedTokenizerBase
 from esft.checkpoint.device import peak_memory, peak_rss
 from esft.checkpoint.digest import model_digest
 from esft.checkpoint.load import load_model, load_tokenizer
-from esft.errors import DivergenceError, InputError
-from esft.files import check_apart
+from esft.errors import DivergenceError, InputError, Interrupted
+from esft.outputs import check_apart
 from esft.selection import ExpertSelection
+from esft.signals import stop_signals
 from esft.training.balance import balance_losses
+from esft.training.checkpoints import RECENT, State, file_digest
 from esft.training.config import TrainConfig
 from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
 from esft.training.evaluate import batch_loss, has_plain_head, mean_loss
 from esft.training.methods import METHODS, prepare
+from esft.training.opened import opened
 from esft.training.optim import MasterAdamW
 from esft.training.run_folder import RunFolder
-
-RECENT = 20  # steps whose mean stands for the loss of now
 
 
 @dataclass(frozen=True)
@@ -77,36 +77,38 @@ def train(
         selection: the experts to train; needed by "esft" and by nothing else. A run to resume has its own.
         eval_data: JSONL chat records whose loss is measured every ``eval_every`` steps.
         resume: go on from the last checkpoint in ``out``, with the same base, data, selection and settings; only
-            ``steps`` may differ.
-        overwrite: replace a run that ``out`` holds.
+            ``steps`` may differ, and not be fewer than are done.
+        overwrite: replace a run that ``out`` holds, when this one is whole; until then it is in ``out/overwriting``.
 
-    Raises InputError, before anything is written, for bad input of any kind; DivergenceError for a loss or a gradient
-    that is no number; DiskError for a full disk.
+    Raises InputError, before anything is written, for bad input of any kind, and where another process trains in
+    ``out``; DivergenceError for a loss or a gradient that is no number; DiskError for a full disk; Interrupted (a
+    KeyboardInterrupt) when SIGINT or SIGTERM comes: then the step was finished and a checkpoint saved.
     """
-    folder = RunFolder(out)
-    check_apart(out, model_path, data, *([eval_data] if eval_data else []))
-    folder.check_free(resume, overwrite)
-    if resume:
-        config, selection = folder.begun_with(config, selection)
-    config = config or TrainConfig()
-    _check_selection(config, selection)
-    tokenizer = load_tokenizer(model_path)
-    examples = encode_all(tokenizer, read_records(data), config.max_length, data)
-    held_out = encode_all(tokenizer, read_records(eval_data), config.max_length, eval_data) if eval_data else []
-    torch.manual_seed(config.seed)
-    model = load_model(model_path, config.dtype)
-    digests = {"model": model_digest(model), "data": hashlib.sha256(Path(data).read_bytes()).hexdigest()}
-    if resume:
-        folder.check_origin(digests, {"model": model_path, "data": data})
-    loop = _Loop(prepare(model, config, selection), tokenizer, config, progress)
-    if overwrite:
-        folder.clear()
-    origin = {"model": model_path, "data": str(data)}
-    folder.begin(config, origin | {"digests": digests}, selection)
-    measured = loop.run(folder, examples, held_out, resume)
-    stored = METHODS[config.method].save(loop.model.eval(), tokenizer, config, digests["model"], folder.path)
-    result = TrainResult(**measured, stored_bytes=sum(f.stat().st_size for f in stored.rglob("*.safetensors")))
-    folder.write_summary({"method": config.method, **origin, **vars(result)})
+    check_apart(out, model_path, data, eval_data)
+    with opened(out, resume, overwrite) as folder:
+        if resume:
+            config, selection = folder.begun_with(config, selection)
+        config = config or TrainConfig()
+        _check_selection(config, selection)
+        tokenizer = load_tokenizer(model_path)
+        examples = encode_all(tokenizer, read_records(data), config.max_length, data)
+        held_out = encode_all(tokenizer, read_records(eval_data), config.max_length, eval_data) if eval_data else []
+        torch.manual_seed(config.seed)
+        model = load_model(model_path, config.dtype)
+        digests = {"model": model_digest(model), "data": file_digest(Path(data))}
+        if resume:
+            folder.check_origin(digests, {"model": model_path, "data": data})
+        loop = _Loop(prepare(model, config, selection), tokenizer, config, progress)
+        state = folder.checkpoints().restore(loop.load) if resume else None
+        origin = {"model": model_path, "data": str(data)}
+        folder.begin(config, origin | {"digests": digests}, selection)
+        measured = loop.run(folder, examples, held_out, 0 if state is None else state.step)
+        method = METHODS[config.method]
+        with folder.outcome(method.outcome) as place:
+            method.save(loop.model.eval(), tokenizer, config, digests["model"], place)
+            stored = sum(file.stat().st_size for file in place.rglob("*.safetensors"))
+        result = TrainResult(**measured, stored_bytes=stored)
+        folder.write_summary({"method": config.method, **origin, **vars(result)})
     return result
 
 
@@ -129,27 +131,58 @@ class _Loop:
         self.tokens = 0
         has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
 
+    def load(self, state: State) -> None:
+        """Go on from a state. Raises InputError for one that is not of this model and these settings."""
+        if state.step >= self.config.steps and not state.losses:
+            raise InputError(f"step {state.step} is the last one, and its loss is not kept: ask for more steps")
+        self.optimizer.load_state(state.tensors)
+        self.losses = list(state.losses)
+
     def run(
-        self, folder: RunFolder, examples: Sequence[Example], held_out: Sequence[Example], resume: bool
+        self, folder: RunFolder, examples: Sequence[Example], held_out: Sequence[Example], first: int
     ) -> dict[str, float | None]:
-        """All steps that are left. Returns what ``TrainResult`` holds of them."""
-        config, first = self.config, self._resume(folder) if resume else 0
+        """All steps after the first so many. Returns what ``TrainResult`` holds of them."""
+        config, checkpoints = self.config, folder.checkpoints()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         eval_loss, started = None, time.monotonic()
         self.model.train()
         bar = tqdm(total=config.steps, initial=first, desc=config.method, disable=not self.progress, unit="step")
-        with folder.log(first) as log, bar:
+
+        def save(step: int) -> None:
+            checkpoints.save(State(step, self.losses[-RECENT:], self.optimizer.state()))
+
+        def leave_if_asked(step: int) -> None:
+            if (number := asked()) is not None:
+                save(step)
+                raise Interrupted(f"{folder.path}: stopped after step {step}, which is saved", number, resumable=True)
+
+        def evaluation(step: int) -> float | None:
+            """What is due after a step; a run that was stopped may have had no time for it."""
+            if not (held_out and step and (step % config.eval_every == 0 or step == config.steps)):
+                return None
+            known = [m["eval_loss"] for m in folder.metrics() if m["step"] == step == first and "eval_loss" in m]
+            if known:
+                return known[-1]
+            loss = mean_loss(self.model, held_out, self.pad, self.together)
+            self.model.train()
+            if not math.isfinite(loss):
+                raise DivergenceError(f"step {step}: loss {loss} on the evaluation data; lower the learning rate")
+            log(step, eval_loss=loss)
+            return loss
+
+        with stop_signals() as asked, folder.log(first) as log, bar:
+            step, eval_loss = first, evaluation(first)
             for step, records in enumerate(_batches(examples, config, first), first + 1):
                 log(step, **self._step(step, records))
                 bar.set_postfix(loss=f"{self._recent_loss():.3f}", refresh=False)
                 bar.update()
-                last = step == config.steps
-                if held_out and (step % config.eval_every == 0 or last):
-                    eval_loss = mean_loss(self.model, held_out, self.pad, self.together)
-                    self.model.train()
-                    log(step, eval_loss=eval_loss)
-                if step % config.save_every == 0 and not last:
-                    folder.save_checkpoint(step, self.optimizer.state())
+                leave_if_asked(step)
+                # Saved first: what a kill takes from the evaluation, a resumed run makes up for.
+                if step % config.save_every == 0 and step != config.steps:
+                    save(step)
+                if (found := evaluation(step)) is not None:
+                    eval_loss = found
+            leave_if_asked(step)
         seconds = time.monotonic() - started
         return {
             "steps": config.steps,
@@ -162,15 +195,8 @@ class _Loop:
             "peak_gpu_memory": peak_memory(),
         }
 
-    def _resume(self, folder: RunFolder) -> int:
-        """The step to go on after, with the optimizer as it was then."""
-        step, tensors = folder.resume()
-        if tensors:
-            self.optimizer.load_state(tensors)
-        return step
-
     def _recent_loss(self) -> float:
-        recent = self.losses[-RECENT:] or [math.nan]
+        recent = self.losses[-RECENT:]
         return sum(recent) / len(recent)
 
     def _step(self, step: int, records: Sequence[Example]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The methods of fine-tuning: what each trains of a model, and what it leaves on disk.
 
-A method is a class with these two functions, and its name in ``METHODS``.
+A method is a class with what ``Method`` names, and its name in ``METHODS``.
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.adapters.folder import write_manifest
-from esft.adapters.save import save_adapter
+from esft.adapters.save import write_adapter
 from esft.checkpoint.digest import forward_settings
 from esft.errors import InputError
 from esft.experts.model_state import Base
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import read_layout
-from esft.files import new_folder
+from esft.files import read_json, write_json
 from esft.selection import ExpertSelection
 from esft.swapping.swap import swap, unswap
 from esft.training.config import TrainConfig
+from esft.training.run_folder import ADAPTER, MODEL
 from esft.transformers_internals import base_name
-
-ADAPTER = "adapter"
-MODEL = "model"  # of a full fine-tuning, in the place of an adapter
 
 
 class Method(Protocol):
+    outcome: str  # what it leaves in the run's folder
+
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
         """The model with exactly what the method trains requiring gradients."""
         ...
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
-        """Write what was trained into the run's folder. Returns where."""
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, digest: str, folder: Path) -> None:
+        """Write what was trained into an empty folder."""
         ...
 
 
 class ESFT:
     """The selected experts, and what else the selection names."""
+
+    outcome = ADAPTER
 
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
@@ -51,12 +53,14 @@ class ESFT:
         return _swap(model, config, selection)
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
-        return save_adapter(model, run / ADAPTER, overwrite=True)
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, digest: str, folder: Path) -> None:
+        write_adapter(model, folder)
 
 
 class Full:
     """Everything: every expert through the same kernels, and all the rest."""
+
+    outcome = MODEL
 
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
@@ -64,15 +68,15 @@ class Full:
         return _swap(model, config, ExpertSelection(everything, shared_experts=True, non_expert_modules=True))
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
-        with new_folder(run / MODEL, overwrite=True) as folder:
-            unswap(model).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        return run / MODEL
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, digest: str, folder: Path) -> None:
+        unswap(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 class LoRA:
     """Low-rank additions to every linear layer of the blocks and to all experts, through PEFT (arXiv 2106.09685)."""
+
+    outcome = ADAPTER
 
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
@@ -91,13 +95,15 @@ class LoRA:
         return get_peft_model(model, lora)
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:
-        with new_folder(run / ADAPTER, overwrite=True) as folder:
-            model.save_pretrained(folder)
-            stock = model.get_base_model()
-            base = Base(base_name(stock), base_digest, stock.dtype, forward_settings(stock.config))
-            write_manifest(folder, base, {"lora_rank": config.lora_rank})
-        return run / ADAPTER
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, digest: str, folder: Path) -> None:
+        model.save_pretrained(folder)
+        config_file = folder / "adapter_config.json"
+        written = read_json(config_file)
+        # PEFT keeps the modules in a set, whose order is another one in every process.
+        write_json(config_file, written | {"target_modules": sorted(written["target_modules"])})
+        stock = model.get_base_model()
+        base = Base(base_name(stock), digest, stock.dtype, forward_settings(stock.config))
+        write_manifest(folder, base, {"lora_rank": config.lora_rank})
 
 
 METHODS: dict[str, type[Method]] = {"esft": ESFT, "full": Full, "lora": LoRA}

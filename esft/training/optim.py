@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from esft.errors import InputError
 from esft.training.config import TrainConfig
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a tensor
 
 
 class MasterAdamW:
@@ -65,10 +68,25 @@ class MasterAdamW:
         return tensors
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from ``state``. Raises InputError, and changes nothing, for tensors that are not those of one."""
+        self._check_state(tensors)
         for name, master in self.masters.items():
             master.copy_(tensors[f"master/{name}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
-            if keys:
-                self.adam.state[master] = {key: tensors[f"{key}/{name}"].to(master.device) for key in keys}
+            if f"step/{name}" in tensors:
+                self.adam.state[master] = {key: tensors[f"{key}/{name}"].to(master.device) for key in MOMENTS}
         self._write_back()
+
+    def _check_state(self, tensors: Mapping[str, Tensor]) -> None:
+        expected = {f"master/{name}": master.shape for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            if any(f"{key}/{name}" in tensors for key in MOMENTS):  # none before a parameter's first gradient
+                expected |= {f"{key}/{name}": torch.Size() if key == "step" else master.shape for key in MOMENTS}
+        if wrong := sorted(expected.keys() ^ tensors.keys()):
+            raise InputError(f"tensor {wrong[0]} {'is missing' if wrong[0] in expected else 'is none that trains'}")
+        for name, shape in expected.items():
+            tensor = tensors[name]
+            if tensor.shape != shape or tensor.dtype != torch.float32:
+                raise InputError(f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {tuple(shape)}")
+            if not tensor.isfinite().all():
+                raise InputError(f"tensor {name} holds values that are not finite")

@@ -1,98 +1,199 @@
-"""The folder of a run: what it was begun with, its metrics, its checkpoints, its summary."""
+"""The folder of a run: what it was begun with, its metrics, its checkpoints, its summary, its outcome."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from esft.errors import InputError
-from esft.files import check_new_folder, new_folder, read_json, read_text, write_json
+from esft.files import TEMPORARY, read_json, read_text, write_json, write_text
+from esft.locks import locked
+from esft.outputs import check_new_folder, entries, new_folder, recover
 from esft.selection import ExpertSelection
+from esft.training.checkpoints import Checkpoints, digest_of
 from esft.training.config import TrainConfig
 
+MARKER = "esft_run.json"
+FORMAT_VERSION = 1
 CONFIG = "config.yaml"
 SELECTION = "experts.json"
 ORIGIN = "origin.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-_CHECKPOINTS, _TENSORS, _STATE = "checkpoints", "state.safetensors", "state.json"
+LOCK = ".esft.lock"
+ADAPTER, MODEL = "adapter", "model"  # the outcome is one of these
+NEXT = "overwriting"  # a run that takes this one's place when it is whole, in a folder of its own within this one's
+REPLACED = "replaced"  # in that one, while it takes the place: what it replaces
+_BOARD, _CHECKPOINTS = "tensorboard", "checkpoints"
+# What a run consists of, but for its outcome.
+_BEGINNING = re.compile("|".join((*map(re.escape, (MARKER, CONFIG, SELECTION, LOCK)), TEMPORARY.pattern)))
+_OWN = re.compile(
+    "|".join(
+        (
+            _BEGINNING.pattern,
+            *map(re.escape, (ORIGIN, METRICS, SUMMARY)),
+            rf"{_BOARD}(/events\.out\.tfevents\.[^/]*)?",
+            rf"{_CHECKPOINTS}(/step-\d+(/state\.(json|safetensors))?)?",
+        )
+    )
+)
+_STEP = re.compile(r"step-\d+")
+_OUTCOME = re.compile(f"{ADAPTER}|{MODEL}")
+# What the outcome of a run consists of that was begun before runs kept a list.
+_UNLISTED = re.compile(rf"({_OUTCOME.pattern})/(README\.md|(merges|vocab)\.txt|[^/]*\.(json|safetensors|jinja|model))")
 
 
 class RunFolder:
     """One run's files, for the loop that writes them and for whoever reads them.
 
     Attributes:
-        path: the folder. It holds ``config.yaml``, ``origin.json`` (base and data, with digests), ``experts.json``
-            where experts were selected, ``metrics.jsonl``, TensorBoard events, ``checkpoints/``, the outcome of the
-            method and ``summary.json``.
+        path: the folder. It holds ``esft_run.json`` (its marker, which lists the outcome's files), ``config.yaml``,
+            ``origin.json`` (base and data; digests), ``experts.json`` where experts were selected, ``metrics.jsonl``,
+            TensorBoard events, ``checkpoints/``, the outcome of the method and ``summary.json``.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def check_free(self, resume: bool, overwrite: bool) -> None:
-        """Raise InputError unless a run can be begun here, or gone on with, or replaced."""
-        if resume and overwrite:
-            raise InputError("resume and overwrite exclude each other")
-        if resume and not (self._holds(CONFIG) and self._holds(ORIGIN)):
-            raise InputError(f"{self.path}: holds no run to resume")
-        check_new_folder(self.path, overwrite=resume or overwrite)
-        if overwrite and self.path.exists() and any(self.path.iterdir()) and not self._holds(CONFIG):
-            raise InputError(f"{self.path}: holds no run, and is not overwritten")
-
-    def _holds(self, name: str) -> bool:
+    def holds(self, name: str) -> bool:
         return (self.path / name).is_file()
 
-    def begin(self, config: TrainConfig, origin: dict[str, Any], selection: ExpertSelection | None) -> None:
-        """Write what the run is begun with; what the folder held is replaced, unless it is this very run."""
+    @property
+    def begun(self) -> bool:
+        """Whether all is there that a run is begun with: the origin is written last."""
+        return self.holds(CONFIG) and self.holds(ORIGIN)
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether there is nothing, or no more than a kill leaves of a run before its first step."""
+        found = list(entries(self.path)) if self.path.is_dir() else []
+        nothing = all(entry == LOCK or TEMPORARY.fullmatch(entry) for entry in found)
+        return nothing or (self.holds(MARKER) and all(map(_BEGINNING.fullmatch, found)))
+
+    def check_ours(self) -> None:
+        """Raise InputError naming the first file that no run has written."""
+        outcome = self._outcome
+        for entry in entries(self.path):
+            if entry.startswith((f"{NEXT}/", f"{REPLACED}/")):
+                continue
+            if not (entry in (NEXT, REPLACED) or entry in outcome or _OWN.fullmatch(entry)):
+                raise InputError(f"{self.path}: holds {entry}, which no run has written; move it elsewhere first")
+        if (self.path / NEXT).is_dir():
+            RunFolder(self.path / NEXT).check_ours()
+
+    @property
+    def _outcome(self) -> set[str]:
+        """The files of the outcome, as paths below the run's. Raises InputError where the marker is none."""
+        if not self.holds(MARKER):
+            unlisted = entries(self.path) if self.path.is_dir() else ()
+            return {entry for entry in unlisted if _UNLISTED.fullmatch(entry)}
+        marker = read_json(self.path / MARKER)
+        files = marker.get("outcome") if isinstance(marker, dict) else None
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise InputError(f"{self.path / MARKER}: is no run's marker")
+        if marker.get("format_version") != FORMAT_VERSION:
+            raise InputError(f"{self.path / MARKER}: format_version must be {FORMAT_VERSION}")
+        return set(files)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for the block; folders that are made for that go again where they are still empty.
+
+        Raises InputError naming the process that holds it.
+        """
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(self.path / LOCK, self.path):
+                yield
+        finally:
+            for path in made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+
+    def recover(self) -> None:
+        """Clear away what a crash has left, of a run that is locked."""
+        recover(self.path, _OUTCOME)
+        recover(self.path / _CHECKPOINTS, _STEP)
+        for path in self.path.iterdir():
+            if TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink()
+
+    def begin(self, config: TrainConfig, origin: dict[str, Any], selection: ExpertSelection | None) -> None:
+        """Write what the run is begun with, the origin last: without it no run has begun."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._mark(self._outcome)
         config.save(self.path / CONFIG)
-        write_json(self.path / ORIGIN, origin)
         if selection is not None:
             selection.save(self.path / SELECTION)
+        else:
+            (self.path / SELECTION).unlink(missing_ok=True)
+        write_json(self.path / ORIGIN, origin | {"digests": origin["digests"] | _digests(config, selection)})
 
-    def clear(self) -> None:
-        """Remove an earlier run, with everything in its folder."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
+    def origin(self) -> dict[str, Any]:
+        """Base and data with their digests, and those of settings and selection. Raises InputError for another file."""
+        path = self.path / ORIGIN
+        origin = read_json(path)
+        digests = origin.get("digests") if isinstance(origin, dict) else None
+        if not isinstance(digests, dict) or not digests.keys() >= {"model", "data"}:
+            raise InputError(f"{path}: does not say what the run was begun with")
+        return origin
 
     def begun_with(
         self, config: TrainConfig | None, selection: ExpertSelection | None
     ) -> tuple[TrainConfig, ExpertSelection | None]:
-        """The settings and the selection to go on with. Raises InputError where the given ones are not the run's."""
+        """The settings and the selection to go on with.
+
+        Raises InputError where the given ones are not the run's, where the run's own were changed since it was begun,
+        and for fewer steps than are done.
+        """
         begun = TrainConfig.load(self.path / CONFIG)
+        chosen = ExpertSelection.load(self.path / SELECTION) if self.holds(SELECTION) else None
+        digests = self.origin()["digests"]
+        for name, value in _digests(begun, chosen).items():
+            if digests.get(name, value) != value:  # runs of before have no such digests
+                raise InputError(f"{self.path / _FILES[name]}: was changed since the run was begun")
         if config is not None:
             config.check_resumes(begun)
-        chosen = ExpertSelection.load(self.path / SELECTION) if self._holds(SELECTION) else None
         if selection is not None and selection != chosen:
             raise InputError(f"cannot resume with another expert selection than {self.path / SELECTION}")
-        return config or begun, chosen
+        config = config or begun
+        done = max(self.checkpoints().last_step(), (self.summary() or {}).get("steps", 0))
+        if config.steps < done:
+            raise InputError(f"cannot resume with steps {config.steps}: {self.path} has done {done}")
+        return config, chosen
 
     def check_origin(self, digests: Mapping[str, str], paths: Mapping[str, str | Path]) -> None:
         """Raise InputError where the run was begun with another model or other data than these."""
-        begun = read_json(self.path / ORIGIN)["digests"]
+        begun = self.origin()["digests"]
         for name, path in paths.items():
             if begun[name] != digests[name]:
                 raise InputError(f"cannot resume with {name} {path}: the run was begun with another")
+
+    def checkpoints(self) -> Checkpoints:
+        """What the run resumes from."""
+        return Checkpoints(self.path / _CHECKPOINTS, self.origin()["digests"])
 
     @contextmanager
     def log(self, done: int) -> Iterator[Callable[..., None]]:
         """A function ``log(step, **values)`` that adds a line to the metrics and points to TensorBoard's events.
 
         Args:
-            done: steps that the run has done; TensorBoard forgets what it has of later ones.
+            done: steps that the run has done; metrics and TensorBoard forget what they have of later ones.
         """
+        lines = [line for line in self.metrics(torn=True) if line["step"] <= done] if self.holds(METRICS) else []
+        write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
         with (
             open(self.path / METRICS, "a", encoding="utf-8") as metrics,
-            SummaryWriter(str(self.path / "tensorboard"), purge_step=done + 1) as board,
+            SummaryWriter(str(self.path / _BOARD), purge_step=done + 1) as board,
         ):
 
             def log(step: int, **values: float) -> None:
@@ -102,52 +203,53 @@ class RunFolder:
 
             yield log
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of the metrics file. Raises InputError naming file and line."""
+    def metrics(self, torn: bool = False) -> list[dict[str, Any]]:
+        """The lines of the metrics file.
+
+        Args:
+            torn: leave out a last line that a kill has cut short.
+
+        Raises InputError naming file and line.
+        """
         path = self.path / METRICS
         if not path.is_file():
             raise InputError(f"{self.path}: not a run folder (no {METRICS})")
-        lines = []
-        for number, line in enumerate(read_text(path).splitlines(), 1):
+        text, lines = read_text(path), []
+        for number, line in enumerate(text.splitlines(), 1):
+            where = f"{path}: line {number}"
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: line {number}: not JSON ({error.msg})") from error
-            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-                raise InputError(f"{path}: line {number}: names no step")
+            except ValueError as error:
+                if torn and not text.endswith("\n") and number == len(text.splitlines()):
+                    break
+                raise InputError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from error
+            if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 1:
+                raise InputError(f"{where}: names no step")
+            for name, value in values.items():
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    raise InputError(f"{where}: {name} is no number")
             if "loss" in values and not {"lr", "tokens_per_second"} <= values.keys():
-                raise InputError(f"{path}: line {number}: a loss without lr and tokens_per_second")
+                raise InputError(f"{where}: a loss without lr and tokens_per_second")
             lines.append(values)
         return lines
 
-    def _forget_after(self, step: int) -> None:
-        """Drop the metrics of later steps, which happen again; the last line of a broken run may be torn."""
-        path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        path.write_text("".join(line + "\n" for line in lines if _logged_by(line, step)), encoding="utf-8")
+    @contextmanager
+    def outcome(self, name: str) -> Iterator[Path]:
+        """A folder for what was trained, ``ADAPTER`` or ``MODEL``, which appears in the run when it is whole."""
+        with new_folder(self.path / name, lambda _: self._outcome_in(name)) as folder:
+            yield folder
+            self._mark(self._outcome | {f"{name}/{entry}" for entry in entries(folder)})
 
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        """The checkpoints' steps and folders, the earliest first."""
-        found = (self.path / _CHECKPOINTS).glob("step-*")
-        return sorted((int(path.name.removeprefix("step-")), path) for path in found)
+    def check_outcome(self) -> None:
+        """Raise InputError where the outcome of a run that goes on holds what is no part of it."""
+        for name in (ADAPTER, MODEL):
+            check_new_folder(self.path / name, lambda _, name=name: self._outcome_in(name))
 
-    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write what a run resumes from; the checkpoints before it go when this one is whole."""
-        with new_folder(self.path / _CHECKPOINTS / f"step-{step:06d}", overwrite=True) as folder:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
-            write_json(folder / _STATE, {"step": step})
-        for earlier, path in self._checkpoints():
-            if earlier < step:
-                shutil.rmtree(path)
+    def _outcome_in(self, name: str) -> set[str]:
+        return {file.removeprefix(f"{name}/") for file in self._outcome if file.startswith(f"{name}/")}
 
-    def resume(self) -> tuple[int, dict[str, Tensor]]:
-        """The last checkpoint's step and tensors, 0 and none without one; metrics of later steps are dropped."""
-        step, tensors = 0, {}
-        if checkpoints := self._checkpoints():
-            folder = checkpoints[-1][1]
-            step, tensors = read_json(folder / _STATE)["step"], load_file(folder / _TENSORS)
-        self._forget_after(step)
-        return step, tensors
+    def _mark(self, outcome: set[str]) -> None:
+        write_json(self.path / MARKER, {"format_version": FORMAT_VERSION, "outcome": sorted(outcome)})
 
     def write_summary(self, values: dict[str, Any]) -> None:
         write_json(self.path / SUMMARY, values)
@@ -156,13 +258,24 @@ class RunFolder:
         """What the run measured, None before its end. Raises InputError for a file that is no summary."""
         path = self.path / SUMMARY
         values = read_json(path) if path.is_file() else None
-        if values is not None and not isinstance(values, dict):
+        if values is not None and (not isinstance(values, dict) or type(values.get("steps", 0)) is not int):
             raise InputError(f"{path}: not a run's summary")
         return values
 
 
-def _logged_by(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:
-        return False
+_FILES = {"settings": CONFIG, "selection": SELECTION}
+
+
+def _digests(config: TrainConfig, selection: ExpertSelection | None) -> dict[str, str]:
+    """Of the settings and the selection.
+
+    The number of steps may change, and settings that stand at their default do not enter: there may be more of them one
+    day.
+    """
+    usual = {each.name: each.default for each in fields(config)}
+    chosen = {name: value for name, value in asdict(config).items() if name != "steps" and value != usual[name]}
+    trained = None
+    if selection is not None:
+        layers = {str(layer): list(ids) for layer, ids in selection.experts.items()}
+        trained = [layers, selection.shared_experts, selection.non_expert_modules]
+    return {"settings": digest_of(chosen), "selection": digest_of(trained)}

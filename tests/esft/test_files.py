@@ -1,180 +1,20 @@
-import errno
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import esft
 from esft.files import (
-    check_apart,
-    check_earlier,
-    check_new_file,
-    check_new_folder,
-    new_folder,
+    TEMPORARY,
     open_safetensors,
     read_json,
     read_text,
     safetensors_header,
     write_json,
+    write_text,
 )
-
-
-def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError, match="half way"), new_folder(tmp_path / "out") as folder:
-        (folder / "first").write_text("1")
-        raise RuntimeError("half way")
-    assert not list(tmp_path.iterdir())
-    out = tmp_path / "deep" / "er" / "out"
-    with new_folder(str(out)) as folder:
-        (folder / "first").write_text("1")
-        assert not out.exists()
-    assert [p.name for p in out.parent.iterdir()] == ["out"]
-    assert (out / "first").read_text() == "1"
-
-
-def test_an_old_folder_stays_when_its_successor_fails(tmp_path):
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "old").write_text("1")
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", overwrite=True):
-        raise RuntimeError
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_old_folder_is_replaced_as_a_whole_when_said_so_and_whatever_a_crash_left(tmp_path):
-    out = tmp_path / "out"
-    with new_folder(out) as folder:
-        (folder / "old").write_text("1")
-    for left in (".out.tmp", ".out.old"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "half").write_text("")
-    with pytest.raises(esft.InputError, match="holds something already"), new_folder(out):
-        pass
-    with new_folder(out, overwrite=True) as folder:
-        assert folder.parent == tmp_path  # on the same disk, so that a rename does it
-        assert not list(folder.iterdir())
-        assert (out / "old").exists()
-        (folder / "new").write_text("1")
-    assert [p.name for p in out.iterdir()] == ["new"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_empty_folder_is_written_to_without_being_told_to_overwrite(tmp_path):
-    (tmp_path / "out").mkdir()
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "new").write_text("1")
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "new"]
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_a_folder_that_cannot_be_set_in_place_leaves_what_was_there(tmp_path, monkeypatch, there: bool):
-    out = tmp_path / "out"
-    if there:
-        out.mkdir()
-        (out / "old").write_text("1")
-    replace = os.replace
-
-    def fails(source, target):
-        if str(source).endswith(".tmp"):
-            raise OSError(errno.EIO, "Input/output error", str(source))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(esft.DiskError, match=r"Input/output error$"), new_folder(out, overwrite=True):
-        pass
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["out", "out/old"][: 2 * there]
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device", "/base/source"), "{out}: No space left on device"),
-        (OSError(errno.EDQUOT, "Quota exceeded", "/base/source"), "{out}: Quota exceeded"),
-        (OSError(errno.EFBIG, "File too large", "/base/source"), "{out}: File too large"),
-        (OSError(errno.EIO, "Input/output error", "/base/source"), "/base/source: Input/output error"),
-        (OSError(errno.EIO, "Input/output error"), "{out}: Input/output error"),
-        (OSError("of no number"), "{out}: of no number"),
-        (SafetensorError("I/O error"), "{out}: I/O error"),
-        (esft.InputError("{tmp}/x.json: no, {tmp}"), "{out}/x.json: no, {out}"),
-        (esft.InputError("elsewhere.json: no"), "elsewhere.json: no"),
-    ],
-)
-def test_an_error_in_the_block_names_the_file_at_fault_as_it_will_be_called(tmp_path, error, message: str):
-    out, tmp = tmp_path / "out", tmp_path / ".out.tmp"
-    kind = esft.DiskError
-    if isinstance(error, esft.InputError):
-        kind = esft.InputError
-        error = esft.InputError(str(error).format(tmp=tmp))
-    with pytest.raises(kind) as raised, new_folder(out):
-        raise error
-    assert str(raised.value) == message.format(out=out)
-    assert not list(tmp_path.iterdir())
-
-
-def test_other_errors_pass_through(tmp_path):
-    with pytest.raises(KeyError, match="mine"), new_folder(tmp_path / "out"):
-        raise KeyError("mine")
-
-
-def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(esft.InputError, match=r"/file: is a file, not a folder$"),
-        new_folder(tmp_path / "file", overwrite=True),
-    ):
-        pass
-    with (
-        pytest.raises(esft.InputError, match=r"/file/x: \S+/file is not a folder$"),
-        new_folder(tmp_path / "file" / "x"),
-    ):
-        pass
-    with pytest.raises(esft.InputError, match=r"/file/y/x\.json: \S+/file is not a folder$"):
-        check_new_file(tmp_path / "file" / "y" / "x.json")
-    with pytest.raises(esft.InputError, match=r": is a folder$"):
-        check_new_file(tmp_path, overwrite=True)
-    asked = []
-    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))
-    for check, path in ((check_new_file, tmp_path / "x.json"), (check_new_folder, tmp_path / "deep" / "x")):
-        with pytest.raises(esft.InputError, match=rf"^{path}: {tmp_path} cannot be written to$"):
-            check(str(path))
-    assert asked == [(tmp_path, os.W_OK)] * 2
-
-
-def test_a_new_file_may_be_anywhere_but_on_another_unless_said_so(tmp_path):
-    (tmp_path / "x.json").write_text("1")
-    check_new_file(tmp_path / "deep" / "er" / "y.json")
-    check_new_file(str(tmp_path / "x.json"), overwrite=True)
-    with pytest.raises(esft.InputError, match=r"/x\.json: exists already \(say overwrite"):
-        check_new_file(tmp_path / "x.json")
-    with pytest.raises(esft.InputError, match=r": is a folder$"):
-        check_new_file(tmp_path)
-
-
-def test_a_new_folder_may_be_anywhere_but_on_another_that_holds_something_unless_said_so(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / ".hidden").write_text("")
-    for path in ("empty", "deep/er"):
-        check_new_folder(str(tmp_path / path))
-    check_new_folder(tmp_path / "full", overwrite=True)
-    with pytest.raises(esft.InputError, match=r"/full: holds something already \(say overwrite"):
-        check_new_folder(tmp_path / "full")
-    with pytest.raises(esft.InputError, match=r"/\.hidden: is a file, not a folder"):
-        check_new_folder(tmp_path / "full" / ".hidden", overwrite=True)
-
-
-def test_an_earlier_one_is_known_by_any_of_its_files(tmp_path):
-    (tmp_path / "folder").mkdir()
-    check_earlier(tmp_path / "absent", "run", "a", "b")
-    check_earlier(tmp_path / "folder", "run", "a", "b")
-    (tmp_path / "folder" / "a").mkdir()
-    with pytest.raises(esft.InputError, match=r"/folder: holds no earlier run \(no a\), and is not overwritten$"):
-        check_earlier(str(tmp_path / "folder"), "run", "a", "b")
-    (tmp_path / "folder" / "b").write_text("")
-    check_earlier(str(tmp_path / "folder"), "run", "a", "b")
 
 
 def test_text_is_read_in_its_encoding_and_what_cannot_be_read_is_named(tmp_path):
@@ -194,7 +34,7 @@ def test_an_error_of_the_system_without_a_text_of_its_own_is_said_in_full(tmp_pa
         raise OSError("of no number")
 
     monkeypatch.setattr(Path, "read_text", fails)
-    monkeypatch.setattr(Path, "write_text", fails)
+    monkeypatch.setattr(os, "replace", fails)
     for touch, kind in ((read_text, esft.InputError), (lambda path: write_json(path, 1), esft.DiskError)):
         with pytest.raises(kind, match=r"/x: of no number$"):
             touch(tmp_path / "x")
@@ -223,41 +63,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         write_json(tmp_path / "x.json", 2)
     assert read_json(tmp_path / "x.json") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_an_output_above_an_input_is_refused_and_one_beside_it_is_not(tmp_path):
-    source = tmp_path / "a" / "base"
-    for out in (source, tmp_path / "a", tmp_path, source / ".." / "base"):
-        with pytest.raises(esft.InputError, match="would replace"):
-            check_apart(out, source)
-    with pytest.raises(esft.InputError, match=rf"^{source}: the output would replace {source}, which is read$"):
-        check_apart(source, tmp_path / "other", str(source))
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    for out, read in ((tmp_path / "link", source), (tmp_path / "a" / "base", tmp_path / "link" / "base")):
-        with pytest.raises(esft.InputError, match="would replace"):
-            check_apart(out, read)
-    check_apart(tmp_path / "b", source)
-    check_apart(source / "run", source)
-
-
-def test_a_link_to_a_folder_stays_and_what_it_leads_to_is_replaced(tmp_path):
-    (tmp_path / "real").mkdir()
-    for link, target in (("link", "real"), ("dangling", "new")):
-        (tmp_path / link).symlink_to(tmp_path / target)
-        for content in "12":
-            with new_folder(tmp_path / link, overwrite=True) as folder:
-                (folder / "file").write_text(content)
-        assert (tmp_path / link).is_symlink() and (tmp_path / target / "file").read_text() == "2"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "link", "new", "real"]
-
-
-def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    for path in (".", "..", tmp_path, tmp_path / "work"):
-        with pytest.raises(esft.InputError, match="the working folder cannot be replaced"), new_folder(path, True):
-            pass
-    assert [p.name for p in tmp_path.iterdir()] == ["work"]
 
 
 @pytest.mark.parametrize(
@@ -296,3 +101,39 @@ def test_what_is_no_safetensors_file_is_named(tmp_path):
         for read in (safetensors_header, lambda path: open_safetensors(path).__enter__()):
             with pytest.raises(esft.InputError, match=rf"^{path}: not a readable safetensors file \(."):
                 read(path)
+
+
+def test_a_file_is_the_old_one_or_the_new_one_and_nothing_else_beside_it_is_touched(tmp_path, monkeypatch):
+    for name in (".x.tmp", ".x.old", "x.tmp"):
+        (tmp_path / name).write_text("mine")
+    write_text(tmp_path / "x", "old")
+    seen, replace = [], os.replace
+
+    def watched(source, target):
+        seen.append(((tmp_path / "x").read_text(), Path(source).read_text(), TEMPORARY.fullmatch(Path(source).name)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    write_text(tmp_path / "x", "new")
+    ((before, after, known),) = seen
+    assert (before, after, (tmp_path / "x").read_text()) == ("old", "new", "new") and known
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.old", ".x.tmp", "x", "x.tmp"]
+    assert {(tmp_path / name).read_text() for name in (".x.tmp", ".x.old", "x.tmp")} == {"mine"}
+
+
+def test_the_file_that_a_link_leads_to_is_replaced_and_a_loop_is_named(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(esft.DiskError, match="^[^\n]*/a: [^\n]*$"):
+        write_text(tmp_path / "a", "new")
+
+
+@pytest.mark.parametrize("value", [float("nan"), [float("inf")], {"a": -float("inf")}])
+def test_numbers_that_json_does_not_have_are_refused(tmp_path, value):
+    with pytest.raises(esft.InputError, match=r"/x\.json: cannot hold a value that is not finite$"):
+        write_json(tmp_path / "x.json", value)
+    assert not list(tmp_path.iterdir())

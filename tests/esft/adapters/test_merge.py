@@ -107,10 +107,34 @@ def test_an_output_that_holds_something_stays_until_overwritten(tmp_path):
         esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "precious").exists()
     esft.merge(base, tmp_path / "a", tmp_path / "merged")
-    (tmp_path / "merged" / "stale").write_text("")
+    first = {path: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    (tmp_path / "merged" / "model.safetensors").write_text("")  # of the merge, whatever became of it
     esft.merge(base, tmp_path / "a", tmp_path / "merged", overwrite=True)
-    assert (tmp_path / "merged" / "config.json").exists()
-    assert not (tmp_path / "merged" / "stale").exists()
+    assert {path: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == first
+
+
+@pytest.mark.parametrize("mine", ["thesis.tex", "notes/thesis.tex", ".hidden", "model-00001-of-00002.safetensors"])
+def test_a_merge_that_holds_a_users_file_is_not_overwritten(tmp_path, mine: str):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    merged = esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    (merged / mine).parent.mkdir(exist_ok=True)
+    (merged / mine).write_text("years of work")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=f"merged: holds {mine}, which is no part of what is overwritten; move"):
+        esft.merge(base, tmp_path / "a", merged, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"files": "all"}', '{"files": [1]}'])
+def test_a_merge_that_does_not_say_what_it_consists_of_is_not_overwritten(tmp_path, content: str):
+    base = save_tiny(tmp_path / "base")
+    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    merged = esft.merge(base, tmp_path / "a", tmp_path / "merged")
+    (merged / "esft_manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"esft_manifest\.json: does not say which files are of the merge"):
+        esft.merge(base, tmp_path / "a", merged, overwrite=True)
+    assert len(list(merged.iterdir())) == len(list(base.iterdir())) + 1
 
 
 def test_an_output_that_would_replace_an_input_is_refused(tmp_path):
@@ -156,7 +180,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_p
             full()
 
     def second(replace, source, target):  # puts the old output aside, and then fails to set the new one
-        full() if str(source).endswith(".out.tmp") else replace(source, target)
+        full() if str(source).endswith("/.out.esft/new") else replace(source, target)
 
     if place in ("first copy", "last copy"):
         monkeypatch.setattr(module.shutil, "copyfile", full if place[0] == "f" else partial(last, shutil.copyfile))
@@ -165,7 +189,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_p
     elif place == "manifest":
         monkeypatch.setattr(Path, "write_text", full)
     else:
-        monkeypatch.setattr("esft.files.os.replace", partial(second, os.replace))
+        monkeypatch.setattr("esft.outputs.os.replace", partial(second, os.replace))
     with pytest.raises(esft.DiskError, match=r"/out(/esft_manifest.json)?: No space left on device$"):
         esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -377,7 +401,7 @@ def test_the_adapters_values_take_the_bases_dtype(tmp_path, dtype: torch.dtype):
         merged = esft.merge(str(base), str(tmp_path / "a"), str(tmp_path / "merged"))
     assert warned[0].filename == __file__
     assert merged == tmp_path / "merged"
-    assert json.loads((merged / "esft_manifest.json").read_text()) == {}
+    assert json.loads((merged / "esft_manifest.json").read_text()).keys() == {"files"}
     before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
     tuned = load_file(tmp_path / "a" / "adapter.safetensors")
     assert {tensor.dtype for tensor in tuned.values()} == {torch.float32}
@@ -409,6 +433,8 @@ def test_the_manifest_of_the_adapter_stays_with_the_result(tmp_path):
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
     merged = esft.merge(base, tmp_path / "a", tmp_path / "merged")
     manifest = json.loads((merged / "esft_manifest.json").read_text())
+    files = manifest.pop("files")
+    assert files == sorted(path.name for path in merged.iterdir())
     assert manifest == json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert manifest["base_digest"] == Checkpoint.open(base).digest()
 

@@ -171,6 +171,10 @@ def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["precious"]
     for overwrite in (False, True):
         esft.save_adapter(tuned(), tmp_path / "c", overwrite)
+    (tmp_path / "c" / "precious").write_text("keep")
+    with pytest.raises(esft.InputError, match="c: holds precious, which is no part of what is overwritten; move it"):
+        esft.save_adapter(tuned(), tmp_path / "c", overwrite=True)
+    assert (tmp_path / "c" / "precious").read_text() == "keep"
     with pytest.raises(esft.InputError, match="only a swapped model"):
         esft.save_adapter(tiny_model(), tmp_path / "b")
 

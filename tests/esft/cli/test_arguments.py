@@ -2,7 +2,8 @@ import argparse
 
 import pytest
 
-from esft.cli.arguments import Parser, count
+from esft.cli import arguments as module
+from esft.cli.arguments import Parser, count, resuming
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("17", 17), ("100000", 100_000)])
@@ -44,3 +45,21 @@ def test_good_arguments_are_parsed():
     parser = Parser(prog="tool")
     parser.add_argument("--rows", type=count)
     assert parser.parse_args(["--rows", "4"]).rows == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("train --out run", "train --out run --resume"),
+        ("train --out run --resume", "train --out run --resume"),
+        ("train --res --out run", "train --res --out run"),
+        ("train --overwrite --out run --quiet", "train --out run --quiet --resume"),
+        ("train --ov --out overwrite --recompute none", "train --out overwrite --recompute none --resume"),
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_that_was_given_and_resumes(monkeypatch, given: str, expected: str):
+    monkeypatch.setattr(module.sys, "argv", ["/bin/esft"])
+    assert resuming(given.split()) == f"esft {expected}"
+    monkeypatch.setattr(module.sys, "argv", ["/lib/esft/__main__.py"])
+    assert resuming(given.split()) == f"{module.sys.executable} -m esft {expected}"
+    assert resuming(["train", "--out", "a run"]).endswith(" train --out 'a run' --resume")

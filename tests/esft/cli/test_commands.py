@@ -229,7 +229,7 @@ def test_merge_and_report_hand_over_and_print(work, calls, capsys):
 
 def test_score_keeps_a_file_that_is_there_and_replaces_it_where_it_is_told(work, calls, capsys):
     calls.watch("score_experts", esft.ExpertScores({1: {0: 1.0}}, {1: {0: 1.0}}))
-    (work / "s.json").write_text("{}")
+    esft.ExpertScores({1: {0: 0.5, 1: 0.5}}, {1: {0: 0.5, 1: 0.5}}).save(work / "s.json")
     assert main("score --model m --data d.jsonl --out s.json".split()) == 2
     assert "s.json: exists already" in capsys.readouterr().err and "load_model" not in calls.of
     stage("score --model m --data d.jsonl --out s.json --overwrite")

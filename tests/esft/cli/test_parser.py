@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import sys
 from dataclasses import fields
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import esft
 from esft.checkpoint.load import load_model
 from esft.cli import parser as command
 from esft.cli.parser import main
+from esft.errors import Interrupted
 from esft.training.evaluate import load_any_adapter
 from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
 
@@ -292,10 +294,46 @@ def test_an_error_of_the_system_is_one_line_where_it_names_a_file_and_is_raised_
             main(["report", "r"])
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "esft: interrupted"),
+        (Interrupted("terminated", 15), 143, "esft: terminated"),
+        (Interrupted("run: stopped", 2, resumable=True), 130, "esft: run: stopped; go on with: esft report r --resume"),
+        (
+            Interrupted("run: stopped", 15, resumable=True),
+            143,
+            "esft: run: stopped; go on with: esft report r --resume",
+        ),
+    ],
+)
+def test_a_signal_ends_a_stage_with_one_line_and_the_status_of_a_shell(monkeypatch, capsys, error, status, line: str):
+    def stage(_):
+        raise error
+
+    monkeypatch.setattr(command, "COMMANDS", {"report": stage})
+    monkeypatch.setattr(sys, "argv", ["/bin/esft"])
+    assert main(["report", "r"]) == status
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_the_script_turns_sigterm_into_an_interruption(monkeypatch):
+    told = {}
+    monkeypatch.setattr(command.signal, "signal", told.__setitem__)
+    monkeypatch.setattr(command, "keep_memory", lambda: None)
+    monkeypatch.setattr(command, "main", lambda: 7)
+    with pytest.raises(SystemExit, match="7"):
+        command.entry()
+    with pytest.raises(Interrupted, match="terminated") as raised:
+        told[signal.SIGTERM](signal.SIGTERM, None)
+    assert told.keys() == {signal.SIGTERM} and raised.value.signal == signal.SIGTERM
+
+
 def test_the_script_keeps_memory_and_ends_with_the_status_of_its_arguments(monkeypatch, capsys):
     done = []
     monkeypatch.setattr(command, "keep_memory", lambda: done.append("kept"))
     monkeypatch.setattr(sys, "argv", ["esft", "report", "no/such/run"])
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         command.entry()
     assert ended.value.code == 2 and done == ["kept"]

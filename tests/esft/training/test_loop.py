@@ -4,6 +4,9 @@ import importlib
 import itertools
 import json
 import math
+import os
+import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -116,12 +119,15 @@ def test_a_resumed_run_has_the_weights_and_moments_of_the_broken_one(base, out, 
     assert column(out, "loss") == column(base.parent / "whole", "loss")
 
 
-def test_a_run_that_has_ended_goes_on_for_more_steps_and_none_are_left_for_fewer(base, out, fake):
+def test_a_run_that_has_ended_goes_on_for_more_steps_and_not_for_fewer(base, out, fake):
     run(base, "run", settings(steps=4, save_every=2), eval_data=None)
     assert run(base, "run", settings(steps=5, save_every=2), resume=True, eval_data=None).steps == 5
     assert column(out, "step") == [1, 2, 3, 4, 5]
-    result = run(base, "run", settings(steps=4, save_every=2), resume=True, eval_data=None)
-    assert math.isnan(result.train_loss) and result.eval_loss is None and result.tokens_per_second == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for few in (1, 4):
+        with pytest.raises(esft.InputError, match=f"^cannot resume with steps {few}: .*/run has done 5$"):
+            run(base, "run", settings(steps=few, save_every=2), resume=True, eval_data=None)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_layers_are_made_again_in_the_backward_of_every_micro_batch(base, monkeypatch):
@@ -170,7 +176,7 @@ def test_bad_input_leaves_nothing_behind(base):
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"out": "other"}, "other: holds something already"),
         ({"out": "file", "overwrite": True}, "file: is a file"),
-        ({"out": "other", "overwrite": True}, "other: holds no run, and is not overwritten"),
+        ({"out": "other", "overwrite": True}, r"other: holds no run \(no esft_run.json\), and is not overwritten"),
         ({"out": "base", "overwrite": True}, "would replace .*base, which is read"),
         ({"out": "d.jsonl"}, "would replace .*d.jsonl, which is read"),
         ({"out": "other", "overwrite": True, "data": inside}, "would replace .*inside.jsonl, which is read"),
@@ -203,6 +209,104 @@ def test_a_loss_or_a_gradient_that_is_not_finite_stops_the_run(base, out, monkey
         run(base, "run", settings(), eval_data=None)
     assert column(out, "step") == [1]
     assert not (out / "adapter").exists()
+
+
+def test_a_loss_on_the_evaluation_data_that_is_not_finite_stops_the_run(base, out, fake, monkeypatch):
+    monkeypatch.setattr(train_module, "mean_loss", lambda *_: math.inf)
+    with pytest.raises(esft.DivergenceError, match="step 6: loss inf on the evaluation data; lower the learning rate"):
+        run(base, "run", settings())
+    assert not (out / "summary.json").exists()
+
+
+def tree(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Stopped(Exception):
+    """Ends a run in a test."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 5, 7, 12])
+def test_a_signal_stops_the_run_after_the_step_and_the_resumed_one_is_the_unbroken_one(
+    base, out, fake, at: int, number: int
+):
+    whole = run(base, "whole", settings())
+    lines = {name: column(base.parent / "whole", name) for name in ("step", "loss", "eval_loss")}
+    fake.batches.clear()
+    fake.before = lambda: len(fake.batches) == at - 1 and os.kill(os.getpid(), number)
+    with pytest.raises(esft.errors.Interrupted, match=f"^{out}: stopped after step {at}, which is saved$") as raised:
+        run(base, "run", settings())
+    assert (raised.value.signal, raised.value.resumable) == (number, True)
+    assert isinstance(raised.value, KeyboardInterrupt)
+    assert column(out, "step")[-1] == len(fake.batches) == at
+    assert json.loads((out / "checkpoints" / f"step-{at:06d}" / "state.json").read_text())["step"] == at
+    assert not (out / ".esft.lock").exists() and not (out / "adapter").exists()
+    fake.before = lambda: None
+    resumed = run(base, "run", settings(), resume=True)
+    assert {name: column(out, name) for name in lines} == lines
+    assert (resumed.train_loss, resumed.eval_loss) == (whole.train_loss, whole.eval_loss)
+    for name in ("adapter/adapter.safetensors", "adapter/manifest.json", "config.yaml", "experts.json", "origin.json"):
+        assert (out / name).read_bytes() == (base.parent / "whole" / name).read_bytes()
+
+
+def test_a_signal_in_an_evaluation_stops_the_run_too(base, out, fake, monkeypatch):
+    monkeypatch.setattr(train_module, "mean_loss", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 0.25)
+    with pytest.raises(esft.errors.Interrupted, match="stopped after step 7"):
+        run(base, "run", settings())
+    with pytest.raises(esft.errors.Interrupted, match="stopped after step 12"):
+        run(base, "run", settings(), resume=True)
+    assert column(out, "eval_loss") == [0.25, 0.25]
+    result = run(base, "run", settings(), resume=True)
+    assert column(out, "eval_loss") == [0.25, 0.25] and result.eval_loss == 0.25
+
+
+def test_a_run_in_a_thread_ends_as_elsewhere(base, out, fake):
+    thread = threading.Thread(target=lambda: run(base, "run", settings(steps=2)))
+    thread.start()
+    thread.join()
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_diverged_or_broken_run_takes_nothing_from_the_one_that_it_was_to_replace(base, out, fake, monkeypatch):
+    run(base, "run", settings(steps=3, save_every=2), eval_data=None)
+    before = tree(out)
+
+    def fails(at: int, error):
+        def before_step():
+            if len(fake.batches) == at:
+                raise error
+
+        fake.batches.clear()
+        fake.before = before_step
+
+    for error in (esft.DivergenceError("step 4: loss nan"), Stopped()):
+        fails(3, error)
+        with pytest.raises(type(error)):
+            run(base, "run", settings(steps=8, save_every=2, lr=0.5), overwrite=True, eval_data=None)
+        assert {name: b for name, b in tree(out).items() if not name.startswith("overwriting/")} == before
+    assert column(out / "overwriting", "step") == [1, 2, 3]
+    fake.before = lambda: None
+    run(base, "run", settings(steps=8, save_every=2, lr=0.5), resume=True, eval_data=None)
+    assert column(out, "step") == list(range(1, 9)) and not (out / "overwriting").exists()
+    assert not list(out.rglob(".*"))
+
+
+def test_two_trainings_in_one_folder_are_refused_and_the_first_goes_on(base, out, fake):
+    refused = []
+
+    def another() -> None:
+        if len(fake.batches) != 2:
+            return
+        for more in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(esft.InputError) as raised:
+                run(base, "run", settings(lr=0.5), **more)
+            refused.append(str(raised.value))
+
+    fake.before = another
+    run(base, "run", settings(), eval_data=None)
+    assert len(refused) == 3 and all(f"{out}: in use by process {os.getpid()} on " in line for line in refused)
+    assert column(out, "step") == list(range(1, 13)) and not list(out.rglob(".*"))
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -266,7 +370,6 @@ def test_the_metrics_hold_every_step_and_every_evaluation(base, out, fake, steps
 
 def test_a_run_is_kept_unless_overwritten_and_then_goes_whole(base, out, fake):
     run(base, "run", settings(steps=3, save_every=2), eval_data=None)
-    (out / "note").write_text("of the run before")
     before = sorted(out.rglob("*"))
     with pytest.raises(esft.InputError, match="holds something already"):
         run(base, "run", settings(steps=1))
@@ -276,7 +379,9 @@ def test_a_run_is_kept_unless_overwritten_and_then_goes_whole(base, out, fake):
     assert sorted(out.rglob("*")) == before
     run(base, "run", settings(steps=2), overwrite=True, eval_data=None)
     assert column(out, "step") == [1, 2]
-    assert not (out / "note").exists() and not (out / "checkpoints").exists()
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        "adapter config.yaml esft_run.json experts.json metrics.jsonl origin.json summary.json tensorboard".split()
+    )
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from esft.errors import InputError
 from esft.training.config import TrainConfig
 from esft.training.optim import MasterAdamW
 
@@ -121,3 +122,41 @@ def test_state_restores_the_same_course(dtype: torch.dtype, done: int):
     assert torch.equal(first, second)
     for key, tensor in whole.state().items():
         assert torch.equal(tensor, resumed.state()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("master/b"), "tensor master/b is missing"),
+        (lambda s: s.pop("exp_avg/a"), "tensor exp_avg/a is missing"),
+        (lambda s: s.pop("step/a"), "tensor step/a is missing"),
+        (lambda s: s.update({"master/c": torch.zeros(1)}), "tensor master/c is none that trains"),
+        (lambda s: s.update({"exp_avg/c": torch.zeros(1)}), "tensor exp_avg/c is none that trains"),
+        (lambda s: s.update({"master/a": torch.zeros(1)}), r"master/a is torch.float32 \(1,\), not float32 \(2, 3\)"),
+        (lambda s: s.update({"exp_avg/a": torch.zeros(1, 3)}), r"exp_avg/a is torch.float32 \(1, 3\), not float32"),
+        (lambda s: s.update({"exp_avg_sq/a": torch.zeros(3, 2)}), r"exp_avg_sq/a is torch.float32 \(3, 2\), not"),
+        (lambda s: s.update({"step/a": torch.zeros(1)}), r"step/a is torch.float32 \(1,\), not float32 \(\)"),
+        (
+            lambda s: s.update({"master/a": torch.zeros(2, 3).half()}),
+            r"master/a is torch.float16 \(2, 3\), not",
+        ),
+        (lambda s: s["exp_avg/a"].fill_(torch.nan), "exp_avg/a holds values that are not finite"),
+        (lambda s: s["master/b"].fill_(torch.inf), "master/b holds values that are not finite"),
+    ],
+)
+def test_a_state_that_is_none_of_these_parameters_is_named_and_changes_nothing(change, message: str):
+    def made() -> MasterAdamW:
+        named = {"a": nn.Parameter(torch.ones(2, 3)), "b": nn.Parameter(torch.ones(4))}
+        return MasterAdamW(named.items(), TrainConfig())
+
+    trained = made()
+    trained.params["a"].grad = torch.ones(2, 3)
+    trained.step(0.1)
+    state = {name: tensor.clone() for name, tensor in trained.state().items()}
+    assert state.keys() == {"master/a", "master/b", "step/a", "exp_avg/a", "exp_avg_sq/a"}
+    made().load_state(state)
+    fresh = made()
+    change(state)
+    with pytest.raises(InputError, match=message):
+        fresh.load_state(state)
+    assert all(torch.equal(p, torch.ones_like(p)) for p in fresh.params.values()) and not fresh.adam.state

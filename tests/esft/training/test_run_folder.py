@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import itertools
 import json
-import shutil
+import os
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,13 +22,13 @@ train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` i
 PAD = 258
 
 
-def test_a_checkpoint_is_left_every_so_many_steps_but_not_at_the_end_and_the_last_one_stays(base, out, fake):
+def test_a_checkpoint_is_left_every_so_many_steps_but_not_at_the_end(base, out, fake):
     seen = []
     fake.before = lambda: seen.append(sorted(p.name for p in (out / "checkpoints").glob("*")))
     run(base, "run", settings(steps=6, save_every=2), eval_data=None)
-    assert seen == [[], [], ["step-000002"], ["step-000002"], ["step-000004"], ["step-000004"]]
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000004"]
-    assert json.loads((out / "checkpoints" / "step-000004" / "state.json").read_text()) == {"step": 4}
+    both = ["step-000002", "step-000004"]
+    assert seen == [[], [], ["step-000002"], ["step-000002"], both, both]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == both
 
 
 def breaks(at: int):
@@ -53,8 +53,7 @@ def test_a_broken_run_goes_on_after_its_last_checkpoint(base, out, fake, at: int
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "lo')  # a torn line
     if begins:
-        shutil.copytree(out / "checkpoints" / "step-000004", out / "checkpoints" / "step-000002")
-        (out / "checkpoints" / "step-000002" / "state.safetensors").write_text("an older one that did not go")
+        (out / "checkpoints" / "step-000002" / "state.safetensors").write_text("an older one that is not used")
     logged = map(json.loads, (out / "metrics.jsonl").read_text().splitlines()[:-1])
     kept = [line for line in logged if line["step"] <= begins]
     fake.batches.clear(), fake.drawn.clear()
@@ -99,7 +98,13 @@ def test_the_run_folder_says_what_was_trained_from_what(base, out, fake):
         "data": hashlib.sha256((base.parent / "d.jsonl").read_bytes()).hexdigest(),
     }
     origin = {"model": str(base), "data": str(base.parent / "d.jsonl")}
-    assert json.loads((out / "origin.json").read_text()) == {**origin, "digests": digests}
+    written = json.loads((out / "origin.json").read_text())
+    own = {name: written["digests"].pop(name) for name in ("settings", "selection")}
+    assert written == {**origin, "digests": digests}
+    assert all(len(digest) == 64 for digest in own.values())
+    marker = json.loads((out / "esft_run.json").read_text())
+    names = ("adapter.safetensors", "expert_cfg.json", "manifest.json")
+    assert marker == {"format_version": 1, "outcome": [f"adapter/{name}" for name in names]}
     assert result.eval_loss is None
 
 
@@ -112,29 +117,90 @@ def begun(path, selection: ExpertSelection | None = SELECTION) -> RunFolder:
     return folder
 
 
-@pytest.mark.parametrize("lost", ["config.yaml", "origin.json", "folder"])
-def test_a_run_without_what_it_was_begun_with_is_not_resumed(tmp_path, lost: str):
-    folder = begun(tmp_path / "run")
-    folder.check_free(resume=True, overwrite=False)
-    (tmp_path / "run" / lost).unlink() if lost != "folder" else shutil.rmtree(tmp_path / "run")
-    with pytest.raises(esft.InputError, match=r"run: holds no run to resume$"):
-        folder.check_free(resume=True, overwrite=False)
+def test_a_run_has_begun_when_its_origin_stands_and_before_that_it_was_broken_off(tmp_path, monkeypatch):
+    kinds, real = [], os.replace
+
+    def watched(source, target) -> None:
+        kinds.append((folder.begun, folder.broken_off))
+        real(source, target)
+
+    folder = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(os, "replace", watched)
+    folder.begin(settings(), ORIGIN, SELECTION)
+    assert kinds == [(False, True)] * 4 and folder.begun and not folder.broken_off
 
 
-def test_only_a_run_is_replaced_and_only_where_told(tmp_path):
+@pytest.mark.parametrize("mine", ["thesis", "experts.json.bak", "checkpoints/thesis", "adapter/thesis"])
+def test_what_a_run_has_not_written_is_named(tmp_path, mine: str):
     folder = begun(tmp_path / "run")
-    folder.check_free(resume=False, overwrite=True)
-    for resume, overwrite, message in ((False, False, "holds something already"), (True, True, "exclude each other")):
-        with pytest.raises(esft.InputError, match=message):
-            folder.check_free(resume, overwrite)
-    (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(esft.InputError, match=r"run: holds no run, and is not overwritten$"):
-        folder.check_free(resume=False, overwrite=True)
-    for free in ("new", "empty"):
-        if free == "empty":
-            (tmp_path / free).mkdir()
-        for overwrite in (False, True):
-            RunFolder(tmp_path / free).check_free(resume=False, overwrite=overwrite)
+    folder.check_ours()
+    (tmp_path / "run" / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / mine).write_text("years of work")
+    with pytest.raises(esft.InputError, match=f"run: holds {mine}, which no run has written; move it elsewhere"):
+        folder.check_ours()
+    if mine.startswith("adapter"):
+        with pytest.raises(esft.InputError, match="adapter: holds thesis, which is no part of what is overwritten"):
+            folder.check_outcome()
+
+
+@pytest.mark.parametrize("marker", ["{}", "[]", '{"outcome": 1, "format_version": 1}', '{"outcome": [1]}', "{"])
+def test_a_marker_that_is_none_is_named(tmp_path, marker: str):
+    folder = begun(tmp_path / "run")
+    (tmp_path / "run" / "esft_run.json").write_text(marker)
+    with pytest.raises(esft.InputError, match=r"esft_run\.json: (is no run's marker|line 1)"):
+        folder.check_ours()
+    (tmp_path / "run" / "esft_run.json").write_text('{"outcome": [], "format_version": 2}')
+    with pytest.raises(esft.InputError, match=r"esft_run\.json: format_version must be 1"):
+        folder.check_ours()
+
+
+def test_the_settings_and_the_selection_of_a_run_are_those_that_it_was_begun_with(tmp_path):
+    folder = begun(tmp_path / "run")
+    for name, change in (
+        ("config.yaml", lambda text: text.replace("lr: 0.003", "lr: 0.004")),
+        ("config.yaml", lambda _: ""),
+        ("config.yaml", lambda text: text.replace("seed: 0", "seed: 1")),
+        ("experts.json", lambda text: text.replace("7", "6")),
+        ("experts.json", lambda text: text.replace('"shared_experts": false', '"shared_experts": true')),
+    ):
+        text = (tmp_path / "run" / name).read_text()
+        (tmp_path / "run" / name).write_text(changed := change(text))
+        assert changed != text
+        with pytest.raises(esft.InputError, match=f"{name}: was changed since the run was begun$"):
+            folder.begun_with(None, None)
+        (tmp_path / "run" / name).write_text(text)
+    (tmp_path / "run" / "experts.json").unlink()
+    with pytest.raises(esft.InputError, match=r"experts\.json: was changed"):
+        folder.begun_with(None, None)
+
+
+@pytest.mark.parametrize("origin", ["[]", "{}", '{"digests": 1}', '{"digests": {"model": "1"}}'])
+def test_an_origin_that_is_none_is_named(tmp_path, origin: str):
+    folder = begun(tmp_path / "run")
+    (tmp_path / "run" / "origin.json").write_text(origin)
+    with pytest.raises(esft.InputError, match=r"origin\.json: does not say what the run was begun with"):
+        folder.begun_with(None, None)
+
+
+def test_a_run_of_before_there_were_digests_goes_on(base, out, fake):
+    run(base, "whole", settings(steps=4, save_every=2), eval_data=None)
+    fake.batches.clear()
+    fake.before = breaks(4)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, "run", settings(steps=4, save_every=2), eval_data=None)
+    (out / "esft_run.json").unlink()
+    origin = json.loads((out / "origin.json").read_text())
+    origin["digests"] = {name: origin["digests"][name] for name in ("model", "data")}
+    (out / "origin.json").write_text(json.dumps(origin))
+    (out / "checkpoints" / "step-000002" / "state.json").write_text('{"step": 2}')
+    with pytest.raises(esft.InputError, match="it may be a run of an earlier version: resume it first"):
+        run(base, "run", settings(), overwrite=True)
+    fake.before = lambda: None
+    run(base, "run", settings(steps=4, save_every=2), resume=True, eval_data=None)
+    for name in ("adapter/adapter.safetensors", "origin.json", "esft_run.json"):
+        assert (out / name).read_bytes() == (base.parent / "whole" / name).read_bytes()
+    run(base, "run", settings(steps=1), overwrite=True, eval_data=None)
+    assert [line["step"] for line in metrics(out)] == [1]
 
 
 @pytest.mark.parametrize("selection", [SELECTION, None])
@@ -172,6 +238,11 @@ def test_metrics_are_read_line_by_line(tmp_path):
         ("[]", "names no step"),
         ("{}", "names no step"),
         ('{"step": "2"}', "names no step"),
+        ('{"step": 0}', "names no step"),
+        ('{"step": true}', "names no step"),
+        ('{"step": 2, "loss": NaN}', "loss is no number"),
+        ('{"step": 2, "lr": "1"}', "lr is no number"),
+        ('{"step": 2, "lr": null}', "lr is no number"),
         ('{"step": 2, "loss": 1.0}', "a loss without lr and tokens_per_second"),
         ('{"step": 2, "loss": 1.0, "lr": 1.0}', "a loss without lr and tokens_per_second"),
         ('{"step": 2, "loss": 1.0, "tokens_per_second": 1.0}', "a loss without lr and tokens_per_second"),
@@ -181,3 +252,22 @@ def test_a_bad_line_of_the_metrics_is_named(tmp_path, bad: str, message: str):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad)
     with pytest.raises(esft.InputError, match=f"metrics.jsonl: line 2: {message}"):
         RunFolder(tmp_path).metrics()
+
+
+def test_the_last_line_that_a_kill_has_torn_is_left_out_and_no_other(tmp_path):
+    folder = RunFolder(write_metrics(tmp_path, [{"step": 1}, {"step": 2}]))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "lo')
+    assert folder.metrics(torn=True) == [{"step": 1}, {"step": 2}]
+    for text in ('{"st\n{"step": 2}', '{"step": 1}\n{"st\n'):
+        path.write_text(text)
+        with pytest.raises(esft.InputError, match=r"line \d: not JSON"):
+            folder.metrics(torn=True)
+
+
+def test_a_summary_that_is_none_is_named(tmp_path):
+    assert RunFolder(tmp_path).summary() is None
+    for text in ("[]", '{"steps": "6"}'):
+        (tmp_path / "summary.json").write_text(text)
+        with pytest.raises(esft.InputError, match=r"summary\.json: not a run's summary"):
+            RunFolder(tmp_path).summary()

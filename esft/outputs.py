@@ -1,0 +1,207 @@
+"""Where the program writes: it replaces nothing but what it wrote itself, and that when the successor is whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from esft.errors import DiskError, ESFTError, InputError
+from esft.locks import locked
+
+_LOCK, _NEW, _OLD = "lock", "new", "old"  # what is beside a folder while it is written
+
+
+def resolved(path: str | Path) -> Path:
+    """The path without links. Raises InputError for links that go in a circle."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: links that lead nowhere") from error
+
+
+def check_apart(out: str | Path, *inputs: str | Path | None) -> None:
+    """Raise InputError when an output is one of the inputs, under whatever name, or a folder above one.
+
+    An output that is a file may not lie in an input folder either, nor in the place of one: in a checkpoint's or an
+    adapter's folder any file can mean something. Inputs that are None are passed over.
+    """
+    place = resolved(out)
+    for path in (path for path in inputs if path is not None):
+        source = resolved(path)
+        same = place == source or (place.exists() and source.exists() and place.samefile(source))
+        if same or place in source.parents:
+            raise InputError(f"{place}: the output would replace {path}, which is read")
+
+
+def check_new_file(
+    path: str | Path, overwrite: Callable[[Path], Any] | None = None, inputs: Collection[str | Path | None] = ()
+) -> None:
+    """Raise InputError unless a file can be written there: before the work whose result it is to hold.
+
+    Args:
+        overwrite: reads a file of the kind that is written, and raises InputError for another: only one of that kind,
+            or an empty file, is replaced. None where nothing is.
+        inputs: files and folders that are read; see ``check_apart``. The file may not lie in one of the folders.
+    """
+    path = Path(path)
+    place = resolved(path)
+    if place.is_dir():
+        raise InputError(f"{path}: is a folder")
+    check_apart(path, *inputs)
+    for folder in (folder for folder in inputs if folder is not None and Path(folder).is_dir()):
+        if resolved(folder) in place.parents:
+            raise InputError(f"{path}: lies in {folder}, which is read")
+    if place.exists():
+        if overwrite is None:
+            raise InputError(f"{path}: exists already (say overwrite to replace it)")
+        if not place.is_file():
+            raise InputError(f"{path}: is no ordinary file, and is not overwritten")
+        if place.stat().st_size:
+            try:
+                overwrite(place)
+            except InputError as error:
+                raise InputError(f"{path}: holds something else, and is not overwritten ({error})") from error
+    _check_parent(path)
+
+
+# Reads what an earlier output in a folder consists of, as paths below it; raises InputError where there is none.
+Earlier = Callable[[Path], Collection[str]]
+
+
+def check_new_folder(path: str | Path, earlier: Earlier | None = None) -> None:
+    """Raise InputError unless a folder can be written there.
+
+    Args:
+        earlier: tells an earlier output's files; a folder that holds nothing else may be replaced. None where only an
+            empty folder may.
+    """
+    place = resolved(path)
+    if place.exists() and not place.is_dir():
+        raise InputError(f"{path}: is a file, not a folder")
+    if place.exists() and any(place.iterdir()):
+        if earlier is None:
+            raise InputError(f"{path}: holds something already (say overwrite to replace it)")
+        check_all_ours(place, earlier(place))
+    _check_parent(Path(path))
+
+
+def check_all_ours(folder: Path, ours: Collection[str]) -> None:
+    """Raise InputError naming what a folder holds beside these files."""
+    if foreign := next((entry for entry in entries(folder) if entry not in ours), None):
+        raise InputError(f"{folder}: holds {foreign}, which is no part of what is overwritten; move it elsewhere first")
+
+
+def entries(folder: Path) -> Iterator[str]:
+    """Paths below a folder, in order: files, links (which are not followed) and folders that hold nothing."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and any(path.iterdir()):
+            yield from (f"{path.name}/{below}" for below in entries(path))
+        else:
+            yield path.name
+
+
+def _check_parent(path: Path) -> None:
+    """Raise InputError unless the nearest folder above that exists is one, and can be written to."""
+    parent = next(p for p in resolved(path).parents if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"{path}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{path}: {parent} cannot be written to")
+
+
+@contextmanager
+def new_folder(path: str | Path, earlier: Earlier | None = None) -> Iterator[Path]:
+    """A folder that appears under its name only when the block has ended without an error.
+
+    Until then it is ``.NAME.esft/new`` beside it, and what it replaces stays. There is also the lock: of two processes
+    that write the same folder, the second is refused. What a crash leaves there is cleared away by the next that writes
+    the folder; where the crash came between putting the old folder aside and the new one in its place, that is done.
+
+    Raises InputError where ``check_new_folder`` does, when the folder is or holds the working folder, and when another
+    process writes it; DiskError when the disk is full or fails in the block. Of a link to a folder, that folder is
+    replaced.
+    """
+    check_new_folder(path, earlier)
+    path, working = resolved(path), Path.cwd()
+    if path == working or path in working.parents:
+        raise InputError(f"{path}: the working folder cannot be replaced; name one below it or go elsewhere")
+    beside = path.with_name(f".{path.name}.esft")
+    new, old = beside / _NEW, beside / _OLD
+    with _disk_errors(path, new):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_beside(beside)
+        beside.mkdir(exist_ok=True)
+        try:
+            with locked(beside / _LOCK, path):
+                try:
+                    _finish(path)
+                    check_new_folder(path, earlier)
+                    new.mkdir()
+                    yield new
+                    check_new_folder(path, earlier)  # again, as the block may have taken hours
+                    if path.exists():
+                        os.replace(path, old)
+                    try:
+                        os.replace(new, path)
+                    except OSError:
+                        if old.exists():
+                            os.replace(old, path)
+                        raise
+                    shutil.rmtree(old, ignore_errors=True)
+                finally:
+                    shutil.rmtree(new, ignore_errors=True)
+        finally:
+            with suppress(OSError):  # another process may be there by now
+                beside.rmdir()
+
+
+def recover(folder: Path, names: re.Pattern[str]) -> None:
+    """Clear away what a crash has left of writing folders with such names in this one, which no process writes now."""
+    for beside in folder.glob(".*.esft"):
+        name = beside.name[1 : -len(".esft")]
+        if names.fullmatch(name) and {path.name for path in beside.iterdir()} <= {_LOCK, _NEW, _OLD}:
+            _finish(folder / name)
+            (beside / _LOCK).unlink(missing_ok=True)
+            beside.rmdir()
+
+
+def _finish(path: Path) -> None:
+    """Clear away what a crash has left of writing a folder."""
+    new, old = (path.with_name(f".{path.name}.esft") / name for name in (_NEW, _OLD))
+    empty = path.is_dir() and not any(path.iterdir())
+    if old.exists() and (empty or not path.exists()):
+        os.replace(new if new.exists() else old, path)  # the old one is put aside when the new one is whole
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _check_beside(beside: Path) -> None:
+    """Raise InputError where something else has the name of the folder that holds what is not whole yet."""
+    if beside.is_symlink() or beside.exists():
+        held = {path.name for path in beside.iterdir()} if beside.is_dir() and not beside.is_symlink() else {"a file"}
+        if held and not {_LOCK} <= held <= {_LOCK, _NEW, _OLD}:  # a kill leaves the lock, or an empty folder
+            raise InputError(f"{beside}: is in the way of what is written there until it is whole; move it elsewhere")
+
+
+@contextmanager
+def _disk_errors(path: Path, temporary: Path) -> Iterator[None]:
+    """What the system says while a folder is written, in one line that names the folder or the file at fault."""
+    try:
+        yield
+    except ESFTError as error:  # of a file in the folder, which is gone when this is read
+        if str(temporary) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(temporary), str(path))) from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a copy's error then names its source
+        raise DiskError(f"{path if full else error.filename or path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise DiskError(f"{path}: {error}") from error

@@ -1,0 +1,132 @@
+"""What a run resumes from: its state after a step, and how one that is damaged is told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esft.errors import InputError
+from esft.files import open_safetensors, read_json, write_json
+from esft.outputs import new_folder
+
+KEPT = 2  # the last one, and the one before it for the case that the last is damaged
+RECENT = 20  # steps whose mean stands for the loss of now
+_TENSORS, _STATE = "state.safetensors", "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class State:
+    """A run after a step, counted from 1: the optimizer's tensors, and the losses of the last ``RECENT`` steps."""
+
+    step: int
+    losses: list[float]
+    tensors: Mapping[str, Tensor]
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def digest_of(value: Any) -> str:
+    """Of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run: ``step-N/`` with tensors and, in JSON, the step, the losses and digests of all.
+
+    Args:
+        folder: holds them.
+        run: digests of what the run was begun with, which every checkpoint repeats.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, str]):
+        self.folder, self.run = folder, dict(run)
+
+    def save(self, state: State) -> None:
+        """Write one; those before it go when it is whole, but for the last of them."""
+        with new_folder(self.folder / _name(state.step), lambda _: (_TENSORS, _STATE)) as folder:
+            save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / _TENSORS)
+            values = {"step": state.step, "losses": state.losses, "run": self.run}
+            values["tensors"] = file_digest(folder / _TENSORS)
+            write_json(folder / _STATE, values | {"digest": digest_of(values)})
+        for path in [path for step, path in self._found() if step <= state.step][:-KEPT]:
+            for name in (_TENSORS, _STATE):
+                (path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # holds something else
+                path.rmdir()
+
+    def last_step(self) -> int:
+        """The step of the last one, whatever its state; 0 without one."""
+        return max((step for step, _ in self._found()), default=0)
+
+    def restore(self, load: Callable[[State], None]) -> State | None:
+        """Hand the last sound state to ``load``, which raises InputError for one that does not fit. None without any.
+
+        A damaged checkpoint is named in a warning, and the one before it is used. Raises InputError naming the last one
+        when all are damaged.
+        """
+        damaged: list[InputError] = []
+        for step, path in reversed(self._found()):
+            try:
+                state = self._read(step, path)
+                load(state)
+            except InputError as error:
+                damaged.append(error)
+                continue
+            for error in damaged:
+                warnings.warn(f"a checkpoint is damaged, the run goes on from {path.name}: {error}", stacklevel=2)
+            return state
+        if damaged:
+            raise InputError(f"{damaged[0]}; no other checkpoint is sound, begin the run again (overwrite)")
+        return None
+
+    def _found(self) -> list[tuple[int, Path]]:
+        """Steps and folders, the earliest first; what is named otherwise is nobody's business here."""
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        steps = {int(name[1]): path for path in paths if (name := _NAME.fullmatch(path.name)) and path.is_dir()}
+        return sorted((step, path) for step, path in steps.items() if path.name == _name(step))
+
+    def _read(self, step: int, path: Path) -> State:
+        """A checkpoint's state. Raises InputError naming the file that is not as it was written."""
+        file = path / _STATE
+        values = read_json(file)
+        if not isinstance(values, dict) or values.get("step") != step or type(values["step"]) is not int:
+            raise InputError(f"{file}: is not the state after step {step}")
+        losses = values.get("losses", [])
+        if values.keys() != {"step"}:  # as runs of before these digests have it
+            if values.pop("digest", None) != digest_of(values):
+                raise InputError(f"{file}: is not as it was written (digest)")
+            if values.get("run") != self.run:
+                raise InputError(f"{file}: is of another run, or its settings or selection were changed")
+            if not isinstance(losses, list) or not all(type(x) is float and math.isfinite(x) for x in losses):
+                raise InputError(f"{file}: losses must be a list of numbers")
+            if values.get("tensors") != _digest_or_none(path / _TENSORS):
+                raise InputError(f"{path / _TENSORS}: is not as it was written (digest)")
+        with open_safetensors(path / _TENSORS) as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        return State(step, losses, tensors)
+
+
+def _digest_or_none(path: Path) -> str | None:
+    return file_digest(path) if path.is_file() else None

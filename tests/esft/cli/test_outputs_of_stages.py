@@ -1,0 +1,88 @@
+"""No stage replaces a file that it has not written, whatever an output is called."""
+
+import os
+
+import pytest
+
+import esft
+from esft.cli.parser import main
+from tests.esft.models import write_records
+
+FOREIGN = [
+    ("score --model base --data g.jsonl --out g.jsonl --overwrite", "would replace g.jsonl, which is read"),
+    ("score --model base --data g.jsonl --out hard.jsonl --overwrite", "would replace g.jsonl, which is read"),
+    ("score --model base --data g.jsonl --out soft.jsonl --overwrite", "would replace g.jsonl, which is read"),
+    ("score --model base --data g.jsonl --out d.jsonl --overwrite", "d.jsonl: holds something else, and is not"),
+    ("score --model base --data g.jsonl --out base/model.safetensors --overwrite", "lies in base, which is read"),
+    ("score --model base --data g.jsonl --out base/config.json --overwrite", "lies in base, which is read"),
+    ("score --model base --data g.jsonl --out base/new.json", "lies in base, which is read"),
+    ("score --model base --data g.jsonl --out adapter/adapter.safetensors --overwrite", "holds something else"),
+    ("score --model base --data g.jsonl --out e.json --overwrite", "e.json: holds something else"),
+    ("select --scores s.json --out s.json --overwrite", "would replace s.json, which is read"),
+    ("select --scores s.json --out x.png --plot x.png", "would replace x.png, which is read"),
+    ("select --scores s.json --out e.json --plot ./e.json --overwrite", "would replace ./e.json, which is read"),
+    ("select --scores s.json --out d.jsonl --overwrite", "d.jsonl: holds something else"),
+    ("select --scores s.json --out base/config.json --overwrite", "base/config.json: holds something else"),
+    ("select --scores s.json --out new.json --plot photo.png --overwrite", "photo.png: holds something else"),
+    ("select --scores s.json --out new.json --plot s.json --overwrite", "would replace s.json, which is read"),
+    ("eval --model base --data g.jsonl --out g.jsonl --overwrite", "would replace g.jsonl, which is read"),
+    ("eval --model base --data g.jsonl --out s.json --overwrite", "s.json: holds something else"),
+    ("eval --model base --adapter adapter --data g.jsonl --out adapter/x.json", "lies in adapter, which is read"),
+    ("train --model base --data g.jsonl --method full --out thesis --overwrite", "thesis: holds no run"),
+    ("train --model base --data g.jsonl --method full --out base --overwrite", "would replace base, which is read"),
+    ("train --model base --data thesis/g.jsonl --method full --out thesis --overwrite", "would replace thesis/g.jsonl"),
+    (
+        "train --model base --data g.jsonl --config run/c.yaml --experts e.json --out run --overwrite",
+        "run/c.yaml, wh",
+    ),
+    (
+        "train --model base --data g.jsonl --experts run/experts.json --out run --overwrite",
+        "run/experts.json, wh",
+    ),
+    ("merge --model base --adapter adapter --out thesis --overwrite", "thesis: holds no earlier merge"),
+    ("merge --model base --adapter adapter --out base --overwrite", "would replace base, which is read"),
+    ("merge --model base --adapter adapter --out adapter --overwrite", "would replace adapter, which is read"),
+]
+
+
+@pytest.fixture
+def precious(tmp_path, monkeypatch):
+    """Files of every kind, some of them a user's own."""
+    monkeypatch.chdir(tmp_path)
+    for folder, names, text in (
+        ("base", ("model.safetensors", "config.json"), '{"model_type": "some"}'),
+        ("adapter", ("adapter.safetensors", "expert_cfg.json"), "weights"),
+        ("thesis", ("config.yaml", "chapter.tex", "g.jsonl"), "years of work"),
+        ("run", ("c.yaml", "experts.json", "esft_run.json"), '{"experts": {}}'),
+    ):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text(text)
+    for name in ("d.jsonl", "g.jsonl"):
+        write_records(tmp_path / name)
+    os.link("g.jsonl", "hard.jsonl")
+    (tmp_path / "soft.jsonl").symlink_to("g.jsonl")
+    esft.ExpertScores({1: {0: 1.0}}, {1: {0: 1.0}}).save("s.json")
+    esft.selection.ExpertSelection({1: [0]}).save("e.json")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n of a holiday")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("text", "message"), FOREIGN)
+def test_a_users_file_is_never_the_price_of_an_output(precious, capsys, text: str, message: str):
+    def found() -> dict:
+        return {path: path.read_bytes() if path.is_file() else None for path in precious.rglob("*")}
+
+    before = found()
+    assert main(text.split()) == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1
+    assert found() == before
+
+
+def test_outputs_of_their_kind_are_replaced_where_one_says_so(precious, capsys):
+    for _ in range(2):
+        assert main("select --scores s.json --out e.json --plot p.png --overwrite".split()) == 0, (
+            capsys.readouterr().err
+        )
+    assert (precious / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,160 @@
+"""What a run resumes from: the last state that is as it was written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from esft.errors import InputError
+from esft.training.checkpoints import Checkpoints, State, digest_of, file_digest
+
+RUN = {"model": "1", "data": "2", "settings": "3", "selection": "4"}
+
+
+def state(step: int) -> State:
+    return State(step, [float(i) / 3 for i in range(step)], {"master/a": torch.full((2, 3), float(step))})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Checkpoints of the steps 2 and 4."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", RUN)
+    for step in (2, 4):
+        checkpoints.save(state(step))
+    return checkpoints
+
+
+def restored(checkpoints: Checkpoints) -> State | None:
+    loaded = []
+    found = checkpoints.restore(loaded.append)
+    assert loaded == ([] if found is None else [found])
+    return found
+
+
+def same(one: State | None, other: State) -> bool:
+    return (
+        one is not None
+        and (one.step, one.losses) == (other.step, other.losses)
+        and one.tensors.keys() == other.tensors.keys()
+        and all(torch.equal(one.tensors[name], other.tensors[name]) for name in other.tensors)
+    )
+
+
+def test_a_state_is_restored_as_it_was_saved(tmp_path, saved):
+    assert same(restored(saved), state(4))
+    assert saved.last_step() == 4
+    assert restored(Checkpoints(tmp_path / "none", RUN)) is None
+    assert Checkpoints(tmp_path / "none", RUN).last_step() == 0
+
+
+def test_the_last_two_are_kept_and_what_others_put_beside_them(tmp_path, saved):
+    folder = tmp_path / "checkpoints"
+    (folder / "step-zzz").mkdir()
+    (folder / "step-7").mkdir()
+    (folder / "step-000002" / "mine").write_text("mine")
+    saved.save(state(6))
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert found == [
+        "step-000002/mine",
+        *(f"step-00000{step}/state.{kind}" for step in (4, 6) for kind in ("json", "safetensors")),
+    ]
+    assert same(restored(saved), state(6))
+    assert (folder / "step-zzz").is_dir() and (folder / "step-7").is_dir()
+
+
+def test_a_step_is_saved_anew_in_the_place_of_what_is_there_of_it(saved):
+    saved.save(State(4, [1.0], {"master/a": torch.zeros(1)}))
+    assert same(restored(saved), State(4, [1.0], {"master/a": torch.zeros(1)}))
+
+
+def rewritten(change):
+    """A change of ``state.json``."""
+
+    def damage(folder):
+        values = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(change(values)))
+
+    return damage
+
+
+def flip(folder):
+    content = bytearray((folder / "state.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "state.safetensors").write_bytes(content)
+
+
+def truncate(name: str, keep: int):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def signed(values: dict) -> dict:
+    """With a digest that is right."""
+    values = {name: value for name, value in values.items() if name != "digest"}
+    return values | {"digest": digest_of(values)}
+
+
+def other_tensors(folder):
+    save_file({"master/a": torch.zeros(1)}, folder / "state.safetensors")
+
+
+DAMAGE = {
+    "no state": (lambda folder: (folder / "state.json").unlink(), "No such file"),
+    "no tensors": (lambda folder: (folder / "state.safetensors").unlink(), r"safetensors: is not as it was written"),
+    "nothing": (lambda folder: [path.unlink() for path in folder.iterdir()], "No such file"),
+    "empty state": (truncate("state.json", 0), "not JSON"),
+    "half a state": (truncate("state.json", 40), "not JSON"),
+    "empty tensors": (truncate("state.safetensors", 0), "is not as it was written"),
+    "half the tensors": (truncate("state.safetensors", 50), "is not as it was written"),
+    "a flipped bit": (flip, "is not as it was written"),
+    "other tensors": (other_tensors, "is not as it was written"),
+    "another step": (rewritten(lambda v: v | {"step": 3}), "is not the state after step 4"),
+    "a negative step": (rewritten(lambda v: v | {"step": -5}), "is not the state after step 4"),
+    "a signed step": (rewritten(lambda v: signed(v | {"step": 999999})), "is not the state after step 4"),
+    "a step that is none": (rewritten(lambda v: v | {"step": 4.0}), "is not the state after step 4"),
+    "another loss": (
+        rewritten(lambda v: v | {"losses": [9.0] * 4}),
+        r"state.json: is not as it was written \(digest\)",
+    ),
+    "no digest": (rewritten(lambda v: {n: x for n, x in v.items() if n != "digest"}), "is not as it was written"),
+    "a loss that is none": (rewritten(lambda v: signed(v | {"losses": ["a"]})), "losses must be a list of numbers"),
+    "losses that are none": (rewritten(lambda v: signed(v | {"losses": 1})), "losses must be a list of numbers"),
+    "another run": (rewritten(lambda v: signed(v | {"run": RUN | {"settings": "5"}})), "is of another run"),
+    "a list": (rewritten(lambda v: [v]), "is not the state after step 4"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, saved, kind: str):
+    damage, message = DAMAGE[kind]
+    damage(tmp_path / "checkpoints" / "step-000004")
+    with pytest.warns(UserWarning, match=f"a checkpoint is damaged, the run goes on from step-000002: .*{message}"):
+        assert same(restored(saved), state(2))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000002")
+    with pytest.raises(InputError, match=f"step-000004/.*{message}.*; no other checkpoint is sound, begin the run ag"):
+        restored(saved)
+
+
+def test_a_state_that_does_not_fit_is_a_damaged_one(saved):
+    def load(found: State) -> None:
+        if found.step == 4:
+            raise InputError("tensor b is missing")
+
+    with pytest.warns(UserWarning, match="goes on from step-000002: tensor b is missing"):
+        assert same(saved.restore(load), state(2))
+
+
+def test_a_state_of_before_there_were_digests_is_read(tmp_path, saved):
+    (tmp_path / "checkpoints" / "step-000004" / "state.json").write_text('{"step": 4}')
+    assert same(restored(saved), State(4, [], state(4).tensors))
+
+
+def test_a_digest_is_of_every_byte_and_of_a_value_whatever_its_order(tmp_path):
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+    (tmp_path / "x").write_bytes(bytes(3 << 20))
+    before = file_digest(tmp_path / "x")
+    with open(tmp_path / "x", "r+b") as file:
+        file.seek(2 << 20)
+        file.write(b"\1")
+    assert file_digest(tmp_path / "x") != before

@@ -1,0 +1,200 @@
+"""Where a run begins, goes on, or takes another's place; with runs of a few files, that nothing has trained."""
+
+import importlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from esft.errors import InputError
+from esft.training.opened import latest, opened
+from esft.training.run_folder import RunFolder
+from tests.esft.runs import SELECTION, settings
+
+ORIGIN = {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}
+module = importlib.import_module("esft.training.opened")
+
+
+def fill(folder: RunFolder, text: str, whole: bool = True) -> None:
+    """What a training leaves in a run, short."""
+    folder.begin(settings(), ORIGIN, SELECTION if text == "one" else None)
+    (folder.path / "metrics.jsonl").write_text(f'{{"step": 1, "{text}": 1}}\n')
+    if whole:
+        with folder.outcome("adapter" if text == "one" else "model") as place:
+            (place / "weights").write_text(text)
+        folder.write_summary({"steps": 1, "text": text})
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A whole run."""
+    with opened(tmp_path / "run", resume=False, overwrite=False) as folder:
+        fill(folder, "one")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def two(tmp_path):
+    """What is left when another run has taken its place."""
+    fill(RunFolder(tmp_path / "two"), "two")
+    return tree(tmp_path / "two")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["run", "deep/er/run"])
+def test_a_run_is_begun_in_a_folder_of_its_own_which_goes_where_nothing_was_written(tmp_path, name, overwrite: bool):
+    with pytest.raises(KeyError), opened(tmp_path / name, False, overwrite):
+        assert (tmp_path / name / ".esft.lock").is_file()
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(KeyError), opened(tmp_path / name, False, overwrite) as folder:
+        assert folder.path == tmp_path / name
+        raise KeyError
+    assert not list((tmp_path / name).iterdir())
+
+
+def test_a_link_to_a_run_is_the_run(tmp_path, run):
+    (tmp_path / "link").symlink_to(run)
+    with opened(tmp_path / "link", True, False) as folder:
+        assert folder.path == run
+        with pytest.raises(InputError, match="run: in use by process"), opened(run, True, False):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("held", "resume", "overwrite", "message"),
+    [
+        (["thesis"], False, False, r"holds something already \(say overwrite"),
+        (["thesis"], True, False, "holds no run to resume$"),
+        (["thesis"], False, True, r"holds no run \(no esft_run.json\), and is not overwritten$"),
+        (["config.yaml", "thesis"], False, True, r"holds no run \(no esft_run.json\), and is not overwritten$"),
+        (["config.yaml"], True, False, "holds no run to resume$"),
+        (["config.yaml", "origin.json", "thesis"], False, True, "not overwritten; it may be a run of an earlier ver"),
+        (["thesis"], True, True, "exclude each other"),
+    ],
+)
+def test_in_a_folder_of_others_nothing_changes(tmp_path, monkeypatch, held, resume, overwrite, message: str):
+    for name in held:
+        (tmp_path / name).write_text("mine")
+    monkeypatch.setattr(module.RunFolder, "lock", lambda self: pytest.fail("locked") if len(held) < 3 else real(self))
+    with pytest.raises(InputError, match=message), opened(tmp_path, resume, overwrite):
+        pass
+    assert tree(tmp_path) == dict.fromkeys(held, b"mine")
+
+
+real = module.RunFolder.lock
+
+
+@pytest.mark.parametrize("files", [["esft_run.json"], ["esft_run.json", "config.yaml", "experts.json"]])
+def test_a_run_that_was_killed_before_it_had_begun_is_begun_again_but_not_resumed(tmp_path, files: list[str]):
+    fill(RunFolder(tmp_path / "run"), "one", whole=False)
+    for path in list((tmp_path / "run").iterdir()):
+        if path.name not in files:
+            path.unlink()
+    for name in (".esft.lock", ".esft-0123abcd.tmp"):
+        (tmp_path / "run" / name).write_text("")
+    match = "no run to resume, it was broken off before its first step: begin it again"
+    with pytest.raises(InputError, match=match), opened(tmp_path / "run", True, False):
+        pass
+    with opened(tmp_path / "run", False, False) as folder:
+        fill(folder, "two")
+    assert {"esft_run.json", "model"} < {p.name for p in (tmp_path / "run").iterdir()}
+    assert not list((tmp_path / "run").glob(".*")) and not (tmp_path / "run" / "experts.json").exists()
+
+
+def test_a_run_is_replaced_when_the_other_is_whole(tmp_path, run, two):
+    before = tree(run)
+    with opened(run, False, True) as folder:
+        assert folder.path == run / "overwriting"
+        fill(folder, "two")
+        assert before.items() <= tree(run).items()
+        assert latest(run).path == folder.path
+    assert tree(run) == two
+    assert latest(run).path == run
+
+
+def test_a_run_that_is_to_replace_another_goes_on_or_is_begun_again(tmp_path, run, two):
+    before = tree(run)
+    for _ in range(2):
+        with pytest.raises(KeyError), opened(run, False, True) as folder:
+            assert not folder.path.exists()
+            fill(folder, "two", whole=False)
+            raise KeyError
+        assert {name: b for name, b in tree(run).items() if not name.startswith("overwriting/")} == before
+    with opened(run, True, False) as folder:
+        assert folder.path == run / "overwriting"
+        fill(folder, "two")
+    assert tree(run) == two
+
+
+@pytest.mark.parametrize("mine", ["thesis", "adapter/thesis", "checkpoints/step-000001/thesis", "tensorboard/thesis"])
+def test_a_run_with_what_it_has_not_written_is_not_overwritten(run, mine: str):
+    (run / mine).parent.mkdir(parents=True, exist_ok=True)
+    (run / mine).write_text("mine")
+    before = tree(run)
+    match = f"run: holds {mine}, which no run has written; move it"
+    with pytest.raises(InputError, match=match), opened(run, False, True):
+        pass
+    assert tree(run) == before
+
+
+def test_what_comes_while_the_other_run_is_made_is_left_alone_and_so_is_that_run(run, two):
+    match = "holds thesis, which no run has written; move it elsewhere first, and resume: the new run is whole, in .*"
+    with pytest.raises(InputError, match=match), opened(run, False, True) as folder:
+        fill(folder, "two")
+        (run / "thesis").write_text("mine")
+    assert (run / "thesis").read_text() == "mine" and (run / "adapter" / "weights").read_text() == "one"
+    (run / "thesis").rename(run.parent / "thesis")
+    with opened(run, True, False) as folder:
+        assert folder.path == run
+    assert tree(run) == two
+
+
+def test_what_a_user_has_put_into_the_outcome_is_not_taken_by_a_run_that_goes_on(run):
+    (run / "adapter" / "README.md").write_text("mine")
+    before = tree(run)
+    with pytest.raises(InputError, match=r"adapter: holds README.md, which is no part"), opened(run, True, False):
+        pass
+    assert tree(run) == before
+
+
+class Killed(BaseException):
+    """Nothing is done after it, as ``os.replace`` and the rest only raise it again."""
+
+
+def test_a_kill_at_any_rename_of_the_exchange_is_made_good(tmp_path, run, two, monkeypatch):
+    shutil.copytree(run, tmp_path / "saved")
+    for at in range(99):
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "saved", run)
+        calls = iter(range(99))
+
+        def dies(function):
+            def called(*args, **named):
+                if next(calls) >= at:  # noqa: B023
+                    raise Killed
+                return function(*args, **named)
+
+            return called
+
+        try:
+            with opened(run, False, True) as folder:
+                fill(folder, "two")
+                monkeypatch.setattr(os, "replace", dies(os.replace))
+                monkeypatch.setattr(module.shutil, "rmtree", dies(shutil.rmtree))
+        except Killed:
+            monkeypatch.undo()
+            with opened(run, True, False) as folder:
+                assert folder.path == run
+            assert tree(run) == two
+        else:
+            monkeypatch.undo()
+            assert at > 10
+            return
+    pytest.fail("never got through")
