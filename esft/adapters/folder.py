@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
-from esft.checkpoint.digest import forward_settings
 from esft.errors import InputError
 from esft.experts.model_state import Base
 from esft.files import open_safetensors, read_json, write_json
@@ -25,7 +24,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 has the first part of the digest alone, and no settings
 
-Digest = Callable[[torch.dtype | None], str]  # of some weights, after rounding to a dtype
+FindBase = Callable[[torch.dtype | None], Base]  # what some weights are, after rounding to a dtype
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -59,37 +58,38 @@ def open_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def made_from(manifest: dict[str, Any], digest: Digest) -> bool:
-    """Whether an adapter's manifest names the weights of this digest."""
-    named = manifest.get("base_digest")
-
-    def names(found: str) -> bool:
-        return named == (found.partition("-")[0] if manifest.get("format_version") == 1 else found)
-
-    return (manifest.get("base_dtype") == "float16" and names(digest(torch.float16))) or names(digest(None))
-
-
-def check_base(manifest: dict[str, Any], digest: Digest, adapter: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Raise InputError unless an adapter's manifest names the weights of this digest, which are in this dtype."""
-    if not made_from(manifest, digest):
-        trained, hint = manifest.get("base_dtype"), ""
-        if dtype is not None and trained is not None and trained != _name(dtype):
-            hint = f"; it was trained in {trained} and these are in {_name(dtype)}: load its base in {trained}"
-        raise InputError(
-            f"{adapter}: made from another base ({manifest.get('base_model')}, digest "
-            f"{str(manifest.get('base_digest'))[:12]}), not from these weights ({digest(None)[:12]}){hint}"
-        )
-
-
-def check_settings(manifest: dict[str, Any], config: PreTrainedConfig, adapter: str | Path) -> None:
-    """Raise InputError where the model computes otherwise than the adapter's base did: another top-k, RoPE base, ...
+def difference(manifest: dict[str, Any], base: FindBase) -> str | None:
+    """Why an adapter is not of this base; None where its manifest names it.
 
     A setting that only one of the two has is passed over, as versions of transformers differ in them.
     """
-    mine = forward_settings(config)
+    trained = manifest.get("base_dtype")
+    found = base(torch.float16 if trained == "float16" else None)
+    if trained == "float16" and not _names(manifest, found):
+        found = base(None)
+    if not _names(manifest, found):
+        hint = ""
+        if found.dtype is not None and trained not in (None, _name(found.dtype)):
+            hint = f"; it was trained in {trained} and these are in {_name(found.dtype)}: load its base in {trained}"
+        return (
+            f"made from another base ({manifest.get('base_model')}, digest {str(manifest.get('base_digest'))[:12]}), "
+            f"not from these weights ({found.digest[:12]}){hint}"
+        )
     for name, theirs in manifest.get("base_settings", {}).items():
-        if name in mine and mine[name] != theirs:
-            raise InputError(f"{adapter}: made from a base with {name} {theirs}; this model has {mine[name]}")
+        if found.settings.get(name, theirs) != theirs:
+            return f"made from a base with {name} {theirs}; this model has {found.settings[name]}"
+    return None
+
+
+def _names(manifest: dict[str, Any], base: Base) -> bool:
+    digest = base.digest.partition("-")[0] if manifest.get("format_version") == 1 else base.digest
+    return manifest.get("base_digest") == digest
+
+
+def check_base(manifest: dict[str, Any], base: FindBase, adapter: str | Path) -> None:
+    """Raise InputError unless an adapter's manifest names this base."""
+    if (why := difference(manifest, base)) is not None:
+        raise InputError(f"{adapter}: {why}")
 
 
 def open_adapter(path: Path) -> dict[str, Any]:

@@ -11,15 +11,13 @@ from transformers import PreTrainedModel
 
 from esft.adapters.folder import (
     adapter_weights,
-    check_base,
     check_model,
-    check_settings,
-    made_from,
+    difference,
     open_adapter,
     selected_tensors,
 )
 from esft.checkpoint.adapter_tensors import adapter_tensors
-from esft.checkpoint.digest import base_digest, model_digest
+from esft.checkpoint.digest import base_below, model_base
 from esft.errors import InputError
 from esft.experts.model_state import DEFAULT_ADAPTER, Adapters, model_state, settle_adapter
 
@@ -43,13 +41,12 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     if state.adapters is not None and name is not None and name in state.adapters.held:
         raise InputError(f"{path}: the model holds an adapter named {name!r} already")
     manifest, settles = open_adapter(path), False
-    if manifest and not made_from(manifest, partial(base_digest, model)):
+    if manifest and (why := difference(manifest, partial(base_below, model))) is not None:
         # What "default" has made of a stock model can be the base of another adapter.
         alone = state.adapters is not None and state.adapters.held.keys() == {state.adapters.active}
-        settles = state.swapped is None and alone and made_from(manifest, partial(model_digest, model))
+        settles = state.swapped is None and alone and difference(manifest, partial(model_base, model)) is None
         if not settles:
-            check_base(manifest, partial(base_digest, model), path, model.dtype)
-    check_settings(manifest, model.config, path)
+            raise InputError(f"{path}: {why}")
     selection, tensors = selected_tensors(path, model)
     gone = frozenset() if manifest else state.settled  # nothing tells which base a published adapter is of
     if uncovered := sorted(gone - tensors.keys()):
@@ -62,7 +59,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     if settles:
         settle_adapter(model)
     if state.adapters is None:
-        state.adapters = Adapters(base_digest(model))
+        state.adapters = Adapters(base_below(model))
     if name is None:
         _switch(model, state.adapters, None)
     state.adapters.held[name or DEFAULT_ADAPTER] = selection, values

@@ -14,7 +14,6 @@ from esft.adapters.folder import (
     AdapterWeights,
     adapter_weights,
     check_base,
-    check_settings,
     open_adapter,
     selected_tensors,
 )
@@ -84,8 +83,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     check_new_folder(out, earlier)
     checkpoint = Checkpoint.open(base)
     if manifest := open_adapter(adapter):
-        check_base(manifest, checkpoint.digest, adapter, checkpoint.dtype)
-        check_settings(manifest, checkpoint.config, adapter)
+        check_base(manifest, checkpoint.base, adapter)
     _, tensors = selected_tensors(adapter, checkpoint.skeleton)
     plan = _plan(checkpoint, tensors)
     _validate(plan, checkpoint)

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.original_format import original_format
 from esft.errors import InputError
-from esft.experts.model_state import known_state
-from esft.transformers_internals import tied_names
+from esft.experts.model_state import Base, known_state
+from esft.transformers_internals import base_name, tied_names
 
 SAMPLES = 64  # values of a tensor that enter the first part of a digest
 CHUNK = 1 << 24  # values that are rounded and hashed at a time
@@ -48,12 +48,18 @@ def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> 
     return digest_of(original_format(model)(names, state.__getitem__), rounded)
 
 
-def base_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> str:
-    """``model_digest`` of the weights below an adapter that is set and below what a swapped model has trained."""
+def model_base(model: PreTrainedModel, rounded: torch.dtype | None = None) -> Base:
+    """What tells the model as it is, a stock one, from other bases; ``rounded`` as in ``model_digest``."""
+    settings = forward_settings(model.config)
+    return Base(base_name(model), model_digest(model, rounded), model.dtype, settings)
+
+
+def base_below(model: PreTrainedModel, rounded: torch.dtype | None = None) -> Base:
+    """``model_base`` of the weights below an adapter that is set and below what a swapped model has trained."""
     state = known_state(model)
     if state.adapters is not None and (state.swapped is not None or state.adapters.active is not None):
-        return state.adapters.base_digest
-    return model_digest(model, rounded) if state.swapped is None else state.swapped.base.digest
+        return state.adapters.trained_from
+    return model_base(model, rounded) if state.swapped is None else state.swapped.base
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]], rounded: torch.dtype | None = None) -> str:

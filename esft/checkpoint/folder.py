@@ -19,9 +19,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from esft.checkpoint.digest import digest_of
+from esft.checkpoint.digest import digest_of, forward_settings
 from esft.checkpoint.original_format import original_format
 from esft.errors import InputError, first_line
+from esft.experts.model_state import Base
 from esft.files import TensorInfo, open_safetensors, read_json, safetensors_header
 from esft.transformers_internals import tied_names, without_weights
 
@@ -103,6 +104,10 @@ class Checkpoint:
     def digest(self, rounded: torch.dtype | None = None) -> str:
         """The digest of these weights; equal to ``model_digest`` of the model loaded from them."""
         return digest_of(self._tensors(), rounded)
+
+    def base(self, rounded: torch.dtype | None = None) -> Base:
+        """What tells these weights from other bases; ``model_base`` of the model loaded from them."""
+        return Base(str(self.folder), self.digest(rounded), self.dtype, forward_settings(self.config))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The model's weights in the files, under the names of the original format."""

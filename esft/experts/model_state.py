@@ -26,13 +26,13 @@ class Base:
     Attributes:
         name: the folder or hub id that they were loaded from.
         digest: see ``esft.checkpoint.digest``.
-        dtype: in which they were when the digest was taken.
+        dtype: in which they were when the digest was taken; None where a checkpoint does not say it.
         settings: what of the model's configuration its forward pass depends on.
     """
 
     name: str
     digest: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     settings: dict[str, Any]
 
 
@@ -60,13 +60,13 @@ class Adapters:
     """The adapters that a model holds by name.
 
     Attributes:
-        base_digest: of the weights that all of them were trained from.
+        trained_from: the weights that all of them are of.
         held: name -> selection and tensors.
         active: the name of the one whose tensors the model has, None for the base.
         base: the base's tensors where the active adapter has written its own, in the CPU's memory.
     """
 
-    base_digest: str
+    trained_from: Base
     held: dict[str, tuple[ExpertSelection, dict[str, Tensor]]] = field(default_factory=dict)
     active: str | None = None
     base: dict[str, Tensor] = field(default_factory=dict)

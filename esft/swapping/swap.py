@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from esft.checkpoint.digest import forward_settings, model_digest
+from esft.checkpoint.digest import model_base
 from esft.errors import InputError
 from esft.experts.experts import Experts
 from esft.experts.model_state import (
     DEFAULT_ADAPTER,
-    Base,
     Swapped,
     known_state,
     model_state,
@@ -25,7 +24,7 @@ from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import attach, detach
-from esft.transformers_internals import base_name, is_expert_parallel
+from esft.transformers_internals import is_expert_parallel
 from esft_kernels.autograd_op import RECOMPUTE
 from esft_kernels.backends.resolve import resolve_backend
 
@@ -76,8 +75,7 @@ def swap(
     except ValueError as error:
         raise InputError(str(error)) from error
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    base = Base(base_name(model), model_digest(model), model.dtype, forward_settings(model.config))
-    swapped = Swapped(selection, base, required_grad)
+    swapped = Swapped(selection, model_base(model), required_grad)
     _warn_where_slow(layers, layouts)
     settle_adapter(model)
     model.requires_grad_(False)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.adapters.folder import MANIFEST, check_base, open_manifest
 from esft.adapters.load import load_adapter
-from esft.checkpoint.digest import model_digest
+from esft.checkpoint.digest import model_base
 from esft.errors import InputError, first_line
 from esft.experts.model_state import once_per_model
 from esft.training.data import IGNORE, Example, Messages, collate
@@ -33,7 +33,7 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
     if not (folder / "adapter_config.json").is_file():
         return load_adapter(model, adapter)
     if (folder / MANIFEST).is_file():
-        check_base(open_manifest(folder), partial(model_digest, model), adapter)
+        check_base(open_manifest(folder), partial(model_base, model), adapter)
     try:
         from peft import PeftModel
     except ModuleNotFoundError as error:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from esft.checkpoint.device import peak_memory, peak_rss
-from esft.checkpoint.digest import model_digest
+from esft.checkpoint.digest import model_base
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.errors import DivergenceError, InputError, Interrupted
 from esft.outputs import check_apart
@@ -95,7 +95,8 @@ def train(
         held_out = encode_all(tokenizer, read_records(eval_data), config.max_length, eval_data) if eval_data else []
         torch.manual_seed(config.seed)
         model = load_model(model_path, config.dtype)
-        digests = {"model": model_digest(model), "data": file_digest(Path(data))}
+        base = model_base(model)
+        digests = {"model": base.digest, "data": file_digest(Path(data))}
         if resume:
             folder.check_origin(digests, {"model": model_path, "data": data})
         loop = _Loop(prepare(model, config, selection), tokenizer, config, progress)
@@ -105,7 +106,7 @@ def train(
         measured = loop.run(folder, examples, held_out, 0 if state is None else state.step)
         method = METHODS[config.method]
         with folder.outcome(method.outcome) as place:
-            method.save(loop.model.eval(), tokenizer, config, digests["model"], place)
+            method.save(loop.model.eval(), tokenizer, config, base, place)
             stored = sum(file.stat().st_size for file in place.rglob("*.safetensors"))
         result = TrainResult(**measured, stored_bytes=stored)
         folder.write_summary({"method": config.method, **origin, **vars(result)})

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.adapters.folder import write_manifest
 from esft.adapters.save import write_adapter
-from esft.checkpoint.digest import forward_settings
 from esft.errors import InputError
 from esft.experts.model_state import Base
 from esft.experts.moe_layers import moe_layers
@@ -24,7 +23,6 @@ from esft.selection import ExpertSelection
 from esft.swapping.swap import swap, unswap
 from esft.training.config import TrainConfig
 from esft.training.run_folder import ADAPTER, MODEL
-from esft.transformers_internals import base_name
 
 
 class Method(Protocol):
@@ -36,7 +34,7 @@ class Method(Protocol):
         ...
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, digest: str, folder: Path) -> None:
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:
         """Write what was trained into an empty folder."""
         ...
 
@@ -53,7 +51,7 @@ class ESFT:
         return _swap(model, config, selection)
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, digest: str, folder: Path) -> None:
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:
         write_adapter(model, folder)
 
 
@@ -68,7 +66,7 @@ class Full:
         return _swap(model, config, ExpertSelection(everything, shared_experts=True, non_expert_modules=True))
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, digest: str, folder: Path) -> None:
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:
         unswap(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -95,14 +93,12 @@ class LoRA:
         return get_peft_model(model, lora)
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, digest: str, folder: Path) -> None:
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:
         model.save_pretrained(folder)
         config_file = folder / "adapter_config.json"
         written = read_json(config_file)
         # PEFT keeps the modules in a set, whose order is another one in every process.
         write_json(config_file, written | {"target_modules": sorted(written["target_modules"])})
-        stock = model.get_base_model()
-        base = Base(base_name(stock), digest, stock.dtype, forward_settings(stock.config))
         write_manifest(folder, base, {"lora_rank": config.lora_rank})
 
 

@@ -175,7 +175,8 @@ class RunFolder:
         """Raise InputError where the run was begun with another model or other data than these."""
         begun = self.origin()["digests"]
         for name, path in paths.items():
-            if begun[name] != digests[name]:
+            # Runs of before have the first part of the model's digest alone.
+            if begun[name] not in (digests[name], digests[name].partition("-")[0]):
                 raise InputError(f"cannot resume with {name} {path}: the run was begun with another")
 
     def checkpoints(self) -> Checkpoints:

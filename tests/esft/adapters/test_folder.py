@@ -10,21 +10,23 @@ from esft.adapters.folder import (
     adapter_weights,
     check_base,
     check_model,
-    check_settings,
-    made_from,
+    difference,
     open_adapter,
     open_manifest,
     selected_tensors,
 )
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
-from esft.checkpoint.digest import forward_settings
 from esft.checkpoint.load import load_model
 from esft.checkpoint.views import StoredTensor
-from esft.experts.model_state import known_state
+from esft.experts.model_state import Base, known_state
 from esft.selection import ExpertSelection
 from tests.esft.adapters.tuned import logits, tuned
 from tests.esft.checkpoint.files import rewrite_json
 from tests.esft.models import save_tiny, tiny_model
+
+
+def base_of(digest: str, dtype: torch.dtype | None = torch.float32, settings: dict | None = None) -> Base:
+    return Base("tiny", digest, dtype, settings or {})
 
 
 @pytest.mark.parametrize(
@@ -38,11 +40,11 @@ from tests.esft.models import save_tiny, tiny_model
     ],
 )
 def test_another_base_is_named_and_the_dtype_where_that_may_be_why(manifest, dtype, hint: bool):
-    ours, theirs = "0123456789abcdef", "fedcba9876543210"
-    manifest = {"base_model": "tiny", "base_digest": theirs} | manifest
-    check_base(manifest, lambda rounded: theirs, "x/a", dtype)
+    ours, theirs = (base_of(digest, dtype) for digest in ("0123456789abcdef", "fedcba9876543210"))
+    manifest = {"base_model": "tiny", "base_digest": theirs.digest} | manifest
+    check_base(manifest, lambda rounded: theirs, "x/a")
     with pytest.raises(esft.InputError) as raised:
-        check_base(manifest, lambda rounded: ours, "x/a", dtype)
+        check_base(manifest, lambda rounded: ours, "x/a")
     expected = (
         "x/a: made from another base (tiny, digest fedcba987654), not from these weights (0123456789ab)"
         + "; it was trained in float32 and these are in bfloat16: load its base in float32" * hint
@@ -52,7 +54,7 @@ def test_another_base_is_named_and_the_dtype_where_that_may_be_why(manifest, dty
 
 def test_a_manifest_without_a_digest_is_of_another_base():
     with pytest.raises(esft.InputError, match=r"another base \(None, digest None\)"):
-        check_base({}, lambda rounded: "0123456789abcdef", "a")
+        check_base({}, lambda rounded: base_of("0123456789abcdef"), "a")
 
 
 @pytest.mark.parametrize(
@@ -68,11 +70,11 @@ def test_a_manifest_without_a_digest_is_of_another_base():
 )
 def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(base_dtype, base_digest, fits):
     manifest = {"format_version": 2, "base_digest": base_digest, "base_dtype": base_dtype}
-    digests = {None: "plain", torch.float16: "rounded"}
-    assert made_from(manifest, digests.__getitem__) is fits
+    bases = {None: base_of("plain"), torch.float16: base_of("rounded")}
+    assert (difference(manifest, bases.__getitem__) is None) is fits
     if not fits:
         with pytest.raises(esft.InputError, match=r"^x/a: made from another base .*\(plain\)"):
-            check_base(manifest, digests.__getitem__, "x/a", torch.float32)
+            check_base(manifest, bases.__getitem__, "x/a")
 
 
 @pytest.mark.parametrize(
@@ -81,17 +83,19 @@ def test_only_an_adapter_trained_in_float16_is_held_to_the_rounded_base_too(base
 )
 def test_an_adapter_of_the_first_version_is_held_to_the_first_part_of_the_digest(version, base_digest, fits):
     manifest = {"format_version": version, "base_digest": base_digest, "base_dtype": "float32"}
-    assert made_from(manifest, lambda rounded: "some-every") is fits
+    assert (difference(manifest, lambda rounded: base_of("some-every")) is None) is fits
 
 
-def test_a_base_that_computes_otherwise_is_refused_with_the_setting():
-    config = tiny_model().config
-    manifest = {"base_settings": forward_settings(config) | {"of_another_version": 1}}
-    check_settings(manifest, config, "x/a")
-    check_settings({}, config, "x/a")  # of the first version
-    config.num_experts_per_tok = 1
-    with pytest.raises(esft.InputError, match="^x/a: made from a base with num_experts_per_tok 3; this model has 1$"):
-        check_settings(manifest, config, "x/a")
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_base_that_computes_otherwise_is_told_by_the_setting(version: int):
+    settings = {"num_experts_per_tok": 3, "of_this_version": 2}
+    manifest = {"format_version": version, "base_digest": "a", "base_settings": settings | {"of_another_version": 1}}
+    base = base_of("a", settings=settings)
+    assert difference(manifest, lambda rounded: base) is None
+    assert difference({"format_version": version, "base_digest": "a"}, lambda rounded: base) is None
+    other = base_of("a", settings=settings | {"num_experts_per_tok": 1})
+    why = "made from a base with num_experts_per_tok 3; this model has 1"
+    assert difference(manifest, lambda rounded: other) == why
 
 
 def test_a_base_with_another_setting_is_refused_by_load_and_merge_with_nothing_written(tmp_path):
@@ -99,9 +103,9 @@ def test_a_base_with_another_setting_is_refused_by_load_and_merge_with_nothing_w
     esft.save_adapter(esft.swap(load_model(str(base)), ExpertSelection({1: [5]})), tmp_path / "a")
     rewrite_json(base / "config.json", lambda config: config.update(num_experts_per_tok=1))
     model = load_model(str(base))
-    with pytest.raises(esft.InputError, match="made from a base with num_experts_per_tok 3; this model has 1"):
+    with pytest.raises(esft.InputError, match="/a: made from a base with num_experts_per_tok 3; this model has 1"):
         esft.load_adapter(model, tmp_path / "a")
-    with pytest.raises(esft.InputError, match="made from a base with num_experts_per_tok 3; this model has 1"):
+    with pytest.raises(esft.InputError, match="/a: made from a base with num_experts_per_tok 3; this model has 1"):
         esft.merge(base, tmp_path / "a", tmp_path / "out")
     assert known_state(model).adapters is None and not (tmp_path / "out").exists()
 

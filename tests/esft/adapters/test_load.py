@@ -154,10 +154,9 @@ def test_the_base_is_rounded_to_float16_only_where_it_can_still_be_read(tmp_path
     elif state == "named":
         esft.set_adapter(esft.load_adapter(model, tmp_path / "one", name="one"), "one")
     asked = []
-    for module in ("adapters.load", "checkpoint.digest"):
-        monkeypatch.setattr(
-            f"esft.{module}.model_digest", lambda model, to=None: asked.append(to) or model_digest(model, to)
-        )
+    monkeypatch.setattr(
+        "esft.checkpoint.digest.model_digest", lambda model, to=None: asked.append(to) or model_digest(model, to)
+    )
     name = "half" if state == "named" else None
     if state == "stock":
         esft.load_adapter(model, tmp_path / "half")

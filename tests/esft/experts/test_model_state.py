@@ -20,6 +20,8 @@ from esft.experts.model_state import (
 from esft.selection import ExpertSelection
 from tests.esft.models import tiny_model
 
+BASE = Base("tiny", "digest", torch.float32, {})
+
 
 def test_looking_at_a_model_puts_nothing_on_it():
     model = nn.Linear(2, 2)
@@ -87,7 +89,7 @@ def test_the_state_of_a_swap_is_there_for_swapped_models_only():
     model = nn.Linear(2, 2)
     with pytest.raises(esft.InputError, match="^the model is not swapped$"):
         swapped_state(model)
-    swapped = Swapped(ExpertSelection({}), Base("tiny", "digest", torch.float32, {}), {}, {})
+    swapped = Swapped(ExpertSelection({}), BASE, {}, {})
     assert swapped.stock == {} and swapped.load_hook is None
     model_state(model).swapped = swapped
     assert swapped_state(model) is swapped
@@ -97,7 +99,7 @@ def test_a_set_adapter_becomes_a_part_of_the_base_and_one_that_is_only_held_stay
     model = nn.Linear(2, 2)
     settle_adapter(model)
     state = model_state(model)
-    state.adapters = Adapters("digest", base={"a": torch.zeros(1)})
+    state.adapters = Adapters(BASE, base={"a": torch.zeros(1)})
     settle_adapter(model)
     assert state.adapters is not None and state.settled == frozenset()
     state.adapters.active, state.settled = "default", frozenset({"b"})
