@@ -5,7 +5,7 @@ RUN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 THP_MEM_ALLOC_ENAB
 CONSTRAINTS := tools/constraints.txt
 DATA := build/home_assistant
 
-.PHONY: test test-fast mutants lint fmt kernels bench demo compare clean
+.PHONY: test test-fast mutants chaos lint fmt kernels bench demo compare clean
 
 # T: a test file or folder; all where it is left out.
 test: .venv/installed lint
@@ -17,6 +17,10 @@ test-fast: .venv/installed
 # M: a module, or several in quotes; all where it is left out. N: mutants of each.
 mutants: .venv/installed
 	.venv/bin/python -m tools.mutants $(M) --count $(or $(N),20)
+
+# KILLS: of trainings, savings and merges, at random times; what is left has to end with the unbroken bytes.
+chaos: .venv/installed
+	$(RUN) -m tests.esft.chaos --kills $(or $(KILLS),200)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

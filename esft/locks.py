@@ -8,13 +8,13 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from esft.errors import InputError
+from esft.errors import DiskError, InputError
 
 LONGEST = 120  # characters of a command in a message
 
@@ -29,7 +29,7 @@ def locked(lock: Path, place: Path) -> Iterator[None]:
         place: what is locked, for the message.
 
     Raises InputError naming the holder when another process (or another thread of this one) has the lock, and for a
-    file under the lock's name that is none.
+    file under the lock's name that is none; DiskError when the lock cannot be made.
     """
     _check_ours(lock)
     held = FileLock(lock, timeout=0, thread_local=False)
@@ -37,9 +37,12 @@ def locked(lock: Path, place: Path) -> Iterator[None]:
         held.acquire()
     except Timeout as error:
         raise InputError(f"{place}: in use by {_holder(lock)}") from error
+    except OSError as error:
+        raise DiskError(f"{lock}: {error.strerror or error}") from error
     try:
         if not isinstance(held, SoftFileLock):  # which a file system without flock gets, with content of its own
-            lock.write_text(json.dumps({"esft_lock": _self()}) + "\n", encoding="utf-8")
+            with suppress(OSError):  # of a full disk, which then shows in what the lock is for
+                lock.write_text(json.dumps({"esft_lock": _self()}) + "\n", encoding="utf-8")
         yield
     finally:
         # While it is held: filelock takes no lock whose file has lost its name, so nobody holds one that is not seen.

@@ -65,9 +65,9 @@ def train(
 ) -> TrainResult:
     """Fine-tune a checkpoint on chat records and leave everything in a run folder.
 
-    The folder holds ``config.yaml``, ``origin.json`` (base and data, with digests), ``metrics.jsonl``, TensorBoard
-    events, resumable ``checkpoints/``, a ``summary.json``, and the outcome: ``adapter/`` for ESFT and LoRA, ``model/``
-    for full fine-tuning.
+    The folder holds ``esft_run.json`` (its marker), ``config.yaml``, ``origin.json`` (base and data, with digests),
+    ``metrics.jsonl``, TensorBoard events, resumable ``checkpoints/``, a ``summary.json``, and the outcome: ``adapter/``
+    for ESFT and LoRA, ``model/`` for full fine-tuning.
 
     Args:
         model_path: checkpoint folder or hub id.
@@ -161,9 +161,10 @@ class _Loop:
             """What is due after a step; a run that was stopped may have had no time for it."""
             if not (held_out and step and (step % config.eval_every == 0 or step == config.steps)):
                 return None
-            known = [m["eval_loss"] for m in folder.metrics() if m["step"] == step == first and "eval_loss" in m]
-            if known:
-                return known[-1]
+            if step == first:  # of the run that is resumed
+                known = [m["eval_loss"] for m in folder.metrics() if m["step"] == step and "eval_loss" in m]
+                if known:
+                    return known[-1]
             loss = mean_loss(self.model, held_out, self.pad, self.together)
             self.model.train()
             if not math.isfinite(loss):

@@ -35,8 +35,9 @@ def opened(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder
         run.recover()
         _replace(run)
         folder = _place(run, resume, overwrite)
-        if folder.path != run.path and not resume:
-            shutil.rmtree(folder.path, ignore_errors=True)
+        following = RunFolder(run.path / NEXT)
+        if following.broken_off or not resume:
+            shutil.rmtree(following.path, ignore_errors=True)
         yield folder
         _replace(run)
 

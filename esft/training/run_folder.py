@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from esft.errors import InputError
+from esft.errors import DiskError, InputError
 from esft.files import TEMPORARY, read_json, read_text, write_json, write_text
 from esft.locks import locked
 from esft.outputs import check_new_folder, entries, new_folder, recover
@@ -198,7 +198,10 @@ class RunFolder:
         ):
 
             def log(step: int, **values: float) -> None:
-                print(json.dumps({"step": step, **values}), file=metrics, flush=True)
+                try:
+                    print(json.dumps({"step": step, **values}), file=metrics, flush=True)
+                except OSError as error:
+                    raise DiskError(f"{self.path / METRICS}: {error.strerror or error}") from error
                 for name, value in values.items():
                     board.add_scalar(name, value, step)
 

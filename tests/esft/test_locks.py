@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from esft.errors import InputError
+from esft.errors import DiskError, InputError
 from esft.locks import locked
 from tests.esft.processes import forked, status
 
@@ -85,6 +85,20 @@ def test_a_lock_is_for_one_thread_too(tmp_path):
         thread.start()
         thread.join()
     assert len(refused) == 1 and f"process {os.getpid()} " in refused[0]
+
+
+def test_where_no_lock_can_be_made_the_place_is_named_and_a_full_disk_does_not_hinder_it(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"/file/lock: "), locked(tmp_path / "file" / "lock", tmp_path):
+        pass
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with locked(tmp_path / "lock", tmp_path):
+        assert (tmp_path / "lock").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_it_goes_when_the_block_fails(tmp_path):

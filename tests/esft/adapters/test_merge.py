@@ -187,7 +187,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_p
     elif place == "patch":
         monkeypatch.setattr(module._Patch, "content", full)
     elif place == "manifest":
-        monkeypatch.setattr(Path, "write_text", full)
+        monkeypatch.setattr(module, "write_json", full)
     else:
         monkeypatch.setattr("esft.outputs.os.replace", partial(second, os.replace))
     with pytest.raises(esft.DiskError, match=r"/out(/esft_manifest.json)?: No space left on device$"):

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import shlex
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -355,3 +359,28 @@ def test_freed_memory_is_kept_where_the_system_can_be_told(monkeypatch, platform
     command.keep_memory()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_told_to_stop_says_the_command_that_goes_on_and_it_does(work, number: int):
+    (work / "e.json").write_text('{"experts": {"1": [2]}}')
+    # With a space in a name, and far more steps than there is time for.
+    train = "-m esft train --model base --data d.jsonl --experts e.json --steps 99999 --save-every 9999 --quiet"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, *train.split(), "--out", "a run"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    metrics = work / "a run" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, error = process.communicate(timeout=60)
+    assert (process.returncode, said, "Traceback" in error) == (128 + number, "", False)
+    start, goes_on = error.splitlines()[-1].split("; go on with: ")  # bars of other libraries come before
+    assert re.fullmatch(rf"esft: {work}/a run: stopped after step \d+, which is saved", start)
+    assert goes_on == shlex.join([*command, "--resume"])
+    done = int(start.split("step ")[1].split(",")[0])
+    words = [str(done + 2) if word == "99999" else word for word in shlex.split(goes_on)]
+    assert subprocess.run(words, env=environment, capture_output=True).returncode == 0
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == done + 2

@@ -265,6 +265,18 @@ def test_the_last_line_that_a_kill_has_torn_is_left_out_and_no_other(tmp_path):
             folder.metrics(torn=True)
 
 
+def test_a_disk_that_is_full_is_named_when_a_step_is_logged(tmp_path, monkeypatch):
+    folder = begun(tmp_path / "run")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with folder.log(0) as log:
+        monkeypatch.setattr("builtins.print", full)
+        with pytest.raises(esft.DiskError, match=r"metrics\.jsonl: No space left on device$"):
+            log(1, loss=1.0)
+
+
 def test_a_summary_that_is_none_is_named(tmp_path):
     assert RunFolder(tmp_path).summary() is None
     for text in ("[]", '{"steps": "6"}'):
