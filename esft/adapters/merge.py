@@ -50,13 +50,15 @@ class _Patch:
         tensor = torch.frombuffer(block, dtype=dtype).view(self.shape)
         for name, link in self.changes:
             value = tuned.get_tensor(name)
-            if (held := value.to(dtype)).isinf().any() and not value.isinf().any():
+            if (held := value.to(dtype)).isinf().any():
                 raise InputError(f"adapter's tensor {name} has values beyond {dtype}, which the base has there")
             link.load(tensor, held)
         return bytes(block)
 
 
-def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path:
+def merge(
+    base: str | Path, adapter: str | Path, out: str | Path, overwrite: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Write a checkpoint with the adapter's tensors in the place of the base's.
 
     The files are copied and then patched, so that all other bytes, headers and index included, are those of the base,
@@ -70,6 +72,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
         adapter: adapter folder.
         out: folder to write.
         overwrite: replace an earlier merge that ``out`` holds; nothing else is replaced.
+        trust_remote_code: whether Python files of the checkpoint may be run.
 
     Raises InputError for an adapter of another base, for tensors that are missing or do not fit, for an output folder
     that holds something already; DiskError for a disk that is full or does not keep what was written.
@@ -78,7 +81,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     check_apart(out, base, adapter)
     if overwrite:
         check_earlier(out, "merge", MERGED)
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base, trust_remote_code)
     if manifest := open_adapter(adapter):
         check_base(manifest, checkpoint.digest, adapter, checkpoint.dtype)
     _, tensors = selected_tensors(adapter, checkpoint.skeleton)

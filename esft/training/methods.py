@@ -57,8 +57,10 @@ class Full:
 
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
-        everything = {layer.index: list(range(layer.num_experts)) for layer in moe_layers(model)}
-        return _swap(model, config, ExpertSelection(everything, shared_experts=True, non_expert_modules=True))
+        layers = moe_layers(model)
+        everything = {layer.index: list(range(layer.num_experts)) for layer in layers}
+        shared = any(layer.shared_experts for layer in layers)
+        return _swap(model, config, ExpertSelection(everything, shared, non_expert_modules=True))
 
     @staticmethod
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base_digest: str, run: Path) -> Path:

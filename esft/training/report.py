@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from esft.training.run_folder import RunFolder
+from esft.errors import InputError
+from esft.reading import shown
+from esft.training.run_folder import METRICS, RunFolder
+
+_FIGURES = {"step", "loss", "eval_loss", "lr", "tokens_per_second"}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -22,9 +26,16 @@ def _cell(value: Any) -> str:
 
 
 def report(run: str | Path, rows: int = 12) -> str:
-    """A run in a few lines: its losses over time, and its summary once it has ended."""
+    """A run in a few lines: its losses over time, and its summary once it has ended.
+
+    Raises InputError for a folder that is none of a run, and naming the line that holds no figures of a step.
+    """
     folder = RunFolder(run)
     metrics = folder.metrics()
+    for number, line in enumerate(metrics, 1):
+        for name in _FIGURES & line.keys():
+            if type(line[name]) not in (int, float) or abs(line[name]) > 1e300:
+                raise InputError(f"{folder.path / METRICS}: line {number}: {name} is {shown(line[name])}, no number")
     train = [m for m in metrics if "loss" in m]
     evaluated = {m["step"]: m["eval_loss"] for m in metrics if "eval_loss" in m}
     if not train:
@@ -45,5 +56,7 @@ def report(run: str | Path, rows: int = 12) -> str:
         )
     text = table(lines)
     if (summary := folder.summary()) is not None:
-        text += "\n\n" + "\n".join(f"{name}: {value}" for name, value in summary.items())
+        text += "\n\n" + "\n".join(
+            f"{name}: {value if isinstance(value, str) else shown(value)}" for name, value in summary.items()
+        )
     return text

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from esft.errors import InputError
-from esft.files import check_new_folder, new_folder, read_json, read_text, write_json
+from esft.files import check_new_folder, new_folder, write_json
+from esft.reading import parse_json, read_json, read_text
 from esft.selection import ExpertSelection
 from esft.training.config import TrainConfig
 
@@ -109,10 +110,7 @@ class RunFolder:
             raise InputError(f"{self.path}: not a run folder (no {METRICS})")
         lines = []
         for number, line in enumerate(read_text(path).splitlines(), 1):
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: line {number}: not JSON ({error.msg})") from error
+            values = parse_json(line, f"{path}: line {number}", lines=False)
             if not isinstance(values, dict) or not isinstance(values.get("step"), int):
                 raise InputError(f"{path}: line {number}: names no step")
             if "loss" in values and not {"lr", "tokens_per_second"} <= values.keys():
