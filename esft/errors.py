@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class ESFTError(Exception):
     """Any of them; the command prints it and exits with 2."""
@@ -35,3 +39,25 @@ class Interrupted(KeyboardInterrupt):
 def first_line(error: Exception) -> str:
     """What an error of another library says, for a message in one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+_NOTE = "while reading "
+
+
+@contextmanager
+def reading(what: str | Path) -> Iterator[None]:
+    """Note on an error that is none of ours what was being read; a command's last line then names it."""
+    try:
+        yield
+    except ESFTError:
+        raise
+    except Exception as error:
+        # As ``add_note`` does, which Python 3.10 does not have.
+        error.__dict__.setdefault("__notes__", []).append(f"{_NOTE}{what}")
+        raise
+
+
+def what_was_read(error: Exception) -> str | None:
+    """What ``reading`` has noted, the innermost; None where nothing was."""
+    notes = (str(note) for note in vars(error).get("__notes__", ()))
+    return next((note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)), None)

@@ -1,4 +1,4 @@
-"""Reading and writing small files: whole or not at all, and errors that name the file."""
+"""Writing files: whole or not at all, and errors that name the file; and what a safetensors file holds."""
 
 from __future__ import annotations
 
@@ -15,33 +15,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from esft.errors import DiskError, InputError
+from esft.reading import check_regular
 
 TEMPORARY = re.compile(r"\.esft-[0-9a-f]{8}\.tmp")  # what ``write_text`` calls a file that is not whole yet
-
-
-def read_text(path: str | Path, encoding: str = "utf-8") -> str:
-    """The file's text. Raises InputError when it cannot be read."""
-    try:
-        return Path(path).read_text(encoding=encoding)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text") from error
-
-
-def read_json(path: str | Path) -> Any:
-    """The file's JSON value. Raises InputError when it cannot be read, is not JSON, or has a key twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
-            raise InputError(f"{path}: has the key {twice!r} twice")
-        return found
-
-    try:
-        return json.loads(read_text(path), object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -81,6 +57,7 @@ def write_json(path: str | Path, value: Any) -> None:
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """``safe_open`` for PyTorch tensors. Raises InputError when the file is missing, truncated or something else."""
+    check_regular(path)
     try:
         handle = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from esft.errors import InputError
-from esft.files import read_json, write_json
+from esft.files import write_json
+from esft.limits import EXPERTS, LAYERS
+from esft.reading import check_keys, key_number, read_json, shown
+
+_FLAGS = ("shared_experts", "non_expert_modules")
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,24 @@ class ExpertSelection:
         raw = read_json(path)
         if not isinstance(raw, dict) or not isinstance(raw.get("experts"), dict):
             raise InputError(f'{path}: not an expert selection ({{"experts": {{layer: [ids]}}}})')
+        check_keys(raw, ("experts", *_FLAGS), lambda key: InputError(f"{path}: does not have a part {key}"))
         experts: dict[int, list[int]] = {}
-        for layer, ids in raw["experts"].items():
-            if not layer.isdecimal() or str(int(layer)) != layer:
-                raise InputError(f"{path}: {layer!r} is not a layer's number")
+        for key, ids in raw["experts"].items():
+            if (layer := key_number(key, LAYERS)) is None:
+                raise InputError(f"{path}: {shown(key)} is not a layer's number")
             if not isinstance(ids, list) or not all(type(e) is int for e in ids):
-                raise InputError(f"{path}: the experts of layer {layer} must be a list of whole numbers, got {ids!r}")
+                raise InputError(
+                    f"{path}: the experts of layer {layer} must be a list of whole numbers, got {shown(ids)}"
+                )
+            if strange := [e for e in ids if not 0 <= e < EXPERTS]:
+                raise InputError(f"{path}: layer {layer} names an expert {shown(strange[0])}")
             if len(set(ids)) != len(ids):
-                raise InputError(f"{path}: layer {layer} names an expert twice: {ids}")
-            experts[int(layer)] = ids
-        flags = {name: raw.get(name, False) for name in ("shared_experts", "non_expert_modules")}
+                raise InputError(f"{path}: layer {layer} names an expert twice: {shown(ids)}")
+            experts[layer] = ids
+        flags = {name: raw.get(name, False) for name in _FLAGS}
         for name, value in flags.items():
             if not isinstance(value, bool):
-                raise InputError(f"{path}: {name} must be true or false, got {value!r}")
+                raise InputError(f"{path}: {name} must be true or false, got {shown(value)}")
         return cls(experts, **flags)
 
     def check(self, layers: dict[int, int]) -> None:

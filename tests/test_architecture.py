@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Modules and folders of a package; each may import those before it.
 ESFT = (
-    "errors files locks outputs signals selection transformers_internals "
+    "errors limits reading files locks outputs signals selection transformers_internals "
     "experts moe scoring checkpoint swapping adapters training cli __main__"
 ).split()
 KERNELS = "activation routing pools backend triton_ops backends autograd_op compiled_op".split()

@@ -14,13 +14,17 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
+from esft.experts.fit import check_shared
 from esft.experts.model_state import Base
-from esft.files import open_safetensors, read_json, write_json
+from esft.experts.moe_layers import moe_layers
+from esft.files import open_safetensors, write_json
+from esft.reading import read_json, shown
 from esft.selection import ExpertSelection
 
 WEIGHTS = "adapter.safetensors"
 SELECTION = "expert_cfg.json"
 MANIFEST = "manifest.json"
+PEFT_CONFIG = "adapter_config.json"  # of an adapter that PEFT wrote
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 has the first part of the digest alone, and no settings
 
@@ -53,8 +57,16 @@ def _name(dtype: torch.dtype | None) -> str:
 def open_manifest(path: Path) -> dict[str, Any]:
     """The manifest alone, of an adapter of any kind. Raises InputError for one of another format."""
     manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format_version") not in READABLE:
-        raise InputError(f"{path / MANIFEST}: format_version must be one of {', '.join(map(str, READABLE))}")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if type(version) is not int or version not in READABLE:
+        readable = " or ".join(map(str, READABLE))
+        raise InputError(f"{path / MANIFEST}: format_version must be {readable}, got {shown(version)}")
+    kinds = {"base_model": str, "base_digest": str, "base_dtype": str, "base_settings": dict, "chosen_by": dict}
+    for name, kind in kinds.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            raise InputError(f"{path / MANIFEST}: {name} is {shown(manifest[name])}")
+    if "base_digest" not in manifest:
+        raise InputError(f"{path / MANIFEST}: names no base (no base_digest)")
     return manifest
 
 
@@ -98,6 +110,11 @@ def open_adapter(path: Path) -> dict[str, Any]:
     Published adapters have none: then it is empty, and a warning says that the base is not checked. Raises InputError
     for a folder that is no adapter.
     """
+    if (path / PEFT_CONFIG).is_file():
+        raise InputError(
+            f"{path}: a PEFT adapter, which PEFT itself merges: PeftModel.from_pretrained(AutoModelForCausalLM."
+            f"from_pretrained(BASE), {str(path)!r}).merge_and_unload().save_pretrained(OUT)"
+        )
     if not (path / SELECTION).is_file():
         raise InputError(f"{path}: not an adapter folder (no {SELECTION})")
     if not (path / MANIFEST).is_file():
@@ -111,6 +128,7 @@ def selected_tensors(path: Path, model: PreTrainedModel) -> tuple[ExpertSelectio
     """An adapter's selection, and what of the model it trains. Raises InputError where it does not fit the model."""
     selection = ExpertSelection.load(path / SELECTION)
     try:
+        check_shared(selection, moe_layers(model))
         return selection, adapter_tensors(model, selection)
     except InputError as error:
         raise InputError(f"{path / SELECTION}: {error}") from error
@@ -123,8 +141,17 @@ class AdapterWeights:
         self._handles = handles  # name -> its open file and the name there
 
     def get_tensor(self, name: str) -> Tensor:
+        """A tensor. Raises InputError for one with values that are no numbers."""
         handle, own = self._handles[name]
-        return handle.get_tensor(own)
+        tensor = handle.get_tensor(own)
+        check_finite(tensor, f"adapter's tensor {own}")
+        return tensor
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise InputError for a tensor of floating point that holds infinities or what is no number."""
+    if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+        raise InputError(f"{where} holds values that are infinite or no numbers")
 
 
 @contextmanager

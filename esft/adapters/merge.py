@@ -21,8 +21,9 @@ from esft.checkpoint.adapter_tensors import AdapterTensor
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.views import Link
 from esft.errors import DiskError, InputError
-from esft.files import TensorInfo, read_json, write_json
+from esft.files import TensorInfo, write_json
 from esft.outputs import check_apart, check_new_folder, entries, new_folder
+from esft.reading import read_json
 from esft.transformers_internals import CHAT_TEMPLATE_DIR
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it
@@ -52,13 +53,15 @@ class _Patch:
         tensor = torch.frombuffer(block, dtype=dtype).view(self.shape)
         for name, link in self.changes:
             value = tuned.get_tensor(name)
-            if (held := value.to(dtype)).isinf().any() and not value.isinf().any():
+            if (held := value.to(dtype)).isinf().any():
                 raise InputError(f"adapter's tensor {name} has values beyond {dtype}, which the base has there")
             link.load(tensor, held)
         return bytes(block)
 
 
-def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path:
+def merge(
+    base: str | Path, adapter: str | Path, out: str | Path, overwrite: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Write a checkpoint with the adapter's tensors in the place of the base's.
 
     The files are copied and then patched, so that all other bytes, headers and index included, are those of the base,
@@ -72,6 +75,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
         adapter: adapter folder.
         out: folder to write.
         overwrite: replace an earlier merge that ``out`` holds, if it holds nothing else.
+        trust_remote_code: whether Python files of the checkpoint may be run.
 
     Raises InputError for an adapter of another base, for tensors that are missing or do not fit, for an output folder
     that holds something else or that another process writes; DiskError for a disk that is full or does not keep what
@@ -81,7 +85,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, overwrite: boo
     check_apart(out, base, adapter)
     earlier = _earlier if overwrite else None
     check_new_folder(out, earlier)
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base, trust_remote_code)
     if manifest := open_adapter(adapter):
         check_base(manifest, checkpoint.base, adapter)
     _, tensors = selected_tensors(adapter, checkpoint.skeleton)

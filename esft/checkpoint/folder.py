@@ -12,22 +12,15 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.digest import digest_of, forward_settings
 from esft.checkpoint.original_format import original_format
+from esft.checkpoint.source import check_folder, open_config, weight_files
 from esft.errors import InputError, first_line
 from esft.experts.model_state import Base
-from esft.files import TensorInfo, open_safetensors, read_json, safetensors_header
+from esft.files import TensorInfo, open_safetensors, safetensors_header
 from esft.transformers_internals import tied_names, without_weights
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -39,25 +32,15 @@ class Checkpoint:
     folder: Path
     files: dict[str, str]  # tensor name -> file name
     config: PreTrainedConfig
+    trust_remote_code: bool = False
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path, trust_remote_code: bool = False) -> Checkpoint:
         """Raises InputError when the folder has no config, and no safetensors weights or two sets of them."""
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder}: not a checkpoint folder (no config.json)")
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except Exception as error:  # the configurations' validators raise errors of their own kinds
-            raise InputError(f"{folder / 'config.json'}: not a model's configuration ({first_line(error)})") from error
-        if (folder / INDEX).is_file():
-            files = _indexed(folder)
-        elif (folder / WEIGHTS).is_file():
-            with open_safetensors(folder / WEIGHTS) as handle:
-                files = dict.fromkeys(handle.keys(), WEIGHTS)
-        else:
-            raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} (pickled weights are never loaded)")
-        return cls(folder, files, config)
+        if check_folder(folder) is None:
+            raise InputError(f"{folder}: no such folder")
+        config = open_config(folder, trust_remote_code)
+        return cls(Path(folder), weight_files(folder), config, trust_remote_code)
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -65,12 +48,12 @@ class Checkpoint:
 
         Raises InputError for a configuration that no model can be made of.
         """
-        named = getattr(transformers, (self.config.architectures or [""])[0], None)
         try:
+            named = getattr(transformers, (self.config.architectures or [""])[0], None)
             with torch.device("meta"):
                 if isinstance(named, type) and issubclass(named, PreTrainedModel):
                     return without_weights(named, self.config)
-                return AutoModelForCausalLM.from_config(self.config)
+                return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # whatever a model's constructor says of values that it cannot use
             raise InputError(f"{self.folder / 'config.json'}: makes no model ({first_line(error)})") from error
 
@@ -158,17 +141,3 @@ class Checkpoint:
         text = self.config.get_text_config()
         beyond = layer is not None and int(layer[1]) >= text.num_hidden_layers and name[: layer.start()] in self._stacks
         return not (beyond or name.endswith("inv_freq"))
-
-
-def _indexed(folder: Path) -> dict[str, str]:
-    """What the index of a checkpoint folder says; see ``Checkpoint.open``."""
-    index = read_json(folder / INDEX)
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict):
-        raise InputError(f"{folder / INDEX}: has no weight_map")
-    for file in files.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file in this folder")
-    if (folder / WEIGHTS).is_file() and set(files.values()) != {WEIGHTS}:  # some libraries read the one, some the other
-        raise InputError(f"{folder}: holds {WEIGHTS} and an index of other files; take out what is not the model")
-    return files

@@ -5,27 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.checkpoint.device import compute_dtype, placement
+from esft.checkpoint.source import check_folder, open_config, weight_files
 from esft.errors import InputError, first_line
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
+
+def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model in evaluation mode, on the GPUs where there are any.
 
     Args:
         path: checkpoint folder or hub id.
         dtype: "auto" (the checkpoint's; float32 on a CPU without bf16 arithmetic), "bfloat16" or "float32".
+        trust_remote_code: whether Python files of the checkpoint may be run.
 
-    Raises InputError when the folder is not a checkpoint, lacks a tensor that the model has, or does not fit the GPUs.
+    Weights are read from safetensors files only. Raises InputError when the folder is not a checkpoint, lacks a tensor
+    that the model has, or does not fit the GPUs.
     """
+    open_config(path, trust_remote_code)
+    weight_files(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=compute_dtype(dtype), output_loading_info=True, **placement()
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            path, dtype=compute_dtype(dtype), output_loading_info=True, use_safetensors=True,
+            trust_remote_code=trust_remote_code, **placement(),
+        )  # fmt: skip
+    except Exception as error:  # whatever a model's constructor, a quantiser or a reader of files says
         raise InputError(f"{path}: cannot load a model ({first_line(error)})") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -35,26 +42,35 @@ def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
     return model.eval()
 
 
-def load_skeleton(path: str) -> PreTrainedModel:
+def load_skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of ``load_model`` without its weights: its modules and shapes, from the configuration alone.
 
     Raises InputError where that is missing or makes no model.
     """
+    config = open_config(path, trust_remote_code)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    except Exception as error:  # whatever a configuration's validators or a model's constructor say of its values
-        raise InputError(f"{path}: cannot load a model's configuration ({first_line(error)})") from error
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model's constructor says of values that it cannot use
+        raise InputError(f"{path}: its configuration makes no model ({first_line(error)})") from error
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, which must have a chat template. Raises InputError naming the folder."""
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises InputError naming the folder, also where chat template or end token lack.
+
+    It pads with the end token where it has no token for that.
+    """
+    folder = check_folder(path)
+    if folder is not None and not any((folder / name).exists() for name in _TOKENIZERS):
+        raise InputError(f"{path}: holds no tokenizer (no {_TOKENIZERS[0]})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken file is an error of any kind there
         raise InputError(f"{path}: cannot load a tokenizer ({first_line(error)})") from error
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: the tokenizer has no chat template")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"{path}: the tokenizer has neither a token for padding nor one for the end")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

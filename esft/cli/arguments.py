@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from esft.cli.output import complain
+
 
 class Parser(argparse.ArgumentParser):
     """A parser without the usage block before its complaint, which would hide which value was wrong."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        complain(message, by=self.prog)
         raise SystemExit(2)
 
 
 def count(text: str) -> int:
     """An argument that is a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not 1 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be at least 1{' and below 2**63' * (value > 1)}, got {text[:40]}")
     return value
 
 
@@ -36,3 +37,20 @@ def resuming(arguments: Sequence[str]) -> str:
     kept = [word for word in arguments if not (word.startswith("--ov") and "--overwrite".startswith(word))]
     resumes = any(word.startswith("--res") and "--resume".startswith(word) for word in kept)
     return shlex.join([*program, *kept, *([] if resumes else ["--resume"])])
+
+
+def share(text: str) -> float:
+    """An argument that is a number above 0 and at most 1."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text[:40]}")
+    return value
+
+
+share.__name__ = "number"
+
+
+def picture(text: str) -> str:
+    """An argument that names a picture's file."""
+    if not text.lower().endswith((".png", ".pdf", ".svg")):
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg, got {text!r}")
+    return text

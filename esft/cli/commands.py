@@ -1,43 +1,50 @@
-"""The stages as commands: each is a thin cover over a Python call, and reads and writes files."""
+"""The stages as commands: each is a thin cover over a Python call, and reads and writes files.
+
+What is heavy to import is imported in the functions, after the checks that do without it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
-from esft.adapters.merge import merge
-from esft.checkpoint.load import load_model, load_skeleton, load_tokenizer
-from esft.errors import InputError
-from esft.experts.moe_layers import moe_layers
-from esft.files import read_json, write_json
+from esft.cli.output import hush_libraries, say
+from esft.errors import InputError, reading
+from esft.files import write_json
 from esft.outputs import check_apart, check_new_file
+from esft.reading import check_regular, read_json
 from esft.scoring.expert_scores import ExpertScores
-from esft.scoring.plot import plot_scores
-from esft.scoring.score import score_experts
-from esft.scoring.select import select_experts
 from esft.selection import ExpertSelection
-from esft.swapping.swap import swap
 from esft.training.config import TrainConfig
-from esft.training.data import encode_all, read_records, windows
-from esft.training.evaluate import answer, exact_match, load_any_adapter, mean_loss
-from esft.training.loop import train
-from esft.training.opened import latest
-from esft.training.report import report
-from esft.training.run_folder import CONFIG
 
 
 def _score(args: argparse.Namespace) -> None:
     check_new_file(args.out, ExpertScores.load if args.overwrite else None, [args.model, args.data])
-    model, tokenizer = load_model(args.model, args.dtype), load_tokenizer(args.model)
-    examples = encode_all(tokenizer, read_records(args.data), args.max_length, args.data)
-    # Without a selection the swap only brings the faster experts.
-    swap(model, ExpertSelection({}), args.backend)
-    batches = windows(examples, args.max_length, args.batch_size)
-    scores = score_experts(model, batches, args.max_tokens, progress=not args.quiet)
+    check_regular(args.data)
+    from esft.checkpoint.load import load_model, load_tokenizer
+    from esft.checkpoint.source import Reach, open_config
+    from esft.scoring.score import score_experts
+    from esft.swapping.swap import swap
+    from esft.training.data import encode_all, read_records, windows
+
+    records = read_records(args.data)
+    with reading(args.model):
+        reach = Reach.of(open_config(args.model, args.trust_remote_code))
+        length = reach.length(args.max_length)
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        examples = encode_all(tokenizer, records, length, args.data, reach.vocabulary, not args.quiet)
+        model = load_model(args.model, args.dtype, args.trust_remote_code)
+        # Without a selection the swap only brings the faster experts.
+        swap(model, ExpertSelection({}), args.backend)
+        batches = windows(examples, length, args.batch_size)
+        scores = score_experts(model, batches, args.max_tokens, progress=not args.quiet)
     scores.save(args.out)
-    print(f"scores of {len(scores.token_scores)} layers in {args.out}")
+    say(f"scores of {len(scores.token_scores)} layers in {args.out}")
 
 
 def _select(args: argparse.Namespace) -> None:
@@ -45,33 +52,59 @@ def _select(args: argparse.Namespace) -> None:
     check_new_file(args.out, ExpertSelection.load if args.overwrite else None, [*inputs, args.plot])
     if args.plot:
         check_new_file(args.plot, _check_plot if args.overwrite else None, [*inputs, args.out])
+    from esft.scoring.select import select_experts
+
     scores = ExpertScores.load(args.scores)
     if args.model:
-        scores.check({layer.index: layer.num_experts for layer in moe_layers(load_skeleton(args.model))})
+        _check_model(args, scores)
     chosen = select_experts(scores, args.by, args.top_p)
     selection = replace(chosen, shared_experts=args.shared_experts, non_expert_modules=args.non_expert_modules)
     if args.plot:
+        from esft.scoring.plot import plot_scores
+
         plot_scores(scores, selection, args.plot, by=args.by)
     selection.save(args.out)
     for layer, ids in selection.experts.items():
-        print(f"layer {layer}: {ids}")
+        say(f"layer {layer}: {ids}")
     total = sum(len(experts) for experts in scores.token_scores.values())
-    print(f"{selection.num_experts} of {total} experts in {args.out}")
+    say(f"{selection.num_experts} of {total} experts in {args.out}")
+
+
+def _check_model(args: argparse.Namespace, scores: ExpertScores) -> None:
+    from esft.checkpoint.load import load_skeleton
+    from esft.experts.fit import check_shared
+    from esft.experts.moe_layers import moe_layers
+
+    with reading(args.model):
+        layers = moe_layers(load_skeleton(args.model, args.trust_remote_code))
+    scores.check({layer.index: layer.num_experts for layer in layers})
+    check_shared(ExpertSelection({}, shared_experts=args.shared_experts), layers)
 
 
 def _train(args: argparse.Namespace) -> None:
     overrides = {each.name: getattr(args, each.name) for each in fields(TrainConfig)}
-    if not args.resume:  # which may be told the run's own files
+    settings = args.config
+    if not args.resume:  # a run that goes on may be told its own files
         check_apart(args.out, args.config, args.experts)
-    begun = latest(args.out).path / CONFIG
-    resumes = args.resume and not args.config and begun.is_file()
-    config = TrainConfig.load(begun if resumes else args.config, **overrides)
+    elif settings is None:
+        from esft.training.opened import latest
+
+        begun = latest(args.out).path / "config.yaml"
+        settings = begun if begun.is_file() else None
+    config = TrainConfig.load(settings, **overrides)
     selection = ExpertSelection.load(args.experts) if args.experts else None
-    result = train(
-        args.model, args.data, args.out, config, selection, args.eval_data, args.resume, args.overwrite,
-        progress=not args.quiet,
-    )  # fmt: skip
-    print(
+    if selection is None and config.method == "esft" and not args.resume:
+        raise InputError("--method esft needs an expert selection: --experts")
+    for data in filter(None, (args.data, args.eval_data)):
+        check_regular(data)
+    from esft.training.loop import train
+
+    with reading(args.model):
+        result = train(
+            args.model, args.data, args.out, config, selection, args.eval_data, args.resume, args.overwrite,
+            progress=not args.quiet, trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+    say(
         f"loss {result.train_loss:.3f}, {result.trained_parameters:,} parameters trained, "
         f"{result.stored_bytes:,} bytes stored, {result.seconds:.0f} s, run in {args.out}"
     )
@@ -81,38 +114,67 @@ def _eval(args: argparse.Namespace) -> None:
     if args.out:
         inputs = [args.model, args.adapter, args.data]
         check_new_file(args.out, _check_result if args.overwrite else None, inputs)
-    model, tokenizer = _model_with_adapter(args), load_tokenizer(args.model)
-    records = read_records(args.data)[: args.limit]
-    examples = encode_all(tokenizer, records, args.max_length, args.data)
-    result = {"records": len(records), "loss": mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)}
-    outcomes = []
-    if not args.loss_only:
-        result["exact_match"], outcomes = exact_match(model, tokenizer, records, args.batch_size, not args.quiet)
-    print(json.dumps(result))
+    check_regular(args.data)
+    from esft.checkpoint.load import load_tokenizer
+    from esft.checkpoint.source import Reach, open_config
+    from esft.training.data import encode_all, read_records
+    from esft.training.evaluate import exact_match, mean_loss
+
+    adapter, records = _adapter(args), read_records(args.data)[: args.limit]
+    with reading(args.model):
+        reach = Reach.of(open_config(args.model, args.trust_remote_code))
+        length = reach.length(args.max_length)
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        examples = encode_all(tokenizer, records, length, args.data, reach.vocabulary, not args.quiet)
+        model = _model_with_adapter(args, adapter)
+        loss = mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)
+        if not math.isfinite(loss):
+            raise InputError(f"{args.model}: its loss on {args.data} is {loss}: the weights hold what is no number")
+        result: dict[str, Any] = {"records": len(records), "loss": loss}
+        outcomes = []
+        if not args.loss_only:
+            result["exact_match"], outcomes = exact_match(model, tokenizer, records, args.batch_size, not args.quiet)
+    say(json.dumps(result, allow_nan=False))
     if args.out:
         write_json(args.out, result | {"answers": outcomes})
 
 
 def _generate(args: argparse.Namespace) -> None:
-    model, tokenizer = _model_with_adapter(args), load_tokenizer(args.model)
+    from esft.checkpoint.load import load_tokenizer
+    from esft.checkpoint.source import Reach, open_config
+    from esft.training.evaluate import answer, encode_prompts
+
+    adapter = _adapter(args)
     prompts = [[{"role": "user", "content": text}] for text in args.prompt]
-    for text, reply in zip(args.prompt, answer(model, tokenizer, prompts, args.max_new_tokens), strict=True):
-        print(f"{text}\n    {reply}")
+    with reading(args.model):
+        reach = Reach.of(open_config(args.model, args.trust_remote_code))
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        encode_prompts(tokenizer, prompts, reach, reach.length(args.max_length))  # before the model is loaded
+        replies = answer(_model_with_adapter(args, adapter), tokenizer, prompts, args.max_new_tokens)
+    for text, reply in zip(args.prompt, replies, strict=True):
+        say(f"{text}\n    {reply}")
 
 
 def _merge(args: argparse.Namespace) -> None:
-    print(f"merged checkpoint in {merge(args.model, args.adapter, args.out, args.overwrite)}")
+    from esft.adapters.merge import merge
+
+    adapter = _adapter(args)
+    with reading(args.model):
+        merged = merge(args.model, adapter, args.out, args.overwrite, args.trust_remote_code)
+    say(f"merged checkpoint in {merged}")
 
 
 def _report(args: argparse.Namespace) -> None:
-    print(report(args.run))
+    from esft.training.report import report
+
+    with reading(args.run):
+        say(report(args.run))
 
 
 def _check_plot(path: Path) -> None:
     """Raise InputError for a file that is no picture of ``plot_scores``."""
-    with open(path, "rb") as file:
-        head = file.read(1024)
-    if not (head.startswith(b"\x89PNG") and b"Matplotlib" in head):
+    content = path.read_bytes()
+    if not content.startswith((b"\x89PNG", b"%PDF", b"<?xml")) or b"Matplotlib" not in content:
         raise InputError("not a picture that matplotlib has drawn")
 
 
@@ -123,17 +185,35 @@ def _check_result(path: Path) -> None:
         raise InputError(f"{path}: not an outcome of esft eval")
 
 
-def _model_with_adapter(args: argparse.Namespace):
+def _adapter(args: argparse.Namespace) -> Path | None:
+    from esft.adapters.load_any import adapter_folder
+
+    return adapter_folder(args.adapter) if args.adapter is not None else None
+
+
+def _model_with_adapter(args: argparse.Namespace, adapter: Path | None) -> Any:
     """The model with its adapter, on our experts where nothing but ESFT has touched them."""
-    model = load_model(args.model, args.dtype)
-    if args.adapter:
-        model = load_any_adapter(model, args.adapter)
+    from esft.adapters.load_any import load_any_adapter
+    from esft.checkpoint.load import load_model
+    from esft.swapping.swap import swap
+
+    model = load_model(args.model, args.dtype, args.trust_remote_code)
+    if adapter is not None:
+        with reading(adapter):
+            model = load_any_adapter(model, adapter)
     if not hasattr(model, "peft_config"):
         swap(model, ExpertSelection({}), args.backend)
     return model
 
 
-COMMANDS = {
+def run_stage(args: argparse.Namespace) -> None:
+    """Run the stage that a command line names."""
+    if getattr(args, "quiet", False):
+        hush_libraries()
+    COMMANDS[args.stage](args)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "score": _score,
     "select": _select,
     "train": _train,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any, NoReturn
 
-from esft.cli.arguments import Parser, count, resuming
-from esft.cli.commands import COMMANDS
-from esft.errors import ESFTError, Interrupted
+from esft.cli.arguments import Parser, count, picture, resuming, share
+from esft.cli.commands import run_stage
+from esft.cli.output import complain, explain, listen
+from esft.errors import Interrupted
 from esft.training.config import TrainConfig
 
 
@@ -42,6 +45,20 @@ def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
             )
 
 
+class _Settings(argparse.Action):
+    """Lists every setting of a training run, as a YAML file has it, and ends."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**(options | {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}))
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        for each in fields(TrainConfig):
+            allowed = ", ".join(each.metadata["choices"]) or each.metadata["within"]
+            default = "null" if each.default is None else each.default
+            print(f"{each.name}: {default}  # {each.type}, {allowed}: {each.metadata['text']}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="esft", description="Expert-Specialized Fine-Tuning of MoE models")
     stages = parser.add_subparsers(required=True, dest="stage", metavar="stage")
@@ -49,35 +66,48 @@ def _parser() -> argparse.ArgumentParser:
     def stage(name: str, text: str) -> argparse.ArgumentParser:
         return stages.add_parser(name, help=text, description=text)
 
-    def common(sub: argparse.ArgumentParser, batch_size: int) -> None:
+    def trust(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run Python files that the checkpoint holds; read them first",
+        )
+
+    def common(sub: argparse.ArgumentParser, batch_size: int, length: str) -> None:
         sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
         add_settings(sub, "dtype", "backend")
         sub.set_defaults(dtype="auto", backend="auto")
-        sub.add_argument("--max-length", type=count, default=4096, metavar="TOKENS")
+        text = f"{length} (default 4096, or the model's positions where these are fewer)"
+        sub.add_argument("--max-length", type=count, metavar="TOKENS", help=text)
         sub.add_argument("--batch-size", type=count, default=batch_size, metavar="RECORDS")
+        trust(sub)
+        quiet(sub)
 
-    def inference(sub: argparse.ArgumentParser) -> None:
-        common(sub, batch_size=64)
-        sub.add_argument("--adapter", help="adapter folder, ESFT's or PEFT's")
+    def quiet(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--quiet", action="store_true", help="no bars, and no warnings of other libraries")
+
+    def inference(sub: argparse.ArgumentParser, length: str) -> None:
+        common(sub, 64, length)
+        sub.add_argument("--adapter", help="adapter folder, ESFT's or PEFT's, or that of a run which holds one")
 
     sub = stage("score", "measure which experts a task uses")
-    common(sub, batch_size=1)
+    common(sub, 1, "tokens of a window over the data")
     sub.add_argument("--data", required=True, help="JSONL chat records")
     sub.add_argument("--out", required=True, help="score file (summary.json layout)")
     sub.add_argument("--max-tokens", type=count, default=131_072, help="stop after so many (default 131,072)")
     sub.add_argument("--overwrite", action="store_true")
-    sub.add_argument("--quiet", action="store_true")
 
     sub = stage("select", "choose the experts to train from their scores")
     sub.add_argument("--scores", required=True)
     sub.add_argument("--by", choices=("token", "gate"), default="token")
-    sub.add_argument("--top-p", type=float, default=0.2)
+    sub.add_argument("--top-p", type=share, default=0.2, help="share of a layer's scores to reach (default 0.2)")
     sub.add_argument("--out", required=True, help="selection file (expert_cfg.json layout)")
     sub.add_argument("--model", help="check that the scores are of this model")
     sub.add_argument("--shared-experts", action="store_true", help="train the shared experts as well")
     sub.add_argument("--non-expert-modules", action="store_true", help="train everything that is no expert as well")
-    sub.add_argument("--plot", metavar="PNG", help="also draw the scores with the chosen experts marked")
+    sub.add_argument("--plot", type=picture, metavar="PNG", help="also draw the scores with the chosen experts marked")
     sub.add_argument("--overwrite", action="store_true")
+    trust(sub)
 
     sub = stage("train", "fine-tune on chat records")
     sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
@@ -86,30 +116,32 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--experts", help="selection file, for method esft")
     sub.add_argument("--out", required=True, help="run folder")
     sub.add_argument("--config", help="YAML settings; the arguments here override it")
+    sub.add_argument("--help-config", action=_Settings, help="list the settings of such a file and exit")
     add_settings(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
-    sub.add_argument("--quiet", action="store_true")
+    trust(sub)
+    quiet(sub)
 
     sub = stage("eval", "loss and exact match on chat records")
-    inference(sub)
-    sub.add_argument("--data", required=True)
+    inference(sub, "tokens of a record; longer ones are cut")
+    sub.add_argument("--data", required=True, help="JSONL chat records")
     sub.add_argument("--limit", type=count, help="only the first records")
     sub.add_argument("--loss-only", action="store_true", help="do not generate answers")
     sub.add_argument("--out", help="also write the figures and every answer as JSON")
     sub.add_argument("--overwrite", action="store_true")
-    sub.add_argument("--quiet", action="store_true")
 
     sub = stage("generate", "answer prompts")
-    inference(sub)
+    inference(sub, "tokens that a prompt may have; longer ones are refused")
     sub.add_argument("--prompt", action="append", required=True, help="may be repeated")
     sub.add_argument("--max-new-tokens", type=count, default=128)
 
     sub = stage("merge", "write a checkpoint with an adapter merged in")
     sub.add_argument("--model", required=True, help="base checkpoint folder")
-    sub.add_argument("--adapter", required=True, help="adapter folder, ESFT's")
+    sub.add_argument("--adapter", required=True, help="adapter folder, ESFT's, or that of a run which holds one")
     sub.add_argument("--out", required=True)
     sub.add_argument("--overwrite", action="store_true")
+    trust(sub)
 
     sub = stage("report", "show what a run did")
     sub.add_argument("run", help="run folder")
@@ -117,22 +149,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage. Returns the exit status: 0, 2 after a one-line error for bad input, 128 + N after signal N."""
+    """Run one stage.
+
+    Returns the exit status: 0, 2 after one line for bad input or for what a library made of it, 128 + N after signal N.
+    """
     args = _parser().parse_args(arguments)
     try:
-        COMMANDS[args.stage](args)
-    except ESFTError as error:
-        print(f"esft: {error}", file=sys.stderr)
-        return 2
+        run_stage(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # as of a program that SIGPIPE ends
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted("interrupted", signal.SIGINT)
         given = sys.argv[1:] if arguments is None else arguments
-        print(f"esft: {stopped}{f'; go on with: {resuming(given)}' if stopped.resumable else ''}", file=sys.stderr)
+        complain(f"{stopped}{f'; go on with: {resuming(given)}' if stopped.resumable else ''}")
         return 128 + stopped.signal
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"esft: {error.filename}: {error.strerror}", file=sys.stderr)
+    except Exception as error:
+        explain(error)
         return 2
     return 0
 
@@ -141,6 +175,10 @@ def entry() -> None:
     """What the installed ``esft`` script calls."""
     keep_memory()
     signal.signal(signal.SIGTERM, _terminate)
+    listen()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without these characters
     sys.exit(main())
 
 

@@ -6,11 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from esft.errors import InputError
-from esft.files import read_json, write_json
+from esft.files import write_json
+from esft.limits import EXPERTS, LAYERS
+from esft.reading import check_keys, key_number, read_json, shown
 
 Scores = dict[int, dict[int, float]]  # layer -> expert -> score
+ROUNDING = 5e-5  # the published score files have four decimals
+
+_PARTS = ("token_scores", "gate_scores")
+_MOST = 1e6  # of a gate value: some functions that make them have no upper end
 
 
 @dataclass(frozen=True)
@@ -33,19 +40,25 @@ class ExpertScores:
 
     @classmethod
     def load(cls, path: str | Path) -> ExpertScores:
-        """Layers and experts in ascending order. Raises InputError naming the file."""
+        """Layers and experts in ascending order.
+
+        Raises InputError naming the file, for scores that are no shares of what a layer's experts get too.
+        """
         raw = read_json(path)
-        try:
-            scores = cls(_from_json(raw["token_scores"]), _from_json(raw["gate_scores"]))
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        if not isinstance(raw, dict) or not raw.keys() >= set(_PARTS):
             raise InputError(
                 f'{path}: not a score file ({{"token_scores": {{layer: {{expert: score}}}}, "gate_scores": ...}})'
-            ) from error
-        for layer, experts in (*scores.token_scores.items(), *scores.gate_scores.items()):
-            for expert, score in experts.items():
-                if not 0 <= score < math.inf:
-                    raise InputError(f"{path}: layer {layer}: expert {expert} has score {score}, not a finite share")
-        return scores
+            )
+        check_keys(raw, _PARTS, lambda key: InputError(f"{path}: does not have a part {key}"))
+        token, gate = (_from_json(raw[part], f"{path}: {part}") for part in _PARTS)
+        for layer, scores in token.items():
+            # The published files have four decimals: each expert may miss its score by half of the last one.
+            if abs((total := math.fsum(scores.values())) - 1) > 1e-6 + len(scores) * ROUNDING:
+                raise InputError(f"{path}: token_scores of layer {layer} sum to {total:.4f}, not to 1")
+        for layer, scores in gate.items():
+            if token.get(layer, {}).keys() != scores.keys():
+                raise InputError(f"{path}: layer {layer} has gate_scores of other experts than token_scores")
+        return cls(token, gate)
 
     def check(self, layers: Mapping[int, int]) -> None:
         """Raise InputError unless the scores are of a model with these layers (index -> number of experts)."""
@@ -68,6 +81,27 @@ def _to_json(scores: Scores) -> dict[str, dict[str, float]]:
     return {str(layer): {str(e): s for e, s in experts.items()} for layer, experts in scores.items()}
 
 
-def _from_json(raw: dict[str, dict[str, float]]) -> Scores:
-    layers = {int(layer): {int(e): float(s) for e, s in experts.items()} for layer, experts in raw.items()}
-    return {layer: dict(sorted(layers[layer].items())) for layer in sorted(layers)}
+def _from_json(raw: Any, where: str) -> Scores:
+    if not isinstance(raw, dict):
+        raise InputError(f"{where} must be {{layer: {{expert: score}}}}, got {shown(raw)}")
+    layers: Scores = {}
+    for key, scores in raw.items():
+        if (layer := key_number(key, LAYERS)) is None:
+            raise InputError(f"{where}: {shown(key)} is not a layer's number")
+        if not isinstance(scores, dict) or not scores:
+            raise InputError(f"{where}: layer {layer} must be {{expert: score}}, got {shown(scores)}")
+        by_expert: dict[int, float] = {}
+        for name, score in scores.items():
+            if (expert := key_number(name, EXPERTS)) is None:
+                raise InputError(f"{where}: layer {layer}: {shown(name)} is not an expert's number")
+            if type(score) not in (int, float) or not 0 <= score <= _MOST:
+                raise InputError(
+                    f"{where}: layer {layer}: expert {expert} has score {shown(score)}, not a finite share"
+                )
+            by_expert[expert] = float(score)
+        if missing := sorted(set(range(max(by_expert) + 1)) - by_expert.keys()):
+            raise InputError(
+                f"{where}: layer {layer} has no score of expert {missing[0]}, but of expert {max(by_expert)}"
+            )
+        layers[layer] = dict(sorted(by_expert.items()))
+    return dict(sorted(layers.items()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
-from esft.errors import InputError
+from esft.errors import DiskError, InputError, first_line
 from esft.scoring.expert_scores import ExpertScores
 from esft.selection import ExpertSelection
 
@@ -15,8 +16,10 @@ def plot_scores(
 ) -> Path:
     """A PNG of every expert's score, layers downwards, experts by falling score, the chosen ones framed.
 
-    Needs matplotlib (extra ``plot``).
+    Needs matplotlib (extra ``plot``). Raises InputError without it and for a name that ends in no format it has,
+    DiskError when the file cannot be written, and then leaves what was there.
     """
+    path = Path(path)
     try:
         import matplotlib
 
@@ -31,7 +34,9 @@ def plot_scores(
     width = max(map(len, ranked.values()))
     nothing = [math.nan] * width  # layers may have fewer experts than others
     values = [([score for _, score in ranked[layer]] + nothing)[:width] for layer in layers]
-    figure, axes = plt.subplots(figsize=(max(6, width * 0.34), 1.6 + 0.42 * len(layers)), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(_inches(6, width * 0.34), _inches(2, 1.6 + 0.42 * len(layers))), layout="constrained"
+    )
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     for row, layer in enumerate(layers):
         for column, (expert, _) in enumerate(ranked[layer]):
@@ -46,6 +51,20 @@ def plot_scores(
     axes.set_xlabel("experts by falling score (the number is the expert's id; framed: chosen)")
     axes.set_title(title or f"{by} scores, {selection.num_experts} experts chosen")
     figure.colorbar(image, ax=axes, label=f"{by} score")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, dpi=130, format=path.suffix[1:].lower())
+        os.replace(temporary, path)
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be drawn ({first_line(error)})") from error
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror or error}") from error
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _inches(least: float, wanted: float) -> float:
+    """A side of the picture; one beyond a hundred inches would take gigabytes to draw."""
+    return min(max(least, wanted), 100)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,18 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
-from esft.files import read_text, write_text
-from esft_kernels.autograd_op import RECOMPUTE
-from esft_kernels.backends.resolve import BACKENDS
+from esft.files import write_text
+from esft.reading import check_keys, read_settings, shown
 
 # Learning rates of the paper (appendix A); any other default would need a reason of its own.
 PAPER_LR = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}
 METHODS = tuple(PAPER_LR)
-RECOMPUTES = (*RECOMPUTE, "layers")
+# As in ``esft_kernels``, which imports PyTorch: a command line is read without. A test compares.
+BACKENDS = ("auto", "triton", "cpu", "cpu_packed", "reference")
+RECOMPUTES = ("none", "frozen", "layers")
 DTYPES = ("auto", "bfloat16", "float32")
+
+_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d*)?([eE][+-]?\d{1,4})?|\.\d+([eE][+-]?\d{1,4})?|\.?inf)", re.ASCII)
 
 
 def setting(default: Any, text: str, within: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -49,7 +54,9 @@ class TrainConfig:
         "records that go through the model together, gradients added up; none: the batch",
         "[1, inf)",
     )
-    max_length: int = setting(4096, "tokens of a record; longer ones are cut", "[1, inf)")
+    max_length: int | None = setting(
+        None, "tokens of a record, longer ones are cut; where none is given, 4096 or the model's positions", "[1, inf)"
+    )
     warmup_steps: int = setting(0, "steps over which the learning rate rises linearly", "[0, inf)")
     decay: float = setting(0.0, "share of the steps, at the end, over which it falls linearly to zero", "[0, 1]")
     eval_every: int = setting(100, "steps between losses on the evaluation data", "[1, inf)")
@@ -61,7 +68,7 @@ class TrainConfig:
     aux_loss: float = setting(
         0.0, "weight of the load-balancing loss, summed over layers; the router trains only where selected", "[0, inf)"
     )
-    lora_rank: int = setting(8, "rank of LoRA's matrices", "[1, inf)")
+    lora_rank: int = setting(8, "rank of LoRA's matrices", "[1, 65536]")
     lora_alpha: int = setting(16, "LoRA's scaling times its rank", "[1, inf)")
     dtype: str = setting(
         "auto",
@@ -76,15 +83,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for each in fields(self):
-            _check(each, getattr(self, each.name))
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise InputError(
-                f"micro_batch_size must be at most batch_size {self.batch_size}, got {self.micro_batch_size}"
-            )
-        if self.aux_loss and self.recompute == "layers":
-            raise InputError("aux_loss and recompute layers do not go together: the second pass routes again")
-        if self.aux_loss and self.method == "lora":
-            raise InputError("aux_loss goes with the methods esft and full, not with lora")
+            _check(each, getattr(self, each.name), each.name)
+        _check_together(vars(self), {})
 
     @property
     def learning_rate(self) -> float:
@@ -102,21 +102,18 @@ class TrainConfig:
 
         Raises InputError naming the file or the setting.
         """
-        values: dict[str, Any] = {}
-        if path is not None:
-            try:
-                values = yaml.safe_load(read_text(path)) or {}
-            except yaml.YAMLError as error:
-                raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-            if not isinstance(values, dict):
-                raise InputError(f"{path}: not a mapping of settings")
         known = {each.name: each for each in fields(cls)}
         settings: dict[str, Any] = {}
-        for source, given in ((path, values), ("settings", {n: v for n, v in overrides.items() if v is not None})):
-            for name, value in given.items():
-                if name not in known:
-                    raise InputError(f"{source}: no setting {name!r}; there are {', '.join(known)}")
-                settings[name] = _converted(known[name], value, source)
+        called: dict[str, str] = {}
+        for name, (value, line) in (read_settings(path) if path is not None else {}).items():
+            check_keys([name], known, lambda key, at=line: InputError(f"{path}: line {at}: no setting {key}"))
+            settings[name] = _converted(known[name], value, f"{path}: line {line}: {name}")
+        for name, value in overrides.items():
+            check_keys([name], known, lambda key: InputError(f"no setting {key}"))
+            if value is not None:
+                called[name] = f"--{name.replace('_', '-')}"
+                settings[name] = _converted(known[name], value, called[name])
+        _check_together({name: each.default for name, each in known.items()} | settings, called)
         return cls(**settings)
 
     def save(self, path: str | Path) -> None:
@@ -131,35 +128,54 @@ class TrainConfig:
                 raise InputError(f"cannot resume with {each.name} {mine}: the run was begun with {theirs}")
 
 
-def _check(each: Field, value: Any) -> None:
+def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> None:
+    """Raise InputError for two settings that contradict; ``called`` has other names that a user gave them."""
+    micro, batch, aux, recompute = (
+        called.get(name, name) for name in ("micro_batch_size", "batch_size", "aux_loss", "recompute")
+    )
+    if settings["micro_batch_size"] is not None and settings["micro_batch_size"] > settings["batch_size"]:
+        most = f"{batch} {settings['batch_size']}"
+        raise InputError(f"{micro} must be at most {most}, got {settings['micro_batch_size']}")
+    if settings["aux_loss"] and settings["recompute"] == "layers":
+        raise InputError(f"{aux} and {recompute} layers do not go together: the second pass routes again")
+    if settings["aux_loss"] and settings["method"] == "lora":
+        raise InputError(f"{aux} goes with the methods esft and full, not with lora")
+
+
+def _check(each: Field, value: Any, where: str) -> None:
     """Raise InputError where a value is not one of its setting's choices, or outside its interval."""
     choices, within = each.metadata["choices"], each.metadata["within"]
     if choices and value not in choices:
-        raise InputError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}")
+        raise InputError(f"{where} must be one of {', '.join(choices)}, got {shown(value)}")
     if within and value is not None:
         low, high = (2.0**63 if end == "2**63" else float(end) for end in within[1:-1].split(", "))
         above = value > low if within[0] == "(" else value >= low
         below = value < high if within[-1] == ")" else value <= high
         if not (above and below):
-            raise InputError(f"{each.name} must be in {within}, got {value}")
+            raise InputError(f"{where} must be in {within}, got {shown(value)}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{where} must be below 2**63, got {shown(value)}")
 
 
-def _converted(each: Field, value: Any, source: str | Path | None) -> Any:
-    """A value as the setting has it: YAML reads 1e-5 as text, and a command line everything."""
+def _converted(each: Field, value: Any, where: str) -> Any:
+    """A value as the setting has it, of a text that a file or a command line has for it. Raises InputError."""
     kind = str(each.type)
     try:
         if value is None and "None" in kind:
             return None
-        if "bool" in kind:
-            return {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, str) and "str" not in kind and not _NUMBER.fullmatch(value)):
             raise ValueError
         if "float" in kind:
-            return float(value)
-        if "int" in kind:
+            converted = float(value.replace(".inf", "inf") if isinstance(value, str) else value)
+        elif "int" in kind:
             if isinstance(value, float) and not value.is_integer():
                 raise ValueError
-            return int(value)
-        return str(value)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{source}: {each.name} must be {kind}, got {value!r}") from error
+            converted = int(value.removesuffix(".0") if isinstance(value, str) else value)
+        elif isinstance(value, str):
+            converted = value
+        else:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{where} must be {kind}, got {shown(value)}") from error
+    _check(each, converted, where)
+    return converted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from esft.errors import InputError
-from esft.files import read_text
+from esft.errors import InputError, first_line
+from esft.reading import parse_json, read_text
 
 logger = logging.getLogger("esft")
 
@@ -41,12 +40,7 @@ def read_records(path: str | Path) -> list[Messages]:
 
 
 def _parse(line: str, where: str) -> Messages:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON that can be read ({error})") from error
+    record = parse_json(line, where, lines=False)
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise InputError(f'{where}: no "messages" list')
@@ -83,15 +77,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: i
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             # Tokens up to the assistant's header belong to the prompt.
-            head = _render(tokenizer, messages[:i], add_generation_prompt=True)
+            head = render(tokenizer, messages[:i], add_generation_prompt=True)
             _extend(ids, labels, head, learn=False)
-        _extend(ids, labels, _render(tokenizer, messages[: i + 1]), learn=message["role"] == "assistant")
+        _extend(ids, labels, render(tokenizer, messages[: i + 1]), learn=message["role"] == "assistant")
     return Example(ids[:max_length], labels[:max_length])
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
-    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+    """Raises InputError for whatever a template or a tokenizer, both read from files, makes of it."""
+    try:
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    except Exception as error:
+        raise InputError(f"the chat template cannot render it ({first_line(error)})") from error
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of a conversation up to where the answer begins. Raises InputError where there are none."""
+    if not (ids := render(tokenizer, messages, add_generation_prompt=True)):
+        raise InputError("the chat template renders nothing of it")
+    return ids
 
 
 def _extend(ids: list[int], labels: list[int], longer: list[int], learn: bool) -> None:
@@ -103,21 +108,38 @@ def _extend(ids: list[int], labels: list[int], longer: list[int], learn: bool) -
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Messages], max_length: int, source: str | Path
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Messages],
+    max_length: int,
+    source: str | Path,
+    vocabulary: int | None = None,
+    progress: bool = False,
 ) -> list[Example]:
     """Encode records; those whose answer lies beyond ``max_length`` are left out, with a warning.
 
-    Raises InputError when none is left, and naming the record that the chat template cannot render.
+    Args:
+        source: the records' file, for messages.
+        vocabulary: how many tokens the model has; None where that is not known.
+        progress: show a bar, in records, on a terminal.
+
+    Raises InputError when none is left, and naming the record that the chat template cannot render, or that has a token
+    which the model does not have.
     """
     examples, cut = [], 0
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(tqdm(records, "encode", disable=None if progress else True, unit="record"), 1):
         try:
             example = encode(tokenizer, record, max_length)
-        except (InputError, TemplateError) as error:
+        except InputError as error:
             raise InputError(f"{source}: record {number}: {error}") from error
+        if vocabulary is not None and example.ids and (largest := max(example.ids)) >= vocabulary:
+            raise InputError(
+                f"{source}: record {number}: the tokenizer gives token {largest}; the model has {vocabulary} tokens"
+            )
         cut += len(example.ids) == max_length
-        if any(label != IGNORE for label in example.labels):
+        if any(label != IGNORE for label in example.labels[1:]):  # nothing comes before the first
             examples.append(example)
+    if not examples and not cut:
+        raise InputError(f"{source}: the chat template renders no assistant turn of any record")
     if not examples:
         raise InputError(f"{source}: no record has its answer within {max_length} tokens")
     if cut:

@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from esft.adapters.folder import MANIFEST, check_base, open_manifest
-from esft.adapters.load import load_adapter
-from esft.checkpoint.digest import model_base
-from esft.errors import InputError, first_line
+from esft.checkpoint.source import Reach
+from esft.errors import InputError
 from esft.experts.model_state import once_per_model
-from esft.training.data import IGNORE, Example, Messages, collate
+from esft.training.data import IGNORE, Example, Messages, collate, encode_prompt
 from esft.training.loss import linear_cross_entropy
-
-
-def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
-    """The stock model with an ESFT adapter or a PEFT adapter folder loaded.
-
-    A PEFT adapter that ``esft train`` wrote is held to its base like an ESFT one. Raises InputError for anything else.
-    """
-    folder = Path(adapter)
-    if not (folder / "adapter_config.json").is_file():
-        return load_adapter(model, adapter)
-    if (folder / MANIFEST).is_file():
-        check_base(open_manifest(folder), partial(model_base, model), adapter)
-    try:
-        from peft import PeftModel
-    except ModuleNotFoundError as error:
-        raise InputError(f"{adapter}: a PEFT adapter needs the peft package: pip install 'esft[lora]'") from error
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"{adapter}: cannot load this PEFT adapter ({first_line(error)})") from error
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -135,13 +111,14 @@ def answer(
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[str]:
-    """Greedy answers to conversations that end with a user turn, in the given order."""
+    """Greedy answers to conversations that end with a user turn, in the given order.
+
+    None goes beyond the model's positions. Raises InputError, before any work, for a prompt that the model has no
+    positions or tokens for.
+    """
     model.eval()
-    encoded = []
-    for messages in prompts:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
-        encoded.append(Example(ids, ids))
+    reach = Reach.of(_causal_lm(model).config)
+    encoded = encode_prompts(tokenizer, prompts, reach)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     answers = [""] * len(encoded)
     pad: Any = tokenizer.pad_token_id
@@ -149,10 +126,11 @@ def answer(
         part = order[start : start + batch_size]
         batch = collate([encoded[i] for i in part], pad, left=True)
         prompt_length = batch["input_ids"].shape[1]
+        left = (reach.positions or math.inf) - max(len(encoded[i].ids) for i in part)
         out = model.generate(
             input_ids=batch["input_ids"].to(_causal_lm(model).device),
             attention_mask=batch["attention_mask"].to(_causal_lm(model).device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=int(min(max_new_tokens, left)),
             do_sample=False,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
@@ -160,6 +138,33 @@ def answer(
         for i, row in zip(part, out, strict=True):
             answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
     return answers
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], reach: Reach, longest: int | None = None
+) -> list[Example]:
+    """Conversations up to where the answer begins, as examples.
+
+    Args:
+        reach: of the model.
+        longest: tokens that a prompt may have, where that is less than the model's positions.
+
+    Raises InputError naming the prompt that is longer, that the model lacks a token for, or that cannot be rendered.
+    """
+    encoded = []
+    for number, messages in enumerate(prompts, 1):
+        try:
+            ids = encode_prompt(tokenizer, messages)
+        except InputError as error:
+            raise InputError(f"prompt {number}: {error}") from error
+        if longest is not None and len(ids) > longest:
+            raise InputError(f"prompt {number}: has {len(ids)} tokens, more than --max-length {longest}")
+        if reach.positions is not None and len(ids) >= reach.positions:
+            raise InputError(f"prompt {number}: has {len(ids)} tokens, and the model {reach.positions} positions")
+        if reach.vocabulary is not None and max(ids) >= reach.vocabulary:
+            raise InputError(f"prompt {number}: has token {max(ids)}; the model has {reach.vocabulary} tokens")
+        encoded.append(Example(ids, ids))
+    return encoded
 
 
 def matches(given: str, expected: str) -> bool:

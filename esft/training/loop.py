@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from esft.checkpoint.device import peak_memory, peak_rss
 from esft.checkpoint.digest import model_base
 from esft.checkpoint.load import load_model, load_tokenizer
+from esft.checkpoint.source import Reach, open_config
 from esft.errors import DivergenceError, InputError, Interrupted
 from esft.outputs import check_apart
 from esft.selection import ExpertSelection
@@ -62,6 +63,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> TrainResult:
     """Fine-tune a checkpoint on chat records and leave everything in a run folder.
 
@@ -79,6 +81,8 @@ def train(
         resume: go on from the last checkpoint in ``out``, with the same base, data, selection and settings; only
             ``steps`` may differ, and not be fewer than are done.
         overwrite: replace a run that ``out`` holds, when this one is whole; until then it is in ``out/overwriting``.
+        progress: show bars.
+        trust_remote_code: whether Python files of the checkpoint may be run; no setting, so that no file can say it.
 
     Raises InputError, before anything is written, for bad input of any kind, and where another process trains in
     ``out``; DivergenceError for a loss or a gradient that is no number; DiskError for a full disk; Interrupted (a
@@ -90,11 +94,17 @@ def train(
             config, selection = folder.begun_with(config, selection)
         config = config or TrainConfig()
         _check_selection(config, selection)
-        tokenizer = load_tokenizer(model_path)
-        examples = encode_all(tokenizer, read_records(data), config.max_length, data)
-        held_out = encode_all(tokenizer, read_records(eval_data), config.max_length, eval_data) if eval_data else []
+        reach = Reach.of(open_config(model_path, trust_remote_code))
+        length = reach.length(config.max_length)
+        tokenizer = load_tokenizer(model_path, trust_remote_code)
+
+        def encoded(path: str | Path) -> list[Example]:
+            return encode_all(tokenizer, read_records(path), length, path, reach.vocabulary, progress)
+
+        examples = encoded(data)
+        held_out = encoded(eval_data) if eval_data else []
         torch.manual_seed(config.seed)
-        model = load_model(model_path, config.dtype)
+        model = load_model(model_path, config.dtype, trust_remote_code)
         base = model_base(model)
         digests = {"model": base.digest, "data": file_digest(Path(data))}
         if resume:

@@ -18,7 +18,8 @@ from esft.errors import InputError
 from esft.experts.model_state import Base
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import read_layout
-from esft.files import read_json, write_json
+from esft.files import write_json
+from esft.reading import read_json
 from esft.selection import ExpertSelection
 from esft.swapping.swap import swap, unswap
 from esft.training.config import TrainConfig
@@ -62,8 +63,10 @@ class Full:
 
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
-        everything = {layer.index: list(range(layer.num_experts)) for layer in moe_layers(model)}
-        return _swap(model, config, ExpertSelection(everything, shared_experts=True, non_expert_modules=True))
+        layers = moe_layers(model)
+        everything = {layer.index: list(range(layer.num_experts)) for layer in layers}
+        shared = any(layer.shared_experts for layer in layers)
+        return _swap(model, config, ExpertSelection(everything, shared, non_expert_modules=True))
 
     @staticmethod
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from esft.reading import shown
 from esft.training.run_folder import RunFolder
+
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -22,7 +24,10 @@ def _cell(value: Any) -> str:
 
 
 def report(run: str | Path, rows: int = 12) -> str:
-    """A run in a few lines: its losses over time, and its summary once it has ended."""
+    """A run in a few lines: its losses over time, and its summary once it has ended.
+
+    Raises InputError for a folder that is none of a run, and naming the line that holds no figures of a step.
+    """
     folder = RunFolder(run)
     metrics = folder.metrics()
     train = [m for m in metrics if "loss" in m]
@@ -45,5 +50,7 @@ def report(run: str | Path, rows: int = 12) -> str:
         )
     text = table(lines)
     if (summary := folder.summary()) is not None:
-        text += "\n\n" + "\n".join(f"{name}: {value}" for name, value in summary.items())
+        text += "\n\n" + "\n".join(
+            f"{name}: {value if isinstance(value, str) else shown(value)}" for name, value in summary.items()
+        )
     return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,15 +13,17 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from esft.errors import DiskError, InputError
-from esft.files import TEMPORARY, read_json, read_text, write_json, write_text
+from esft.files import TEMPORARY, write_json, write_text
 from esft.locks import locked
 from esft.outputs import check_new_folder, entries, new_folder, recover
+from esft.reading import parse_json, read_json, read_text, shown
 from esft.selection import ExpertSelection
 from esft.training.checkpoints import Checkpoints, digest_of
 from esft.training.config import TrainConfig
 
 MARKER = "esft_run.json"
 FORMAT_VERSION = 1
+LARGEST = 1e300  # of a figure in the metrics, so that sums of some stay numbers
 CONFIG = "config.yaml"
 SELECTION = "experts.json"
 ORIGIN = "origin.json"
@@ -222,16 +223,16 @@ class RunFolder:
         for number, line in enumerate(text.splitlines(), 1):
             where = f"{path}: line {number}"
             try:
-                values = json.loads(line)
-            except ValueError as error:
+                values = parse_json(line, where, lines=False)
+            except InputError:
                 if torn and not text.endswith("\n") and number == len(text.splitlines()):
                     break
-                raise InputError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from error
+                raise
             if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 1:
                 raise InputError(f"{where}: names no step")
             for name, value in values.items():
-                if type(value) not in (int, float) or not math.isfinite(value):
-                    raise InputError(f"{where}: {name} is no number")
+                if type(value) not in (int, float) or not abs(value) <= LARGEST:
+                    raise InputError(f"{where}: {name} is {shown(value)}, no number")
             if "loss" in values and not {"lr", "tokens_per_second"} <= values.keys():
                 raise InputError(f"{where}: a loss without lr and tokens_per_second")
             lines.append(values)

@@ -1,7 +1,7 @@
 import pytest
 
 import esft
-from esft.errors import first_line
+from esft.errors import first_line, reading, what_was_read
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,19 @@ def test_every_error_is_the_packages_and_a_standard_one_with_its_message(kind: t
 )
 def test_an_error_is_said_by_its_first_line_or_its_kind(error: Exception, line: str):
     assert first_line(error) == line
+
+
+def test_an_error_of_another_library_says_what_was_being_read_the_innermost_first():
+    with pytest.raises(ZeroDivisionError) as failed, reading("a model"), reading("its config"):
+        raise ZeroDivisionError
+    assert what_was_read(failed.value) == "its config"
+    assert failed.value.__notes__ == ["while reading its config", "while reading a model"]
+    assert what_was_read(ValueError()) is None
+
+
+def test_an_error_of_ours_names_what_it_is_about_itself():
+    with pytest.raises(esft.InputError) as failed, reading("a model"):
+        raise esft.InputError("no")
+    assert what_was_read(failed.value) is None
+    with reading("nothing wrong"):
+        pass

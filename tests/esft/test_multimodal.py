@@ -15,7 +15,7 @@ from esft.checkpoint.folder import Checkpoint
 from esft.selection import ExpertSelection
 from tests.esft.experts import test_moe_layers as families
 
-SELECTION = ExpertSelection({0: [3], 1: [5, 0]}, shared_experts=True, non_expert_modules=True)
+SELECTION = ExpertSelection({0: [3], 1: [5, 0]}, non_expert_modules=True)
 _VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 
 

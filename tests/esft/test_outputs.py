@@ -8,8 +8,9 @@ from safetensors import SafetensorError
 
 import esft
 from esft.errors import InputError
-from esft.files import read_json, write_json
+from esft.files import write_json
 from esft.outputs import check_apart, check_new_file, check_new_folder, entries, new_folder, recover
+from esft.reading import read_json
 
 
 def ours(*names: str):

@@ -9,6 +9,7 @@ import esft
 from esft.adapters.folder import (
     adapter_weights,
     check_base,
+    check_finite,
     check_model,
     difference,
     open_adapter,
@@ -129,11 +130,40 @@ def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
         open_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"format_version": 3}', '{"format_version": null}'])
-def test_a_manifest_of_another_format_is_refused(tmp_path, content: str):
+@pytest.mark.parametrize(
+    ("content", "version"),
+    [("[1]", None), ("{}", None), ('{"format_version": 3}', 3), ('{"format_version": true}', True),
+     ('{"format_version": 1.0}', 1.0)],
+)  # fmt: skip
+def test_a_manifest_of_another_format_is_refused(tmp_path, content: str, version: object):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(esft.InputError, match=r"/manifest\.json: format_version must be one of 1, 2$"):
+    with pytest.raises(esft.InputError, match=rf"/manifest\.json: format_version must be 1 or 2, got {version}$"):
         open_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, r"names no base \(no base_digest\)"),
+        ({"base_digest": 7}, "base_digest is 7"),
+        ({"base_digest": "a", "base_dtype": []}, r"base_dtype is \[\]"),
+        ({"base_digest": "a", "base_model": None}, "base_model is None"),
+        ({"base_digest": "a", "chosen_by": "me"}, "chosen_by is 'me'"),
+    ],
+)
+def test_a_manifest_says_what_it_says_in_its_own_kinds(tmp_path, more: dict, message: str):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 1} | more))
+    with pytest.raises(esft.InputError, match=rf"/manifest\.json: {message}$"):
+        open_manifest(tmp_path)
+
+
+def test_a_tensor_without_numbers_is_named():
+    check_finite(torch.tensor([1.0, 65504.0], dtype=torch.float16), "t")
+    check_finite(torch.tensor([1, 2]), "t")
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            with pytest.raises(esft.InputError, match="^t holds values that are infinite or no numbers$"):
+                check_finite(torch.tensor([1.0, value], dtype=dtype), "t")
 
 
 def test_a_selection_is_read_with_its_switches_and_held_to_the_model(tmp_path):
@@ -231,7 +261,7 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_written(tmp_path):
     [
         ({"0": [1]}, r"names layer 0; the model's MoE layers are \[1, 2\]"),
         ({"2": [8]}, r"names experts \[8\] of layer 2, which has 8"),
-        ({"2": [-1]}, r"names experts \[-1\] of layer 2"),
+        ({"2": [-1]}, "layer 2 names an expert -1"),
         ({"2": [1, 1]}, "layer 2 names an expert twice"),
     ],
 )

@@ -10,9 +10,8 @@ from transformers.core_model_loading import revert_weight_conversion
 import esft
 from esft.experts.moe_layers import moe_layers
 from esft.files import safetensors_header
-from esft.selection import ExpertSelection
 from tests.esft import zoo
-from tests.esft.experts.test_moe_layers import FAMILIES, close, output, selection, swapped, tune
+from tests.esft.experts.test_moe_layers import FAMILIES, close, output, selection, swapped, tune, with_all_else
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,7 +37,7 @@ def test_shared_experts_and_non_expert_modules_merge_to_the_tuned_models_weights
     cls = zoo.model_class(family)
     zoo.tiny(family).save_pretrained(tmp_path / "base")
     model = cls.from_pretrained(tmp_path / "base")
-    chosen = ExpertSelection(selection(model).experts, shared_experts=True, non_expert_modules=True)
+    chosen = with_all_else(model)
     swapped(model, chosen)
     tune(model)
     esft.save_adapter(model, tmp_path / "a")
@@ -94,7 +93,7 @@ def test_a_base_that_holds_tensors_as_the_model_does_has_the_same_digest_adapter
     adapters, merged = {}, {}
     for form in ("original", "own"):
         model = cls.from_pretrained(tmp_path / form)
-        chosen = ExpertSelection(selection(model).experts, shared_experts=True, non_expert_modules=True)
+        chosen = with_all_else(model)
         swapped(model, chosen)
         tune(model)
         adapters[form] = load_file(esft.save_adapter(model, tmp_path / f"a-{form}") / "adapter.safetensors")

@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from esft.cli import arguments as module
-from esft.cli.arguments import Parser, count, resuming
+from esft.cli.arguments import Parser, count, picture, resuming, share
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("17", 17), ("100000", 100_000)])
@@ -63,3 +63,23 @@ def test_the_command_that_goes_on_is_the_one_that_was_given_and_resumes(monkeypa
     monkeypatch.setattr(module.sys, "argv", ["/lib/esft/__main__.py"])
     assert resuming(given.split()) == f"{module.sys.executable} -m esft {expected}"
     assert resuming(["train", "--out", "a run"]).endswith(" train --out 'a run' --resume")
+
+
+def test_a_share_is_above_zero_and_at_most_one():
+    assert [share(text) for text in ("1", "0.2", "1e-9")] == [1.0, 0.2, 1e-9]
+    for text in ("0", "-0.1", "1.01", "nan", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match=rf"^must be in \(0, 1\], got {text}$"):
+            share(text)
+
+
+def test_a_picture_has_a_format_that_can_be_drawn():
+    assert [picture(name) for name in ("a.png", "b.PDF", "c/d.svg")] == ["a.png", "b.PDF", "c/d.svg"]
+    for name in ("a.xyz", "png", "a.png/", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"^must end in \.png, \.pdf or \.svg, got "):
+            picture(name)
+
+
+def test_a_count_that_no_machine_word_holds_is_refused_in_short():
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^must be at least 1 and below 2\*\*63, got 9{40}$"):
+        count("9" * 400)
+    assert count(str(2**63 - 1)) == 2**63 - 1

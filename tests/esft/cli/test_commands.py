@@ -2,10 +2,12 @@
 
 import importlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 import esft
 from esft.cli.parser import main
@@ -14,7 +16,33 @@ from esft.training.config import TrainConfig
 from esft.training.data import read_records
 from tests.esft.models import save_tiny, tiny_tokenizer, write_records
 
-commands = importlib.import_module("esft.cli.commands")
+# Where the stages import what they cover.
+HOMES = {
+    "load_model": "esft.checkpoint.load",
+    "load_skeleton": "esft.checkpoint.load",
+    "load_tokenizer": "esft.checkpoint.load",
+    "open_config": "esft.checkpoint.source",
+    "moe_layers": "esft.experts.moe_layers",
+    "swap": "esft.swapping.swap",
+    "score_experts": "esft.scoring.score",
+    "plot_scores": "esft.scoring.plot",
+    "windows": "esft.training.data",
+    "train": "esft.training.loop",
+    "mean_loss": "esft.training.evaluate",
+    "exact_match": "esft.training.evaluate",
+    "answer": "esft.training.evaluate",
+    "load_any_adapter": "esft.adapters.load_any",
+    "merge": "esft.adapters.merge",
+    "report": "esft.training.report",
+}
+
+
+for home in HOMES.values():  # a module that is first imported later would keep what a test has put in another
+    importlib.import_module(home)
+
+
+def put(monkeypatch, name: str, value) -> None:
+    monkeypatch.setattr(importlib.import_module(HOMES[name]), name, value)
 
 
 @pytest.fixture
@@ -34,10 +62,11 @@ def calls(monkeypatch):
             kept.of.setdefault(name, []).append((args, named))
             return kept.answers.get(name, answer)
 
-        monkeypatch.setattr(commands, name, called)
+        put(monkeypatch, name, called)
 
     kept.watch = watch
     watch("load_model", "a model")
+    watch("open_config", PreTrainedConfig(max_position_embeddings=256, vocab_size=300))
     watch("load_skeleton", "a skeleton")
     watch("load_tokenizer", tiny_tokenizer())
     watch("swap", None)
@@ -56,13 +85,19 @@ def test_score_swaps_the_model_and_scores_windows_of_the_data(work, calls, capsy
         "score --model m --data d.jsonl --out s.json --max-length 30 --batch-size 2 --max-tokens 77 --dtype float32 "
         "--backend reference"
     )
-    assert calls.of["load_model"] == [(("m", "float32"), {})] and calls.of["load_tokenizer"] == [(("m",), {})]
+    assert calls.of["load_model"] == [(("m", "float32", False), {})]
+    assert calls.of["load_tokenizer"] == calls.of["open_config"] == [(("m", False), {})]
     assert calls.of["swap"] == [(("a model", ExpertSelection({}), "reference"), {})]
     (((examples, length, batch_size), _),) = calls.of["windows"]
     assert (len(examples), length, batch_size) == (6, 30, 2)
     assert calls.of["score_experts"] == [(("a model", "batches", 77), {"progress": True})]
     assert esft.ExpertScores.load("s.json") == scores
     assert capsys.readouterr().out == "scores of 2 layers in s.json\n"
+
+
+def adapter(work) -> None:
+    (work / "a").mkdir()
+    ExpertSelection({1: [0]}).save(work / "a" / "expert_cfg.json")
 
 
 @pytest.fixture
@@ -107,12 +142,15 @@ def test_select_draws_what_it_chose_by_and_keeps_a_picture_that_is_there(scored,
 
 
 def test_select_holds_the_scores_to_the_model(scored, calls, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "moe_layers", lambda model: [SimpleNamespace(index=1, num_experts=2)])
+    put(monkeypatch, "moe_layers", lambda model: [SimpleNamespace(index=1, num_experts=2)])
     assert main("select --scores s.json --out e.json --model m".split()) == 2
     assert "another model" in capsys.readouterr().err
-    two = [SimpleNamespace(index=index, num_experts=2) for index in (1, 2)]
-    monkeypatch.setattr(commands, "moe_layers", lambda model: two)
-    stage("select --scores s.json --out e.json --model m")
+    two = [SimpleNamespace(index=index, num_experts=2, shared_experts=[]) for index in (1, 2)]
+    put(monkeypatch, "moe_layers", lambda model: two)
+    assert main("select --scores s.json --out e.json --model m --shared-experts".split()) == 2
+    assert "selection names shared experts; the model has none" in capsys.readouterr().err
+    stage("select --scores s.json --out e.json --model m --trust-remote-code")
+    assert calls.of["load_skeleton"][-1] == (("m", True), {})
 
 
 RESULT = SimpleNamespace(train_loss=1.23456, trained_parameters=12345, stored_bytes=67890, seconds=5.6)
@@ -123,7 +161,7 @@ def test_train_hands_over_everything_that_it_is_told(work, calls, capsys):
     ExpertSelection({1: [0]}).save(work / "e.json")
     (work / "c.yaml").write_text("lr: 0.5\nclip: 3.0\n")
     stage(
-        "train --model m --data d.jsonl --out run --config c.yaml --experts e.json --eval-data v.jsonl --overwrite "
+        "train --model m --data d.jsonl --out run --config c.yaml --experts e.json --eval-data d.jsonl --overwrite "
         "--method esft --lr 0.25 --steps 3 --batch-size 4 --micro-batch-size 2 --max-length 9 --seed 5 --dtype float32 "
         "--backend reference --recompute frozen --warmup-steps 6 --decay 0.5 --quiet"
     )
@@ -131,21 +169,21 @@ def test_train_hands_over_everything_that_it_is_told(work, calls, capsys):
         method="esft", lr=0.25, steps=3, batch_size=4, micro_batch_size=2, max_length=9, seed=5, dtype="float32",
         backend="reference", recompute="frozen", warmup_steps=6, decay=0.5, clip=3.0,
     )  # fmt: skip
-    expected = ("m", "d.jsonl", "run", config, ExpertSelection({1: [0]}), "v.jsonl", False, True)
-    assert calls.of["train"] == [(expected, {"progress": False})]
+    expected = ("m", "d.jsonl", "run", config, ExpertSelection({1: [0]}), "d.jsonl", False, True)
+    assert calls.of["train"] == [(expected, {"progress": False, "trust_remote_code": False})]
     assert capsys.readouterr().out == ("loss 1.235, 12,345 parameters trained, 67,890 bytes stored, 6 s, run in run\n")
 
 
 def test_train_leaves_to_the_settings_what_it_is_not_told(work, calls):
     calls.watch("train", RESULT)
-    stage("train --model m --data d.jsonl --out run --method full")
+    stage("train --model m --data d.jsonl --out run --method full --trust-remote-code")
     expected = ("m", "d.jsonl", "run", TrainConfig(method="full"), None, None, False, False)
-    assert calls.of["train"] == [(expected, {"progress": True})]
+    assert calls.of["train"] == [(expected, {"progress": True, "trust_remote_code": True})]
 
 
 @pytest.mark.parametrize(
     ("more", "lr"),
-    [("--resume", 0.5), ("--resume --config c.yaml", 0.125), ("", None), ("--resume --lr 0.75", 0.75)],
+    [("--resume", 0.5), ("--resume --config c.yaml", 0.125), ("--method full", None), ("--resume --lr 0.75", 0.75)],
 )
 def test_a_run_that_resumes_has_the_settings_that_it_was_begun_with(work, calls, more: str, lr: float | None):
     calls.watch("train", RESULT)
@@ -182,7 +220,7 @@ def test_eval_measures_the_first_records_and_writes_the_answers(work, measured, 
     assert (model, len(examples), pad, batch_size) == ("a model", 4, 258, 3)
     (((model, _, records, batch_size, progress), _),) = measured.of["exact_match"]
     assert (model, records, batch_size, progress) == ("a model", read_records("d.jsonl")[:4], 3, True)
-    assert measured.of["load_model"] == [(("m", "float32"), {})]
+    assert measured.of["load_model"] == [(("m", "float32", False), {})]
     assert measured.of["swap"] == [(("a model", ExpertSelection({}), "reference"), {})]
 
 
@@ -204,11 +242,12 @@ def test_eval_cuts_records_as_it_is_told(work, measured, capsys):
 
 @pytest.mark.parametrize("by_peft", [False, True])
 def test_an_adapter_is_loaded_and_only_esfts_own_is_put_on_the_fast_experts(work, calls, by_peft: bool, capsys):
+    adapter(work)
     adapted = SimpleNamespace(peft_config={}) if by_peft else SimpleNamespace()
     calls.watch("load_any_adapter", adapted)
     calls.watch("answer", ["one", "two"])
     stage("generate --model m --adapter a --prompt x --prompt y --max-new-tokens 7")
-    assert calls.of["load_any_adapter"] == [(("a model", "a"), {})]
+    assert calls.of["load_any_adapter"] == [(("a model", Path("a")), {})]
     assert calls.of.get("swap", []) == ([] if by_peft else [((adapted, ExpertSelection({}), "auto"), {})])
     (((model, _, prompts, longest), _),) = calls.of["answer"]
     assert model is adapted and longest == 7
@@ -217,12 +256,14 @@ def test_an_adapter_is_loaded_and_only_esfts_own_is_put_on_the_fast_experts(work
 
 
 def test_merge_and_report_hand_over_and_print(work, calls, capsys):
+    adapter(work)
     calls.watch("merge", "there")
     calls.watch("report", "a table")
     stage("merge --model m --adapter a --out o")
     stage("merge --model m --adapter a --out o --overwrite")
     stage("report run")
-    assert calls.of["merge"] == [(("m", "a", "o", False), {}), (("m", "a", "o", True), {})]
+    folder = Path("a")
+    assert calls.of["merge"] == [(("m", folder, "o", False, False), {}), (("m", folder, "o", True, False), {})]
     assert calls.of["report"] == [(("run",), {})]
     assert capsys.readouterr().out.splitlines() == ["merged checkpoint in there"] * 2 + ["a table"]
 
@@ -234,6 +275,60 @@ def test_score_keeps_a_file_that_is_there_and_replaces_it_where_it_is_told(work,
     assert "s.json: exists already" in capsys.readouterr().err and "load_model" not in calls.of
     stage("score --model m --data d.jsonl --out s.json --overwrite")
     assert esft.ExpertScores.load("s.json").token_scores == {1: {0: 1.0}}
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_no_json(work, calls, capsys):
+    calls.watch("mean_loss", float("nan"))
+    assert main("eval --model m --data d.jsonl --loss-only --out o.json".split()) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "esft: m: its loss on d.jsonl is nan: the weights hold what is no number\n"
+    assert printed.out == "" and not (work / "o.json").exists()
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_model_is_loaded(work, calls, capsys):
+    for options, message in (
+        ("--max-length 4", "prompt 1: has 11 tokens, more than --max-length 4"),
+        ("--max-length 257", "--max-length 257 is beyond the model's 256 positions"),
+        ("--prompt " + "x" * 1000, "prompt 2: has 1004 tokens, more than --max-length 256"),
+    ):
+        assert main(f"generate --model m --prompt hello-y {options}".split()) == 2
+        assert capsys.readouterr().err == f"esft: {message}\n"
+    assert "load_model" not in calls.of
+
+
+def test_a_model_is_trusted_only_where_that_is_said(work, calls):
+    calls.watch("answer", ["one"])
+    for flag, trusted in (("", False), ("--trust-remote-code", True)):
+        stage(f"generate --model m --prompt x {flag}")
+        assert calls.of["load_model"][-1] == (("m", "auto", trusted), {})
+        assert calls.of["load_tokenizer"][-1] == calls.of["open_config"][-1] == (("m", trusted), {})
+
+
+def test_esft_without_a_selection_says_which_flag_is_missing(work, calls, capsys):
+    calls.watch("train", RESULT)
+    assert main("train --model m --data d.jsonl --out run".split()) == 2
+    assert capsys.readouterr().err == "esft: --method esft needs an expert selection: --experts\n"
+    assert "train" not in calls.of
+
+
+def test_an_adapter_that_is_not_there_is_told_before_a_model_is_loaded(work, calls, capsys):
+    for text in ("eval --model m --data d.jsonl", "generate --model m --prompt x", "merge --model m --out o"):
+        assert main([*text.split(), "--adapter", "absent"]) == 2
+        assert capsys.readouterr().err == "esft: absent: not an adapter folder (no expert_cfg.json)\n"
+    assert not calls.of
+
+
+@pytest.mark.parametrize("stage_of", ["score --out o", "train --method full --out o", "eval"])
+def test_data_that_is_not_there_is_told_before_a_model_is_loaded(work, calls, capsys, stage_of: str):
+    assert main(f"{stage_of} --model m --data absent.jsonl".split()) == 2
+    assert capsys.readouterr().err == "esft: absent.jsonl: No such file or directory\n"
+    assert not calls.of
+
+
+def test_what_is_printed_holds_no_control_characters(work, calls, capsys):
+    calls.watch("answer", ["a\x1b[2Jb\nc\u202ed"])
+    stage("generate --model m --prompt x")
+    assert capsys.readouterr().out == "x\n    a\\x1b[2Jb\nc\\u202ed\n"
 
 
 def test_scores_of_a_real_model_add_up(work):

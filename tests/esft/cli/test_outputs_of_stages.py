@@ -20,11 +20,14 @@ FOREIGN = [
     ("score --model base --data g.jsonl --out e.json --overwrite", "e.json: holds something else"),
     ("select --scores s.json --out s.json --overwrite", "would replace s.json, which is read"),
     ("select --scores s.json --out x.png --plot x.png", "would replace x.png, which is read"),
-    ("select --scores s.json --out e.json --plot ./e.json --overwrite", "would replace ./e.json, which is read"),
+    (
+        "select --scores s.json --out photo.png --plot ./photo.png --overwrite",
+        "would replace ./photo.png, which is read",
+    ),
     ("select --scores s.json --out d.jsonl --overwrite", "d.jsonl: holds something else"),
     ("select --scores s.json --out base/config.json --overwrite", "base/config.json: holds something else"),
     ("select --scores s.json --out new.json --plot photo.png --overwrite", "photo.png: holds something else"),
-    ("select --scores s.json --out new.json --plot s.json --overwrite", "would replace s.json, which is read"),
+    ("select --scores s.json --out new.json --plot s.json --overwrite", "must end in .png, .pdf or .svg, got 's.json'"),
     ("eval --model base --data g.jsonl --out g.jsonl --overwrite", "would replace g.jsonl, which is read"),
     ("eval --model base --data g.jsonl --out s.json --overwrite", "s.json: holds something else"),
     ("eval --model base --adapter adapter --data g.jsonl --out adapter/x.json", "lies in adapter, which is read"),
@@ -74,7 +77,10 @@ def test_a_users_file_is_never_the_price_of_an_output(precious, capsys, text: st
         return {path: path.read_bytes() if path.is_file() else None for path in precious.rglob("*")}
 
     before = found()
-    assert main(text.split()) == 2
+    try:
+        assert main(text.split()) == 2
+    except SystemExit as ended:  # of an argument that is wrong by itself
+        assert ended.code == 2
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
     assert found() == before

@@ -17,11 +17,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import esft
+from esft.adapters.load_any import load_any_adapter
 from esft.checkpoint.load import load_model
 from esft.cli import parser as command
 from esft.cli.parser import main
 from esft.errors import Interrupted
-from esft.training.evaluate import load_any_adapter
 from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
 
 
@@ -72,23 +72,22 @@ def test_the_whole_path(work, capsys):
         ("score --model base --data broken.jsonl --out s.json", "broken.jsonl: line 2: not JSON"),
         ("score --model base --data question.jsonl --out s.json", "question.jsonl: line 1: no assistant turn"),
         ("score --model dense --data d.jsonl --out s.json", "no MoE layers"),
-        ("select --scores nan.json --out e.json", "expert 0 has score nan"),
+        ("select --scores nan.json --out e.json", "nan.json: NaN is no JSON number"),
         ("select --scores none.json --out e.json", "no token scores"),
-        ("select --scores strange.json --model base --out e.json", "no expert 8"),
+        ("select --scores strange.json --model base --out e.json", "no score of expert 0, but of expert 9"),
         ("select --scores other.json --out e.json --plot no/such/x.png", "no/such"),
         ("train --model base --data d.jsonl --experts nothing.json --out run", "selection is empty"),
         ("train --model base --data d.jsonl --out . --method full --overwrite", "would replace"),
         ("train --model base --data d.jsonl --out d.jsonl/run --method full", "is not a folder"),
         ("merge --model other_base --adapter adapter --out m", "made from another base"),
-        ("score --model absent --data d.jsonl --out s.json", "absent: cannot load"),
+        ("score --model absent --data d.jsonl --out s.json", "absent: no such folder"),
         ("score --model base --data empty.jsonl --out s.json", "empty.jsonl: holds no records"),
         ("select --scores d.jsonl --out e.json", "d.jsonl: line 2: not JSON"),
         ("select --scores other.json --model base --out e.json", "score file is of another model"),
-        ("select --scores other.json --top-p 1.5 --out e.json", "top_p must be in (0, 1], got 1.5"),
-        ("train --model base --data d.jsonl --out run", "method esft needs expert selection"),
+        ("train --model base --data d.jsonl --out run", "--method esft needs an expert selection: --experts"),
         ("train --model base --data d.jsonl --experts wrong.json --out run", "selection names layer 7"),
         ("train --model base --data d.jsonl --out base --method full", "would replace base"),
-        ("train --model base --data d.jsonl --out run --method full --steps 0", "steps must be in [1, inf), got 0"),
+        ("train --model base --data d.jsonl --out run --method full --steps 0", "--steps must be in [1, inf), got 0"),
         ("merge --model base --adapter base --out m", "base: not an adapter folder"),
         ("eval --model base --adapter absent --data d.jsonl", "absent: not an adapter folder"),
         ("report base", "base: not a run folder"),
@@ -131,7 +130,10 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(work, capsys, stage: str
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("select --scores s.json --out e.json --top-p x", "invalid float value: 'x'"),
+        ("select --scores s.json --out e.json --top-p x", "--top-p: invalid number value: 'x'"),
+        ("select --scores s.json --out e.json --top-p 1.5", "--top-p: must be in (0, 1], got 1.5"),
+        ("select --scores s.json --out e.json --top-p nan", "--top-p: must be in (0, 1], got nan"),
+        ("select --scores s.json --out e.json --plot x.xyz", "--plot: must end in .png, .pdf or .svg, got 'x.xyz'"),
         ("eval --model base --data d.jsonl --batch-size 0", "must be at least 1, got 0"),
         ("eval --model base --data d.jsonl --limit -7", "must be at least 1, got -7"),
         ("generate --model base --prompt a --max-new-tokens many", "invalid whole number value: 'many'"),
@@ -174,12 +176,13 @@ def test_a_run_resumes_with_the_settings_it_was_begun_with(work, capsys):
 def parsed(monkeypatch, text: str) -> dict:
     """What the stage of a command line gets."""
     got = []
-    monkeypatch.setattr(command, "COMMANDS", dict.fromkeys(command.COMMANDS, got.append))
+    monkeypatch.setattr(command, "run_stage", got.append)
     assert main(text.split()) == 0
     return vars(got[0])
 
 
-INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": 4096}
+TRUST = {"trust_remote_code": False}
+INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": None, "quiet": False, **TRUST}
 
 
 @pytest.mark.parametrize(
@@ -189,14 +192,13 @@ INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": 409
             "score --model m --data d --out o",
             {
                 **INFERENCE, "data": "d", "out": "o", "batch_size": 1, "max_tokens": 131_072, "overwrite": False,
-                "quiet": False,
             },
         ),
         (
             "select --scores s --out o",
             {
                 "scores": "s", "by": "token", "top_p": 0.2, "out": "o", "model": None, "shared_experts": False,
-                "non_expert_modules": False, "plot": None, "overwrite": False,
+                "non_expert_modules": False, "plot": None, "overwrite": False, **TRUST,
             },
         ),
         (
@@ -205,20 +207,24 @@ INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": 409
                 **dict.fromkeys(field.name for field in fields(esft.TrainConfig)),
                 **dict.fromkeys(("eval_data", "experts", "config")),
                 "model": "m", "data": "d", "out": "o", "resume": False, "overwrite": False, "quiet": False,
+                **TRUST,
             },
         ),
         (
             "eval --model m --data d",
             {
                 **INFERENCE, "batch_size": 64, "adapter": None, "data": "d", "limit": None, "loss_only": False,
-                "out": None, "overwrite": False, "quiet": False,
+                "out": None, "overwrite": False,
             },
         ),
         (
             "generate --model m --prompt a --prompt b",
             {**INFERENCE, "batch_size": 64, "adapter": None, "prompt": ["a", "b"], "max_new_tokens": 128},
         ),
-        ("merge --model m --adapter a --out o", {"model": "m", "adapter": "a", "out": "o", "overwrite": False}),
+        (
+            "merge --model m --adapter a --out o",
+            {"model": "m", "adapter": "a", "out": "o", "overwrite": False, **TRUST},
+        ),
         ("report r", {"run": "r"}),
     ],
 )  # fmt: skip
@@ -282,20 +288,68 @@ def test_no_stage_and_no_run_are_refused(capsys):
         assert f"the following arguments are required: {missing}" in capsys.readouterr().err
 
 
-def test_an_error_of_the_system_is_one_line_where_it_names_a_file_and_is_raised_where_not(monkeypatch, capsys):
-    def fails(error: Exception):
-        def stage(_):
-            raise error
+def test_an_error_of_another_library_is_one_line_too(monkeypatch, capsys):
+    def stage(_):
+        raise RuntimeError("a\x1bb\nand here is why")
 
-        monkeypatch.setattr(command, "COMMANDS", {"report": stage})
-
-    fails(OSError(28, "No space left on device", "some/file"))
+    monkeypatch.setattr(command, "run_stage", stage)
     assert main(["report", "r"]) == 2
-    assert capsys.readouterr().err == "esft: some/file: No space left on device\n"
-    for error in (OSError("of nothing in particular"), RuntimeError("a mistake of ours")):
-        fails(error)
-        with pytest.raises(type(error), match=str(error)):
-            main(["report", "r"])
+    assert capsys.readouterr().err == "esft: RuntimeError: a\\x1bb (ESFT_DEBUG=1 shows where)\n"
+
+
+def test_who_reads_the_output_may_stop(monkeypatch, capfd):
+    def stage(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "run_stage", stage)
+    monkeypatch.setattr(command.os, "dup2", lambda new, old: None)
+    assert main(["report", "r"]) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_the_settings_of_a_file_are_listed_as_one(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help-config"])
+    (tmp_path / "c.yaml").write_text(text := capsys.readouterr().out)
+    assert esft.TrainConfig.load(tmp_path / "c.yaml") == esft.TrainConfig()
+    for each, line in zip(fields(esft.TrainConfig), text.splitlines(), strict=True):
+        assert line.startswith(f"{each.name}: ") and each.metadata["text"] in line and str(each.type) in line
+        assert each.metadata["within"] in line and all(choice in line for choice in each.metadata["choices"])
+
+
+LIGHT = """
+import sys
+from esft.cli.parser import main
+try:
+    status = main({arguments!r})
+except SystemExit as ended:
+    status = ended.code
+heavy = sorted(name for name in ("torch", "transformers", "matplotlib", "numpy", "peft") if name in sys.modules)
+print(status, heavy, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        *(([name, "--help"], 0) for name in ("score", "select", "train", "eval", "generate", "merge", "report")),
+        (["train", "--help-config"], 0),
+        (["score", "--model", "m", "--data", "d", "--out", "o", "--batch-size", "0"], 2),
+        (["score", "--model", "m", "--data", "absent", "--out", "o", "--quiet"], 2),
+        (["train", "--model", "m", "--data", "d", "--out", "o", "--lr", "x"], 2),
+        (["train", "--model", "m", "--data", "d", "--out", "o", "--config", "absent.yaml"], 2),
+        (["train", "--model", "m", "--data", "d", "--out", "o", "--experts", "absent.json"], 2),
+        (["select", "--scores", "absent.json", "--out", "o"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_help_and_bad_arguments_wait_for_no_heavy_import(tmp_path, arguments: list[str], status: int):
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT.format(arguments=arguments)], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(esft.__file__).parents[1])}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == f"{status} []"
 
 
 @pytest.mark.parametrize(
@@ -315,7 +369,7 @@ def test_a_signal_ends_a_stage_with_one_line_and_the_status_of_a_shell(monkeypat
     def stage(_):
         raise error
 
-    monkeypatch.setattr(command, "COMMANDS", {"report": stage})
+    monkeypatch.setattr(command, "run_stage", stage)
     monkeypatch.setattr(sys, "argv", ["/bin/esft"])
     assert main(["report", "r"]) == status
     assert capsys.readouterr().err == line + "\n"

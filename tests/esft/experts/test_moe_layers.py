@@ -53,6 +53,12 @@ def selection(model) -> ExpertSelection:
     return ExpertSelection({layers[0].index: [5, 0, 2], layers[-1].index: [1]})
 
 
+def with_all_else(model) -> ExpertSelection:
+    """The same experts, the shared ones where there are any, and everything that is no expert."""
+    shared = any(layer.shared_experts for layer in moe_layers(model))
+    return ExpertSelection(selection(model).experts, shared, non_expert_modules=True)
+
+
 def swapped(model, chosen: ExpertSelection, backend: str = "auto"):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,31 +18,69 @@ def test_score_files_have_the_published_layout_and_round_trip(tmp_path):
 
 
 def test_loaded_scores_are_in_ascending_order(tmp_path):
-    raw = {"10": {"9": 0.5, "11": 0, "1": 0.5}, "9": {"0": 1}}
-    (tmp_path / "s.json").write_text(json.dumps({"token_scores": raw, "gate_scores": {"2": {"1": 0.1, "0": 0.2}}}))
+    raw = {"10": {"1": 0.5, "2": 0, "0": 0.5}, "9": {"0": 1}}
+    (tmp_path / "s.json").write_text(
+        json.dumps({"token_scores": raw, "gate_scores": {"10": {"1": 7, "2": 2, "0": 0.2}}})
+    )
     scores = esft.ExpertScores.load(tmp_path / "s.json")
     assert list(scores.token_scores) == [9, 10]
-    assert list(scores.token_scores[10].items()) == [(1, 0.5), (9, 0.5), (11, 0.0)]
-    assert list(scores.gate_scores[2].items()) == [(0, 0.2), (1, 0.1)]
+    assert list(scores.token_scores[10].items()) == [(0, 0.5), (1, 0.5), (2, 0.0)]
+    assert list(scores.gate_scores[10].items()) == [(0, 0.2), (1, 7.0), (2, 2.0)]
     assert all(type(s) is float for experts in scores.token_scores.values() for s in experts.values())
+
+
+@pytest.mark.parametrize(
+    ("count", "off", "good"), [(64, 3.1e-3, True), (64, 3.3e-3, False), (4, 1.9e-4, True), (4, 3e-4, False)]
+)
+def test_a_layers_token_scores_sum_to_one_but_for_their_four_decimals(tmp_path, count: int, off: float, good: bool):
+    for sign in (1, -1):
+        layer = {str(e): (1 + sign * off) / count for e in range(count)}
+        (tmp_path / "s.json").write_text(json.dumps({"token_scores": {"3": layer}, "gate_scores": {}}))
+        if good:
+            esft.ExpertScores.load(tmp_path / "s.json")
+            continue
+        with pytest.raises(esft.InputError, match=r"s\.json: token_scores of layer 3 sum to \d\.\d{4}, not to 1$"):
+            esft.ExpertScores.load(tmp_path / "s.json")
+
+
+def file(token: str, gate: str = "{}") -> str:
+    return f'{{"token_scores": {token}, "gate_scores": {gate}}}'
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "line 1: not JSON"),
         ("[]", "not a score file"),
-        ('{"token_scores": {"a": {}}, "gate_scores": {}}', "not a score file"),
         ('{"token_scores": {"1": {"0": 1}}}', "not a score file"),
         ('{"gate_scores": {"1": {"0": 1}}}', "not a score file"),
-        ('{"token_scores": {"1": {"0": "much"}}, "gate_scores": {}}', "not a score file"),
-        ('{"token_scores": {"1": {"0": null}}, "gate_scores": {}}', "not a score file"),
-        ('{"token_scores": {"1": [1.0]}, "gate_scores": {}}', "not a score file"),
-        ('{"token_scores": {"1": {"0": 1%s}}, "gate_scores": {}}' % ("0" * 400), "not a score file"),
-        ('{"token_scores": {"1": {"0": 1}, "3": {"2": -0.1}}, "gate_scores": {}}', "layer 3: expert 2 has score -0.1"),
-        ('{"token_scores": {"1": {"0": NaN}}, "gate_scores": {}}', "layer 1: expert 0 has score nan"),
-        ('{"token_scores": {}, "gate_scores": {"1": {"0": 0, "4": Infinity}}}', "layer 1: expert 4 has score inf"),
+        (
+            '{"token_scores": {}, "gate_scores": {}, "gate_score": {}}',
+            r"part 'gate_score' \(is 'gate_scores' meant\?\)",
+        ),
+        (file("[]"), "token_scores must be {layer: {expert: score}}, got \\[\\]"),
+        (file('{"a": {"0": 1}}'), "token_scores: 'a' is not a layer's number"),
+        (file('{"01": {"0": 1}}'), "token_scores: '01' is not a layer's number"),
+        (file('{"10000": {"0": 1}}'), "token_scores: '10000' is not a layer's number"),
+        (file('{"1": {"x": 1}}'), "layer 1: 'x' is not an expert's number"),
+        (file('{"1": {"-1": 1}}'), "layer 1: '-1' is not an expert's number"),
+        (file('{"1": {"0": 0.5, "2": 0.5}}'), "layer 1 has no score of expert 1, but of expert 2"),
+        (file('{"1": {}}'), "layer 1 must be {expert: score}, got {}"),
+        (file('{"1": [1.0]}'), r"layer 1 must be {expert: score}, got \[1.0\]"),
+        (file('{"1": {"0": "much"}}'), "layer 1: expert 0 has score 'much'"),
+        (file('{"1": {"0": null}}'), "layer 1: expert 0 has score None"),
+        (file('{"1": {"0": true}}'), "layer 1: expert 0 has score True"),
+        (file('{"1": {"0": 1%s}}' % ("0" * 400)), "layer 1: expert 0 has score 1000"),
+        (file('{"3": {"0": 1.1, "1": -0.1}}'), "layer 3: expert 1 has score -0.1"),
+        (file('{"1": {"0": NaN}}'), "NaN is no JSON number"),
+        (file('{"1": {"0": 1}, "1": {"0": 1}}'), "has the key '1' twice"),
+        (file('{"1": {"0": 2.5, "1": 2.5}}'), "token_scores of layer 1 sum to 5.0000, not to 1"),
+        (file('{"1": {"0": 0, "1": 0}}'), "token_scores of layer 1 sum to 0.0000, not to 1"),
+        (file('{"1": {"0": 1}}', '{"2": {"0": 1}}'), "layer 2 has gate_scores of other experts than token_scores"),
+        (file('{"1": {"0": 1}}', '{"1": {"0": 1, "1": 0}}'), "layer 1 has gate_scores of other experts"),
+        (file('{"1": {"0": 1}}', '{"1": {"0": 1e7}}'), "gate_scores: layer 1: expert 0 has score 10000000.0"),
     ],
+    ids=range(26),
 )
 def test_a_file_that_holds_no_scores_is_refused_by_name(tmp_path, text: str, message: str):
     (tmp_path / "s.json").write_text(text)

@@ -88,3 +88,30 @@ def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(esft.InputError, match="a picture needs matplotlib: pip install 'esft\\[plot\\]'"):
         plot_scores(SCORES, esft.ExpertSelection({}), tmp_path / "a.png")
+
+
+def test_a_picture_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    (tmp_path / "a.png").write_text("old")
+
+    def full(self, path, **_):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    with pytest.raises(esft.DiskError, match=r"/a\.png: No space left on device$"):
+        plot_scores(SCORES, esft.ExpertSelection({}), tmp_path / "a.png")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.png", "old")]
+
+
+def test_a_format_that_there_is_not_is_named(tmp_path):
+    for name in ("a.xyz", "a"):
+        with pytest.raises(esft.InputError, match=rf"/{name}: cannot be drawn \(."):
+            plot_scores(SCORES, esft.ExpertSelection({}), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_thousands_of_layers_stays_of_a_size_that_can_be_drawn(tmp_path, drawn):
+    scores = esft.ExpertScores({layer: {0: 1.0} for layer in range(400)}, {})
+    plot_scores(scores, esft.ExpertSelection({}), tmp_path / "a.png")
+    assert max(drawn[0].get_size_inches()) <= 100

@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ def files(folder) -> dict[str, bytes]:
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_the_saved_files_are_the_stock_models_and_a_swapped_model_reads_them(family: str, tmp_path):
     model, other = zoo.tiny(family), zoo.tiny(family)
-    everything = replace(families.selection(model), shared_experts=True, non_expert_modules=True)
+    everything = families.with_all_else(model)
     for m in (model, other):
         families.swapped(m, everything)
     families.tune(model)

@@ -5,12 +5,13 @@ import pytest
 import yaml
 
 import esft
-from esft.training.config import METHODS, TrainConfig
+import esft_kernels
+from esft.training.config import BACKENDS, METHODS, RECOMPUTES, TrainConfig
 
 
 def test_defaults_are_the_papers():
     config = TrainConfig()
-    assert (config.steps, config.batch_size, config.max_length, config.eval_every) == (500, 32, 4096, 100)
+    assert (config.steps, config.batch_size, config.eval_every) == (500, 32, 100)
     assert (config.beta1, config.beta2, config.weight_decay, config.clip) == (0.9, 0.95, 0.1, 1.0)
     assert (config.method, config.lora_rank, config.lora_alpha) == ("esft", 8, 16)
     rates = {method: TrainConfig(method=method).rate(0) for method in METHODS}
@@ -20,6 +21,7 @@ def test_defaults_are_the_papers():
 def test_what_the_paper_does_not_name_is_off_or_automatic():
     config = TrainConfig()
     assert (config.lr, config.micro_batch_size, config.warmup_steps, config.decay) == (None, None, 0, 0.0)
+    assert config.max_length is None
     assert (config.aux_loss, config.dtype, config.backend, config.recompute) == (0.0, "auto", "auto", "none")
     assert (config.save_every, config.seed) == (100, 0)
 
@@ -109,33 +111,64 @@ def test_what_is_allowed_is_kept_as_given(allowed: dict):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz: 3", "no setting 'stepz'; there are method, lr, steps, .*, recompute$"),
-        ("steps: many", "steps must be int, got 'many'"),
-        ("steps: 2.5", "steps must be int, got 2.5"),
-        ("steps: '4.0'", "steps must be int, got '4.0'"),
-        ("steps: .inf", "steps must be int"),
-        ("steps: null", "steps must be int, got None"),
-        ("steps: [1]", "steps must be int"),
-        ("seed: true", "seed must be int, got True"),
-        ("micro_batch_size: 1.5", "micro_batch_size must be int"),
-        ("lr: true", "lr must be float"),
-        ("clip: null", "clip must be float, got None"),
-        ("method: false", "method must be str, got False"),
+        ("# one\nstepz: 3", r"line 2: no setting 'stepz' \(is 'steps' meant\?\)$"),
+        ("qq: 3", "line 1: no setting 'qq'; there are method, lr, steps, .*, recompute$"),
+        ("lr: 1\nsteps: many", "line 2: steps must be int, got 'many'"),
+        ("steps: 2.5", "line 1: steps must be int, got '2.5'"),
+        ("steps: .inf", "line 1: steps must be int"),
+        ("steps: null", "line 1: steps must be int, got None"),
+        ("steps: 1:30", "line 1: steps must be int, got '1:30'"),
+        ("steps: 0x10", "line 1: steps must be int, got '0x10'"),
+        ("steps: 1_000", "line 1: steps must be int, got '1_000'"),
+        ("steps: -3", r"line 1: steps must be in \[1, inf\), got -3"),
+        ("steps: " + "9" * 5000, "line 1: steps must be int, got '99999"),
+        ("steps: " + "9" * 30, r"line 1: steps must be below 2\*\*63, got 9999"),
+        ("steps: [1]", "line 1: 'steps' must have a single plain value"),
+        ("steps: {a: 1}", "line 1: 'steps' must have a single plain value"),
+        ("steps: !!python/object/apply:os.system [true]", "line 1: 'steps' must have a single plain value"),
+        ("steps: !!binary aGk=", "line 1: 'steps' must have a single plain value"),
+        ("[steps]: 1", "line 1: a setting's name must be a word"),
+        ("lr: 1\nsteps: 2\nlr: 2", "line 3: 'lr' is set twice, first in line 1"),
+        ("lr: &a 1\nclip: *a", r"line 1: not YAML \(anchors are not supported\)"),
+        ("clip: *a", r"line 1: not YAML \(anchors are not supported\)"),
+        ("seed: true", "line 1: seed must be int, got 'true'"),
+        ("micro_batch_size: 1.5", "line 1: micro_batch_size must be int"),
+        ("lr: true", "line 1: lr must be float"),
+        ("lr: .nan", "line 1: lr must be float"),
+        ("clip: null", "line 1: clip must be float, got None"),
+        ("method: false", "line 1: method must be one of esft, full, lora, got 'false'"),
         ("- 1", "not a mapping of settings"),
-        ("a: [", "not YAML"),
+        ("lr: 1\na: [", "line 2: not YAML"),
+        ("lr: 1\n---\nlr: 2", "line 2: not YAML"),
+        ("lr: 1\n\x07", "not YAML"),
+        ("[" * 20_000, "YAML that is nested too deeply"),
+        ("#" * 70_000, "has 70,000 bytes; at most 65,536 are read"),
     ],
+    ids=range(32),
 )
-def test_what_cannot_be_a_setting_is_named_with_its_file(tmp_path, text: str, message: str):
+def test_what_cannot_be_a_setting_is_named_with_its_file_and_line(tmp_path, text: str, message: str):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(esft.InputError, match=f"c.yaml: {message}"):
         TrainConfig.load(tmp_path / "c.yaml")
 
 
-def test_without_a_file_an_error_is_of_the_settings():
-    with pytest.raises(esft.InputError, match="^settings: steps must be int, got 'x'"):
-        TrainConfig.load(None, steps="x")
-    with pytest.raises(esft.InputError, match="^settings: no setting 'stepz'"):
-        TrainConfig.load(None, stepz=1)
+def test_an_argument_is_named_as_the_flag_that_it_came_by():
+    for arguments, message in (
+        ({"steps": "x"}, "--steps must be int, got 'x'"),
+        ({"batch_size": "0"}, r"--batch-size must be in \[1, inf\), got 0"),
+        ({"lr": True}, "--lr must be float"),
+        ({"stepz": 1}, r"no setting 'stepz' \(is 'steps' meant\?\)"),
+        ({"micro_batch_size": "9", "batch_size": "8"}, "--micro-batch-size must be at most --batch-size 8, got 9"),
+        ({"micro_batch_size": "99"}, "--micro-batch-size must be at most batch_size 32, got 99"),
+        ({"aux_loss": "1", "recompute": "layers"}, "--aux-loss and --recompute layers do not go together"),
+        ({"aux_loss": "1", "method": "lora"}, "--aux-loss goes with the methods esft and full"),
+    ):
+        with pytest.raises(esft.InputError, match=f"^{message}"):
+            TrainConfig.load(None, **arguments)
+
+
+def test_the_choices_are_those_of_the_kernels():
+    assert BACKENDS == esft_kernels.BACKENDS and (*esft_kernels.RECOMPUTE, "layers") == RECOMPUTES
 
 
 @pytest.mark.parametrize(
@@ -143,8 +176,9 @@ def test_without_a_file_an_error_is_of_the_settings():
     [
         *(
             ({name: 0}, rf"{name} must be in \[1, inf\), got 0")
-            for name in ("steps", "batch_size", "max_length", "eval_every", "save_every", "lora_rank", "lora_alpha")
+            for name in ("steps", "batch_size", "max_length", "eval_every", "save_every", "lora_alpha")
         ),
+        *(({"lora_rank": rank}, rf"lora_rank must be in \[1, 65536\], got {rank}") for rank in (0, 65537)),
         ({"method": "sft"}, "method must be one of esft, full, lora, got 'sft'"),
         ({"dtype": "int8"}, "dtype must be one of auto, bfloat16, float32, got 'int8'"),
         ({"backend": "gpu"}, "backend must be one of auto, .*, got 'gpu'"),

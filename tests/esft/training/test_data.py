@@ -5,7 +5,17 @@ import pytest
 import torch
 
 import esft
-from esft.training.data import IGNORE, Example, collate, encode, encode_all, epoch_batches, read_records, windows
+from esft.training.data import (
+    IGNORE,
+    Example,
+    collate,
+    encode,
+    encode_all,
+    encode_prompt,
+    epoch_batches,
+    read_records,
+    windows,
+)
 from tests.esft.models import chat, tiny_tokenizer, write_records
 
 
@@ -147,8 +157,10 @@ USER = '{"role": "user", "content": "a"}'
             (f'{{"messages": [{{"role": "user", "content": "a{half}b"}}]}}', "content holds half of a surrogate pair")
             for half in ("\\ud800", "\\udabc", "\\udfff")
         ),
-        ("[" * 100_000, "not JSON that can be read"),
-        ('{"messages": ' + "9" * 5000 + "}", "not JSON that can be read"),
+        ("[" * 100_000, "JSON that is nested too deeply"),
+        ('{"messages": ' + "9" * 5000 + "}", "holds a whole number of thousands of digits"),
+        ('{"messages": [], "messages": []}', "has the key 'messages' twice"),
+        ('{"messages": [NaN]}', "NaN is no JSON number"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line: str, message: str):
@@ -192,7 +204,7 @@ def test_a_record_that_the_template_cannot_render_is_named(template: str, messag
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     records = [chat("a", "b"), [{"role": "system", "content": "s"}, *chat("a", "b")]]
-    with pytest.raises(esft.InputError, match=f"d.jsonl: record 2: {message}"):
+    with pytest.raises(esft.InputError, match=f"d.jsonl: record 2: .*{message}"):
         encode_all(tokenizer, records, 99, "d.jsonl")
 
 
@@ -216,3 +228,41 @@ def test_nothing_is_said_where_no_record_is_cut(caplog):
     length = len(encode(tokenizer, record, 99).ids)
     assert len(encode_all(tokenizer, [record, record], length + 1, "d.jsonl")) == 2
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", r"record 1: the chat template cannot render it \(division by zero\)"),
+        ("{{ messages[7].content.x.y }}", r"record 1: the chat template cannot render it \(."),
+        (
+            "{% for i in range(999999999) %}x{% endfor %}",
+            r"record 1: the chat template cannot render it \(Range too big",
+        ),
+        ("", "the chat template renders no assistant turn of any record$"),
+        ("always the same", "the chat template renders no assistant turn of any record$"),
+    ],
+)
+def test_a_template_that_fails_or_says_nothing_is_named(template: str, message: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(esft.InputError, match=f"^d.jsonl: {message}"):
+        encode_all(tokenizer, [chat("a", "b")] * 2, 64, "d.jsonl")
+
+
+def test_a_token_that_the_model_does_not_have_is_named():
+    largest = max(encode_all(tiny_tokenizer(), [chat("a", "b")], 64, "d")[0].ids)
+    encode_all(tiny_tokenizer(), [chat("a", "b")], 64, "d", largest + 1)
+    with pytest.raises(
+        esft.InputError, match=f"^d: record 1: .* gives token {largest}; the model has {largest} tokens$"
+    ):
+        encode_all(tiny_tokenizer(), [chat("a", "b")], 64, "d", largest)
+
+
+def test_a_prompt_that_renders_to_nothing_is_refused():
+    tokenizer = tiny_tokenizer()
+    user = [{"role": "user", "content": "ab"}]
+    assert tokenizer.decode(encode_prompt(tokenizer, user)) == "<|bos|><|user|>ab<|end|><|assistant|>"
+    tokenizer.chat_template = ""
+    with pytest.raises(esft.InputError, match="^the chat template renders nothing of it$"):
+        encode_prompt(tokenizer, user)

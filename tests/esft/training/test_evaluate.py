@@ -1,31 +1,23 @@
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-import esft
-from esft.checkpoint.load import load_model
 from esft.experts.model_state import model_state
-from esft.selection import ExpertSelection
-from esft.training.config import TrainConfig
 from esft.training.data import IGNORE, Example, collate, encode_all
 from esft.training.evaluate import (
     answer,
     batch_loss,
     exact_match,
     has_plain_head,
-    load_any_adapter,
     matches,
     mean_loss,
     split_prompt,
 )
 from tests.esft import zoo
-from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
+from tests.esft.models import chat, tiny_model, tiny_tokenizer
 
 PAD = 258
 IDS = torch.tensor([[256, 4, 5]])
@@ -430,71 +422,3 @@ def test_the_last_assistant_turn_is_the_one_to_answer():
     before = [*chat("a", "b"), {"role": "user", "content": "c"}]
     after = [{"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]
     assert split_prompt([*before, *after]) == (before, "d")
-
-
-def test_a_folder_without_an_adapter_is_refused(tmp_path):
-    with pytest.raises(esft.InputError, match="not an adapter folder"):
-        load_any_adapter(tiny_model(), tmp_path)
-
-
-def test_an_adapter_of_ours_is_loaded_into_the_model_itself(tmp_path):
-    tuned = esft.swap(tiny_model(), ExpertSelection({1: [0]}, shared_experts=True))
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1.5)
-    esft.save_adapter(tuned, tmp_path / "a")
-    model = tiny_model()
-    assert load_any_adapter(model, str(tmp_path / "a")) is model
-    torch.testing.assert_close(model(input_ids=IDS).logits, tuned(input_ids=IDS).logits, atol=2e-6, rtol=1e-5)
-
-
-def save_lora(folder):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False, lora_dropout=0.5)
-    model = peft.get_peft_model(tiny_model(), config)
-    model.save_pretrained(folder)
-    return model
-
-
-def test_lora_adapters_load_through_peft(tmp_path):
-    model = save_lora(tmp_path)
-    loaded = load_any_adapter(tiny_model().train(), tmp_path)
-    assert not loaded.training
-    torch.testing.assert_close(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
-
-
-def test_a_lora_adapter_without_the_peft_package_says_what_to_install(tmp_path, monkeypatch):
-    save_lora(tmp_path / "lora")
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(esft.InputError, match=r"/lora: a PEFT adapter needs .* pip install 'esft\[lora\]'"):
-        load_any_adapter(tiny_model(), tmp_path / "lora")
-
-
-@pytest.mark.parametrize("kind", [OSError, ValueError, RuntimeError, TypeError, SafetensorError])
-def test_whatever_peft_says_of_a_folder_is_said_in_one_line(tmp_path, monkeypatch, kind: type[Exception]):
-    peft = pytest.importorskip("peft")
-    save_lora(tmp_path / "lora")
-
-    def fails(*_):
-        raise kind("no good\nand here is why")
-
-    monkeypatch.setattr(peft.PeftModel, "from_pretrained", fails)
-    with pytest.raises(esft.InputError, match=r"/lora: cannot load this PEFT adapter \(no good\)$"):
-        load_any_adapter(tiny_model(), tmp_path / "lora")
-
-
-def test_a_lora_adapter_is_held_to_its_base_and_a_truncated_one_is_refused(tmp_path):
-    pytest.importorskip("peft")
-    base, other = save_tiny(tmp_path / "base"), save_tiny(tmp_path / "other", seed=1)
-    write_records(tmp_path / "d.jsonl")
-    config = TrainConfig(method="lora", steps=1, batch_size=4)
-    esft.train(str(base), tmp_path / "d.jsonl", tmp_path / "run", config, progress=False)
-    adapter = tmp_path / "run" / "adapter"
-    load_any_adapter(load_model(str(base)), adapter)
-    with pytest.raises(esft.InputError, match="made from another base"):
-        load_any_adapter(load_model(str(other)), adapter)
-    weights = adapter / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(esft.InputError, match="cannot load this PEFT adapter"):
-        load_any_adapter(load_model(str(base)), adapter)

@@ -165,7 +165,7 @@ def test_bad_input_leaves_nothing_behind(base):
         ({"config": settings(method="lora")}, "method lora takes no expert selection"),
         ({"selection": ExpertSelection({9: [0]})}, "names layer 9"),
         ({"selection": ExpertSelection({1: []})}, "selection is empty"),
-        ({"model_path": str(folder / "no")}, "no: cannot load"),
+        ({"model_path": str(folder / "no")}, "no: no such folder"),
         ({"data": bad}, "bad.jsonl: line 1"),
         ({"eval_data": bad}, "bad.jsonl: line 1"),
         ({"data": long, "config": settings(max_length=30)}, "long.jsonl: no record has its answer within 30 tokens"),

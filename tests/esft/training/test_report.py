@@ -88,3 +88,21 @@ def test_a_table_lines_up():
         "| 1,234 | 0.500 |",
         "| None  | x     |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss", "x"), ("loss", None), ("lr", [1]), ("tokens_per_second", True), ("eval_loss", {}), ("loss", 10**301)],
+)
+def test_a_figure_that_is_no_number_is_named_with_its_line(tmp_path, name: str, value: object):
+    step = {"step": 1, "loss": 1.0, "lr": 1e-3, "tokens_per_second": 5.0}
+    write_metrics(tmp_path, [step, step | {name: value}])
+    with pytest.raises(esft.InputError, match=rf"metrics\.jsonl: line 2: {name} is .*, no number$"):
+        report(tmp_path)
+
+
+def test_a_summary_is_shown_in_short(tmp_path):
+    write_run(tmp_path / "run", 1, ended=False)
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"data": "d" * 200, "deep": [[[[[[[[1]]]]]]]], "n": 1.5}))
+    last = report(tmp_path / "run").splitlines()[-3:]
+    assert last[0] == "data: " + "d" * 200 and len(last[1]) < 100 and last[2] == "n: 1.5"

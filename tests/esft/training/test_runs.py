@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import esft
+from esft.adapters.load_any import load_any_adapter
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.selection import ExpertSelection
 from esft.training.data import encode_all, read_records
-from esft.training.evaluate import load_any_adapter, mean_loss
+from esft.training.evaluate import mean_loss
 from tests.esft.models import chat, tiny_tokenizer, token_batch
 from tests.esft.runs import SELECTION, base_and_data, column, run, settings
 

@@ -1,0 +1,31 @@
+from .adapters.load import load_adapter, set_adapter
+from .adapters.merge import merge
+from .adapters.save import save_adapter
+from .errors import DiskError, DivergenceError, ESFTError, InputError
+from .scoring.expert_scores import ExpertScores
+from .scoring.score import score_experts
+from .scoring.select import select_experts
+from .selection import ExpertSelection
+from .swapping.swap import swap, thaw, unswap
+from .training.config import TrainConfig
+from .training.loop import train
+
+__all__ = [
+    "DiskError",
+    "DivergenceError",
+    "ESFTError",
+    "ExpertScores",
+    "ExpertSelection",
+    "InputError",
+    "TrainConfig",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "score_experts",
+    "select_experts",
+    "set_adapter",
+    "swap",
+    "thaw",
+    "train",
+    "unswap",
+]

@@ -1,0 +1,75 @@
+"""Loading an adapter of either kind: ESFT's, or one of PEFT's, which is checked before PEFT reads it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from esft.adapters.folder import MANIFEST, PEFT_CONFIG, SELECTION, check_base, check_finite, open_manifest
+from esft.adapters.load import load_adapter
+from esft.checkpoint.digest import model_base
+from esft.errors import InputError, first_line
+from esft.files import open_safetensors
+from esft.reading import read_json, shown
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter's folder that is meant: of a run's the adapter in it. Raises InputError where there is none."""
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if any((folder / mark).is_file() for mark in (SELECTION, PEFT_CONFIG)):
+            return folder
+    raise InputError(f"{path}: not an adapter folder (no {SELECTION})")
+
+
+def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
+    """The stock model with an ESFT adapter or a PEFT adapter folder loaded; of a run's folder, with its adapter.
+
+    A PEFT adapter that ``esft train`` wrote is held to its base like an ESFT one. Raises InputError for anything else,
+    for a PEFT adapter without safetensors, with tensors that are missing, of something else or not finite.
+    """
+    folder = adapter_folder(adapter)
+    if not (folder / PEFT_CONFIG).is_file():
+        return load_adapter(model, folder)
+    if (folder / MANIFEST).is_file():
+        check_base(open_manifest(folder), partial(model_base, model), folder)
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ModuleNotFoundError as error:
+        raise InputError(f"{folder}: a PEFT adapter needs the peft package: pip install 'esft[lora]'") from error
+    _check_config(folder)
+    if not (folder / PEFT_WEIGHTS).exists():
+        raise InputError(f"{folder}: holds no {PEFT_WEIGHTS} (pickled weights are never loaded)")
+    with open_safetensors(folder / PEFT_WEIGHTS) as handle:
+        names = set(handle.keys())
+        for name in names:
+            check_finite(handle.get_tensor(name), f"{folder / PEFT_WEIGHTS}: tensor {name}")
+    try:
+        loaded = PeftModel.from_pretrained(model, str(folder)).eval()
+        needed = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
+        known = needed | get_peft_model_state_dict(loaded, save_embedding_layers=True).keys()
+    except Exception as error:  # whatever PEFT says of a configuration that does not fit
+        raise InputError(f"{folder}: cannot load this PEFT adapter ({first_line(error)})") from error
+    for kind, strange in (("is of nothing that it adapts", names - known), ("is missing", needed - names)):
+        if strange:
+            raise InputError(f"{folder / PEFT_WEIGHTS}: tensor {min(strange)} {kind} ({len(strange)} such in all)")
+    return loaded
+
+
+def _check_config(folder: Path) -> None:
+    """Raise InputError for a PEFT configuration of no known kind, or of one that reads more than its own weights."""
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config = read_json(folder / PEFT_CONFIG)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    known = {str(each.value): settings for each, settings in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if not isinstance(kind, str) or kind not in known:
+        raise InputError(f"{folder / PEFT_CONFIG}: peft_type is {shown(kind)}; PEFT has {', '.join(sorted(known))}")
+    if issubclass(known[kind], PromptLearningConfig) or config.get("megatron_config"):
+        raise InputError(f"{folder / PEFT_CONFIG}: a {kind} adapter of this kind is not supported; LoRA is")

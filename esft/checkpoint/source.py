@@ -1,0 +1,195 @@
+"""Where a model comes from: what its folder and its configuration may say, before another library acts on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoConfig, PreTrainedConfig
+
+from esft.errors import InputError, first_line
+from esft.files import open_safetensors
+from esft.limits import EXPERTS, EXPERTS_IN_ALL, LAYERS, SIZE
+from esft.reading import check_regular, read_json, shown
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LENGTH = 4096  # tokens of a record where nothing is said, the paper's
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_MOST = {"layers": LAYERS, "experts": EXPERTS, "size": SIZE}
+# What no model can have none of.
+_SOME = {"hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"}
+
+
+def check_folder(path: str | Path) -> Path | None:
+    """The folder of a local checkpoint; None for a hub id.
+
+    Raises InputError for one that is not there, and for one that holds what is no file or is not a model.
+    """
+    folder = Path(path)
+    if not str(path):  # which pathlib takes for the working folder
+        raise InputError("'': no such folder")
+    if not os.path.isdir(folder):
+        if os.path.lexists(folder):
+            raise InputError(f"{path}: is a file, not a checkpoint folder")
+        if not _HUB_ID.fullmatch(str(path)):
+            raise InputError(f"{path}: no such folder")
+        return None
+    for entry in folder.iterdir():
+        mode = entry.stat().st_mode if entry.exists() else stat.S_IFREG  # a broken link is told of when it is read
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{entry}: is no regular file, and is not read")
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{path}: holds a PEFT adapter, not a model: name its base as the model and it as the adapter")
+    return folder
+
+
+def open_config(path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A checkpoint's configuration.
+
+    Args:
+        path: folder or hub id.
+        trust_remote_code: whether Python files that lie beside the configuration may be run where it names them.
+
+    Raises InputError where it is missing, is none, or has numbers that no model has.
+    """
+    folder = check_folder(path)
+    if folder is not None and not (folder / CONFIG).exists():
+        raise InputError(f"{path}: not a checkpoint folder (no {CONFIG})")
+    where = str(path if folder is None else folder / CONFIG)
+    try:
+        raw = read_json(folder / CONFIG) if folder is not None else PreTrainedConfig.get_config_dict(path)[0]
+        check_numbers(raw, where)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except Exception as error:  # the configurations' validators raise errors of their own kinds
+        raise _refused(path, folder, where, error, trust_remote_code) from error
+
+
+def _refused(path: str | Path, folder: Path | None, where: str, error: Exception, trusted: bool) -> InputError:
+    said = first_line(error)
+    if not trusted and "trust_remote_code" in str(error):
+        return InputError(f"{where}: names Python code of its own; read it, and allow it with --trust-remote-code")
+    if folder is None and isinstance(error, OSError):
+        return InputError(f"{path}: no such folder, and no model of that name can be had from the hub ({said})")
+    return InputError(f"{where}: not a model's configuration ({said})")
+
+
+def check_numbers(raw: Any, where: str) -> None:
+    """Raise InputError for a configuration that is no mapping, and for numbers that no model has (``esft.limits``)."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: not a model's configuration, which is a mapping")
+    largest = {"layers": 1, "experts": 1}
+    for name, value in _numbers(raw):
+        kind = _kind(name)
+        if kind is not None and value > _MOST[kind]:
+            raise InputError(f"{where}: {name} is {shown(value)}; at most {_MOST[kind]:,} are supported")
+        if name in _SOME and value < 1:
+            raise InputError(f"{where}: {name} is {shown(value)}, which no model has")
+        if kind in largest:
+            largest[kind] = max(largest[kind], int(value))
+    if (total := largest["layers"] * largest["experts"]) > EXPERTS_IN_ALL:
+        raise InputError(f"{where}: says {total:,} experts in all; at most {EXPERTS_IN_ALL:,} are supported")
+
+
+def _kind(name: str) -> str | None:
+    """Which limit a number of this name has."""
+    if name.endswith(("_size", "_dim", "_heads", "_rank", "n_embd", "n_head", "d_model", "d_ff")):
+        return "size"
+    return next((kind for kind in ("layers", "experts") if kind in name or name.endswith(f"_{kind[:-1]}")), None)
+
+
+def _numbers(raw: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """All numbers of a configuration by name, those of its parts too."""
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
+
+
+def weight_files(path: str | Path) -> dict[str, str]:
+    """Tensor name -> the file of a checkpoint folder, or of a hub's checkpoint, that holds it.
+
+    Raises InputError for one without safetensors weights or with two sets of them, and for an index that names anything
+    but safetensors files right in the folder.
+    """
+    folder = check_folder(path)
+    if folder is None:
+        index = _from_hub(str(path), INDEX)
+        return {} if index is None else _indexed(index)
+    if not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists():
+            raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX}{_pickled(folder)}")
+        with open_safetensors(folder / WEIGHTS) as handle:
+            return dict.fromkeys(handle.keys(), WEIGHTS)
+    files = _indexed(folder / INDEX)
+    if (folder / WEIGHTS).exists() and set(files.values()) != {WEIGHTS}:  # some libraries read the one, some the other
+        raise InputError(f"{folder}: holds {WEIGHTS} and an index of other files; take out what is not the model")
+    for file in sorted(set(files.values())):
+        check_regular(folder / file)
+    return files
+
+
+def _from_hub(model: str, name: str) -> Path | None:
+    """A file of a hub's checkpoint, None where it has none."""
+    try:
+        return Path(hf_hub_download(model, name))
+    except EntryNotFoundError:  # offline, one that is not in the cache too
+        return None
+    except Exception as error:  # of the network, or of the name
+        raise InputError(f"{model}: cannot be had from the hub ({first_line(error)})") from error
+
+
+def _pickled(folder: Path) -> str:
+    """What a user can do where only pickles are there."""
+    if not any((folder / name).exists() for name in _PICKLES):
+        return " (pickled weights are never loaded)"
+    code = (
+        f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained('OUT')"
+    )
+    return f"; pickled weights are never loaded. If you trust them, convert them: python -c {code!r}"
+
+
+def _indexed(path: Path) -> dict[str, str]:
+    index = read_json(path)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise InputError(f"{path}: has no weight_map")
+    for file in files.values():
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise InputError(f"{path}: {shown(file)} is not the name of a safetensors file in this folder")
+    return files
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a model's inputs go; None where its configuration does not say it."""
+
+    positions: int | None
+    vocabulary: int | None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Reach:
+        text = config.get_text_config()
+        said = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
+        return cls(*(number if isinstance(number, int) and number > 0 else None for number in said))
+
+    def length(self, asked: int | None) -> int:
+        """Tokens of a record: what is asked for, or the default. Raises InputError where that passes the positions."""
+        if asked is None:
+            return min(LENGTH, self.positions or LENGTH)
+        if self.positions is not None and asked > self.positions:
+            raise InputError(f"--max-length {asked} is beyond the model's {self.positions} positions")
+        return asked

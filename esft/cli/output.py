@@ -1,0 +1,89 @@
+"""What goes to the terminal: lines of our own, in which nothing that a file or a name holds can move the cursor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import unicodedata
+import warnings
+from typing import Any
+
+import wrapt
+
+from esft.errors import ESFTError, first_line, what_was_read
+
+DEBUG = "ESFT_DEBUG"
+# Characters that turn the direction of what follows: a name could be shown as another.
+_TURNS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")
+
+
+def printable(text: str) -> str:
+    """A text in one line: control characters, line ends and half surrogates as escapes."""
+    return "".join(_escaped(c) if c in _TURNS or unicodedata.category(c) in _UNSEEN else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def say(text: str) -> None:
+    """Lines on standard output."""
+    print("\n".join(printable(line) for line in text.split("\n")))
+
+
+def complain(text: str, by: str = "esft") -> None:
+    """One line on standard error."""
+    print(f"{by}: {printable(text)}", file=sys.stderr)
+
+
+def explain(error: Exception) -> None:
+    """An error in one line; with its traceback where ``ESFT_DEBUG`` is set.
+
+    What is no error of ours came out of a library that read something for which it was not made, or is our mistake.
+    """
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    if isinstance(error, ESFTError):
+        return complain(str(error))
+    said = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, OSError) and error.filename is not None:
+        said = f"{error.filename}: {error.strerror}"
+    what = what_was_read(error)
+    complain(f"{what}: cannot be used ({said})" if what else f"{said} ({DEBUG}=1 shows where)")
+
+
+def hush_libraries() -> None:
+    """No bars and no warnings of other libraries."""
+
+    @wrapt.when_imported("transformers.utils.logging")
+    def hush(theirs: Any) -> None:
+        theirs.set_verbosity_error()
+        theirs.disable_progress_bar()
+
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"esft\.")
+
+
+def listen() -> None:
+    """Show our own warnings as lines like the errors."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    logging.getLogger("esft").addHandler(handler)
+    logging.getLogger("esft").propagate = False
+    theirs = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *more: object) -> None:
+        if f"{os.sep}esft{os.sep}" in filename:
+            complain(f"warning: {message}")
+        else:
+            theirs(message, category, filename, *more)  # type: ignore[arg-type]
+
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(f"esft: {record.levelname.lower()}: {record.getMessage()}")

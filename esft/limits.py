@@ -1,0 +1,9 @@
+"""The largest of everything that is read: far above what exists, and small enough that reading it ends."""
+
+JSON_BYTES = 1 << 28  # of a JSON file; the index of a checkpoint with a million tensors has half
+SETTINGS_BYTES = 1 << 16  # of a YAML file of settings, whose parser is slow
+LAYERS = 10_000
+EXPERTS = 65_536  # of a layer
+EXPERTS_IN_ALL = 1 << 20
+SIZE = 1 << 24  # of one dimension of a model: hidden size, vocabulary, heads
+SHOWN = 80  # characters of a bad value in a message

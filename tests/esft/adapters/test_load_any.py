@@ -1,0 +1,183 @@
+"""Adapters of either kind, and what is wrong with one of PEFT's before PEFT reads it."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import esft
+from esft.adapters.load_any import PEFT_WEIGHTS, adapter_folder, load_any_adapter
+from esft.adapters.merge import merge
+from esft.checkpoint.load import load_model
+from esft.selection import ExpertSelection
+from esft.training.config import TrainConfig
+from tests.esft.checkpoint.files import rewrite_json
+from tests.esft.models import save_tiny, tiny_model, write_records
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(esft.InputError, match="not an adapter folder"):
+        load_any_adapter(tiny_model(), tmp_path)
+
+
+def test_an_adapter_of_ours_is_loaded_into_the_model_itself(tmp_path):
+    tuned = esft.swap(tiny_model(), ExpertSelection({1: [0]}, shared_experts=True))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    esft.save_adapter(tuned, tmp_path / "a")
+    model = tiny_model()
+    assert load_any_adapter(model, str(tmp_path / "a")) is model
+    torch.testing.assert_close(model(input_ids=IDS).logits, tuned(input_ids=IDS).logits, atol=2e-6, rtol=1e-5)
+
+
+def save_lora(folder):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False, lora_dropout=0.5)
+    model = peft.get_peft_model(tiny_model(), config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_lora_adapters_load_through_peft(tmp_path):
+    model = save_lora(tmp_path)
+    loaded = load_any_adapter(tiny_model().train(), tmp_path)
+    assert not loaded.training
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_a_lora_adapter_without_the_peft_package_says_what_to_install(tmp_path, monkeypatch):
+    save_lora(tmp_path / "lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(esft.InputError, match=r"/lora: a PEFT adapter needs .* pip install 'esft\[lora\]'"):
+        load_any_adapter(tiny_model(), tmp_path / "lora")
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError, RuntimeError, TypeError, SafetensorError])
+def test_whatever_peft_says_of_a_folder_is_said_in_one_line(tmp_path, monkeypatch, kind: type[Exception]):
+    peft = pytest.importorskip("peft")
+    save_lora(tmp_path / "lora")
+
+    def fails(*_):
+        raise kind("no good\nand here is why")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", fails)
+    with pytest.raises(esft.InputError, match=r"/lora: cannot load this PEFT adapter \(no good\)$"):
+        load_any_adapter(tiny_model(), tmp_path / "lora")
+
+
+def test_a_lora_adapter_is_held_to_its_base_and_a_truncated_one_is_refused(tmp_path):
+    pytest.importorskip("peft")
+    base, other = save_tiny(tmp_path / "base"), save_tiny(tmp_path / "other", seed=1)
+    write_records(tmp_path / "d.jsonl")
+    config = TrainConfig(method="lora", steps=1, batch_size=4)
+    esft.train(str(base), tmp_path / "d.jsonl", tmp_path / "run", config, progress=False)
+    adapter = tmp_path / "run" / "adapter"
+    load_any_adapter(load_model(str(base)), adapter)
+    with pytest.raises(esft.InputError, match="made from another base"):
+        load_any_adapter(load_model(str(other)), adapter)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(esft.InputError, match="adapter_model.safetensors: not a readable safetensors file"):
+        load_any_adapter(load_model(str(base)), adapter)
+
+
+def change(folder, of) -> None:
+    tensors = load_file(folder / PEFT_WEIGHTS)
+    of(tensors)
+    save_file(tensors, folder / PEFT_WEIGHTS, {"format": "pt"})
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.update(foreign=torch.ones(2)), r"tensor foreign is of nothing that it adapts \(1 such in all\)$"),
+        (lambda t: t.pop(FIRST), rf"tensor {FIRST} is missing \(1 such in all\)$"),
+        (lambda t: t[FIRST].fill_(torch.nan), rf"tensor {FIRST} holds values that are infinite or no numbers$"),
+        (lambda t: t[FIRST][0].fill_(-torch.inf), rf"tensor {FIRST} holds values that are infinite or no numbers$"),
+        (lambda t: t.update({FIRST: torch.ones(1, 1)}), r"cannot load this PEFT adapter \(."),
+    ],
+    ids=["foreign", "missing", "no number", "infinite", "another shape"],
+)
+def test_a_peft_adapter_has_its_own_tensors_and_no_others(tmp_path, damage, message: str):
+    save_lora(tmp_path)
+    assert FIRST in load_file(tmp_path / PEFT_WEIGHTS)
+    change(tmp_path, damage)
+    with pytest.raises(esft.InputError, match=message):
+        load_any_adapter(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "UNHEARD"}, r"adapter_config\.json: peft_type is 'UNHEARD'; PEFT has .*LORA"),
+        ({"peft_type": None}, r"adapter_config\.json: peft_type is None"),
+        ({"peft_type": ["LORA"]}, r"adapter_config\.json: peft_type is \['LORA'\]"),
+        ({"peft_type": "PROMPT_TUNING"}, "a PROMPT_TUNING adapter of this kind is not supported; LoRA is"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "a LORA adapter of this kind is not supported"),
+        ({"r": "many"}, r"cannot load this PEFT adapter \(."),
+        ({"target_modules": ["absent"]}, r"cannot load this PEFT adapter \(."),
+    ],
+    ids=str,
+)
+def test_a_peft_configuration_that_fits_nothing_is_named(tmp_path, config: dict, message: str):
+    save_lora(tmp_path)
+    rewrite_json(tmp_path / "adapter_config.json", lambda whole: whole.update(config))
+    with pytest.raises(esft.InputError, match=message):
+        load_any_adapter(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"peft_type": "LORA", "peft_type": "IA3"}'])
+def test_a_peft_configuration_that_is_none_is_named(tmp_path, text: str):
+    save_lora(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(esft.InputError, match=r"adapter_config\.json: "):
+        load_any_adapter(tiny_model(), tmp_path)
+
+
+def test_a_pickled_peft_adapter_is_never_loaded(tmp_path):
+    save_lora(tmp_path)
+    torch.save(load_file(tmp_path / PEFT_WEIGHTS), tmp_path / "adapter_model.bin")
+    (tmp_path / PEFT_WEIGHTS).unlink()
+    with pytest.raises(esft.InputError, match=rf"holds no {PEFT_WEIGHTS} \(pickled weights are never loaded\)$"):
+        load_any_adapter(tiny_model(), tmp_path)
+
+
+def test_a_runs_folder_stands_for_its_adapter(tmp_path):
+    save_lora(tmp_path / "run" / "adapter")
+    for path in ("run", "run/adapter"):
+        assert adapter_folder(tmp_path / path) == tmp_path / "run" / "adapter"
+    with pytest.raises(esft.InputError, match=r"absent: not an adapter folder \(no expert_cfg\.json\)$"):
+        adapter_folder(tmp_path / "absent")
+    assert load_any_adapter(tiny_model(), tmp_path / "run").peft_config
+
+
+def test_a_peft_adapter_is_merged_as_the_error_says(tmp_path, monkeypatch):
+    """The very line of the message, with its two names filled in."""
+    monkeypatch.chdir(tmp_path)
+    base, model = save_tiny(tmp_path / "base"), save_lora(tmp_path / "lora").eval()
+    with pytest.raises(esft.InputError, match="a PEFT adapter, which PEFT itself merges: ") as refused:
+        merge(base, tmp_path / "lora", tmp_path / "out")
+    line = str(refused.value).partition("merges: ")[2].replace("BASE", repr(str(base))).replace("OUT", "'out'")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    eval(line, {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM})
+    merged = load_model(str(tmp_path / "out"), "float32")
+    torch.testing.assert_close(merged(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_manifest_beside_a_peft_adapter_is_read_strictly(tmp_path):
+    save_lora(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": True}))
+    with pytest.raises(esft.InputError, match=r"manifest\.json: format_version must be 1 or 2, got True$"):
+        load_any_adapter(tiny_model(), tmp_path)

@@ -1,0 +1,90 @@
+import logging
+import warnings
+
+import pytest
+
+import esft
+from esft.cli.output import complain, explain, hush_libraries, listen, printable, say
+from esft.errors import reading
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain äöü 漢字 \U0001f600", "plain äöü 漢字 \U0001f600"),
+        ("a\x1b[31mb", "a\\x1b[31mb"),
+        ("a\nb\tc\rd", "a\\nb\\tc\\rd"),
+        ("\x00\x7f\x9b", "\\x00\\x7f\\x9b"),
+        ("a\u202eb\u2066c", "a\\u202eb\\u2066c"),
+        ("a\u2028b\ud800", "a\\u2028b\\ud800"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # Persian needs its joiners
+    ],
+)
+def test_what_would_move_the_cursor_is_escaped(text: str, shown: str):
+    assert printable(text) == shown
+
+
+def test_lines_of_ours_stay_lines(capsys):
+    say("a\x07\nb")
+    complain("a\nb", by="tool")
+    printed = capsys.readouterr()
+    assert printed.out == "a\\x07\nb\n" and printed.err == "tool: a\\nb\n"
+
+
+def failed(error: Exception, what: str | None = None) -> Exception:
+    with pytest.raises(type(error)) as raised:
+        if what is None:
+            raise error
+        with reading(what):
+            raise error
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "line"),
+    [
+        (esft.InputError("a: no"), "b", "a: no"),
+        (RuntimeError("x\ny"), "b", "b: cannot be used (RuntimeError: x)"),
+        (KeyError("k"), None, "KeyError: 'k' (ESFT_DEBUG=1 shows where)"),
+        (OSError(28, "No space left on device", "f"), "b", "b: cannot be used (f: No space left on device)"),
+        (MemoryError(), None, "MemoryError: MemoryError (ESFT_DEBUG=1 shows where)"),
+    ],
+)
+def test_an_error_is_one_line_and_its_traceback_is_there_for_who_asks(capsys, monkeypatch, error, what, line):
+    monkeypatch.delenv("ESFT_DEBUG", raising=False)
+    explain(failed(error, what))
+    assert capsys.readouterr().err == f"esft: {line}\n"
+    monkeypatch.setenv("ESFT_DEBUG", "1")
+    explain(failed(error, what))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1] == f"esft: {line}"
+
+
+def test_warnings_of_ours_are_lines_and_those_of_others_are_left(capsys, monkeypatch):
+    theirs = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *values: theirs.append(values[0]))
+    logger = logging.getLogger("esft")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    listen()
+    logger.warning("%s: cut", "a\x1b")
+    warnings.showwarning(UserWarning("slow\x1b"), UserWarning, "/x/esft/swapping/swap.py", 3)
+    warnings.showwarning(UserWarning("of others"), UserWarning, "/x/torch/nn.py", 3)
+    assert capsys.readouterr().err == "esft: warning: a\\x1b: cut\nesft: warning: slow\\x1b\n"
+    assert [str(warning) for warning in theirs] == ["of others"]
+
+
+def test_libraries_are_hushed_and_our_own_warnings_are_not(monkeypatch):
+    from transformers.utils import logging as theirs
+
+    before = theirs.get_verbosity()
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            hush_libraries()
+            assert theirs.get_verbosity() == logging.ERROR and not theirs.is_progress_bar_enabled()
+            warnings.warn_explicit("of others", UserWarning, "x.py", 1, module="torch.nn")
+            warnings.warn_explicit("ours", UserWarning, "y.py", 1, module="esft.cli.commands")
+        assert [str(each.message) for each in heard] == ["ours"]
+    finally:
+        theirs.set_verbosity(before)
+        theirs.enable_progress_bar()
