@@ -35,6 +35,10 @@ def check_new_file(path: str | Path, overwrite: bool = False) -> None:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder")
+    if os.path.lexists(path) and not path.is_file():  # a device, or a link that leads nowhere
+        raise InputError(f"{path}: is no regular file, and is not replaced")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: {path.parent} is not a folder")
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already (say overwrite to replace it)")
     _check_parent(path)

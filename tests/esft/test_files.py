@@ -130,7 +130,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
         new_folder(tmp_path / "file" / "x"),
     ):
         pass
-    with pytest.raises(esft.InputError, match=r"/file/y/x\.json: \S+/file is not a folder$"):
+    with pytest.raises(esft.InputError, match=r"/file/y/x\.json: \S+/file/y is not a folder$"):
         check_new_file(tmp_path / "file" / "y" / "x.json")
     with pytest.raises(esft.InputError, match=r": is a folder$"):
         check_new_file(tmp_path, overwrite=True)
@@ -142,9 +142,9 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     assert asked == [(tmp_path, os.W_OK)] * 2
 
 
-def test_a_new_file_may_be_anywhere_but_on_another_unless_said_so(tmp_path):
+def test_a_new_file_may_be_in_any_folder_but_on_another_unless_said_so(tmp_path):
     (tmp_path / "x.json").write_text("1")
-    check_new_file(tmp_path / "deep" / "er" / "y.json")
+    check_new_file(tmp_path / "y.json")
     check_new_file(str(tmp_path / "x.json"), overwrite=True)
     with pytest.raises(esft.InputError, match=r"/x\.json: exists already \(say overwrite"):
         check_new_file(tmp_path / "x.json")
@@ -261,3 +261,17 @@ def test_what_is_no_safetensors_file_is_named(tmp_path):
         for read in (safetensors_header, lambda path: open_safetensors(path).__enter__()):
             with pytest.raises(esft.InputError, match=rf"^{tmp_path / name}: {said}"):
                 read(tmp_path / name)
+
+
+def test_a_new_file_needs_a_folder_and_replaces_nothing_but_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, said in (
+        ("pipe", "is no regular file, and is not replaced"),
+        ("loop", "is no regular file, and is not replaced"),
+        ("no/such", f"{tmp_path}/no is not a folder"),
+        ("loop/x", f"{tmp_path}/loop is not a folder"),
+    ):
+        with pytest.raises(esft.InputError, match=f"^{tmp_path}/{name}: {said}$"):
+            check_new_file(tmp_path / name, overwrite=True)
+    check_new_file(tmp_path / "new")

@@ -311,6 +311,12 @@ def test_a_bad_run_to_report(work, capsys, text: str):
 
 
 ARGUMENTS = {
+    "score --model base --data d.jsonl --out no/such/s.json": "no/such/s.json: no/such is not a folder",
+    f"{EVAL} --out no/such/o.json": "no/such/o.json: no/such is not a folder",
+    "select --scores s.json --out /dev/null --overwrite": "/dev/null: is no regular file, and is not replaced",
+    f"{SELECT} --plot /dev/null.png/x.png": "is not a folder",
+    "select --scores s.json --out loop": "loop: is no regular file, and is not replaced",
+    "select --scores s.json --out loop/e.json": "loop is not a folder",
     f"{SCORE} --max-length 257": "--max-length 257 is beyond the model's 256 positions",
     f"{TRAIN} --max-length 257": "--max-length 257 is beyond the model's 256 positions",
     f"{EVAL} --max-length 257": "--max-length 257 is beyond the model's 256 positions",
@@ -334,6 +340,8 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("command", ARGUMENTS, ids=range(len(ARGUMENTS)))
 def test_bad_arguments(work, capsys, command: str):
+    if "loop" in command:
+        (work / "loop").symlink_to(work / "loop")
     refused(command, capsys, work, ARGUMENTS[command])
 
 
