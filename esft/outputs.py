@@ -55,6 +55,8 @@ def check_new_file(
     place = resolved(path)
     if place.is_dir():
         raise InputError(f"{path}: is a folder")
+    if not place.parent.is_dir():
+        raise InputError(f"{path}: {path.parent} is not a folder")
     check_apart(path, *inputs)
     for folder in (folder for folder in inputs if folder is not None and Path(folder).is_dir()):
         if resolved(folder) in place.parents:

@@ -63,6 +63,8 @@ def hush_libraries() -> None:
         theirs.set_verbosity_error()
         theirs.disable_progress_bar()
 
+    logging.getLogger().setLevel(logging.ERROR)  # of all that set no level of their own
+    logging.getLogger("esft").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module=r"esft\.")
 

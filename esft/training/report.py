@@ -9,7 +9,6 @@ from esft.reading import shown
 from esft.training.run_folder import RunFolder
 
 
-
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of rows with the same keys."""
     names = list(rows[0])

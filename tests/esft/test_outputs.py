@@ -243,7 +243,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
         new_folder(tmp_path / "file" / "x"),
     ):
         pass
-    with pytest.raises(esft.InputError, match=r"/file/y/x\.json: \S+/file is not a folder$"):
+    with pytest.raises(esft.InputError, match=r"/file/y/x\.json: \S+/file/y is not a folder$"):
         check_new_file(tmp_path / "file" / "y" / "x.json")
     with pytest.raises(esft.InputError, match=r": is a folder$"):
         check_new_file(tmp_path, read_json)
@@ -257,7 +257,9 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
 
 def test_a_new_file_may_be_anywhere_but_on_another_unless_said_so(tmp_path):
     write_json(tmp_path / "x.json", 1)
-    check_new_file(tmp_path / "deep" / "er" / "y.json")
+    check_new_file(tmp_path / "y.json")
+    with pytest.raises(esft.InputError, match=rf"/er/y\.json: {tmp_path}/er is not a folder$"):
+        check_new_file(tmp_path / "er" / "y.json")
     check_new_file(str(tmp_path / "x.json"), read_json)
     with pytest.raises(esft.InputError, match=r"/x\.json: exists already \(say overwrite"):
         check_new_file(tmp_path / "x.json")

@@ -77,14 +77,17 @@ def test_warnings_of_ours_are_lines_and_those_of_others_are_left(capsys, monkeyp
 def test_libraries_are_hushed_and_our_own_warnings_are_not(monkeypatch):
     from transformers.utils import logging as theirs
 
-    before = theirs.get_verbosity()
+    before, level = theirs.get_verbosity(), logging.getLogger().level
     try:
         with warnings.catch_warnings(record=True) as heard:
             hush_libraries()
             assert theirs.get_verbosity() == logging.ERROR and not theirs.is_progress_bar_enabled()
+            assert not logging.getLogger("some.library").isEnabledFor(logging.WARNING)
+            assert logging.getLogger("esft").isEnabledFor(logging.WARNING)
             warnings.warn_explicit("of others", UserWarning, "x.py", 1, module="torch.nn")
             warnings.warn_explicit("ours", UserWarning, "y.py", 1, module="esft.cli.commands")
         assert [str(each.message) for each in heard] == ["ours"]
     finally:
         theirs.set_verbosity(before)
+        logging.getLogger().setLevel(level)
         theirs.enable_progress_bar()
