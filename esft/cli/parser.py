@@ -148,9 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage. Returns the exit status: 0, or 2 after one line for bad input or for what a library made of it."""
-    args = _parser().parse_args(arguments)
     try:
-        run_stage(args)
+        run_stage(_parser().parse_args(arguments))
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
