@@ -153,9 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0, 2 after one line for bad input or for what a library made of it, 128 + N after signal N.
     """
-    args = _parser().parse_args(arguments)
     try:
-        run_stage(args)
+        run_stage(_parser().parse_args(arguments))
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -60,8 +60,9 @@ def damaged(draw: Callable[..., Any], good: bytes) -> bytes:
     """Bytes that are nearly a good file's: cut, doubled, changed in places, or with another's inside."""
     content = bytearray(good)
     for _ in range(draw(st.integers(0, 3))):
-        start = draw(st.integers(0, len(content)))
-        end = min(len(content), start + draw(st.integers(0, 12)))
+        places = [i + 1 for i, byte in enumerate(content) if byte in b":[,{ \n"]  # where a value or a key begins
+        start = draw(st.integers(0, len(content)) | st.sampled_from([0, *places]))
+        end = min(len(content), start + draw(st.just(0) | st.integers(0, 12)))
         put = draw(
             st.one_of(
                 st.binary(max_size=4), _text.map(str.encode), st.just(bytes(content[start:end]) * 2),
@@ -73,7 +74,9 @@ def damaged(draw: Callable[..., Any], good: bytes) -> bytes:
 
 
 def bytes_like(*good: bytes) -> st.SearchStrategy[bytes]:
-    return st.one_of(*map(damaged, good), _text.map(str.encode), st.binary(max_size=60))
+    """Mostly what is near to a good file, as a reader's last checks are behind its first ones."""
+    near = [damaged(each) for each in good]
+    return st.one_of(*near, *near, _text.map(str.encode), st.binary(max_size=60))
 
 
 def runs(path: Path, content: bytes, read: Callable[[], Any]) -> Any:

@@ -307,6 +307,15 @@ def test_who_reads_the_output_may_stop(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_full_disk_behind_the_output_is_one_line(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.stdout, "write", full)
+    assert main(["train", "--help-config"]) == 2
+    assert capsys.readouterr().err == "esft: OSError: [Errno 28] No space left on device (ESFT_DEBUG=1 shows where)\n"
+
+
 def test_the_settings_of_a_file_are_listed_as_one(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help-config"])
