@@ -67,8 +67,15 @@ class ExpertSelection:
                 raise InputError(f"{path}: {name} must be true or false, got {shown(value)}")
         return cls(experts, **flags)
 
-    def check(self, layers: dict[int, int]) -> None:
-        """Raise InputError unless every layer and expert exists; ``layers`` maps layer index -> number of experts."""
+    def check(self, layers: dict[int, int], shared_experts: bool) -> None:
+        """Raise InputError unless what is selected exists.
+
+        Args:
+            layers: the model's, layer index -> number of experts.
+            shared_experts: whether the model has any.
+        """
+        if self.shared_experts and not shared_experts:
+            raise InputError("selection names shared experts; the model has none")
         if not isinstance(self.experts, dict):
             raise InputError(f"a selection's experts must be {{layer: [ids]}}, got {self.experts!r}")
         for layer, ids in self.experts.items():

@@ -14,9 +14,7 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
-from esft.experts.fit import check_shared
 from esft.experts.model_state import Base
-from esft.experts.moe_layers import moe_layers
 from esft.files import open_safetensors, write_json
 from esft.reading import read_json, shown
 from esft.selection import ExpertSelection
@@ -128,7 +126,6 @@ def selected_tensors(path: Path, model: PreTrainedModel) -> tuple[ExpertSelectio
     """An adapter's selection, and what of the model it trains. Raises InputError where it does not fit the model."""
     selection = ExpertSelection.load(path / SELECTION)
     try:
-        check_shared(selection, moe_layers(model))
         return selection, adapter_tensors(model, selection)
     except InputError as error:
         raise InputError(f"{path / SELECTION}: {error}") from error

@@ -65,7 +65,7 @@ def adapter_tensors(model: PreTrainedModel, selection: ExpertSelection) -> dict[
     way that is not supported.
     """
     weights = stock_weights(model)
-    selection.check(weights.num_experts)
+    selection.check(weights.num_experts, bool(weights.shared))
     to_stored = original_format(model)
     found: dict[str, AdapterTensor] = {}
     names = expert_tensors(model, weights.experts, to_stored) if selection.num_experts else {}

@@ -129,17 +129,17 @@ def weight_files(path: str | Path) -> dict[str, str]:
     if folder is None:
         index = _from_hub(str(path), INDEX)
         return {} if index is None else _indexed(index)
-    if not (folder / INDEX).exists():
-        if not (folder / WEIGHTS).exists():
-            raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX}{_pickled(folder)}")
-        with open_safetensors(folder / WEIGHTS) as handle:
-            return dict.fromkeys(handle.keys(), WEIGHTS)
-    files = _indexed(folder / INDEX)
-    if (folder / WEIGHTS).exists() and set(files.values()) != {WEIGHTS}:  # some libraries read the one, some the other
-        raise InputError(f"{folder}: holds {WEIGHTS} and an index of other files; take out what is not the model")
-    for file in sorted(set(files.values())):
-        check_regular(folder / file)
-    return files
+    if (folder / INDEX).exists():
+        files = _indexed(folder / INDEX)
+        if (folder / WEIGHTS).exists() and set(files.values()) != {WEIGHTS}:  # libraries differ in which they read
+            raise InputError(f"{folder}: holds {WEIGHTS} and an index of other files; take out what is not the model")
+        for file in sorted(set(files.values())):
+            check_regular(folder / file)
+        return files
+    if not (folder / WEIGHTS).exists():
+        raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX}{_pickled(folder)}")
+    with open_safetensors(folder / WEIGHTS) as handle:
+        return dict.fromkeys(handle.keys(), WEIGHTS)
 
 
 def _from_hub(model: str, name: str) -> Path | None:

@@ -72,13 +72,13 @@ def _select(args: argparse.Namespace) -> None:
 
 def _check_model(args: argparse.Namespace, scores: ExpertScores) -> None:
     from esft.checkpoint.load import load_skeleton
-    from esft.experts.fit import check_shared
     from esft.experts.moe_layers import moe_layers
 
     with reading(args.model):
         layers = moe_layers(load_skeleton(args.model, args.trust_remote_code))
     scores.check({layer.index: layer.num_experts for layer in layers})
-    check_shared(ExpertSelection({}, shared_experts=args.shared_experts), layers)
+    chosen = ExpertSelection({}, shared_experts=args.shared_experts)
+    chosen.check({}, any(layer.shared_experts for layer in layers))
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from esft.checkpoint.digest import model_base
 from esft.errors import InputError
 from esft.experts.experts import Experts
-from esft.experts.fit import check_fits
 from esft.experts.model_state import (
     DEFAULT_ADAPTER,
     Swapped,
@@ -62,7 +61,7 @@ def swap(
     if adapters is not None and adapters.active is not None and adapters.held.keys() != {DEFAULT_ADAPTER}:
         raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
     layers = moe_layers(model)
-    check_fits(selection, layers)
+    selection.check({layer.index: layer.num_experts for layer in layers}, any(layer.shared_experts for layer in layers))
     stacked = [layer for layer in layers if not isinstance(layer.experts, nn.ModuleList)]
     layouts = {layer.name: read_layout(layer.experts, layer.name) for layer in stacked}
     if spread := [layer.name for layer in stacked if is_expert_parallel(layer.experts)]:

@@ -132,12 +132,13 @@ class RunFolder:
         """Write what the run is begun with, the origin last: without it no run has begun."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._mark(self._outcome)
+        digests = origin["digests"] | _digests(config, selection)
         config.save(self.path / CONFIG)
         if selection is not None:
             selection.save(self.path / SELECTION)
         else:
             (self.path / SELECTION).unlink(missing_ok=True)
-        write_json(self.path / ORIGIN, origin | {"digests": origin["digests"] | _digests(config, selection)})
+        write_json(self.path / ORIGIN, origin | {"digests": digests})
 
     def origin(self) -> dict[str, Any]:
         """Base and data with their digests, and those of settings and selection. Raises InputError for another file."""

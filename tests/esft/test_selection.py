@@ -62,7 +62,7 @@ def test_a_file_that_holds_no_selection_is_refused_by_name(tmp_path, text: str, 
 
 @pytest.mark.parametrize("experts", [{}, {1: []}, {1: [0, 7], 2: [0]}, {2: (3, 1, 2, 0)}])
 def test_a_selection_of_experts_that_exist_fits(experts):
-    ExpertSelection(experts).check({1: 8, 2: 4})
+    ExpertSelection(experts).check({1: 8, 2: 4}, shared_experts=False)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_selection_of_experts_that_exist_fits(experts):
 )
 def test_a_selection_of_experts_that_do_not_exist_is_refused(experts, message: str):
     with pytest.raises(esft.InputError, match=message):
-        ExpertSelection(experts).check({2: 4, 1: 8})
+        ExpertSelection(experts).check({2: 4, 1: 8}, shared_experts=True)
 
 
 def test_a_selection_is_empty_only_where_nothing_trains():
@@ -115,3 +115,11 @@ def test_a_selection_of_anything_but_whole_numbers_is_refused_with_the_model_unt
         esft.swap(model, ExpertSelection(experts))
     assert model_state(model).swapped is None
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_shared_experts_are_there_or_are_not_selected():
+    both = ExpertSelection({}, shared_experts=True)
+    both.check({1: 8}, shared_experts=True)
+    ExpertSelection({}).check({1: 8}, shared_experts=False)
+    with pytest.raises(esft.InputError, match="^selection names shared experts; the model has none$"):
+        both.check({1: 8}, shared_experts=False)

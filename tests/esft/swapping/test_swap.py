@@ -452,3 +452,10 @@ def test_unswap_holds_one_layers_pools_at_a_time(monkeypatch):
     monkeypatch.setattr(Experts, "stacked", counted)
     esft.unswap(model)
     assert alive == list(range(len(pools), 0, -1))
+
+
+def test_a_model_without_shared_experts_is_not_swapped_to_train_them():
+    model = tiny_model("mixtral")
+    with pytest.raises(esft.InputError, match="^selection names shared experts; the model has none$"):
+        esft.swap(model, ExpertSelection({0: [1]}, shared_experts=True))
+    assert known_state(model).swapped is None
