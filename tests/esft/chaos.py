@@ -7,6 +7,7 @@ two at once, at random times. Whatever has come before, work that is not killed 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -24,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tqdm
+import tqdm.auto
 
 import esft
 from esft.checkpoint.load import load_model
@@ -31,6 +35,7 @@ from esft.errors import ESFTError
 from tests.esft.processes import forked, status
 from tests.esft.runs import SELECTION, base_and_data, settings
 
+LONGEST = 120  # seconds of a child: one that hangs says where
 NAMED, TRACEBACK, KILLED = 2, 1, -signal.SIGKILL  # how a child may end, but for 0
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"}  # audit events of file operations
 RATES = {"a": 3e-3, "b": 1e-3}  # a run of the one never has the bytes of the other
@@ -92,6 +97,9 @@ class Place:
 
         def child() -> None:
             torch.set_num_threads(1)  # threads do not survive a fork
+            faulthandler.dump_traceback_later(LONGEST, exit=True, file=open(self.folder / "said", "w"))  # noqa: SIM115
+            for bar in (tqdm.tqdm, tqdm.auto.tqdm):
+                bar.set_lock(threading.RLock())  # instead of one of all processes, which a killed one never gives back
             warnings.simplefilter("ignore")
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (bars of other libraries)
             if before is not None:
