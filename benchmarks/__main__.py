@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import layer, roofline, step, tune
 from benchmarks.shapes import SHAPES, LayerShape
-from esft.training.report import table
+from esft.runs.report import table
 
 
 def _shapes(parser: argparse.ArgumentParser, names: str) -> list[LayerShape]:

@@ -17,7 +17,7 @@ import esft
 from benchmarks.layer import interleaved
 from esft.checkpoint.load import load_model
 from esft.experts.moe_layers import moe_layers
-from esft.training.config import TrainConfig
+from esft.runs.config import TrainConfig
 from esft.training.data import IGNORE
 from esft.training.evaluate import batch_loss
 from esft.training.methods import prepare

@@ -2,12 +2,12 @@ from .adapters.load import load_adapter, set_adapter
 from .adapters.merge import merge
 from .adapters.save import save_adapter
 from .errors import DiskError, DivergenceError, ESFTError, InputError
+from .runs.config import TrainConfig
 from .scoring.expert_scores import ExpertScores
 from .scoring.score import score_experts
 from .scoring.select import select_experts
 from .selection import ExpertSelection
 from .swapping.swap import swap, thaw, unswap
-from .training.config import TrainConfig
 from .training.loop import train
 
 __all__ = [

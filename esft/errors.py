@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST = 400  # characters of another library's words in a message
+
 
 class ESFTError(Exception):
     """Any of them; the command prints it and exits with 2."""
@@ -37,8 +39,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, for a message in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What an error of another library says, for a message in one line; cut where it is long."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if len(line) <= LONGEST else line[:LONGEST] + "..."
 
 
 _NOTE = "while reading "

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from esft.errors import InputError
-from esft.files import write_json
-from esft.limits import EXPERTS, LAYERS
-from esft.reading import check_keys, key_number, read_json, shown
+from esft.storage.files import write_json
+from esft.storage.limits import EXPERTS, LAYERS
+from esft.storage.reading import check_keys, key_number, read_json, shown
 
 _FLAGS = ("shared_experts", "non_expert_modules")
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
 from esft.experts.model_state import Base
-from esft.files import open_safetensors, write_json
-from esft.reading import read_json, shown
 from esft.selection import ExpertSelection
+from esft.storage.files import open_safetensors, write_json
+from esft.storage.reading import read_json, shown
 
 WEIGHTS = "adapter.safetensors"
 SELECTION = "expert_cfg.json"

@@ -12,8 +12,8 @@ from esft.adapters.folder import MANIFEST, PEFT_CONFIG, SELECTION, check_base, c
 from esft.adapters.load import load_adapter
 from esft.checkpoint.digest import model_base
 from esft.errors import InputError, first_line
-from esft.files import open_safetensors
-from esft.reading import read_json, shown
+from esft.storage.files import open_safetensors
+from esft.storage.reading import read_json, shown
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 

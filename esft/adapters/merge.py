@@ -21,9 +21,9 @@ from esft.checkpoint.adapter_tensors import AdapterTensor
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.views import Link
 from esft.errors import DiskError, InputError
-from esft.files import TensorInfo, write_json
-from esft.outputs import check_apart, check_new_folder, entries, new_folder
-from esft.reading import read_json
+from esft.storage.files import TensorInfo, write_json
+from esft.storage.outputs import check_apart, check_new_folder, entries, new_folder
+from esft.storage.reading import read_json
 from esft.transformers_internals import CHAT_TEMPLATE_DIR
 
 MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapter that went into it

@@ -11,7 +11,7 @@ from esft.adapters.folder import MANIFEST, SELECTION, WEIGHTS, check_model, open
 from esft.checkpoint.adapter_tensors import adapter_tensors
 from esft.errors import InputError
 from esft.experts.model_state import known_state
-from esft.outputs import new_folder
+from esft.storage.outputs import new_folder
 
 
 def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = False) -> Path:

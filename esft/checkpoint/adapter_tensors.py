@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.checkpoint.original_format import original_format
-from esft.checkpoint.stored_tensors import expert_tensors, other_tensors
+from esft.checkpoint.tensor_names import expert_tensors, other_tensors
 from esft.checkpoint.views import WHOLE, Link, StoredTensor
 from esft.errors import InputError
 from esft.experts.moe_layers import stock_weights

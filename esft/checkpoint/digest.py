@@ -86,6 +86,6 @@ def _read(tensor: Tensor, rounded: torch.dtype | None) -> tuple[bytes, bytes]:
 
 
 def forward_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """What of a text model's configuration its forward pass depends on, as JSON has it."""
-    values = json.loads(json.dumps(config.get_text_config().to_dict(), default=str))
+    """What of a text model's configuration its forward pass depends on, as JSON has it; an infinity as its name."""
+    values = json.loads(json.dumps(config.get_text_config().to_dict(), default=str), parse_constant=str)
     return {k: v for k, v in values.items() if k not in NOT_OF_THE_FORWARD and not k.startswith("_")}

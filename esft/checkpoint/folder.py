@@ -19,7 +19,7 @@ from esft.checkpoint.original_format import original_format
 from esft.checkpoint.source import check_folder, open_config, weight_files
 from esft.errors import InputError, first_line
 from esft.experts.model_state import Base
-from esft.files import TensorInfo, open_safetensors, safetensors_header
+from esft.storage.files import TensorInfo, open_safetensors, safetensors_header
 from esft.transformers_internals import tied_names, without_weights
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")

@@ -15,9 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, PreTrainedConfig
 
 from esft.errors import InputError, first_line
-from esft.files import open_safetensors
-from esft.limits import EXPERTS, EXPERTS_IN_ALL, LAYERS, SIZE
-from esft.reading import check_regular, read_json, shown
+from esft.storage.files import open_safetensors
+from esft.storage.limits import EXPERTS, EXPERTS_IN_ALL, LAYERS, SIZE
+from esft.storage.reading import check_regular, read_json, shown
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -87,7 +87,7 @@ def _refused(path: str | Path, folder: Path | None, where: str, error: Exception
 
 
 def check_numbers(raw: Any, where: str) -> None:
-    """Raise InputError for a configuration that is no mapping, and for numbers that no model has (``esft.limits``)."""
+    """Raise InputError for a configuration that is no mapping, and for numbers beyond ``storage/limits.py``."""
     if not isinstance(raw, dict):
         raise InputError(f"{where}: not a model's configuration, which is a mapping")
     largest = {"layers": 1, "experts": 1}
@@ -168,7 +168,7 @@ def _indexed(path: Path) -> dict[str, str]:
     if not isinstance(files, dict) or not files:
         raise InputError(f"{path}: has no weight_map")
     for file in files.values():
-        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", file):
             raise InputError(f"{path}: {shown(file)} is not the name of a safetensors file in this folder")
     return files
 

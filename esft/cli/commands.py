@@ -15,12 +15,12 @@ from typing import Any
 
 from esft.cli.output import hush_libraries, say
 from esft.errors import InputError, reading
-from esft.files import write_json
-from esft.outputs import check_apart, check_new_file
-from esft.reading import check_regular, read_json
+from esft.runs.config import TrainConfig
 from esft.scoring.expert_scores import ExpertScores
 from esft.selection import ExpertSelection
-from esft.training.config import TrainConfig
+from esft.storage.files import write_json
+from esft.storage.outputs import check_apart, check_new_file
+from esft.storage.reading import check_regular, read_json
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -87,7 +87,7 @@ def _train(args: argparse.Namespace) -> None:
     if not args.resume:  # a run that goes on may be told its own files
         check_apart(args.out, args.config, args.experts)
     elif settings is None:
-        from esft.training.opened import latest
+        from esft.runs.opened import latest
 
         begun = latest(args.out).path / "config.yaml"
         settings = begun if begun.is_file() else None
@@ -165,7 +165,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from esft.training.report import report
+    from esft.runs.report import report
 
     with reading(args.run):
         say(report(args.run))

@@ -16,7 +16,7 @@ from esft.cli.arguments import Parser, count, picture, resuming, share
 from esft.cli.commands import run_stage
 from esft.cli.output import complain, explain, listen
 from esft.errors import Interrupted
-from esft.training.config import TrainConfig
+from esft.runs.config import TrainConfig
 
 
 def keep_memory() -> None:

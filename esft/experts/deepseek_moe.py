@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from esft.experts.experts import Experts
+from esft.experts.pooled_experts import Experts
 
 
 @dataclass(frozen=True)

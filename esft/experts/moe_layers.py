@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from esft.errors import InputError
-from esft.experts.experts import Experts
+from esft.experts.pooled_experts import Experts
 from esft.experts.stock_layout import is_stacked, stacked_weights
 from esft.transformers_internals import is_transposed
 

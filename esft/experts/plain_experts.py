@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esft.experts.experts import Experts
+from esft.experts.pooled_experts import Experts
 from esft_kernels.pools import ExpertPools, ExpertWeights
 
 

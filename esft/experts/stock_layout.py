@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from esft.errors import InputError
-from esft.experts.experts import PROJECTIONS, Experts
 from esft.experts.plain_experts import PlainExperts
+from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.transformers_internals import (
     between_projections,
     has_bias,

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.checkpoint.original_format import original_format
-from esft.checkpoint.stored_tensors import expert_tensors, other_tensors
+from esft.checkpoint.tensor_names import expert_tensors, other_tensors
 from esft.checkpoint.views import Link, Part, StoredTensor
 from esft.errors import InputError
-from esft.experts.experts import PROJECTIONS, Experts
 from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
+from esft.experts.pooled_experts import PROJECTIONS, Experts
 
 POOLS = tuple(f".{pool}_{name}" for pool, name in product(("trained", "frozen"), PROJECTIONS))
 

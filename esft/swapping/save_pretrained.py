@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.experts.experts import PROJECTIONS, Experts
 from esft.experts.model_state import known_state, swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.swapping.load_state import POOLS, read_stock, stock_shapes, whole_pools
 from esft.transformers_internals import has_peft_adapter, is_spread
 

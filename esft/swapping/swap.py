@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint.digest import model_base
 from esft.errors import InputError
-from esft.experts.experts import Experts
 from esft.experts.model_state import (
     DEFAULT_ADAPTER,
     Swapped,
@@ -21,6 +20,7 @@ from esft.experts.model_state import (
     uncompiled,
 )
 from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.experts.pooled_experts import Experts
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import attach, detach

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from esft.errors import InputError, first_line
-from esft.reading import parse_json, read_text
+from esft.storage.reading import parse_json, read_text
 
 logger = logging.getLogger("esft")
 

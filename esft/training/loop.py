@@ -20,18 +20,19 @@ from esft.checkpoint.digest import model_base
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.errors import DivergenceError, InputError, Interrupted
-from esft.outputs import check_apart
+from esft.runs.checkpoints import RECENT, State, file_digest
+from esft.runs.config import TrainConfig
+from esft.runs.opened import opened
+from esft.runs.run_folder import RunFolder
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
-from esft.training.balance import balance_losses
-from esft.training.checkpoints import RECENT, State, file_digest
-from esft.training.config import TrainConfig
+from esft.storage.outputs import check_apart
 from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
 from esft.training.evaluate import batch_loss, has_plain_head, mean_loss
+from esft.training.load_balancing import balance_losses
 from esft.training.methods import METHODS, prepare
-from esft.training.opened import opened
 from esft.training.optim import MasterAdamW
-from esft.training.run_folder import RunFolder
+from esft.training.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class _Loop:
         # What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too.
         torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}").getrandbits(63))
         loss, extra = self._gradients(records)
-        rate = self.config.rate(step - 1)
+        rate = learning_rate(self.config, step - 1)
         norm = self.optimizer.step(rate)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise DivergenceError(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate")

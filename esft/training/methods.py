@@ -18,12 +18,12 @@ from esft.errors import InputError
 from esft.experts.model_state import Base
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import read_layout
-from esft.files import write_json
-from esft.reading import read_json
+from esft.runs.config import TrainConfig
+from esft.runs.run_folder import ADAPTER, MODEL
 from esft.selection import ExpertSelection
+from esft.storage.files import write_json
+from esft.storage.reading import read_json
 from esft.swapping.swap import swap, unswap
-from esft.training.config import TrainConfig
-from esft.training.run_folder import ADAPTER, MODEL
 
 
 class Method(Protocol):

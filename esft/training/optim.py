@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esft.errors import InputError
-from esft.training.config import TrainConfig
+from esft.runs.config import TrainConfig
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a tensor
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import esft
 from esft.checkpoint.load import load_model, load_tokenizer
+from esft.runs.report import table
 from esft.training.data import Example, encode_all, windows
 from esft.training.evaluate import exact_match, mean_loss
-from esft.training.report import table
 from examples.pretrain import data
 from examples.pretrain.instruction_words import Lexicon
 from examples.pretrain.instructions import KINDS, probes

@@ -33,7 +33,7 @@ import esft
 from esft.checkpoint.load import load_model
 from esft.errors import ESFTError
 from tests.esft.processes import forked, status
-from tests.esft.runs import SELECTION, base_and_data, settings
+from tests.esft.small_runs import SELECTION, base_and_data, settings
 
 LONGEST = 120  # seconds of a child: one that hangs says where
 NAMED, TRACEBACK, KILLED = 2, 1, -signal.SIGKILL  # how a child may end, but for 0

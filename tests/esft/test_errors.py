@@ -42,3 +42,8 @@ def test_an_error_of_ours_names_what_it_is_about_itself():
     assert what_was_read(failed.value) is None
     with reading("nothing wrong"):
         pass
+
+
+def test_long_words_of_another_library_are_cut():
+    assert first_line(ValueError("x" * 400 + "\nmore")) == "x" * 400
+    assert first_line(ValueError("x" * 5000)) == "x" * 400 + "..."

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from esft.adapters.folder import MANIFEST, open_manifest
 from esft.checkpoint.source import CONFIG, INDEX, open_config, weight_files
 from esft.errors import InputError
-from esft.files import open_safetensors, safetensors_header
+from esft.runs.config import TrainConfig
+from esft.runs.report import report
 from esft.scoring.expert_scores import ExpertScores
 from esft.scoring.select import select_experts
 from esft.selection import ExpertSelection
-from esft.training.config import TrainConfig
+from esft.storage.files import open_safetensors, safetensors_header
 from esft.training.data import ROLES, read_records
-from esft.training.report import report
+from esft.training.schedule import learning_rate
 
 CASES = 1100 * (40 if os.environ.get("ESFT_CHAOS") == "1" else 1)  # of each reader
 SECONDS = 5.0  # of one case, on a machine that does other work too
@@ -155,7 +156,7 @@ def test_settings(tmp_path: Path, content: bytes):
         return
     config.save(path)
     assert TrainConfig.load(path) == config
-    assert 0 <= config.rate(0) <= config.learning_rate < math.inf
+    assert 0 <= learning_rate(config, 0) <= config.learning_rate < math.inf
 
 
 RECORD = dump({"messages": [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}], "id": 3})

@@ -34,7 +34,7 @@ def test_no_other_module_looks_inside(path: Path):
         elif isinstance(node, ast.Import):
             assert not any(name.name.startswith("transformers.") for name in node.names)
         elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
-            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os")  # os._exit is documented
             assert own or node.attr in OF_PYTORCH, f"line {node.lineno}: {node.attr}"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
             name = node.args[1]

@@ -12,8 +12,8 @@ import esft
 from esft.adapters.load_any import PEFT_WEIGHTS, adapter_folder, load_any_adapter
 from esft.adapters.merge import merge
 from esft.checkpoint.load import load_model
+from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.config import TrainConfig
 from tests.esft.checkpoint.files import rewrite_json
 from tests.esft.models import save_tiny, tiny_model, write_records
 

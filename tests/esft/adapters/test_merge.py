@@ -17,8 +17,8 @@ from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from esft.errors import DiskError, InputError
 from esft.experts.moe_layers import moe_layers
-from esft.files import TensorInfo
 from esft.selection import ExpertSelection
+from esft.storage.files import TensorInfo
 from tests.esft.checkpoint.files import rewrite
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_p
     elif place == "manifest":
         monkeypatch.setattr(module, "write_json", full)
     else:
-        monkeypatch.setattr("esft.outputs.os.replace", partial(second, os.replace))
+        monkeypatch.setattr("esft.storage.outputs.os.replace", partial(second, os.replace))
     with pytest.raises(esft.DiskError, match=r"/out(/esft_manifest.json)?: No space left on device$"):
         esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -194,3 +194,9 @@ def test_further_prediction_layers_are_no_weights_of_the_model_but_those_of_anot
     assert checkpoint.belongs("model.norm.weight")
     assert not checkpoint.belongs("model.rotary_emb.inv_freq")
     assert not checkpoint.belongs("model.layers.0.self_attn.rotary_emb.inv_freq")
+
+
+def test_a_setting_that_has_no_end_is_told_by_its_name():
+    settings = forward_settings(zoo.tiny("nemotron_h").config)
+    assert "Infinity" in settings["time_step_limit"]
+    json.dumps(settings, allow_nan=False)

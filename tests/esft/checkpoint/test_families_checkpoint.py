@@ -9,7 +9,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import esft
 from esft.experts.moe_layers import moe_layers
-from esft.files import safetensors_header
+from esft.storage.files import safetensors_header
 from tests.esft import zoo
 from tests.esft.experts.test_moe_layers import FAMILIES, close, output, selection, swapped, tune, with_all_else
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import esft
 from esft.checkpoint.load import load_model
 from esft.cli.parser import main
+from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.config import TrainConfig
 from tests.esft.checkpoint.files import rewrite, rewrite_json
 from tests.esft.models import save_tiny, tiny_model, write_records
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 import esft
 from esft.cli.parser import main
+from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.config import TrainConfig
 from esft.training.data import read_records
 from tests.esft.models import save_tiny, tiny_tokenizer, write_records
 
@@ -33,7 +33,7 @@ HOMES = {
     "answer": "esft.training.evaluate",
     "load_any_adapter": "esft.adapters.load_any",
     "merge": "esft.adapters.merge",
-    "report": "esft.training.report",
+    "report": "esft.runs.report",
 }
 
 

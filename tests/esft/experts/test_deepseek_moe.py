@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from esft.experts.deepseek_moe import DeepSeekMoE, GatedMLP, Router, RouterConfig
-from esft.experts.experts import Experts
 from esft.experts.moe_layers import moe_layers
+from esft.experts.pooled_experts import Experts
 from tests.esft.models import tiny_model
 
 CONFIGS = {

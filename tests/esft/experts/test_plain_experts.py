@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esft.experts.experts import Experts
 from esft.experts.plain_experts import PlainExperts, plain_mlp
+from esft.experts.pooled_experts import Experts
 from esft_kernels.pools import ExpertPools, ExpertWeights
 
 E, D, F_ = 5, 4, 3

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 import esft
-from esft.experts.experts import Experts
 from esft.experts.moe_layers import moe_layers
 from esft.experts.plain_experts import PlainExperts
+from esft.experts.pooled_experts import Experts
 from esft.experts.stock_layout import is_stacked, read_layout, recognise
 from esft.selection import ExpertSelection
 from esft_kernels.activation import Activation

@@ -7,7 +7,7 @@ import torch
 import esft
 from esft.experts.moe_layers import GATE, moe_layers
 from esft.selection import ExpertSelection
-from esft.training.balance import balance_losses
+from esft.training.load_balancing import balance_losses
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import esft
 from esft.checkpoint.original_format import original_format
-from esft.checkpoint.stored_tensors import expert_tensors
+from esft.checkpoint.tensor_names import expert_tensors
 from esft.checkpoint.views import Part
 from esft.experts.moe_layers import stock_weights
 from esft.selection import ExpertSelection

@@ -9,9 +9,9 @@ from torch import nn
 
 import esft
 from esft.checkpoint.digest import forward_settings, model_digest
-from esft.experts.experts import Experts
 from esft.experts.model_state import Base, known_state, swapped_state
 from esft.experts.moe_layers import moe_layers
+from esft.experts.pooled_experts import Experts
 from esft.experts.stock_layout import Layout
 from esft.selection import ExpertSelection
 from esft.swapping.swap import thaw

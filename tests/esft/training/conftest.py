@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from esft.training.optim import MasterAdamW
-from tests.esft.runs import FakeLoss, base_and_data
+from tests.esft.small_runs import FakeLoss, base_and_data
 
 loop = importlib.import_module("esft.training.loop")
 

@@ -19,10 +19,11 @@ import esft
 from esft.checkpoint.device import peak_rss
 from esft.checkpoint.load import load_model
 from esft.selection import ExpertSelection
-from esft.training.balance import balance_losses
 from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
+from esft.training.load_balancing import balance_losses
+from esft.training.schedule import learning_rate
 from tests.esft.models import chat, save_tiny, tiny_tokenizer, write_records
-from tests.esft.runs import SELECTION, column, metrics, run, settings
+from tests.esft.small_runs import SELECTION, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258
@@ -344,13 +345,13 @@ def test_the_metrics_hold_every_step_and_every_evaluation(base, out, fake, steps
         # Two parts of alike size a step: calls 1 and 2 have losses 9 and 8, and so on.
         loss = pytest.approx(8.5 - 2 * step)
         speed = counts[step] / 1.0
-        line = {"loss": loss, "lr": config.rate(step), "grad_norm": 0.0, "tokens_per_second": speed}
+        line = {"loss": loss, "lr": learning_rate(config, step), "grad_norm": 0.0, "tokens_per_second": speed}
         expected += [{"step": step + 1, **line}]
         expected += [{"step": step + 1, "eval_loss": evaluated}] if evaluated else []
     assert metrics(out) == expected
     assert asked == [(5, PAD, 4)] * 3
     assert fake.training == [True] * 10
-    assert [rate for rate, _ in steps] == [config.rate(step) for step in range(5)]
+    assert [rate for rate, _ in steps] == [learning_rate(config, step) for step in range(5)]
 
     assert (result.steps, result.eval_loss, result.peak_gpu_memory) == (5, 3.5, 123)
     assert result.trained_parameters == 3 * 3 * 20 * 32  # three experts of three matrices

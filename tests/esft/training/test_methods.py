@@ -11,10 +11,10 @@ import esft
 from esft.checkpoint.digest import model_digest
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.experts.model_state import swapped_state
-from esft.training.config import TrainConfig
+from esft.runs.config import TrainConfig
 from esft.training.methods import prepare
 from tests.esft.models import tiny_model, tiny_tokenizer
-from tests.esft.runs import SELECTION, column, run, settings
+from tests.esft.small_runs import SELECTION, column, run, settings
 
 
 def test_full_fine_tuning_stores_the_whole_model_and_its_tokenizer_in_the_dtype_of_the_run(base, out):

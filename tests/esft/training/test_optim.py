@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from esft.errors import InputError
-from esft.training.config import TrainConfig
+from esft.runs.config import TrainConfig
 from esft.training.optim import MasterAdamW
 
 SIZES = (20.0, 0.01, 0.5)  # of three steps' gradients: the first alone is beyond the default clip

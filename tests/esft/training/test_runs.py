@@ -16,7 +16,7 @@ from esft.selection import ExpertSelection
 from esft.training.data import encode_all, read_records
 from esft.training.evaluate import mean_loss
 from tests.esft.models import chat, tiny_tokenizer, token_batch
-from tests.esft.runs import SELECTION, base_and_data, column, run, settings
+from tests.esft.small_runs import SELECTION, base_and_data, column, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 

@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 
 import esft
-from esft.files import write_json
-from esft.reading import check_keys, check_regular, key_number, parse_json, read_json, read_settings, read_text, shown
+from esft.storage.files import write_json
+from esft.storage.reading import (
+    check_keys,
+    check_regular,
+    key_number,
+    parse_json,
+    read_json,
+    read_settings,
+    read_text,
+    shown,
+)
 
 
 def test_text_is_read_in_its_encoding_and_what_cannot_be_read_is_named(tmp_path):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from esft.errors import InputError
-from esft.training.opened import latest, opened
-from esft.training.run_folder import RunFolder
-from tests.esft.runs import SELECTION, settings
+from esft.runs.opened import latest, opened
+from esft.runs.run_folder import RunFolder
+from tests.esft.small_runs import SELECTION, settings
 
 ORIGIN = {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}
-module = importlib.import_module("esft.training.opened")
+module = importlib.import_module("esft.runs.opened")
 
 
 def fill(folder: RunFolder, text: str, whole: bool = True) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
-from esft.limits import JSON_BYTES, SETTINGS_BYTES, SHOWN
+from esft.storage.limits import JSON_BYTES, SETTINGS_BYTES, SHOWN
 
 _NULL, _TEXT = "tag:yaml.org,2002:null", re.compile(r"tag:yaml\.org,2002:(null|str|int|float|bool)")
 _brief = reprlib.Repr()

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from esft.errors import DiskError, ESFTError, InputError
-from esft.locks import locked
+from esft.storage.locks import locked
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"  # what is beside a folder while it is written
 

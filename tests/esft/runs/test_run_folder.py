@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import esft
 from esft.checkpoint.digest import model_digest
 from esft.checkpoint.load import load_model
+from esft.runs.config import TrainConfig
+from esft.runs.run_folder import RunFolder
 from esft.selection import ExpertSelection
-from esft.training.config import TrainConfig
-from esft.training.run_folder import RunFolder
 from tests.esft.models import save_tiny, write_records
-from tests.esft.runs import SELECTION, metrics, run, settings
+from tests.esft.small_runs import SELECTION, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 
 import esft
 from esft.errors import InputError
-from esft.files import write_json
-from esft.outputs import check_apart, check_new_file, check_new_folder, entries, new_folder, recover
-from esft.reading import read_json
+from esft.storage.files import write_json
+from esft.storage.outputs import check_apart, check_new_file, check_new_folder, entries, new_folder, recover
+from esft.storage.reading import read_json
 
 
 def ours(*names: str):
@@ -106,9 +106,9 @@ def test_a_folder_that_is_being_written_is_not_written_by_another(tmp_path):
 def killed(monkeypatch, at: int, path: Path, *earlier) -> None:
     """Write a folder, and be killed before the given rename: nothing that comes after it is done."""
     monkeypatch.setattr(os, "replace", dies := Dies(os.replace, at))
-    monkeypatch.setattr("esft.outputs.shutil.rmtree", lambda *_, **__: None)
-    monkeypatch.setattr("esft.locks.Path.unlink", lambda *_, **__: None)
-    monkeypatch.setattr("esft.outputs.Path.rmdir", lambda *_, **__: None)
+    monkeypatch.setattr("esft.storage.outputs.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("esft.storage.locks.Path.unlink", lambda *_, **__: None)
+    monkeypatch.setattr("esft.storage.outputs.Path.rmdir", lambda *_, **__: None)
     with pytest.raises(SystemExit), new_folder(path, *earlier) as folder:
         (folder / "file").write_text("new")
         if not at:

@@ -6,7 +6,7 @@ import yaml
 
 import esft
 import esft_kernels
-from esft.training.config import BACKENDS, METHODS, RECOMPUTES, TrainConfig
+from esft.runs.config import BACKENDS, METHODS, RECOMPUTES, TrainConfig
 
 
 def test_defaults_are_the_papers():
@@ -14,7 +14,7 @@ def test_defaults_are_the_papers():
     assert (config.steps, config.batch_size, config.eval_every) == (500, 32, 100)
     assert (config.beta1, config.beta2, config.weight_decay, config.clip) == (0.9, 0.95, 0.1, 1.0)
     assert (config.method, config.lora_rank, config.lora_alpha) == ("esft", 8, 16)
-    rates = {method: TrainConfig(method=method).rate(0) for method in METHODS}
+    rates = {method: TrainConfig(method=method).learning_rate for method in METHODS}
     assert rates == {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}
 
 
@@ -62,22 +62,6 @@ def test_whole_numbers_are_read_as_the_kind_of_their_setting(tmp_path):
     config = TrainConfig.load(tmp_path / "c.yaml")
     assert config == TrainConfig(steps=3, clip=2.0, micro_batch_size=4, method="full")
     assert (type(config.steps), type(config.clip), type(config.micro_batch_size)) == (int, float, int)
-
-
-@pytest.mark.parametrize(
-    ("settings", "rates"),
-    [
-        ({"warmup_steps": 1, "decay": 0.5}, [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
-        ({"warmup_steps": 3}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
-        ({"decay": 1.0}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
-        ({"warmup_steps": 9, "decay": 1.0}, [(i + 1) * (10 - i) / 100 for i in range(10)]),
-        ({}, [1] * 10),
-    ],
-    ids=str,
-)
-def test_the_rate_warms_up_holds_and_falls(settings: dict, rates: list[float]):
-    config = TrainConfig(lr=3.0, steps=10, **settings)
-    assert [config.rate(step) / 3 for step in range(10)] == pytest.approx(rates, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
-from esft.files import write_text
-from esft.reading import check_keys, read_settings, shown
+from esft.storage.files import write_text
+from esft.storage.reading import check_keys, read_settings, shown
 
 # Learning rates of the paper (appendix A); any other default would need a reason of its own.
 PAPER_LR = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}
@@ -89,12 +89,6 @@ class TrainConfig:
     @property
     def learning_rate(self) -> float:
         return PAPER_LR[self.method] if self.lr is None else self.lr
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        fall = self.steps * self.decay
-        return self.learning_rate * warm * (min(1.0, (self.steps - step) / fall) if fall else 1.0)
 
     @classmethod
     def load(cls, path: str | Path | None, **overrides: Any) -> TrainConfig:

@@ -7,7 +7,7 @@ import esft
 from esft.experts.moe_layers import moe_layers
 from esft.scoring.routers import Choice
 from esft.selection import ExpertSelection
-from esft.training.balance import balance_loss, balance_losses
+from esft.training.load_balancing import balance_loss, balance_losses
 from tests.esft.models import tiny_model, token_batch
 
 

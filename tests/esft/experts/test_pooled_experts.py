@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from esft.experts.experts import PROJECTIONS, Experts
+from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft_kernels.activation import Activation
 from tests.esft.experts.test_stock_layout import LAYOUTS, Flagged
 from tests.esft.experts.test_stock_layout import batch as batch_for_flagged

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from esft.reading import shown
-from esft.training.run_folder import RunFolder
+from esft.runs.run_folder import RunFolder
+from esft.storage.reading import shown
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -13,13 +13,13 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from esft.errors import DiskError, InputError
-from esft.files import TEMPORARY, write_json, write_text
-from esft.locks import locked
-from esft.outputs import check_new_folder, entries, new_folder, recover
-from esft.reading import parse_json, read_json, read_text, shown
+from esft.runs.checkpoints import Checkpoints, digest_of
+from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.checkpoints import Checkpoints, digest_of
-from esft.training.config import TrainConfig
+from esft.storage.files import TEMPORARY, write_json, write_text
+from esft.storage.locks import locked
+from esft.storage.outputs import check_new_folder, entries, new_folder, recover
+from esft.storage.reading import parse_json, read_json, read_text, shown
 
 MARKER = "esft_run.json"
 FORMAT_VERSION = 1

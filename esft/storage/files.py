@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from esft.errors import DiskError, InputError
-from esft.reading import check_regular
+from esft.storage.reading import check_regular
 
 TEMPORARY = re.compile(r"\.esft-[0-9a-f]{8}\.tmp")  # what ``write_text`` calls a file that is not whole yet
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esft.errors import InputError
-from esft.files import open_safetensors, write_json
-from esft.outputs import new_folder
-from esft.reading import read_json
+from esft.storage.files import open_safetensors, write_json
+from esft.storage.outputs import new_folder
+from esft.storage.reading import read_json
 
 KEPT = 2  # the last one, and the one before it for the case that the last is damaged
 RECENT = 20  # steps whose mean stands for the loss of now

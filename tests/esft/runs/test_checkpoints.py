@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from esft.errors import InputError
-from esft.training.checkpoints import Checkpoints, State, digest_of, file_digest
+from esft.runs.checkpoints import Checkpoints, State, digest_of, file_digest
 
 RUN = {"model": "1", "data": "2", "settings": "3", "selection": "4"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from esft.errors import DiskError, InputError
-from esft.locks import locked
+from esft.storage.locks import locked
 from tests.esft.processes import forked, status
 
 

@@ -1,6 +1,6 @@
 from esft.checkpoint.source import check_numbers
-from esft.limits import EXPERTS, EXPERTS_IN_ALL, LAYERS, SIZE
-from esft.reading import key_number
+from esft.storage.limits import EXPERTS, EXPERTS_IN_ALL, LAYERS, SIZE
+from esft.storage.reading import key_number
 
 
 def test_what_exists_is_far_below():

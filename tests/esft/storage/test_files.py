@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import esft
-from esft.files import (
+from esft.storage.files import (
     TEMPORARY,
     open_safetensors,
     safetensors_header,

@@ -6,10 +6,10 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 import esft
-from esft.checkpoint import stored_tensors
+from esft.checkpoint import tensor_names
 from esft.checkpoint.adapter_tensors import adapter_tensors
 from esft.checkpoint.original_format import original_format
-from esft.checkpoint.stored_tensors import ExpertTensors, slice_name
+from esft.checkpoint.tensor_names import ExpertTensors, slice_name
 from esft.checkpoint.views import WHOLE, Link, Part, StoredTensor, Strided
 from esft.experts.moe_layers import moe_layers, stock_weights
 from esft.selection import ExpertSelection
@@ -54,11 +54,11 @@ FORMS = {
 
 
 def expert_tensors(model) -> ExpertTensors:
-    return stored_tensors.expert_tensors(model, stock_weights(model).experts, original_format(model))
+    return tensor_names.expert_tensors(model, stock_weights(model).experts, original_format(model))
 
 
 def other_tensors(model, parameters: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    return stored_tensors.other_tensors(original_format(model), parameters)
+    return tensor_names.other_tensors(original_format(model), parameters)
 
 
 def every(tensors: ExpertTensors) -> list[StoredTensor]:

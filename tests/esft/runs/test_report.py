@@ -3,7 +3,7 @@ import json
 import pytest
 
 import esft
-from esft.training.report import report, table
+from esft.runs.report import report, table
 
 
 def write_metrics(folder, lines: list[dict]):

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from esft.errors import InputError
-from esft.outputs import check_new_folder, entries, resolved
-from esft.training.run_folder import LOCK, MARKER, NEXT, REPLACED, SUMMARY, RunFolder
+from esft.runs.run_folder import LOCK, MARKER, NEXT, REPLACED, SUMMARY, RunFolder
+from esft.storage.outputs import check_new_folder, entries, resolved
 
 _DONE = "overwriting-done"  # in the run's folder: what was ``NEXT``, from when all of the earlier run is put aside
 
