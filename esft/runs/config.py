@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from esft.errors import InputError
-from esft.storage.files import write_text
+from esft.selection import ExpertSelection
 from esft.storage.reading import check_keys, read_settings, shown
 
 # Learning rates of the paper (appendix A); any other default would need a reason of its own.
@@ -110,9 +108,12 @@ class TrainConfig:
         _check_together({name: each.default for name, each in known.items()} | settings, called)
         return cls(**settings)
 
-    def save(self, path: str | Path) -> None:
-        """Write a file that ``load`` reads."""
-        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False))
+    def check_selection(self, selection: ExpertSelection | None) -> None:
+        """Raise InputError unless the method has the expert selection that it needs, and no other."""
+        if (self.method == "esft") != (selection is not None):
+            raise InputError(f"method {self.method} {'needs' if selection is None else 'takes no'} expert selection")
+        if selection is not None and selection.is_empty:
+            raise InputError("the expert selection is empty: nothing would train")
 
     def check_resumes(self, begun: TrainConfig) -> None:
         """Raise InputError where a run begun with other settings cannot go on with these; only ``steps`` may differ."""

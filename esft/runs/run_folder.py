@@ -16,7 +16,7 @@ from esft.errors import DiskError, InputError
 from esft.runs.checkpoints import Checkpoints, digest_of
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.storage.files import TEMPORARY, write_json, write_text
+from esft.storage.files import TEMPORARY, write_json, write_text, write_yaml
 from esft.storage.locks import locked
 from esft.storage.outputs import check_new_folder, entries, new_folder, recover
 from esft.storage.reading import parse_json, read_json, read_text, shown
@@ -133,7 +133,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._mark(self._outcome)
         digests = origin["digests"] | _digests(config, selection)
-        config.save(self.path / CONFIG)
+        write_yaml(self.path / CONFIG, asdict(config))
         if selection is not None:
             selection.save(self.path / SELECTION)
         else:
@@ -257,8 +257,16 @@ class RunFolder:
     def _mark(self, outcome: set[str]) -> None:
         write_json(self.path / MARKER, {"format_version": FORMAT_VERSION, "outcome": sorted(outcome)})
 
-    def write_summary(self, values: dict[str, Any]) -> None:
-        write_json(self.path / SUMMARY, values)
+    def stored_bytes(self) -> int:
+        """Of the outcome's tensors."""
+        return sum((self.path / file).stat().st_size for file in self._outcome if file.endswith(".safetensors"))
+
+    def write_summary(self, measured: dict[str, Any]) -> None:
+        """What the run measured, after what it was begun with."""
+        method, origin = TrainConfig.load(self.path / CONFIG).method, self.origin()
+        write_json(
+            self.path / SUMMARY, {"method": method, "model": origin["model"], "data": origin["data"], **measured}
+        )
 
     def summary(self) -> dict[str, Any] | None:
         """What the run measured, None before its end. Raises InputError for a file that is no summary."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from esft.errors import DiskError, InputError
@@ -52,6 +53,11 @@ def write_json(path: str | Path, value: Any) -> None:
     except ValueError as error:
         raise InputError(f"{path}: cannot hold a value that is not finite") from error
     write_text(path, text + "\n")
+
+
+def write_yaml(path: str | Path, settings: dict[str, Any]) -> None:
+    """``write_text`` of settings, in their order."""
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 @contextmanager

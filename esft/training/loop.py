@@ -94,7 +94,7 @@ def train(
         if resume:
             config, selection = folder.begun_with(config, selection)
         config = config or TrainConfig()
-        _check_selection(config, selection)
+        config.check_selection(selection)
         reach = Reach.of(open_config(model_path, trust_remote_code))
         length = reach.length(config.max_length)
         tokenizer = load_tokenizer(model_path, trust_remote_code)
@@ -115,20 +115,10 @@ def train(
         origin = {"model": model_path, "data": str(data)}
         folder.begin(config, origin | {"digests": digests}, selection)
         measured = loop.run(folder, examples, held_out, 0 if state is None else state.step)
-        method = METHODS[config.method]
-        with folder.outcome(method.outcome) as place:
-            method.save(loop.model.eval(), tokenizer, config, base, place)
-            stored = sum(file.stat().st_size for file in place.rglob("*.safetensors"))
-        result = TrainResult(**measured, stored_bytes=stored)
-        folder.write_summary({"method": config.method, **origin, **vars(result)})
+        METHODS[config.method].save(loop.model.eval(), tokenizer, config, base, folder)
+        result = TrainResult(**measured, stored_bytes=folder.stored_bytes())
+        folder.write_summary(vars(result))
     return result
-
-
-def _check_selection(config: TrainConfig, selection: ExpertSelection | None) -> None:
-    if (config.method == "esft") != (selection is not None):
-        raise InputError(f"method {config.method} {'needs' if selection is None else 'takes no'} expert selection")
-    if selection is not None and selection.is_empty:
-        raise InputError("the expert selection is empty: nothing would train")
 
 
 class _Loop:

@@ -6,7 +6,6 @@ A method is a class with what ``Method`` names, and its name in ``METHODS``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -19,7 +18,7 @@ from esft.experts.model_state import Base
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import read_layout
 from esft.runs.config import TrainConfig
-from esft.runs.run_folder import ADAPTER, MODEL
+from esft.runs.run_folder import ADAPTER, MODEL, RunFolder
 from esft.selection import ExpertSelection
 from esft.storage.files import write_json
 from esft.storage.reading import read_json
@@ -27,23 +26,19 @@ from esft.swapping.swap import swap, unswap
 
 
 class Method(Protocol):
-    outcome: str  # what it leaves in the run's folder
-
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
         """The model with exactly what the method trains requiring gradients."""
         ...
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:
-        """Write what was trained into an empty folder."""
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
+        """Write what was trained into the run's folder."""
         ...
 
 
 class ESFT:
     """The selected experts, and what else the selection names."""
-
-    outcome = ADAPTER
 
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
@@ -52,14 +47,13 @@ class ESFT:
         return _swap(model, config, selection)
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:
-        write_adapter(model, folder)
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
+        with run.outcome(ADAPTER) as folder:
+            write_adapter(model, folder)
 
 
 class Full:
     """Everything: every expert through the same kernels, and all the rest."""
-
-    outcome = MODEL
 
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
@@ -69,15 +63,14 @@ class Full:
         return _swap(model, config, ExpertSelection(everything, shared, non_expert_modules=True))
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:
-        unswap(model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
+        with run.outcome(MODEL) as folder:
+            unswap(model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 class LoRA:
     """Low-rank additions to every linear layer of the blocks and to all experts, through PEFT (arXiv 2106.09685)."""
-
-    outcome = ADAPTER
 
     @staticmethod
     def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
@@ -96,13 +89,14 @@ class LoRA:
         return get_peft_model(model, lora)
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, folder: Path) -> None:
-        model.save_pretrained(folder)
-        config_file = folder / "adapter_config.json"
-        written = read_json(config_file)
-        # PEFT keeps the modules in a set, whose order is another one in every process.
-        write_json(config_file, written | {"target_modules": sorted(written["target_modules"])})
-        write_manifest(folder, base, {"lora_rank": config.lora_rank})
+    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
+        with run.outcome(ADAPTER) as folder:
+            model.save_pretrained(folder)
+            config_file = folder / "adapter_config.json"
+            written = read_json(config_file)
+            # PEFT keeps the modules in a set, whose order is another one in every process.
+            write_json(config_file, written | {"target_modules": sorted(written["target_modules"])})
+            write_manifest(folder, base, {"lora_rank": config.lora_rank})
 
 
 METHODS: dict[str, type[Method]] = {"esft": ESFT, "full": Full, "lora": LoRA}

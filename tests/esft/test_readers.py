@@ -12,6 +12,7 @@ import resource
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from esft.runs.report import report
 from esft.scoring.expert_scores import ExpertScores
 from esft.scoring.select import select_experts
 from esft.selection import ExpertSelection
-from esft.storage.files import open_safetensors, safetensors_header
+from esft.storage.files import open_safetensors, safetensors_header, write_yaml
 from esft.training.data import ROLES, read_records
 from esft.training.schedule import learning_rate
 
@@ -154,7 +155,7 @@ def test_selections(tmp_path: Path, content: bytes):
 def test_settings(tmp_path: Path, content: bytes):
     if (config := runs(path := tmp_path / "c.yaml", content, lambda: TrainConfig.load(path))) is None:
         return
-    config.save(path)
+    write_yaml(path, asdict(config))
     assert TrainConfig.load(path) == config
     assert 0 <= learning_rate(config, 0) <= config.learning_rate < math.inf
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import esft
 from esft.cli.parser import main
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
+from esft.storage.files import write_yaml
 from esft.training.data import read_records
 from tests.esft.models import save_tiny, tiny_tokenizer, write_records
 
@@ -188,8 +190,8 @@ def test_train_leaves_to_the_settings_what_it_is_not_told(work, calls):
 def test_a_run_that_resumes_has_the_settings_that_it_was_begun_with(work, calls, more: str, lr: float | None):
     calls.watch("train", RESULT)
     (work / "run").mkdir()
-    TrainConfig(lr=0.5).save(work / "run" / "config.yaml")
-    TrainConfig(lr=0.125).save(work / "c.yaml")
+    write_yaml(work / "run" / "config.yaml", asdict(TrainConfig(lr=0.5)))
+    write_yaml(work / "c.yaml", asdict(TrainConfig(lr=0.125)))
     stage(f"train --model m --data d.jsonl --out run {more}")
     (((*_, config, _, _, resume, _), _),) = calls.of["train"]
     assert config.lr == lr and resume == ("--resume" in more)

@@ -1,5 +1,5 @@
-import dataclasses
 import math
+from dataclasses import asdict, fields
 
 import pytest
 import yaml
@@ -7,6 +7,7 @@ import yaml
 import esft
 import esft_kernels
 from esft.runs.config import BACKENDS, METHODS, RECOMPUTES, TrainConfig
+from esft.storage.files import write_yaml
 
 
 def test_defaults_are_the_papers():
@@ -50,10 +51,10 @@ OTHER = {
 
 def test_a_saved_config_loads_again_and_lists_every_setting(tmp_path):
     config = TrainConfig(**OTHER)
-    config.save(tmp_path / "c.yaml")
+    write_yaml(tmp_path / "c.yaml", asdict(config))
     assert TrainConfig.load(tmp_path / "c.yaml") == config
-    assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == [f.name for f in dataclasses.fields(TrainConfig)]
-    TrainConfig().save(tmp_path / "c.yaml")  # with settings that are None
+    assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == [f.name for f in fields(TrainConfig)]
+    write_yaml(tmp_path / "c.yaml", asdict(TrainConfig()))  # with settings that are None
     assert TrainConfig.load(tmp_path / "c.yaml") == TrainConfig()
 
 
@@ -199,7 +200,7 @@ def test_a_run_resumes_with_other_steps_and_with_nothing_else_changed():
     begun = TrainConfig(method="esft")
     begun.check_resumes(begun)
     TrainConfig(steps=7).check_resumes(begun)
-    assert set(OTHER) == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(OTHER) == {field.name for field in fields(TrainConfig)}
     for name in OTHER.keys() - {"steps"}:
         value = OTHER[name]
         with pytest.raises(esft.InputError, match=f"cannot resume with {name} {value}: the run was begun with "):

@@ -1,4 +1,4 @@
-"""Runs on a tiny base: the fixtures that the tests of the loop, the run folder and the methods share."""
+"""Runs on a tiny base: the fixtures that the tests of runs and of training share."""
 
 import importlib
 import shutil
