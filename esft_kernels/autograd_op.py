@@ -184,6 +184,8 @@ def _validate_quantized(
         if pool.size(projection) != shape[1:]:
             raise ValueError(f"{name} must have shape {shape}, got {(pool.num_experts, *pool.size(projection))}")
         pool.kind.check(stack, *shape, name)
+        if pool.kind.buffer_size(*pool.size(projection)) >= 2**31:
+            raise ValueError(f"{name} must hold an expert within 2**31 elements, got {shape[1:]}")
         for part, tensor in zip(pool.kind.layout(*shape), stack, strict=True):
             if tensor.device != device:
                 raise ValueError(f"{name} {part} must be on {device} like x, got {tensor.device}")

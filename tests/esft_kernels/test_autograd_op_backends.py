@@ -101,9 +101,17 @@ QUANTIZED = {
 }
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def quantized_backend(request) -> str:
-    return request.param
+@pytest.fixture(params=["reference", "cpu", "triton", "triton, decoded first"])
+def quantized_backend(request, monkeypatch) -> str:
+    name, *first = request.param.split(",")
+    if name == "triton":
+        pytest.importorskip("triton")
+        if first:
+            from esft_kernels.triton_ops import parts
+
+            monkeypatch.setattr(parts, "FEW_ROWS", -1)
+            monkeypatch.setattr(parts, "SCRATCH", 4 * 2 * 72 * 80)  # two experts of the usual layer
+    return name
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -116,6 +124,24 @@ def test_quantized(case, format, quantized_backend, monkeypatch):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantized_16_bit(format, dtype, quantized_backend, monkeypatch):
+    layer = make_layer(dtype=dtype, format=format)
+    poison_empty(monkeypatch)
+    check(layer, quantized_backend, EVERYTHING)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_two_runs_of_a_quantized_layer_give_the_same_bits(format, recompute, quantized_backend):
+    layer = make_layer(dtype=torch.float32, format=format)
+    once = run(layer, quantized_backend, EVERYTHING)
+    for first, second in zip(once, run(layer, quantized_backend, EVERYTHING, recompute), strict=True):
+        assert first is second is None or torch.equal(first, second)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantized_backend", ["reference", "cpu"], indirect=True)
 def test_quantized_is_what_plain_weights_of_the_same_values_give(format, dtype, quantized_backend):
     """To the bit, with the recomputation too: only where the weights come from differs."""
     layer = make_layer(dtype=dtype, hidden=130, format=format)

@@ -114,10 +114,15 @@ def test_every_backend_agrees_with_the_reference_and_with_itself(backend, layer,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @fuzzed
-@given(layer=layers(tuple(FORMATS)), needs=NEEDS, recompute=RECOMPUTES)
-def test_so_do_quantized_layers(backend, layer, needs, recompute):
-    if backend == "triton":
-        pytest.importorskip("triton")
-    agrees(layer, backend, Needs(*needs), recompute)
+@given(layer=layers(tuple(FORMATS)), needs=NEEDS, recompute=RECOMPUTES, few_rows=st.sampled_from([-1, 128]))
+def test_so_do_quantized_layers(backend, layer, needs, recompute, few_rows):
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "triton":
+            pytest.importorskip("triton")
+            from esft_kernels.triton_ops import parts
+
+            patch.setattr(parts, "FEW_ROWS", few_rows)
+            patch.setattr(parts, "SCRATCH", 20_000)  # bytes: an expert or many
+        agrees(layer, backend, Needs(*needs), recompute)
