@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from esft_kernels.activation import Activation
 from esft_kernels.backend import Backend, Needs
 from esft_kernels.backends.resolve import resolve_backend
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.pools import PLAIN, ExpertPools, QuantizedWeights, pools_of
 from esft_kernels.routing import Routing
 
 RECOMPUTE = ("none", "frozen")
@@ -52,26 +49,23 @@ def rows_to_keep(needs: Needs, recompute: str) -> str:
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, routing, layout, backend, recompute, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
-        pools, wanted = _pools(layout, tensors), ctx.needs_input_grad
+        pools, wanted = pools_of(tensors, *layout), ctx.needs_input_grad
         ctx.needs = Needs(x=wanted[0], weights=wanted[1], trained=any(wanted[6:10]))
         out, h = run_forward(x, weights, pools, routing, backend, rows_to_keep(ctx.needs, recompute))
         ctx.save_for_backward(
             x, weights, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1, *tensors
         )
         ctx.num_trained, ctx.layout, ctx.backend = routing.num_trained, layout, backend
+        ctx.num_frozen_tensors = len(tensors) - 4
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weights, h, *saved = ctx.saved_tensors
-        routing, pools = Routing(*saved[:4], ctx.num_trained), _pools(ctx.layout, saved[4:])
+        routing, pools = Routing(*saved[:4], ctx.num_trained), pools_of(saved[4:], *ctx.layout)
         grad_x, grad_weights, *trained = run_backward(grad_out, x, weights, h, pools, routing, ctx.backend, ctx.needs)
-        return grad_x, grad_weights, None, None, None, None, *trained, None, None, None, None
-
-
-def _pools(layout: tuple[Activation, bool], tensors: Sequence[Tensor]) -> ExpertPools:
-    return ExpertPools(ExpertWeights(*tensors[:4]), ExpertWeights(*tensors[4:]), *layout)
+        return grad_x, grad_weights, None, None, None, None, *trained, *(None,) * ctx.num_frozen_tensors
 
 
 def expert_mlp(
@@ -105,10 +99,10 @@ def expert_mlp(
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     module = resolve_backend(backend, x_TD.device)
     x_TD, weights_TK = aligned(x_TD), aligned(weights_TK)
-    tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
+    tensors = pools.tensors()
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x_TD, weights_TK, *tensors)):
         return module.forward(x_TD, weights_TK, pools, routing, 0)[0]
-    layout = (pools.activation, pools.interleaved)
+    layout = (pools.activation, pools.interleaved, pools.format)
     return _ExpertMLP.apply(x_TD, weights_TK, routing, layout, module, recompute, *tensors)  # pyright: ignore[reportReturnType]
 
 
@@ -130,7 +124,11 @@ def _validate(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Rou
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}
     for pool, n in sizes.items():
         shapes = {"gate_up": (n, g, d), "down": (n, d, f), "gate_up_bias": (n, g), "down_bias": (n, d)}
-        tensors = getattr(pools, pool).tensors()
+        held = getattr(pools, pool)
+        if isinstance(held, QuantizedWeights):
+            _validate_quantized(held, shapes["gate_up"], shapes["down"], x_TD.device)
+            shapes = {name: shape for name, shape in shapes.items() if name.endswith("bias")}
+        tensors = held.tensors()[-len(shapes) :]
         expected |= {f"{pool}_{name}": (t, shapes[name]) for name, t in zip(shapes, tensors, strict=True)}
     expected["x"] = (x_TD, (routing.num_tokens, d))
     if len({tensor is None for name, (tensor, _) in expected.items() if name.endswith("bias")}) > 1:
@@ -151,7 +149,7 @@ def _validate(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Rou
         # The kernels reach into one expert with 32-bit offsets.
         if sum((size - 1) * stride for size, stride in zip(shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:
             raise ValueError(f"{name} must hold an expert within 2**31 elements, got strides {tensor.stride()}")
-    if all(sizes.values()):
+    if all(sizes.values()) and pools.format == PLAIN:
         for name in ("gate_up", "down"):
             trained, frozen = (expected[f"{pool}_{name}"][0] for pool in sizes)
             if trained is not None and frozen is not None and trained.stride() != frozen.stride():
@@ -176,3 +174,20 @@ def _validate(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Rou
             f"routing is for {routing.num_trained} trained of {routing.num_experts} experts, "
             f"the pools hold {pools.num_trained} of {pools.num_experts}"
         )
+
+
+def _validate_quantized(
+    pool: QuantizedWeights, gate_up: tuple[int, ...], down: tuple[int, ...], device: torch.device
+) -> None:
+    for projection, shape in (("gate_up", gate_up), ("down", down)):
+        name, stack = f"frozen_{projection}", pool.stack(projection)
+        if pool.size(projection) != shape[1:]:
+            raise ValueError(f"{name} must have shape {shape}, got {(pool.num_experts, *pool.size(projection))}")
+        pool.kind.check(stack, *shape, name)
+        if pool.kind.buffer_size(*pool.size(projection)) >= 2**31:
+            raise ValueError(f"{name} must hold an expert within 2**31 elements, got {shape[1:]}")
+        for part, tensor in zip(pool.kind.layout(*shape), stack, strict=True):
+            if tensor.device != device:
+                raise ValueError(f"{name} {part} must be on {device} like x, got {tensor.device}")
+            if device.type != "cpu" and tensor.data_ptr() % ALIGNMENT:
+                raise ValueError(f"{name} {part} must start at a multiple of {ALIGNMENT} bytes")

@@ -13,17 +13,15 @@ from esft_kernels.activation import Activation
 from esft_kernels.autograd_op import expert_mlp, rows_to_keep, run_backward, run_forward
 from esft_kernels.backend import Needs
 from esft_kernels.backends.resolve import resolve_backend
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.pools import ExpertPools, pools_of
 from esft_kernels.routing import Routing, route
 
-_POOLS = ", ".join(
-    f"Tensor {pool}_gate_up, Tensor {pool}_down, Tensor? {pool}_gate_up_bias, Tensor? {pool}_down_bias"
-    for pool in ("trained", "frozen")
-)
+_TRAINED = "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
+_POOLS = f"{_TRAINED}, Tensor[] frozen, Tensor? frozen_gate_up_bias, Tensor? frozen_down_bias"
 _ACTIVATION = "str kind, bool gated, float slope, float? limit, float up_offset"
-_SETTINGS = f"{_ACTIVATION}, bool interleaved, str backend, bool elsewhere"
+_SETTINGS = f"{_ACTIVATION}, bool interleaved, str format, str backend, bool elsewhere"
 _ROUTING = "Tensor token_N, Tensor slot_N, Tensor row_TK, Tensor offsets_E1"
-_POOL_TENSORS, _NUM_SETTINGS = 8, 8
+_POOL_ARGUMENTS, _NUM_SETTINGS = 7, 9
 
 
 def routed_mlp(
@@ -41,8 +39,9 @@ def routed_mlp(
         routing = route(top_k_index_TK, position_E, pools.num_trained, elsewhere)
         return expert_mlp(x_TD, weights_TK, pools, routing, backend, recompute)
     a = pools.activation
-    settings = (a.kind, a.gated, a.slope, a.limit, a.up_offset, pools.interleaved, backend, elsewhere)
-    tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
+    settings = (a.kind, a.gated, a.slope, a.limit, a.up_offset, pools.interleaved, pools.format, backend, elsewhere)
+    *frozen, gate_up_bias, down_bias = pools.frozen.tensors()
+    tensors = (*pools.trained.tensors(), frozen, gate_up_bias, down_bias)
     trains = any(t is not None and t.requires_grad for t in pools.trained.tensors())
     needs = Needs(
         *(torch.is_grad_enabled() and want for want in (x_TD.requires_grad, weights_TK.requires_grad, trains))
@@ -52,9 +51,9 @@ def routed_mlp(
 
 
 def _pools(tensors: tuple, settings: tuple) -> ExpertPools:
-    kind, gated, slope, limit, up_offset, interleaved, *_ = settings
-    activation = Activation(kind, gated, slope, limit, up_offset)
-    return ExpertPools(ExpertWeights(*tensors[:4]), ExpertWeights(*tensors[4:]), activation, interleaved)
+    *activation, interleaved, format, _, _ = settings
+    *trained, frozen, gate_up_bias, down_bias = tensors
+    return pools_of((*trained, *frozen, gate_up_bias, down_bias), Activation(*activation), interleaved, format)
 
 
 @torch.library.custom_op(
@@ -65,7 +64,7 @@ def _pools(tensors: tuple, settings: tuple) -> ExpertPools:
 )
 def _forward(x, index, weights, position, *rest):
     """The output [T, D], and for the backward H (all rows, the prefix or none) and the routing."""
-    tensors, settings, keep = rest[:_POOL_TENSORS], rest[_POOL_TENSORS:-1], rest[-1]
+    tensors, settings, keep = rest[:_POOL_ARGUMENTS], rest[_POOL_ARGUMENTS:-1], rest[-1]
     pools = _pools(tensors, settings)
     routing = route(index, position, pools.num_trained, settings[-1])
     out, h = run_forward(x, weights, pools, routing, resolve_backend(settings[-2], x.device), keep)
@@ -89,7 +88,7 @@ def _(x, index, weights, position, *rest):
 )
 def _backward(grad_out, x, weights, h, token, slot, row, offsets, *rest):
     """Gradients of x, the routing weights and the trained pool; without elements where they are not needed."""
-    tensors, settings, needs = rest[:_POOL_TENSORS], rest[_POOL_TENSORS:-1], Needs(*rest[-1])
+    tensors, settings, needs = rest[:_POOL_ARGUMENTS], rest[_POOL_ARGUMENTS:-1], Needs(*rest[-1])
     pools = _pools(tensors, settings)
     routing = Routing(token, slot, row, offsets, pools.num_trained)
     backend = resolve_backend(settings[-2], x.device)
@@ -113,18 +112,21 @@ def _(grad_out, x, weights, h, token, slot, row, offsets, *rest):
 
 def _setup_context(ctx, inputs, output):
     x, _, weights, _, *rest = inputs
-    ctx.save_for_backward(x, weights, *output[1:], *rest[:_POOL_TENSORS])
-    ctx.settings = rest[_POOL_TENSORS:-1]
+    *trained, frozen, gate_up_bias, down_bias = rest[:_POOL_ARGUMENTS]
+    ctx.save_for_backward(x, weights, *output[1:], *trained, gate_up_bias, down_bias, *frozen)
+    ctx.settings = rest[_POOL_ARGUMENTS:-1]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad_out, *_):
     needs = ctx.needs_input_grad
     flags = [needs[0], needs[2], any(needs[4:8])]
-    grads = torch.ops.esft.routed_mlp_backward(grad_out, *ctx.saved_tensors, *ctx.settings, flags)
+    # x, the routing weights, H, the routing's four and the trained pool's four; then the frozen pool's.
+    saved, biases, frozen = ctx.saved_tensors[:11], ctx.saved_tensors[11:13], list(ctx.saved_tensors[13:])
+    grads = torch.ops.esft.routed_mlp_backward(grad_out, *saved, frozen, *biases, *ctx.settings, flags)
     wanted = (needs[0], needs[2], *needs[4:8])
     x, weights, *trained = (g if need else None for g, need in zip(grads, wanted, strict=True))
-    return x, None, weights, None, *trained, *(None,) * (4 + _NUM_SETTINGS + 1)
+    return x, None, weights, None, *trained, [None] * len(frozen), *(None,) * (2 + _NUM_SETTINGS + 1)
 
 
 torch.library.register_autograd("esft::routed_mlp", _gradients, setup_context=_setup_context)

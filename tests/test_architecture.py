@@ -12,7 +12,7 @@ ESFT = (
     "errors storage signals selection transformers_internals "
     "experts moe scoring checkpoint swapping adapters runs training cli __main__"
 ).split()
-KERNELS = "activation routing pools backend triton_ops backends autograd_op compiled_op".split()
+KERNELS = "activation routing formats pools backend triton_ops backends autograd_op compiled_op".split()
 MOST_LINES = {"esft": 300, "esft_kernels": 300, "benchmarks": 500, "tools": 500, "tests": 500, "examples": 500}
 MOST_FILES = 12
 

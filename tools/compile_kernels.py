@@ -1,6 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, and check what came out.
 
-``python -m tools.compile_kernels [--targets sm_90,gfx942] [--models deepseek-v2-lite,odd] [--dtypes bf16]``
+``python -m tools.compile_kernels [--targets sm_90,gfx942] [--models deepseek-v2-lite,odd] [--dtypes bf16]
+[--formats plain,nf4]``
 
 The backend itself is run on meta tensors with launches turned into compilations, so what is compiled is what a
 real step of that model would launch: same tiles, same specialisation of sizes, strides and missing pointers.
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from operator import attrgetter
 from unittest.mock import patch
 
@@ -37,7 +39,8 @@ from benchmarks.shapes import SHAPES, LayerShape
 from esft_kernels.activation import Activation
 from esft_kernels.backend import Needs
 from esft_kernels.backends import triton_backend
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.formats.resolve import FORMATS
+from esft_kernels.pools import PLAIN, ExpertPools, ExpertWeights, QuantizedWeights
 from esft_kernels.routing import Routing
 from esft_kernels.triton_ops import tiles
 from tools.sass import read
@@ -53,6 +56,7 @@ MODELS = SHAPES | {
     }.items()
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+LAYOUTS = (PLAIN, "int8", "nf4", "fp8", "mxfp4")  # nf4_double is nf4 to the kernels
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 ROWS_PER_EXPERT = (8, 128, 1024)  # between them they meet every tile that a model can get
 MANY_TOKENS = 1 << 20  # whose elements 32-bit offsets do not reach
@@ -85,6 +89,7 @@ class Row:
     kernel: str
     target: str
     dtype: str
+    format: str  # that weights are decoded from
     tile: str
     registers: int
     stack: int
@@ -160,8 +165,11 @@ def matmul_precision(name: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def launch_all(shape: LayerShape, dtype: torch.dtype) -> None:
-    """Every launch that a training step of this layer can make, on tensors without storage."""
+def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN) -> None:
+    """Every launch that a training step of this layer can make, on tensors without storage.
+
+    ``format``: of the frozen pool.
+    """
 
     def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -173,8 +181,17 @@ def launch_all(shape: LayerShape, dtype: torch.dtype) -> None:
             return ExpertWeights(meta(n, d, g).mT, meta(n, f, d).mT, meta(n, g), meta(n, d))
         return ExpertWeights(meta(n, g, d), meta(n, d, f))
 
+    def quantized(n: int) -> QuantizedWeights:
+        gate_up, down = (
+            tuple(meta(*size, dtype=kind) for size, kind in FORMATS[format].layout(n, *rows_columns).values())
+            for rows_columns in ((g, d), (d, f))
+        )
+        biases = (meta(n, g), meta(n, d)) if shape.gpt_oss_layout else ()
+        return QuantizedWeights(format, (g, d, f), gate_up, down, *biases)
+
     s = max(shape.experts // 8, 2)
-    pools = ExpertPools(pool(s), pool(shape.experts - s), shape.activation, shape.gpt_oss_layout)
+    frozen = pool(shape.experts - s) if format == PLAIN else quantized(shape.experts - s)
+    pools = ExpertPools(pool(s), frozen, shape.activation, shape.gpt_oss_layout)
     k = shape.top_k
     for t in (*(-(-rows * shape.experts // k) for rows in ROWS_PER_EXPERT), MANY_TOKENS):
         index, offsets = meta(t * k, dtype=torch.int64), meta(shape.experts + 1, dtype=torch.int64)
@@ -214,6 +231,7 @@ def inspect(kernel: CompiledKernel, target: str) -> Row:
         kernel=kernel.name.strip("_").removesuffix("_kernel"),
         target=target,
         dtype=dtype,
+        format=sizes.get("FORMAT", PLAIN),
         tile=f"{'x'.join(map(str, blocks))} w{options.num_warps} s{options.num_stages}"
         + " wide" * bool(sizes.get("WIDE")),
         registers=code.registers,
@@ -235,10 +253,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--formats", default=",".join(LAYOUTS))
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET, which replaces the compiler by an interpreter")
-    for option, known in (("targets", TARGETS), ("models", MODELS), ("dtypes", DTYPES)):
+    for option, known in (("targets", TARGETS), ("models", MODELS), ("dtypes", DTYPES), ("formats", LAYOUTS)):
         if unknown := [name for name in getattr(args, option).split(",") if name not in known]:
             parser.error(f"--{option} takes {', '.join(known)}, got {', '.join(unknown)}")
     rows: dict[str, Row] = {}
@@ -246,12 +265,12 @@ def main(argv: list[str] | None = None) -> int:
     for target in args.targets.split(","):
         with compiling_for(target) as compiled:
             for name in args.models.split(","):
-                for dtype in args.dtypes.split(","):
+                for dtype, format in product(args.dtypes.split(","), args.formats.split(",")):
                     try:
                         with matmul_precision("tf32" if dtype == "tf32" else "ieee"):
-                            launch_all(MODELS[name], DTYPES[dtype])
+                            launch_all(MODELS[name], DTYPES[dtype], format)
                     except Exception as error:  # whatever the compiler raised: report it and go on
-                        failures.append(f"{target} {dtype} {name}: {type(error).__name__}: {error}")
+                        failures.append(f"{target} {dtype} {format} {name}: {type(error).__name__}: {error}")
         rows |= {key: inspect(kernel, target) for key, kernel in compiled.items()}
     failures += print_table(rows)
     for failure in failures:
@@ -262,20 +281,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_table(rows: dict[str, Row]) -> list[str]:
     """One line for all variants that came out alike. Returns the problems found."""
-    layout = "{:14} {:7} {:5} {:23} {:>9} {:>5} {:>6} {:>7} {:>8} {:>8}  {:24} {:>11} {:>6} {:>5}"
+    layout = "{:14} {:7} {:5} {:6} {:23} {:>9} {:>5} {:>6} {:>7} {:>8} {:>8}  {:24} {:>11} {:>6} {:>5}"
     print(layout.format(
-        "kernel", "target", "dtype", "tile", "registers", "stack", "spills", "shared", "programs", "variants",
+        "kernel", "target", "dtype", "format", "tile", "registers", "stack", "spills", "shared", "programs", "variants",
         "matrix instruction", "matrix/turn", "others", "slots",
     ))  # fmt: skip
     failures = []
-    order = attrgetter("target", "kernel", "dtype", "tile", "registers", "matrix", "loop_others")
+    order = attrgetter("target", "kernel", "dtype", "format", "tile", "registers", "matrix", "loop_others")
     for row, count in sorted(Counter(rows.values()).items(), key=lambda item: order(item[0])):
         r = row
         print(layout.format(
-            r.kernel, r.target, r.dtype, r.tile, r.registers, r.stack, r.spills, r.shared, r.programs, count,
+            r.kernel, r.target, r.dtype, r.format, r.tile, r.registers, r.stack, r.spills, r.shared, r.programs, count,
             r.matrix, r.loop_matrix, r.loop_others, r.slots,
         ))  # fmt: skip
-        failures += [f"{row.target} {row.dtype} {row.kernel} {row.tile}: {problem}" for problem in row.problems()]
+        failures += [
+            f"{row.target} {row.dtype} {row.format} {row.kernel} {row.tile}: {problem}" for problem in row.problems()
+        ]
     return failures
 
 

@@ -115,7 +115,7 @@ def open_adapter(path: Path) -> dict[str, Any]:
         )
     if not (path / SELECTION).is_file():
         raise InputError(f"{path}: not an adapter folder (no {SELECTION})")
-    if not (path / MANIFEST).is_file():
+    if not (path / MANIFEST).exists():
         unknown = f"{path}: does not say which base it is of (no {MANIFEST})"
         warnings.warn(f"{unknown}; only names and shapes are checked", stacklevel=3)
         return {}

@@ -48,6 +48,9 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
     with open_safetensors(folder / PEFT_WEIGHTS) as handle:
         names = set(handle.keys())
         for name in names:
+            kind = handle.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{folder / PEFT_WEIGHTS}: tensor {name} is {kind}, not floating point")
             check_finite(handle.get_tensor(name), f"{folder / PEFT_WEIGHTS}: tensor {name}")
     try:
         loaded = PeftModel.from_pretrained(model, str(folder)).eval()

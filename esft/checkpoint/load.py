@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.checkpoint.device import compute_dtype, placement
-from esft.checkpoint.source import check_folder, open_config, weight_files
+from esft.checkpoint.source import check_dtypes, check_folder, open_config, weight_files
 from esft.errors import InputError, first_line
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -26,7 +26,7 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
     that the model has, or does not fit the GPUs.
     """
     open_config(path, trust_remote_code)
-    weight_files(path)
+    check_dtypes(path, weight_files(path))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=compute_dtype(dtype), output_loading_info=True, use_safetensors=True,

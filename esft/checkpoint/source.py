@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, PreTrainedConfig
 
 from esft.errors import InputError, first_line
-from esft.storage.files import open_safetensors
+from esft.storage.files import open_safetensors, safetensors_header
 from esft.storage.limits import EXPERTS, EXPERTS_IN_ALL, LAYERS, SIZE
 from esft.storage.reading import check_regular, read_json, shown
 
@@ -28,7 +28,11 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MOST = {"layers": LAYERS, "experts": EXPERTS, "size": SIZE}
 # What no model can have none of.
-_SOME = {"hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"}
+_SOME = {
+    "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok",
+    "max_position_embeddings",
+}  # fmt: skip
+_ROUTED = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def check_folder(path: str | Path) -> Path | None:
@@ -90,6 +94,11 @@ def check_numbers(raw: Any, where: str) -> None:
     """Raise InputError for a configuration that is no mapping, and for numbers beyond ``storage/limits.py``."""
     if not isinstance(raw, dict):
         raise InputError(f"{where}: not a model's configuration, which is a mapping")
+    if (named := raw.get("architectures")) is not None and not _is_names(named):
+        raise InputError(f"{where}: architectures is {shown(named)}, not a list of names")
+    routed = [raw[name] for name in _ROUTED if type(raw.get(name)) is int]
+    if type(chosen := raw.get("num_experts_per_tok")) is int and routed and chosen > max(routed):
+        raise InputError(f"{where}: num_experts_per_tok is {chosen}, of {max(routed)} experts")
     largest = {"layers": 1, "experts": 1}
     for name, value in _numbers(raw):
         kind = _kind(name)
@@ -101,6 +110,10 @@ def check_numbers(raw: Any, where: str) -> None:
             largest[kind] = max(largest[kind], int(value))
     if (total := largest["layers"] * largest["experts"]) > EXPERTS_IN_ALL:
         raise InputError(f"{where}: says {total:,} experts in all; at most {EXPERTS_IN_ALL:,} are supported")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _kind(name: str) -> str | None:
@@ -140,6 +153,22 @@ def weight_files(path: str | Path) -> dict[str, str]:
         raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX}{_pickled(folder)}")
     with open_safetensors(folder / WEIGHTS) as handle:
         return dict.fromkeys(handle.keys(), WEIGHTS)
+
+
+def check_dtypes(path: str | Path, files: dict[str, str]) -> None:
+    """Raise InputError for a checkpoint folder whose matrices are complex or are all whole numbers.
+
+    Some of a model's tensors are whole numbers (tables of tokens, packed weights beside their scales); all cannot be.
+    """
+    folder = check_folder(path)
+    headers = {} if folder is None else {file: safetensors_header(folder / file) for file in set(files.values())}
+    tensors = [(file, name, info) for file, header in headers.items() for name, info in header.items()]
+    for file, name, info in tensors:
+        if info.dtype.startswith("C"):
+            raise InputError(f"{path}/{file}: tensor {name} is {info.dtype}, which no model computes in")
+    if tensors and not any(info.dtype.startswith(("F", "BF")) for _, _, info in tensors):
+        file, name, info = tensors[0]
+        raise InputError(f"{path}/{file}: tensor {name} is {info.dtype}, and none is of floating point")
 
 
 def _from_hub(model: str, name: str) -> Path | None:

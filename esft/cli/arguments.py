@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ class Parser(argparse.ArgumentParser):
 
 def count(text: str) -> int:
     """An argument that is a whole number of at least 1."""
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError
     if not 1 <= (value := int(text)) < 2**63:
         raise argparse.ArgumentTypeError(f"must be at least 1{' and below 2**63' * (value > 1)}, got {text[:40]}")
     return value
@@ -41,6 +44,8 @@ def resuming(arguments: Sequence[str]) -> str:
 
 def share(text: str) -> float:
     """An argument that is a number above 0 and at most 1."""
+    if not text.isascii() or text != text.strip() or "_" in text:
+        raise ValueError
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text[:40]}")
     return value

@@ -65,6 +65,9 @@ class RunFolder:
         self.path = Path(path)
 
     def holds(self, name: str) -> bool:
+        """Whether a file is there. Raises InputError for a folder in its place."""
+        if (self.path / name).is_dir():
+            raise InputError(f"{self.path / name}: is a folder, where a run has a file")
         return (self.path / name).is_file()
 
     @property
@@ -271,7 +274,7 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """What the run measured, None before its end. Raises InputError for a file that is no summary."""
         path = self.path / SUMMARY
-        values = read_json(path) if path.is_file() else None
+        values = read_json(path) if self.holds(SUMMARY) else None
         if values is not None and (not isinstance(values, dict) or type(values.get("steps", 0)) is not int):
             raise InputError(f"{path}: not a run's summary")
         return values

@@ -10,6 +10,8 @@ from esft.errors import DiskError, InputError, first_line
 from esft.scoring.expert_scores import ExpertScores
 from esft.selection import ExpertSelection
 
+MOST_LAYERS = 500
+
 
 def plot_scores(
     scores: ExpertScores, selection: ExpertSelection, path: str | Path, title: str = "", by: str = "token"
@@ -20,6 +22,8 @@ def plot_scores(
     DiskError when the file cannot be written, and then leaves what was there.
     """
     path = Path(path)
+    if (layers := len(scores.token_scores)) > MOST_LAYERS:
+        raise InputError(f"{path}: a picture has room for {MOST_LAYERS} layers, not for {layers:,}")
     try:
         import matplotlib
 

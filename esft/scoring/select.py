@@ -25,6 +25,8 @@ def select_experts(scores: ExpertScores, by: Literal["token", "gate"] = "token",
     per_layer = scores.token_scores if by == "token" else scores.gate_scores
     if not per_layer:
         raise InputError(f"there are no {by} scores to select by")
+    if missing := scores.token_scores.keys() - per_layer.keys():
+        raise InputError(f"layer {min(missing)} has no {by} scores to select by")
     experts = {}
     for layer, by_expert in per_layer.items():
         total = sum(by_expert.values())

@@ -12,7 +12,7 @@ the example model ran 1.7 times as fast once all shapes were remembered. Functio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esft_kernels.backend import Gradients, Needs
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.pools import ExpertPools, ExpertWeights, Projection, QuantizedWeights
 from esft_kernels.routing import Routing
 
 CACHE = 2 << 20  # bytes that one group's rows may take: what a core's second cache, or its share of the last, holds
@@ -32,26 +32,36 @@ def rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-# What an expert's rows are multiplied by: [E, in, out] views of a pool's weights.
-FACTORS: dict[str, Callable[[ExpertWeights], Tensor]] = {
-    "up": lambda pool: pool.gate_up_EGD.mT,
-    "down": lambda pool: pool.down_EDF.mT,
-    "grad_a": lambda pool: pool.down_EDF,
-    "grad_x": lambda pool: pool.gate_up_EGD,
+# What an expert's rows are multiplied by: a matrix [out, in], and whether it is its transpose.
+FACTORS: dict[str, tuple[Projection, bool]] = {
+    "up": ("gate_up", True),
+    "down": ("down", True),
+    "grad_a": ("down", False),
+    "grad_x": ("gate_up", False),
 }
 
 
 class Products:
-    """The products of rows with an expert's weights; ``cpu_packed`` has others of the same results."""
+    """The products of rows with an expert's weights; ``cpu_packed`` has others of the same results.
+
+    Quantized weights are decoded right before a product, into one buffer that all products share.
+    """
 
     def __init__(self, pools: ExpertPools):
         self.pools = pools
+        frozen = pools.frozen
+        self.buffer = frozen.buffer(pools.trained.down_EDF.dtype) if isinstance(frozen, QuantizedWeights) else None
 
     def __call__(self, factor: str, position: int, rows: Tensor, out: Tensor) -> None:
-        """``out = rows @ FACTORS[factor](pool)[expert]``, the expert being the one at this position."""
-        s = self.pools.num_trained
-        pool, index = (self.pools.trained, position) if position < s else (self.pools.frozen, position - s)
-        torch.mm(rows, FACTORS[factor](pool)[index], out=out)
+        """``out = rows @`` the factor of the expert at this position."""
+        torch.mm(rows, self.factor(factor, position), out=out)
+
+    def factor(self, factor: str, position: int) -> Tensor:
+        """[in, out]; of a quantized pool it is good until the next one is asked for."""
+        pool, index = self.pools.locate(position)
+        projection, transposed = FACTORS[factor]
+        matrix = pool.matrix(projection, index, self.buffer)  # pyright: ignore[reportArgumentType]
+        return matrix.mT if transposed else matrix
 
 
 @dataclass(frozen=True)
@@ -86,10 +96,10 @@ class Group:
     def biases(self, pools: ExpertPools) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The place of every expert's rows among the group's, and its biases [G] and [D]; nothing where it has none."""
         for position, start, end in self.spans if pools.trained.down_bias_ED is not None else ():
-            expert = pools.at(position)
-            if expert.gate_up_bias_EG is not None and expert.down_bias_ED is not None:
+            pool, index = pools.locate(position)
+            if pool.gate_up_bias_EG is not None and pool.down_bias_ED is not None:
                 place = slice(start - self.spans[0][1], end - self.spans[0][1])
-                yield place, expert.gate_up_bias_EG, expert.down_bias_ED
+                yield place, pool.gate_up_bias_EG[index], pool.down_bias_ED[index]
 
 
 def _groups(offsets: list[int], first: int, last: int, most_rows: int) -> list[Group]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esft_kernels.backends import cpu
 from esft_kernels.backends.cpu import FACTORS, Products
-from esft_kernels.pools import ExpertPools
+from esft_kernels.pools import ExpertPools, ExpertWeights, QuantizedWeights
 
 _ROWS = 256  # what the layout is chosen for
 
@@ -24,6 +24,8 @@ class _Packed(Products):
     """Packed weights for the frozen positions, plain ones for the trained."""
 
     def __init__(self, pools: ExpertPools):
+        if isinstance(pools.frozen, QuantizedWeights):
+            raise ValueError(f"backend 'cpu_packed' packs plain weights, got {pools.format}, which 'cpu' computes")
         super().__init__(pools)
         self.packed = _packed(pools)
 
@@ -40,15 +42,17 @@ def _packed(pools: ExpertPools) -> list[dict[str, Tensor]]:
 
     They are kept on the tensor that holds the plain ones, and go with it.
     """
+    assert isinstance(pools.frozen, ExpertWeights)
     weights = (pools.frozen.gate_up_EGD, pools.frozen.down_EDF)
     holder = weights[0] if weights[0]._base is None else weights[0]._base
     state = tuple((t.data_ptr(), t._version, t.dtype) for t in weights)
     kept = getattr(holder, "esft_packed", None)
     if kept is None or kept[0] != state:
+        plain = Products(pools)
         with torch.no_grad():
             made = [
-                {name: _pack(factor(pools.frozen)[index]) for name, factor in FACTORS.items()}
-                for index in range(len(weights[0]))
+                {name: _pack(plain.factor(name, position)) for name in FACTORS}
+                for position in range(pools.num_trained, pools.num_experts)
             ]
         holder.esft_packed = kept = (state, made)
     return kept[1]

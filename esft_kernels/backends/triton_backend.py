@@ -6,6 +6,8 @@ are neither read nor written. The columns of H are (gate, up) in turn, whatever 
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,11 @@ from esft_kernels.routing import Routing
 from esft_kernels.triton_ops.bias_dot import bias_dot
 from esft_kernels.triton_ops.bias_grad import bias_grad
 from esft_kernels.triton_ops.combine import combine
+from esft_kernels.triton_ops.decode import stack
 from esft_kernels.triton_ops.grad_gemm import grad_gemm
 from esft_kernels.triton_ops.grouped_gemm import grouped_gemm
 from esft_kernels.triton_ops.grouped_wgrad import grouped_wgrad
+from esft_kernels.triton_ops.parts import parts
 from esft_kernels.triton_ops.up_gemm import up_gemm
 
 
@@ -34,16 +38,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, D] of all routed experts, and the pre-activations H [keep_rows, G] of the first rows."""
     with torch.cuda.device_of(x_TD):  # Triton launches on the current device, which need not be that of x
-        trained, frozen = pools.trained, pools.frozen
         h_XG = x_TD.new_empty(keep_rows, pools.gate_up_size)
         a_NF = x_TD.new_empty(routing.num_rows, pools.intermediate_size)
-        up_gemm(
-            x_TD, routing.token_N, pools, routing.offsets_E1, routing.num_trained, h_XG if keep_rows else None, a_NF
-        )
-        y_ND = grouped_gemm(
-            a_NF, routing.slot_N, trained.down_EDF, frozen.down_EDF, routing.offsets_E1, weights_TK,
-            (trained.down_bias_ED, frozen.down_bias_ED),
-        )  # fmt: skip
+        kept = h_XG if keep_rows else None
+        for part in parts(pools, routing, "gate_up"):
+            here = part.routing
+            up_gemm(
+                x_TD, here.token_N, part.pools, here.offsets_E1, here.num_trained, kept, a_NF, part.rows_per_expert
+            )  # fmt: skip
+        y_ND = x_TD.new_empty(routing.num_rows, pools.hidden_size)
+        for part in parts(pools, routing, "down"):
+            trained, frozen, here = part.pools.trained, part.pools.frozen, part.routing
+            grouped_gemm(
+                a_NF, here.slot_N, trained.down_EDF[: here.num_trained], stack(frozen, "down"), here.offsets_E1,
+                weights_TK, (trained.down_bias_ED, frozen.down_bias_ED),
+                out_NO=y_ND, rows_per_expert=part.rows_per_expert,
+            )  # fmt: skip
         return _by_token(y_ND, routing), h_XG
 
 
@@ -53,7 +63,9 @@ def rebuild(x_TD: Tensor, h_prefix: Tensor, pools: ExpertPools, routing: Routing
         h_NG = x_TD.new_empty(routing.num_rows, pools.gate_up_size)
         h_NG[: h_prefix.shape[0]] = h_prefix
         if pools.num_experts > pools.num_trained:
-            up_gemm(x_TD, routing.token_N, pools, routing.offsets_E1[routing.num_trained :], 0, h_NG, None)
+            for part in parts(pools, routing, "gate_up", first=routing.num_trained):
+                offsets_P1 = part.routing.offsets_E1
+                up_gemm(x_TD, routing.token_N, part.pools, offsets_P1, 0, h_NG, None, part.rows_per_expert)
         return h_NG
 
 
@@ -70,7 +82,13 @@ def backward(
     with torch.cuda.device_of(x_TD):
         trained, offsets_S1 = pools.trained, routing.offsets_E1[: routing.num_trained + 1]
         token_N, slot_N, paired = routing.token_N, routing.slot_N, _paired(pools)
-        grad_h_NG, weighted_a_NF, sums_NX = grad_gemm(grad_out_TD, h_NG, weights_TK, pools, routing, needs)
+        results = (None,) * 3
+        for number, part in enumerate(islice(parts(pools, routing, "down"), None if needs.all_rows else 1)):
+            results = grad_gemm(
+                grad_out_TD, h_NG, weights_TK, part.pools, part.routing, needs,
+                results if number else None, part.rows_per_expert,
+            )  # fmt: skip
+        grad_h_NG, weighted_a_NF, sums_NX = results
 
         grad_x_TD = grad_weights_TK = grads = None
         if sums_NX is not None:
@@ -91,9 +109,13 @@ def backward(
             del weighted_a_NF
         if needs.x:
             assert grad_h_NG is not None
-            grad_rows_ND = grouped_gemm(
-                grad_h_NG, slot_N, trained.gate_up_EGD.mT, pools.frozen.gate_up_EGD.mT, routing.offsets_E1,
-                paired=paired,
-            )  # fmt: skip
+            grad_rows_ND = x_TD.new_empty(routing.num_rows, pools.hidden_size)
+            for part in parts(pools, routing, "gate_up"):
+                here = part.routing
+                grouped_gemm(
+                    grad_h_NG, slot_N, part.pools.trained.gate_up_EGD[: here.num_trained].mT,
+                    stack(part.pools.frozen, "gate_up").mT, here.offsets_E1, paired=paired,
+                    out_NO=grad_rows_ND, rows_per_expert=part.rows_per_expert,
+                )  # fmt: skip
             grad_x_TD = _by_token(grad_rows_ND, routing)
         return Gradients(grad_x_TD, grad_weights_TK, grads)

@@ -13,6 +13,7 @@ from torch import Tensor
 from esft_kernels.backend import Needs
 from esft_kernels.pools import ExpertPools
 from esft_kernels.routing import Routing
+from esft_kernels.triton_ops.decode import Coded, stack, weight_operands
 from esft_kernels.triton_ops.gate import activate_backward, constants
 from esft_kernels.triton_ops.mainloop import (
     block_of,
@@ -22,6 +23,7 @@ from esft_kernels.triton_ops.mainloop import (
     multiply,
     precision,
     row_offsets,
+    scales_of,
     wide,
 )
 from esft_kernels.triton_ops.tiles import max_row_tiles, tiles_for
@@ -82,14 +84,16 @@ def _grad_gemm_kernel(
     token_ptr, slot_ptr,  # int64 [N]
     weights_ptr,  # [N] by slot
     trained_ptr, frozen_ptr,  # [S, F, D] and [R, F, D], strided: down projections, transposed
+    scales_ptr, values_ptr,  # of frozen weights that are coded, else None
     h_ptr,  # [N, G], columns (gate, up) in turn
     grad_h_ptr,  # [N, G] in the same order, or None
     weighted_a_ptr,  # [N, F], or None
     sums_ptr,  # fp32 [tiles of F, N], or None
     offsets_ptr,  # int64 [P + 1]
-    stride_expert, stride_out, stride_in,
+    stride_expert, stride_out, stride_in, stride_scales, scale_columns,
     hidden, features, num_rows, num_positions, num_trained, grad_h_positions,
     KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
+    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -108,8 +112,9 @@ def _grad_gemm_kernel(
     # projection's output is never needed.
     grad_a_MN = multiply(
         grad_out_ptr, row_offsets(token_M, k_K, hidden, WIDE),
-        weight_ptr, k_K[:, None] * stride_in + n_N[None, :] * stride_out,  # within an expert 32-bit offsets do
-        in_cols_N[None, :], hidden, BLOCK_K * stride_in, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        weight_ptr, n_N[None, :], k_K[:, None], BLOCK_K, in_cols_N[None, :], hidden, stride_out, stride_in,
+        scales_of(scales_ptr, position, stride_scales), values_ptr, scale_columns,
+        FORMAT, TRANSPOSED, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     # How many of the tile's rows there are, and how many of dH and of the weighted A are written.
@@ -128,9 +133,19 @@ def _grad_gemm_kernel(
         tl.store(sums_ptr + n_tile.to(tl.int64) * num_rows + row_M, sum_M, mask=row_M < end)
 
 
+Results = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 def grad_gemm(
-    grad_out_TD: Tensor, h_NG: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grad_out_TD: Tensor,
+    h_NG: Tensor,
+    weights_TK: Tensor,
+    pools: ExpertPools,
+    routing: Routing,
+    needs: Needs,
+    results: Results | None = None,
+    rows_per_expert: int | None = None,
+) -> Results:
     """From the output's gradient to everything that the activation's backward yields.
 
     Args:
@@ -138,6 +153,8 @@ def grad_gemm(
         h_NG: contiguous [N, G], gate and up columns in turn. N may be anything down to the prefix where ``needs`` asks
             for no more than the prefix.
         weights_TK: contiguous [T, K] routing weights.
+        results: of a call for other positions, to write to; new memory where they are not given.
+        rows_per_expert: what tiles are chosen for; by default what the rows are to the positions.
 
     Returns:
         grad_h_NG: written for all rows where x needs a gradient, else for the prefix; None where nobody reads it.
@@ -147,19 +164,24 @@ def grad_gemm(
     num_rows, hidden, features = h_NG.shape[0], pools.hidden_size, pools.intermediate_size
     everyone, trained = routing.num_experts, routing.num_trained
     positions = everyone if needs.all_rows else trained
-    tiles = tiles_for(h_NG, "grad", num_rows // max(positions, 1), (features, hidden))
+    if rows_per_expert is None:
+        rows_per_expert = num_rows // max(positions, 1)
+    frozen = stack(pools.frozen, "down").mT
+    tiles = tiles_for(h_NG, "grad", rows_per_expert, (features, hidden), isinstance(frozen, Coded))
     n_tiles = triton.cdiv(features, tiles.block_n)
-    grad_h_NG = torch.empty_like(h_NG) if needs.x or needs.trained else None
-    weighted_a_NF = h_NG.new_empty(num_rows, features) if needs.trained else None
-    sums_XN = h_NG.new_empty(n_tiles, num_rows, dtype=torch.float32) if needs.weights else None
-    down = pools.trained.down_EDF if trained else pools.frozen.down_EDF
-    stride_expert, stride_in, stride_out = down.stride()
+    if results is None:
+        sums_XN = h_NG.new_empty(n_tiles, num_rows, dtype=torch.float32) if needs.weights else None
+        results = (
+            torch.empty_like(h_NG) if needs.x or needs.trained else None,
+            h_NG.new_empty(num_rows, features) if needs.trained else None,
+            None if sums_XN is None else sums_XN.T,
+        )
+    pointers, strides, layout = weight_operands(pools.trained.down_EDF[:trained].mT, frozen)
     _grad_gemm_kernel[(max_row_tiles(num_rows, positions, tiles.block_m) * n_tiles,)](
-        grad_out_TD, routing.token_N, routing.slot_N, weights_TK, pools.trained.down_EDF, pools.frozen.down_EDF,
-        h_NG, grad_h_NG, weighted_a_NF, sums_XN, routing.offsets_E1, stride_expert, stride_out, stride_in,
-        hidden, features, num_rows, positions, trained, everyone if needs.x else trained,
-        **constants(pools.activation), PRECISION=precision(h_NG),
+        grad_out_TD, routing.token_N, routing.slot_N, weights_TK, *pointers, h_NG, *results, routing.offsets_E1,
+        *strides, hidden, features, num_rows, positions, trained, everyone if needs.x else trained,
+        **constants(pools.activation), **layout, PRECISION=precision(h_NG),
         EVEN_N=features % tiles.block_n == 0, EVEN_K=hidden % tiles.block_k == 0,
         WIDE=wide(grad_out_TD), BLOCK_P=block_of(positions), **tiles.launch_options(),
     )  # fmt: skip
-    return grad_h_NG, weighted_a_NF, None if sums_XN is None else sums_XN.T
+    return results

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esft_kernels.triton_ops.decode import Coded, weight_operands
 from esft_kernels.triton_ops.mainloop import (
     block_of,
     expert_of,
@@ -20,6 +21,7 @@ from esft_kernels.triton_ops.mainloop import (
     multiply,
     precision,
     row_offsets,
+    scales_of,
     weight_row,
 )
 from esft_kernels.triton_ops.tiles import max_row_tiles, tiles_for
@@ -31,12 +33,14 @@ def _grouped_gemm_kernel(
     slot_ptr,  # int64 [N]
     weights_ptr,  # [N] by slot, or None
     trained_ptr, frozen_ptr,  # [S, O, I] and [R, O, I], strided
+    scales_ptr, values_ptr,  # of frozen weights that are coded, else None
     trained_bias_ptr, frozen_bias_ptr,  # [S, O] and [R, O], or None
     out_ptr,  # [N, O] by slot
     offsets_ptr,  # int64 [P + 1]
-    stride_expert, stride_out, stride_in,
+    stride_expert, stride_out, stride_in, stride_scales, scale_columns,
     in_features, out_features, num_positions, num_trained,
-    PAIRED: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_P: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     position, first, end, n_tile = find_tile(
@@ -56,8 +60,9 @@ def _grouped_gemm_kernel(
     in_K = weight_row(k_K, in_features // 2, PAIRED)
     acc_MN = multiply(
         rows_ptr + first * in_features, row_offsets(tl.minimum(m_M, end - first - 1), k_K, in_features, False),
-        weight_ptr, in_K[:, None] * stride_in + n_N[None, :] * stride_out,  # within an expert 32-bit offsets do
-        in_cols_N[None, :], in_features, step * stride_in, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        weight_ptr, n_N[None, :], in_K[:, None], step, in_cols_N[None, :], in_features, stride_out, stride_in,
+        scales_of(scales_ptr, position, stride_scales), values_ptr, scale_columns,
+        FORMAT, TRANSPOSED, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if trained_bias_ptr is not None:
         bias_ptr = expert_of(trained_bias_ptr, frozen_bias_ptr, position, num_trained, out_features)
@@ -73,31 +78,39 @@ def grouped_gemm(
     rows_NI: Tensor,
     slot_N: Tensor,
     trained_SOI: Tensor,
-    frozen_ROI: Tensor,
+    frozen_ROI: Tensor | Coded,
     offsets_P1: Tensor,
     weights_TK: Tensor | None = None,
     biases: tuple[Tensor | None, Tensor | None] = (None, None),
     paired: bool = False,
+    out_NO: Tensor | None = None,
+    rows_per_expert: int | None = None,
 ) -> Tensor:
     """``(rows[e] @ weight(e).T + bias(e)) * weight`` for positions 0..P-1, [N, O] by slot.
 
     Args:
         rows_NI: contiguous [N, I].
         slot_N: int64 [N], row -> slot: row n of the result stands at ``slot_N[n]``.
-        trained_SOI, frozen_ROI: weights of positions 0..S-1 and S.., with the same strides.
+        trained_SOI, frozen_ROI: weights of positions 0..S-1 and S.., with the same strides; coded ones where S = 0.
         offsets_P1: contiguous int64 [P + 1], a routing's; output rows past the last are left unwritten.
         weights_TK: contiguous routing weights of every slot, or None for ones.
         biases: contiguous [S, O] and [R, O], or None.
         paired: the columns of ``rows`` are (gate, up) in turn, and the weights have all gates first.
+        out_NO: where to write, contiguous; new memory where it is not given.
+        rows_per_expert: what tiles are chosen for; by default what all rows are to these experts.
     """
     (num_trained, out_features, in_features), num_positions = trained_SOI.shape, offsets_P1.numel() - 1
     num_rows = rows_NI.shape[0]
-    out_NO = torch.empty(num_rows, out_features, dtype=rows_NI.dtype, device=rows_NI.device)
-    tiles = tiles_for(rows_NI, "gemm", num_rows // max(num_positions, 1), (out_features, in_features))
+    if out_NO is None:
+        out_NO = torch.empty(num_rows, out_features, dtype=rows_NI.dtype, device=rows_NI.device)
+    if rows_per_expert is None:
+        rows_per_expert = num_rows // max(num_positions, 1)
+    tiles = tiles_for(rows_NI, "gemm", rows_per_expert, (out_features, in_features), isinstance(frozen_ROI, Coded))
+    pointers, strides, layout = weight_operands(trained_SOI, frozen_ROI)
     grid = (max_row_tiles(num_rows, num_positions, tiles.block_m) * triton.cdiv(out_features, tiles.block_n),)
     _grouped_gemm_kernel[grid](
-        rows_NI, slot_N, weights_TK, trained_SOI, frozen_ROI, *biases, out_NO, offsets_P1,
-        *(trained_SOI if num_trained else frozen_ROI).stride(), in_features, out_features, num_positions, num_trained,
+        rows_NI, slot_N, weights_TK, *pointers, *biases, out_NO, offsets_P1,
+        *strides, in_features, out_features, num_positions, num_trained, **layout,
         PAIRED=paired, PRECISION=precision(rows_NI), EVEN_N=out_features % tiles.block_n == 0,
         EVEN_K=in_features % tiles.block_k == 0, BLOCK_P=block_of(num_positions), **tiles.launch_options(),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esft_kernels.triton_ops import tiles
+from esft_kernels.triton_ops.decode import PLAIN, load_weight
 
 
 @triton.jit
@@ -57,6 +58,14 @@ def expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert):
 
 
 @triton.jit
+def scales_of(scales_ptr, position, stride_scales):
+    """Where the scales of the expert at a position begin, of weights that are coded; nothing of others."""
+    if scales_ptr is not None:
+        scales_ptr += position.to(tl.int64) * stride_scales
+    return scales_ptr
+
+
+@triton.jit
 def weight_row(column, features, PAIRED: tl.constexpr):
     """The row of gate_up that makes a column of H.
 
@@ -85,11 +94,16 @@ def wide(*tensors: Tensor) -> bool:
 
 @triton.jit
 def multiply(
-    rows_ptr, row_offset_MK, weight_ptr, weight_offset_KN, in_cols_1N, in_features, weight_step,
-    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    rows_ptr, row_offset_MK, weight_ptr, out_1N, in_K1, in_step, in_cols_1N, in_features, stride_out, stride_in,
+    scales_ptr, values_ptr, scale_columns,
+    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``rows @ weight`` over ``in_features``, fp32 [M, N]; the offsets stand at the first BLOCK_K of them.
+    """``rows @ weight`` over ``in_features``, fp32 [M, N].
+
+    ``out_1N`` and ``in_K1`` are where the weight has the tile's columns and the first BLOCK_K features; ``in_step``
+    leads to the next ones. Of a FORMAT the weights are decoded here, and a row of codes is ``stride_out`` long, or
+    ``stride_in`` where TRANSPOSED: where the matrix that was quantized is [in, out].
 
     The loop moves two scalar bases past offsets that stay: pointers of every element would each be added to in every
     turn. Rows are never masked: the caller points rows past an expert's end at its last row, and drops them at the
@@ -97,8 +111,23 @@ def multiply(
     """
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     k_K = tl.arange(0, BLOCK_K)
+    weight_offset_KN = in_K1 * stride_in + out_1N * stride_out  # within an expert 32-bit offsets do
     for k in range(0, in_features, BLOCK_K):
-        if EVEN_K:
+        if FORMAT != PLAIN:
+            in_k_K = k_K < in_features - k
+            rows_MK = tl.load(rows_ptr + row_offset_MK, mask=in_k_K[None, :], other=0.0)
+            mask_KN = in_k_K[:, None] & in_cols_1N
+            if TRANSPOSED:
+                decoded_KN = load_weight(
+                    weight_ptr, scales_ptr, values_ptr, in_K1, out_1N, stride_in, scale_columns, mask_KN, FORMAT
+                )  # fmt: skip
+            else:
+                decoded_KN = load_weight(
+                    weight_ptr, scales_ptr, values_ptr, out_1N, in_K1, stride_out, scale_columns, mask_KN, FORMAT
+                )  # fmt: skip
+            in_K1 += in_step
+            weight_KN = decoded_KN.to(rows_ptr.dtype.element_ty)
+        elif EVEN_K:
             rows_MK = tl.load(rows_ptr + row_offset_MK)
             if EVEN_N:
                 weight_KN = tl.load(weight_ptr + weight_offset_KN)
@@ -111,7 +140,8 @@ def multiply(
             weight_KN = tl.load(weight_ptr + weight_offset_KN, mask=in_k_K[:, None] & in_cols_1N, other=0.0)
         acc_MN = dot(rows_MK, weight_KN, acc_MN, PRECISION)
         rows_ptr += BLOCK_K
-        weight_ptr += weight_step
+        if FORMAT == PLAIN:
+            weight_ptr += in_step * stride_in
     return acc_MN
 
 

@@ -73,14 +73,22 @@ def chosen_by(chooser: Chooser) -> Iterator[None]:
         _chooser = before
 
 
-def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
-    """Tiles for the device and dtype of a tensor: those that a GPU was tuned to, else ``choose_tiles``."""
+def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int, int], decodes: bool = False) -> Tiles:
+    """Tiles for the device and dtype of a tensor: those that a GPU was tuned to, else ``choose_tiles``.
+
+    ``decodes``: weights are decoded as they are loaded. Codes and weights of a turn pass through registers then, so
+    turns are shorter and warps more.
+    """
     arch = device_arch(tensor.device)
     if _chooser is not None:
-        return _chooser(arch, tensor.dtype, op, rows_per_expert, features)
-    if found := tuned().get(tile_key(arch, tensor.dtype, op, rows_per_expert, features)):
-        return found
-    return choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)
+        found = _chooser(arch, tensor.dtype, op, rows_per_expert, features)
+    else:
+        key = tile_key(arch, tensor.dtype, op, rows_per_expert, features)
+        found = tuned().get(key) or choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)
+    if decodes:
+        warps = 8 if found.block_m * found.block_n > 4096 else 4
+        found = replace(found, block_k=min(found.block_k, 32), num_warps=warps)
+    return found
 
 
 def tile_key(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> str:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esft_kernels.pools import ExpertPools
+from esft_kernels.triton_ops.decode import Coded, stack, weight_operands
 from esft_kernels.triton_ops.gate import activate, constants
 from esft_kernels.triton_ops.mainloop import (
     block_of,
@@ -19,6 +20,7 @@ from esft_kernels.triton_ops.mainloop import (
     multiply,
     precision,
     row_offsets,
+    scales_of,
     weight_row,
     wide,
 )
@@ -73,14 +75,16 @@ def _up_gemm_kernel(
     x_ptr,  # [T, D]
     token_ptr,  # int64 [N]
     trained_ptr, frozen_ptr,  # [S, G, D] and [R, G, D], strided
+    scales_ptr, values_ptr,  # of frozen weights that are coded, else None
     trained_bias_ptr, frozen_bias_ptr,  # [S, G] and [R, G], or None
     h_ptr,  # [keep_rows, G], columns (gate, up) in turn, or None
     a_ptr,  # [N, F], or None
     offsets_ptr,  # int64 [P + 1]
-    stride_expert, stride_out, stride_in,
+    stride_expert, stride_out, stride_in, stride_scales, scale_columns,
     hidden, features, num_positions, num_trained, keep_rows,
     KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
-    PAIRED: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     columns = features * 2 if GATED else features
@@ -97,8 +101,9 @@ def _up_gemm_kernel(
     weight_ptr = expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert)
     h_MG = multiply(
         x_ptr, row_offsets(token_M, k_K, hidden, WIDE),
-        weight_ptr, k_K[:, None] * stride_in + out_N[None, :] * stride_out,  # within an expert 32-bit offsets do
-        in_cols_N[None, :], hidden, BLOCK_K * stride_in, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        weight_ptr, out_N[None, :], k_K[:, None], BLOCK_K, in_cols_N[None, :], hidden, stride_out, stride_in,
+        scales_of(scales_ptr, position, stride_scales), values_ptr, scale_columns,
+        FORMAT, TRANSPOSED, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     bias_ptr = trained_bias_ptr
     if trained_bias_ptr is not None:
@@ -117,6 +122,7 @@ def up_gemm(
     num_trained: int,
     h_XG: Tensor | None,
     a_NF: Tensor | None,
+    rows_per_expert: int | None = None,
 ) -> None:
     """Fill H and A for the rows of some expert positions; what lies outside them is left alone.
 
@@ -128,19 +134,22 @@ def up_gemm(
             pool's, from its first on.
         h_XG: contiguous [X, G], X <= N: written for rows below X, gate and up columns in turn. None: not written.
         a_NF: contiguous [N, F], or None.
+        rows_per_expert: what tiles are chosen for; by default what all rows are to all experts.
     """
-    weights = (pools.trained if num_trained else pools.frozen).gate_up_EGD
-    (columns, hidden), num_positions = weights.shape[1:], offsets_P1.numel() - 1
+    columns, hidden, num_positions = pools.gate_up_size, pools.hidden_size, offsets_P1.numel() - 1
+    frozen = stack(pools.frozen, "gate_up")
+    pointers, strides, layout = weight_operands(pools.trained.gate_up_EGD[:num_trained], frozen)
     num_rows = token_N.numel()
     # The same tiles for a part of the positions as for all: rows that are made again come out with the same bits.
-    tiles = tiles_for(x_TD, "up", num_rows // max(pools.num_experts, 1), (columns, hidden))
+    if rows_per_expert is None:
+        rows_per_expert = num_rows // max(pools.num_experts, 1)
+    tiles = tiles_for(x_TD, "up", rows_per_expert, (columns, hidden), isinstance(frozen, Coded))
     grid = (max_row_tiles(num_rows, num_positions, tiles.block_m) * triton.cdiv(columns, tiles.block_n),)
     _up_gemm_kernel[grid](
-        x_TD, token_N, pools.trained.gate_up_EGD, pools.frozen.gate_up_EGD,
-        pools.trained.gate_up_bias_EG, pools.frozen.gate_up_bias_EG, h_XG, a_NF, offsets_P1,
-        *weights.stride(), hidden, pools.intermediate_size, num_positions, num_trained,
+        x_TD, token_N, *pointers, pools.trained.gate_up_bias_EG, pools.frozen.gate_up_bias_EG, h_XG, a_NF, offsets_P1,
+        *strides, hidden, pools.intermediate_size, num_positions, num_trained,
         0 if h_XG is None else h_XG.shape[0],
-        **constants(pools.activation), PAIRED=pools.activation.gated and not pools.interleaved,
+        **constants(pools.activation), **layout, PAIRED=pools.activation.gated and not pools.interleaved,
         PRECISION=precision(x_TD), EVEN_N=columns % tiles.block_n == 0, EVEN_K=hidden % tiles.block_k == 0,
         WIDE=wide(x_TD), BLOCK_P=block_of(num_positions), **tiles.launch_options(),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 
 import pytest
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esft_kernels.activation import Activation
-from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
+from esft_kernels.pools import PLAIN, ExpertPools, ExpertWeights, QuantizedWeights, dequantize, quantize, split_pools
 from esft_kernels.routing import Routing, expert_order, route
 
 # fp32 differs by the order of its sums. A 16-bit result has been rounded five times at most on its way (H, A, Y and the
@@ -67,6 +67,7 @@ class Layer:
     activation: Activation
     interleaved: bool
     transposed: bool
+    format: str = PLAIN  # of the frozen pool
 
     @property
     def pools(self) -> ExpertPools:
@@ -74,7 +75,11 @@ class Layer:
         if self.transposed:  # stored as [E, D, G] and [E, F, D]
             gate_up, down = gate_up.mT.contiguous().mT, down.mT.contiguous().mT
         weights = ExpertWeights(gate_up, down, self.gate_up_bias_EG, self.down_bias_ED)
-        return split_pools(weights, self.trained, self.activation, self.interleaved)
+        pools = split_pools(weights, self.trained, self.activation, self.interleaved)
+        if self.format == PLAIN:
+            return pools
+        assert isinstance(pools.frozen, ExpertWeights)
+        return replace(pools, frozen=quantize(pools.frozen, self.format))  # the same codes whatever the dtype
 
     @property
     def routing(self) -> Routing:
@@ -91,6 +96,17 @@ class Layer:
         return Layer(**values, weights_TK=self.weights_TK.to(torch.promote_types(dtype, torch.float32)))
 
 
+def written_out(layer: Layer) -> Layer:
+    """The layer with plain frozen weights, of the values that its own have in its dtype."""
+    pools = layer.pools
+    if not isinstance(pools.frozen, QuantizedWeights):
+        return layer
+    ids = expert_order(layer.trained, len(layer.down_EDF))[len(layer.trained) :]
+    plain, gate_up, down = dequantize(pools.frozen, layer.x_TD.dtype), layer.gate_up_EGD.clone(), layer.down_EDF.clone()
+    gate_up[ids], down[ids] = plain.gate_up_EGD, plain.down_EDF
+    return replace(layer, gate_up_EGD=gate_up, down_EDF=down, format=PLAIN)
+
+
 SILU = Activation()
 
 
@@ -98,7 +114,7 @@ def make_layer(
     tokens: int = 20, top_k: int = 3, experts: int = 6, hidden: int = 72, intermediate: int = 40,
     trained: tuple[int, ...] = (4, 1), used: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float64,
     activation: Activation = SILU, interleaved: bool = False, transposed: bool = False, biased: bool = False,
-    elsewhere: bool = False,
+    elsewhere: bool = False, format: str = PLAIN,
 ) -> Layer:  # fmt: skip
     """A random layer whose tokens choose among the ``used`` experts (all of them when None), in this dtype's values.
 
@@ -123,6 +139,7 @@ def make_layer(
         activation=activation,
         interleaved=interleaved,
         transposed=transposed,
+        format=format,
     )
     return layer.to(dtype)
 

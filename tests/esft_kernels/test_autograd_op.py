@@ -13,7 +13,8 @@ from esft_kernels.autograd_op import RECOMPUTE, aligned, expert_mlp
 from esft_kernels.backend import Needs
 from esft_kernels.backends import reference
 from esft_kernels.backends.resolve import resolve_backend
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.formats.resolve import FORMATS
+from esft_kernels.pools import ExpertPools, ExpertWeights, QuantizedWeights, pools_of
 from esft_kernels.routing import Routing
 from tests.esft_kernels.layers import TOLERANCE, Layer, assert_close, make_layer, watch_calls
 
@@ -28,11 +29,14 @@ TENSORS = ("gate_up_EGD", "down_EDF", "gate_up_bias_EG", "down_bias_ED")
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def run(layer: Layer, backend: str, needs: Needs, recompute: str = "none") -> list[Tensor | None]:
+def run(
+    layer: Layer, backend: str, needs: Needs, recompute: str = "none", pools: ExpertPools | None = None
+) -> list[Tensor | None]:
     """Output, and the gradients of x, routing weights and the trained pool's tensors; None where not needed."""
-    pools = layer.pools
+    pools = pools or layer.pools
     x, weights = layer.x_TD.clone().requires_grad_(needs.x), layer.weights_TK.clone().requires_grad_(needs.weights)
-    trained = [None if t is None else t.requires_grad_(needs.trained) for t in pools.trained.tensors()]
+    trained = [None if t is None else t.detach().requires_grad_(needs.trained) for t in pools.trained.tensors()]
+    pools = replace(pools, trained=ExpertWeights(*trained))  # pyright: ignore[reportArgumentType]
     out = expert_mlp(x, weights, pools, layer.routing, backend, recompute)
     out.backward(layer.grad_out_TD)
     return [out.detach(), x.grad, weights.grad, *(None if t is None else t.grad for t in trained)]
@@ -181,15 +185,27 @@ def test_it_is_differentiable_once():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_of_a_quantized_pool_its_own_tensors_are_saved(format, recompute):
+    layer = small(biased=True, format=format)
+    routing, (leaves, pools) = layer.routing, with_leaves(layer, ALL)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        expert_mlp(leaves["x"], leaves["weights"], pools, routing, "reference", recompute)
+    known = (*leaves.values(), *pools.frozen.tensors(), *(v for v in vars(routing).values() if isinstance(v, Tensor)))
+    addresses = {t.data_ptr() for t in known if t is not None}
+    (h,) = (t for t in saved if t.data_ptr() not in addresses)
+    assert h.shape == (routing.num_rows if recompute == "none" else routing.prefix_rows(), 12)
+
+
 Arguments = tuple[Tensor, Tensor, ExpertPools, Routing]
 
 
 def arguments(device: torch.device = CPU, **layer) -> Arguments:
     made = small(biased=True, **layer)
-    pools = replace(made.pools, **{
-        pool: ExpertWeights(*(None if t is None else t.to(device) for t in getattr(made.pools, pool).tensors()))
-        for pool in ("trained", "frozen")
-    })  # fmt: skip
+    moved = [None if t is None else t.to(device) for t in made.pools.tensors()]
+    pools = pools_of(moved, made.activation, made.interleaved, made.format)
     tables = {name: t.to(device) for name, t in vars(made.routing).items() if isinstance(t, Tensor)}
     return made.x_TD.to(device), made.weights_TK.to(device), pools, replace(made.routing, **tables)
 
@@ -246,6 +262,39 @@ def test_the_layer_that_is_spoilt_below_is_a_good_one():
 def test_a_tensor_of_another_shape_is_named(name, cut, expected, found):
     args = with_pool(arguments(), name, lambda t: t[tuple(slice(n, None) for n in cut)].contiguous())
     refused(args, f"^{name} must have shape {literal(expected)}, got {literal(found)}$")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_quantized_pool_that_does_not_fit_is_named(format):
+    x, weights, pools, routing = arguments(format=format)
+    frozen = pools.frozen
+    assert isinstance(frozen, QuantizedWeights)
+
+    def spoilt(message: str, **changes) -> None:
+        refused((x, weights, replace(pools, frozen=replace(frozen, **changes)), routing), message)
+
+    spoilt(r"^frozen_gate_up must have shape \(4, 12, 8\), got \(4, 12, 7\)$", shape=(12, 7, 6))
+    spoilt(r"^frozen_down must have shape \(4, 8, 6\), got \(4, 8, 5\)$", shape=(12, 8, 5))
+    spoilt("^format must be one of .*, got 'gptq'$", format="gptq")
+    spoilt("^biases must be given", down_bias_ED=None)
+    spoilt(rf"^frozen_down in {format} is .*; got 1 tensors$", down=frozen.down[:1])
+    for place, part in enumerate(frozen.kind.layout(1, 1, 1)):
+        cut = [*frozen.down[:place], frozen.down[place][1:], *frozen.down[place + 1 :]]
+        spoilt(f"^frozen_down {part} of {format} must be torch.* got torch", down=tuple(cut))
+        moved = [*frozen.down[:place], frozen.down[place].to(META), *frozen.down[place + 1 :]]
+        spoilt(f"^frozen_down {part} must be on cpu like x, got meta$", down=tuple(moved))
+
+
+def test_a_quantized_pool_starts_where_a_vector_load_can():
+    x, weights, pools, routing = arguments(META, format="nf4")
+    frozen = pools.frozen
+    assert isinstance(frozen, QuantizedWeights)
+    moved = replace(frozen, down=(shifted(frozen.down[0]), frozen.down[1]))
+    refused((x, weights, replace(pools, frozen=moved), routing), "^frozen_down codes must start at a multiple of 16 b")
+
+
+def test_packed_layouts_are_of_plain_weights():
+    refused(arguments(format="int8"), "^backend 'cpu_packed' packs plain.* got int8, which 'cpu'", backend="cpu_packed")
 
 
 def test_x_and_routing_weights_of_another_shape_are_named():

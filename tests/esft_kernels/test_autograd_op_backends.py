@@ -9,8 +9,18 @@ from esft_kernels.autograd_op import RECOMPUTE, expert_mlp
 from esft_kernels.backend import Needs
 from esft_kernels.backends.cpu import rounded
 from esft_kernels.backends.resolve import resolve_backend
-from esft_kernels.pools import ExpertWeights
-from tests.esft_kernels.layers import ACTIVATIONS, GPT_OSS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
+from esft_kernels.formats.resolve import FORMATS
+from esft_kernels.pools import ExpertWeights, QuantizedWeights, dequantize
+from tests.esft_kernels.layers import (
+    ACTIVATIONS,
+    GPT_OSS,
+    TOLERANCE,
+    Layer,
+    assert_close,
+    make_layer,
+    poison_empty,
+    written_out,
+)
 from tests.esft_kernels.test_autograd_op import EVERYTHING, NEEDS, exact, run
 
 pytestmark = pytest.mark.slow
@@ -49,7 +59,7 @@ def backend(request) -> str:
 
 
 def check(layer: Layer, backend: str, needs: Needs) -> None:
-    for actual, expected in zip(run(layer, backend, needs), exact(layer, needs), strict=True):
+    for actual, expected in zip(run(layer, backend, needs), exact(written_out(layer), needs), strict=True):
         assert_close(actual, expected, TOLERANCE[layer.x_TD.dtype])
 
 
@@ -72,6 +82,76 @@ def test_16_bit(dtype, backend, monkeypatch):
     layer = make_layer(dtype=dtype)
     poison_empty(monkeypatch)
     check(layer, backend, EVERYTHING)
+
+
+QUANTIZED = {
+    "mixed": {},
+    "sizes that no block divides": {"hidden": 67, "intermediate": 33},
+    "sizes of more than a block": {"hidden": 160, "intermediate": 136, "tokens": 8},
+    "experts without rows": {"used": (2, 3, 4, 5)},
+    "all rows on a frozen expert": {"top_k": 1, "used": (2,), "tokens": 40},
+    "none trained": {"trained": ()},
+    "all trained": {"trained": (5, 0, 3, 1, 2, 4)},
+    "no token": {"tokens": 0},
+    "biases": {"biased": True},
+    "transposed": {"transposed": True},
+    "as in gpt-oss": {"interleaved": True, "transposed": True, "biased": True, "activation": GPT_OSS},
+    "without a gate": {"activation": ACTIVATIONS["relu2"]},
+    "rows of no expert": {"elsewhere": True},
+}
+
+
+@pytest.fixture(params=["reference", "cpu", "triton", "triton, decoded first"])
+def quantized_backend(request, monkeypatch) -> str:
+    name, *first = request.param.split(",")
+    if name == "triton":
+        pytest.importorskip("triton")
+        if first:
+            from esft_kernels.triton_ops import parts
+
+            monkeypatch.setattr(parts, "FEW_ROWS", -1)
+            monkeypatch.setattr(parts, "SCRATCH", 4 * 2 * 72 * 80)  # two experts of the usual layer
+    return name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("case", QUANTIZED.values(), ids=QUANTIZED)
+def test_quantized(case, format, quantized_backend, monkeypatch):
+    layer = make_layer(**case, format=format, dtype=torch.float32)
+    poison_empty(monkeypatch)
+    check(layer, quantized_backend, EVERYTHING)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantized_16_bit(format, dtype, quantized_backend, monkeypatch):
+    layer = make_layer(dtype=dtype, format=format)
+    poison_empty(monkeypatch)
+    check(layer, quantized_backend, EVERYTHING)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_two_runs_of_a_quantized_layer_give_the_same_bits(format, recompute, quantized_backend):
+    layer = make_layer(dtype=torch.float32, format=format)
+    once = run(layer, quantized_backend, EVERYTHING)
+    for first, second in zip(once, run(layer, quantized_backend, EVERYTHING, recompute), strict=True):
+        assert first is second is None or torch.equal(first, second)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantized_backend", ["reference", "cpu"], indirect=True)
+def test_quantized_is_what_plain_weights_of_the_same_values_give(format, dtype, quantized_backend):
+    """To the bit, with the recomputation too: only where the weights come from differs."""
+    layer = make_layer(dtype=dtype, hidden=130, format=format)
+    pools = layer.pools
+    assert isinstance(pools.frozen, QuantizedWeights)
+    plain = replace(pools, frozen=dequantize(pools.frozen, dtype))
+    for recompute in RECOMPUTE:
+        both = [run(layer, quantized_backend, EVERYTHING, recompute, pools) for pools in (layer.pools, plain)]
+        for actual, expected in zip(*both, strict=True):
+            assert actual is expected is None or torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

@@ -21,7 +21,7 @@ real = tiles.choose_tiles
 def spilling(arch, dtype, op, rows, features):
     return tiles.Tiles(128, 256, 64, 4, 2) if op == "grad" else real(arch, dtype, op, rows, features)
 tiles.choose_tiles = spilling
-sys.exit(main(["--targets=sm_90", "--models=tiny", "--dtypes=bf16"]))
+sys.exit(main(["--targets=sm_90", "--models=tiny", "--dtypes=bf16", "--formats=plain"]))
 """
 
 
@@ -32,24 +32,26 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "model", "dtypes"),
+    ("target", "model", "dtypes", "formats"),
     [
-        ("sm_80", "deepseek-v2-lite", "bf16"),
-        ("sm_90", "deepseek-v2-lite", "bf16"),
-        ("sm_100", "deepseek-v2-lite", "bf16"),
-        ("gfx942", "qwen3-235b-a22b", "bf16"),  # its larger rows once broke a pass of AMD's compiler
-        ("sm_80", "tiny", "fp32,tf32"),
+        ("sm_80", "deepseek-v2-lite", "bf16", "plain,nf4"),
+        ("sm_90", "deepseek-v2-lite", "bf16", "plain,fp8"),
+        ("sm_100", "deepseek-v2-lite", "bf16", "plain,int8"),
+        ("gfx942", "qwen3-235b-a22b", "bf16", "plain"),  # its larger rows once broke a pass of AMD's compiler
+        ("gfx942", "gpt-oss-20b", "bf16", "mxfp4"),
+        ("sm_80", "tiny", "fp32,tf32", "plain"),
     ],
 )
-def test_compiles_without_spills_and_with_matrix_instructions(target, model, dtypes):
-    result = run("-m", "tools.compile_kernels", f"--targets={target}", f"--models={model}", f"--dtypes={dtypes}")
+def test_compiles_without_spills_and_with_matrix_instructions(target, model, dtypes, formats):
+    options = {"targets": target, "models": model, "dtypes": dtypes, "formats": formats}
+    result = run("-m", "tools.compile_kernels", *(f"--{name}={value}" for name, value in options.items()))
     assert result.returncode == 0, result.stdout + result.stderr
     *table, summary = result.stdout.strip().splitlines()
     assert summary.endswith(f"kernels compiled for {target}: 0 problems")
-    for kernel in KERNELS:
+    for kernel in (*KERNELS, *["decode"] * (formats != "plain")):
         assert any(line.split()[0] == kernel for line in table)
     if target == "sm_90":  # issue slots left to the matrix instructions, of the tiles for many rows
-        large = [line for line in table if line.split()[3].startswith("128x") and line.split()[0] in KERNELS]
+        large = [line for line in table if line.split()[4].startswith("128x") and line.split()[0] in KERNELS]
         slots, wide = ([int(line.split()[-1].rstrip("%")) for line in large if (" wide " in line) == w] for w in (0, 1))
         assert len(slots) >= 4 and min(slots) >= 75 and sum(slots) / len(slots) >= 80
         assert wide and min(wide) >= 70
@@ -63,7 +65,7 @@ def test_a_kernel_made_to_spill_fails():
     assert failed and all("grad_gemm 128x256x64 w4 s2: spills" in line for line in failed)
 
 
-@pytest.mark.parametrize("arg", ["--targets=sm_91", "--models=gpt", "--dtypes=fp64"])
+@pytest.mark.parametrize("arg", ["--targets=sm_91", "--models=gpt", "--dtypes=fp64", "--formats=gptq"])
 def test_unknown_names_are_refused(arg, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(SystemExit, match="2"):
@@ -78,8 +80,9 @@ def test_the_interpreter_is_refused(capsys):
 
 
 GOOD = Row(
-    kernel="grouped_gemm", target="sm_90", dtype="bf16", tile="128x128x64 w8 s3", registers=200, stack=0, spills=0,
-    shared=98_304, programs=1, matrix="HGMMA", loop_matrix=4, loop_others=90, slots="80%",
+    kernel="grouped_gemm", target="sm_90", dtype="bf16", format="plain", tile="128x128x64 w8 s3",
+    registers=200, stack=0, spills=0, shared=98_304, programs=1, matrix="HGMMA", loop_matrix=4, loop_others=90,
+    slots="80%",
 )  # fmt: skip
 
 

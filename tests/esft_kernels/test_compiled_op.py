@@ -33,13 +33,14 @@ def leaves(layer: Layer, wanted: tuple[str, ...] = TENSORS):
 
 def settings(layer: Layer, backend: str = "reference", elsewhere: bool = True) -> tuple:
     a = layer.activation
-    return a.kind, a.gated, a.slope, a.limit, a.up_offset, layer.interleaved, backend, elsewhere
+    return a.kind, a.gated, a.slope, a.limit, a.up_offset, layer.interleaved, layer.format, backend, elsewhere
 
 
 def operands(layer: Layer, keep: str, wanted: tuple[str, ...] = TENSORS, **changes) -> tuple:
     """What the operator is called with."""
     x, weights, pools, position, _ = leaves(layer, wanted)
-    tensors = (*pools.trained.tensors(), *pools.frozen.tensors())
+    *frozen, gate_up_bias, down_bias = pools.frozen.tensors()
+    tensors = (*pools.trained.tensors(), frozen, gate_up_bias, down_bias)
     return x, layer.ids_TK, weights, position, *tensors, *settings(layer, **changes), keep
 
 
@@ -230,7 +231,11 @@ def test_no_gradients_of_what_is_only_kept_are_made():
 
 
 @pytest.mark.parametrize("recompute", ["none", "frozen"])
-@pytest.mark.parametrize("layout", [{}, {"transposed": True, "biased": True, "interleaved": True}], ids=["", "gpt-oss"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"transposed": True, "biased": True, "interleaved": True}, {"format": "nf4_double"}, {"format": "mxfp4"}],
+    ids=["", "gpt-oss", "nf4", "mxfp4"],
+)
 def test_compiled_output_and_gradients_are_the_eager_ones(layout: dict, recompute: str, calls):
     layer = make_layer(activation=ACTIVATIONS["gpt-oss"], dtype=torch.float32, **layout)
     outcomes = []
@@ -257,6 +262,7 @@ LAYOUTS = {
     "as in gpt-oss": {"transposed": True, "biased": True, "interleaved": True, "activation": ACTIVATIONS["gpt-oss"]},
     "without a gate": {"activation": Activation("relu2", gated=False)},
     "no token": {"tokens": 0},
+    "quantized": {"format": "int8", "biased": True},
 }
 
 
@@ -297,7 +303,7 @@ def test_the_fake_knows_shapes_strides_and_dtypes(layout: dict, keep: str, moved
 def test_only_the_length_of_a_prefix_is_unknown_to_the_compiler(keep, rows):
     x, index, *rest = operands(small(), keep)
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in (x, index.int(), *rest)]
+    fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (x, index.int(), *rest))
     with mode:
         _, h, *routing = torch.ops.esft.routed_mlp(*fakes)
     assert isinstance(h.shape[0], torch.SymInt if rows is None else int)

@@ -7,14 +7,24 @@ from hypothesis import strategies as st
 
 from esft_kernels.autograd_op import RECOMPUTE, expert_mlp
 from esft_kernels.backend import Needs
-from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
+from esft_kernels.formats.resolve import FORMATS
+from esft_kernels.pools import PLAIN
+from tests.esft_kernels.layers import (
+    ACTIVATIONS,
+    TOLERANCE,
+    Layer,
+    assert_close,
+    make_layer,
+    poison_empty,
+    written_out,
+)
 from tests.esft_kernels.test_autograd_op import exact
 
 PADDING = 7  # rows beyond T that are never read
 
 
 @st.composite
-def layers(draw) -> Layer:
+def layers(draw, formats: tuple[str, ...] = (PLAIN,)) -> Layer:
     experts = draw(st.integers(1, 9))
     top_k = draw(st.integers(1, min(experts, 5)))
     tokens = draw(st.integers(0, 33))
@@ -32,6 +42,7 @@ def layers(draw) -> Layer:
         tokens, top_k, experts, draw(st.integers(1, 80)), draw(st.integers(1, 70)), tuple(trained), tuple(used), dtype,
         draw(st.sampled_from(sorted(ACTIVATIONS.values(), key=str))),
         draw(st.booleans()), draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([False, False, True])),
+        draw(st.sampled_from(formats)),
     )  # fmt: skip
 
 
@@ -69,25 +80,49 @@ def sensitivity(layer: Layer, needs: Needs, expected: list[torch.Tensor | None])
     return moved
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", "cpu", "cpu_packed", "triton"])
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    layer=layers(), needs=st.tuples(st.booleans(), st.booleans(), st.booleans()), recompute=st.sampled_from(RECOMPUTE)
-)
-def test_every_backend_agrees_with_the_reference_and_with_itself(backend, layer, needs, recompute):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        from tests.esft_kernels.bounds import check_bounds
-    needs = Needs(*needs)
+def agrees(layer: Layer, backend: str, needs: Needs, recompute: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         poison_empty(patch)
         second = step(layer, backend, needs, recompute)
         if backend == "triton":
+            from tests.esft_kernels.bounds import check_bounds
+
             check_bounds(patch)
         first = step(layer, backend, needs, recompute)
-    results = exact(layer, needs)
-    for actual, again, expected, moved in zip(first, second, results, sensitivity(layer, needs, results), strict=True):
+    plain = written_out(layer)
+    results = exact(plain, needs)
+    for actual, again, expected, moved in zip(first, second, results, sensitivity(plain, needs, results), strict=True):
         largest = 0.0 if expected is None or not expected.numel() else expected.abs().max().item()
         assert_close(actual, expected, TOLERANCE[layer.x_TD.dtype] + (5 * moved / largest if largest else 0))
         assert actual is None or (again is not None and torch.equal(actual, again))
+
+
+fuzzed = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+NEEDS, RECOMPUTES = st.tuples(st.booleans(), st.booleans(), st.booleans()), st.sampled_from(RECOMPUTE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cpu_packed", "triton"])
+@fuzzed
+@given(layer=layers(), needs=NEEDS, recompute=RECOMPUTES)
+def test_every_backend_agrees_with_the_reference_and_with_itself(backend, layer, needs, recompute):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    agrees(layer, backend, Needs(*needs), recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@fuzzed
+@given(layer=layers(tuple(FORMATS)), needs=NEEDS, recompute=RECOMPUTES, few_rows=st.sampled_from([-1, 128]))
+def test_so_do_quantized_layers(backend, layer, needs, recompute, few_rows):
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "triton":
+            pytest.importorskip("triton")
+            from esft_kernels.triton_ops import parts
+
+            patch.setattr(parts, "FEW_ROWS", few_rows)
+            patch.setattr(parts, "SCRATCH", 20_000)  # bytes: an expert or many
+        agrees(layer, backend, Needs(*needs), recompute)

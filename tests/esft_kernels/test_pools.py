@@ -2,7 +2,17 @@ import pytest
 import torch
 
 from esft_kernels.activation import SWIGLU, Activation
-from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
+from esft_kernels.formats.resolve import FORMATS
+from esft_kernels.pools import (
+    PLAIN,
+    ExpertPools,
+    ExpertWeights,
+    QuantizedWeights,
+    dequantize,
+    pools_of,
+    quantize,
+    split_pools,
+)
 from tests.esft_kernels.layers import numbered_weights
 
 D, F = 3, 5
@@ -105,3 +115,64 @@ def test_stacked_weights_are_split_into_pools_with_copies_in_their_order(trained
     assert split_pools(weights, [2]).activation == SWIGLU and not split_pools(weights, [2]).interleaved
     with pytest.raises(ValueError, match=r"trained experts \[5\] are not in a layer of 5"):
         split_pools(weights, [5])
+
+
+def random_weights(experts: int, biased: bool = True) -> ExpertWeights:
+    biases = (torch.randn(experts, 2 * F), torch.randn(experts, D)) if biased else ()
+    return ExpertWeights(torch.randn(experts, 2 * F, D), torch.randn(experts, D, F), *biases)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantized_pool_answers_what_a_plain_one_does(name):
+    trained, plain = random_weights(2), random_weights(3)
+    quantized = quantize(plain, name)
+    quantized.check()
+    assert (quantized.format, quantized.shape, quantized.num_experts) == (name, (2 * F, D, F), 3)
+    assert quantized.gate_up_bias_EG is plain.gate_up_bias_EG and quantized.down_bias_ED is plain.down_bias_ED
+    pools, written = ExpertPools(trained, quantized), dequantize(quantized, torch.float32)
+    assert (pools.num_experts, pools.hidden_size, pools.intermediate_size) == (5, D, F)
+    assert pools.format == name and ExpertPools(trained, plain).format == PLAIN
+    for position in range(5):
+        expected = ExpertPools(trained, written).at(position).tensors()
+        for tensor, other in zip(pools.at(position).tensors(), expected, strict=True):
+            assert tensor is not None and other is not None and torch.equal(tensor, other)
+    for projection, whole in (("gate_up", plain.gate_up_EGD), ("down", plain.down_EDF)):
+        for index in range(3):
+            matrix = quantized.matrix(projection, index, quantized.buffer(torch.float32))
+            assert matrix.shape == whole[index].shape == plain.matrix(projection, index).shape
+            assert (matrix - whole[index]).abs().max() < 0.5  # of this expert, and not another
+
+
+@pytest.mark.parametrize("name", [PLAIN, *FORMATS])
+@pytest.mark.parametrize("biased", [False, True])
+def test_pools_are_made_again_from_their_tensors(name, biased):
+    frozen = random_weights(3, biased)
+    activation = Activation("gelu")
+    made = frozen if name == PLAIN else quantize(frozen, name)
+    pools = ExpertPools(random_weights(2, biased), made, activation, True)
+    again = pools_of(pools.tensors(), activation, True, pools.format)
+    assert type(again.frozen) is type(pools.frozen) and (again.activation, again.interleaved) == (activation, True)
+    for tensor, other in zip(again.tensors(), pools.tensors(), strict=True):
+        assert tensor is other
+    if isinstance(again.frozen, QuantizedWeights) and isinstance(made, QuantizedWeights):
+        assert (again.frozen.shape, again.frozen.gate_up, again.frozen.down) == (made.shape, made.gate_up, made.down)
+
+
+def test_one_buffer_is_large_enough_for_both_matrices():
+    for d, f in ((8, 70), (70, 8)):
+        pool = quantize(ExpertWeights(torch.randn(1, 2 * f, d), torch.randn(1, d, f)), "int8")
+        buffer = pool.buffer(torch.bfloat16)
+        assert buffer.dtype == torch.bfloat16
+        assert buffer.numel() == max(2 * f * (64 if d == 8 else 128), d * (64 if f == 8 else 128))
+        assert pool.matrix("gate_up", 0, buffer).data_ptr() == pool.matrix("down", 0, buffer).data_ptr()
+
+
+def test_a_pool_is_checked_as_a_whole():
+    pool = quantize(random_weights(3), "fp8")
+    pool.down[1][2] = float("nan")
+    with pytest.raises(ValueError, match="^down: a scale of fp8 is not finite$"):
+        pool.check()
+    with pytest.raises(ValueError, match="^gate_up weight of fp8 must be"):
+        QuantizedWeights("fp8", (2 * F + 1, D, F), pool.gate_up, pool.down).check()
+    with pytest.raises(ValueError, match="^format must be one of"):
+        quantize(random_weights(1), "bf16")

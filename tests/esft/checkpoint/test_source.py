@@ -14,8 +14,17 @@ import esft
 from esft.checkpoint import source
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
-from esft.checkpoint.source import INDEX, WEIGHTS, Reach, check_folder, check_numbers, open_config, weight_files
-from tests.esft.checkpoint.files import rewrite_json
+from esft.checkpoint.source import (
+    INDEX,
+    WEIGHTS,
+    Reach,
+    check_dtypes,
+    check_folder,
+    check_numbers,
+    open_config,
+    weight_files,
+)
+from tests.esft.checkpoint.files import rewrite, rewrite_json
 from tests.esft.models import save_tiny, tiny_model
 
 HEAD = "lm_head.weight"
@@ -245,3 +254,30 @@ def test_a_length_is_at_most_the_positions_and_4096_or_these_where_none_is_asked
     assert [Reach(p, None).length(100) for p in (None, 100, 8192)] == [100] * 3
     with pytest.raises(esft.InputError, match="^--max-length 101 is beyond the model's 100 positions$"):
         Reach(100, None).length(101)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.int32, "is I32, and none is of floating point"), (torch.complex64, "is C64, which no")]
+)
+def test_weights_that_no_model_computes_in_are_refused(tmp_path, dtype: torch.dtype, said: str):
+    base = save_tiny(tmp_path / "base")
+    files = weight_files(base)
+    check_dtypes(base, files)
+    rewrite(base, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    with pytest.raises(esft.InputError, match=f"base/model.safetensors: tensor .* {said}"):
+        check_dtypes(base, files)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_experts_per_tok": 100, "num_experts": 8}, "num_experts_per_tok is 100, of 8 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0, which no model has"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings is -5, which no model has"),
+        ({"architectures": "x"}, "architectures is 'x', not a list of names"),
+        ({"architectures": [7]}, r"architectures is \[7\], not a list of names"),
+    ],
+)
+def test_numbers_that_do_not_fit_each_other_and_names_that_are_none_are_refused(change: dict, said: str):
+    with pytest.raises(esft.InputError, match=f"^c: {said}$"):
+        check_numbers(change, "c")

@@ -83,3 +83,11 @@ def test_a_count_that_no_machine_word_holds_is_refused_in_short():
     with pytest.raises(argparse.ArgumentTypeError, match=r"^must be at least 1 and below 2\*\*63, got 9{40}$"):
         count("9" * 400)
     assert count(str(2**63 - 1)) == 2**63 - 1
+
+
+@pytest.mark.parametrize("text", ["\u0661\u0662\u0663", "1_000", " 7 ", "1e3", "0x10", ""])
+def test_only_plain_digits_are_a_count_or_a_share(text: str):
+    with pytest.raises(ValueError):
+        count(text)
+    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+        share(text)

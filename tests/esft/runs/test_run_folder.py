@@ -283,3 +283,10 @@ def test_a_summary_that_is_none_is_named(tmp_path):
         (tmp_path / "summary.json").write_text(text)
         with pytest.raises(esft.InputError, match=r"summary\.json: not a run's summary"):
             RunFolder(tmp_path).summary()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "origin.json", "summary.json"])
+def test_a_folder_in_a_files_place_is_named(tmp_path, name: str):
+    (tmp_path / name).mkdir()
+    with pytest.raises(esft.InputError, match=f"/{name}: is a folder, where a run has a file$"):
+        RunFolder(tmp_path).holds(name)

@@ -98,3 +98,9 @@ def test_scores_that_are_not_there_are_refused(by: str):
 def test_an_unknown_score_is_refused():
     with pytest.raises(esft.InputError, match="by must be 'token' or 'gate', got 'rank'"):
         esft.select_experts(scores_of(1.0), by="rank")
+
+
+def test_a_layer_without_the_scores_to_select_by_is_named():
+    scores = ExpertScores({1: {0: 1.0}, 2: {0: 1.0}}, {1: {0: 0.5}})
+    with pytest.raises(esft.InputError, match="^layer 2 has no gate scores to select by$"):
+        esft.select_experts(scores, by="gate", top_p=0.1)

@@ -6,6 +6,7 @@ import torch
 from esft_kernels.backend import Needs
 from esft_kernels.backends import cpu, reference
 from esft_kernels.backends.cpu import Group, Products, rounded
+from esft_kernels.formats.resolve import FORMATS
 from tests.esft_kernels.layers import ACTIVATIONS, GPT_OSS, TOLERANCE, Layer, assert_close, make_layer, poison_empty
 
 EVERYTHING = Needs(True, True, True)
@@ -202,3 +203,19 @@ def test_no_token():
     check(layer)
     out, _ = cpu.forward(layer.x_TD, layer.weights_TK, layer.pools, layer.routing, 0)
     assert out.shape == (0, 72)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [0, 80, 1000])
+def test_quantized_weights_in_any_grouping(format, rows, monkeypatch):
+    monkeypatch.setattr(cpu, "_most_rows", lambda pools, dtype: rows)
+    check(uneven(format=format, biased=True))
+
+
+def test_quantized_weights_are_decoded_one_matrix_at_a_time_into_one_buffer(monkeypatch):
+    layer = uneven({4: 39, 0: 33, 3: 5}, format="int8")
+    pools, routing, kind = layer.pools, layer.routing, FORMATS["int8"]
+    real, decoded = kind.decode, []
+    monkeypatch.setattr(kind, "decode", lambda *args: decoded.append(args[-1].data_ptr()) or real(*args))
+    cpu.forward(layer.x_TD, layer.weights_TK, pools, routing, 0)
+    assert len(decoded) == 4 and len(set(decoded)) == 1  # both matrices of the frozen experts that have rows

@@ -7,9 +7,11 @@ import torch
 
 from esft_kernels.backend import Needs
 from esft_kernels.backends import reference
+from esft_kernels.formats.resolve import FORMATS
 
 pytest.importorskip("triton")
 from esft_kernels.backends import triton_backend
+from esft_kernels.triton_ops import parts
 from tests.esft_kernels.bounds import check_bounds, poison_masked
 from tests.esft_kernels.layers import (
     ACTIVATIONS,
@@ -118,6 +120,26 @@ def test_only_the_gradients_asked_for(biased, needs):
 @pytest.mark.parametrize("case", ["none trained", "elsewhere", "no row on a trained expert"])
 def test_the_prefix_alone(case):
     check_backward(small(**CASES[case]), NEEDS[3])
+
+
+@pytest.fixture(params=["decoded in the loads", "decoded first"])
+def way(request, monkeypatch):
+    if request.param == "decoded first":
+        monkeypatch.setattr(parts, "FEW_ROWS", -1)
+        monkeypatch.setattr(parts, "SCRATCH", 4 * 400 * 3)  # three experts of one matrix of the small layer, some times
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_quantized(case, format, way):
+    test_forward_and_rebuild(case | {"format": format})
+    check_backward(small(**case, format=format), NEEDS[0])
+
+
+@pytest.mark.parametrize("needs", NEEDS[1:], ids=str)
+def test_only_the_gradients_asked_for_of_a_quantized_layer(needs, way):
+    for trained in ((2, 1), ()):
+        check_backward(small(biased=True, format="nf4", trained=trained), needs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

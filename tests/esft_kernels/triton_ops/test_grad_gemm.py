@@ -121,7 +121,7 @@ def test_tiles_are_for_the_rows_of_the_experts_that_take_part(needs, monkeypatch
     real = op.tiles_for
     monkeypatch.setattr(op, "tiles_for", lambda tensor, *args: asked.append(args) or real(tensor, *args))
     grad_gemm(layer.grad_out_TD, h, layer.weights_TK, layer.pools, layer.routing, needs)
-    assert asked == [("grad", len(h) // 6 if needs.all_rows else len(h), (10, 24))]
+    assert asked == [("grad", len(h) // 6 if needs.all_rows else len(h), (10, 24), False)]
 
 
 def test_a_token_past_what_32_bit_offsets_reach(tmp_path, monkeypatch):

@@ -120,4 +120,4 @@ def test_tiles_are_for_the_rows_of_an_expert(positions, monkeypatch):
     monkeypatch.setattr(op, "tiles_for", lambda tensor, *args: asked.append(args) or real(tensor, *args))
     offsets, slot = torch.tensor([0, 2, 2, 7][-positions - 1 :]), torch.arange(7)
     grouped_gemm(torch.randn(7, 20), slot, torch.randn(positions, 33, 20), torch.randn(0, 33, 20), offsets)
-    assert asked == [("gemm", 7 // positions, (33, 20))]
+    assert asked == [("gemm", 7 // positions, (33, 20), False)]

@@ -162,8 +162,8 @@ def _product(
     m_M, n_N, k_K = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     acc_MN = multiply(
         rows_ptr, m_M[:, None] * stride_row + k_K[None, :],
-        weight_ptr, k_K[:, None] * stride_in + n_N[None, :] * stride_out,
-        (n_N < out_features)[None, :], in_features, BLOCK_K * stride_in, PRECISION, EVEN_N, EVEN_K,
+        weight_ptr, n_N[None, :], k_K[:, None], BLOCK_K, (n_N < out_features)[None, :], in_features,
+        stride_out, stride_in, None, None, 0, "plain", False, PRECISION, EVEN_N, EVEN_K,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     tl.store(out_ptr + m_M[:, None] * BLOCK_N + n_N[None, :], acc_MN)

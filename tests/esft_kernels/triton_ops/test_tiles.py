@@ -291,3 +291,13 @@ def test_tiles_can_be_handed_in_for_a_while(monkeypatch):
     with pytest.raises(ZeroDivisionError), module.chosen_by(lambda *what: mine):
         raise ZeroDivisionError
     assert module.tiles_for(tensor, "up", 5, (48, 32)) == usual
+
+
+@pytest.mark.parametrize(("m", "n", "warps"), [(16, 64, 4), (32, 128, 4), (64, 128, 8)])
+def test_turns_that_decode_are_shorter(m, n, warps):
+    with module.chosen_by(lambda *question: Tiles(m, n, 64, 2, 3)):
+        tensor = torch.empty(1)
+        assert module.tiles_for(tensor, "up", 5, (48, 32), True) == Tiles(m, n, 32, warps, 3)
+        assert module.tiles_for(tensor, "up", 5, (48, 32)) == Tiles(m, n, 64, 2, 3)
+    with module.chosen_by(lambda *question: Tiles(m, n, 16, 2, 3)):
+        assert module.tiles_for(tensor, "up", 5, (48, 32), True).block_k == 16

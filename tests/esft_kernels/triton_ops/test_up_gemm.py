@@ -96,7 +96,7 @@ def test_rows_made_again_get_the_tiles_they_had(trained, monkeypatch):
     h, a = buffers(layer, routing.num_rows)
     up_gemm(layer.x_TD, routing.token_N, pools, routing.offsets_E1, routing.num_trained, h, a)
     up_gemm(layer.x_TD, routing.token_N, pools, routing.offsets_E1[routing.num_trained :], 0, h, None)
-    assert asked == [("up", 7 * 3 // 6, (20, 24))] * 2
+    assert asked == [("up", 7 * 3 // 6, (20, 24), False)] * 2
 
 
 def test_rows_of_a_single_expert_are_all_its_own(monkeypatch):
@@ -106,7 +106,7 @@ def test_rows_of_a_single_expert_are_all_its_own(monkeypatch):
     monkeypatch.setattr(op, "tiles_for", lambda tensor, *args: asked.append(args) or real(tensor, *args))
     h, a = buffers(layer, 9)
     up_gemm(layer.x_TD, layer.routing.token_N, layer.pools, layer.routing.offsets_E1, 1, h, a)
-    assert asked == [("up", 9, (80, 72))]
+    assert asked == [("up", 9, (80, 72), False)]
 
 
 def test_no_expert_at_all():

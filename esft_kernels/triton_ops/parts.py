@@ -1,0 +1,72 @@
+"""Triton: which experts a launch computes, and where it reads their weights.
+
+Plain pools are one launch for all. Of quantized ones the trained experts are a launch of their own. With few rows an
+expert, the frozen ones are one more, which decodes weights as it loads them: for every row tile again, but nothing is
+written. With many, they are decoded first, a few experts at a time, into a scratch that the plain kernels read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from esft_kernels.pools import ExpertPools, ExpertWeights, Projection, QuantizedWeights
+from esft_kernels.routing import Routing
+from esft_kernels.triton_ops.decode import decode
+
+FEW_ROWS = 128  # an expert: one or two row tiles, which decode the weights as often
+SCRATCH = 128 << 20  # bytes; less than a layer's pool of any model that is worth quantizing, and several experts
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring positions that are computed together.
+
+    Attributes:
+        pools: their weights; of a scratch, the projection asked for only.
+        routing: the whole one, but for ``offsets_E1`` and ``num_trained``, which are of these positions.
+        rows_per_expert: about how many rows an expert of the layer has; None where the part is the whole.
+    """
+
+    pools: ExpertPools
+    routing: Routing
+    rows_per_expert: int | None
+
+
+def parts(pools: ExpertPools, routing: Routing, projection: Projection, first: int = 0) -> Iterator[Part]:
+    """All positions from ``first`` on, which is 0 or S, part by part; each is good until the next is asked for."""
+    s, offsets, frozen = routing.num_trained, routing.offsets_E1, pools.frozen
+    rows_per_expert = None if isinstance(frozen, ExpertWeights) else routing.num_rows // max(routing.num_experts, 1)
+
+    def part(start: int, end: int, **changes: ExpertWeights | QuantizedWeights) -> Part:
+        here = replace(routing, offsets_E1=offsets[start : end + 1], num_trained=max(s - start, 0))
+        return Part(replace(pools, **changes), here, rows_per_expert)
+
+    if rows_per_expert is None or isinstance(frozen, ExpertWeights):
+        yield part(first, routing.num_experts)
+        return
+    none = ExpertWeights(*(None if t is None else t[:0] for t in pools.trained.tensors()))  # pyright: ignore[reportArgumentType]
+    if first < s:
+        yield part(first, s, frozen=none)
+    if frozen.num_experts and rows_per_expert <= FEW_ROWS:
+        yield part(s, routing.num_experts)
+    elif frozen.num_experts:
+        rows, columns = frozen.size(projection)
+        like = pools.trained.gate_up_EGD
+        size = max(1, min(frozen.num_experts, SCRATCH // (rows * columns * like.dtype.itemsize)))
+        scratch = like.new_empty(size, rows, columns)
+        for start in range(0, frozen.num_experts, size):
+            end = min(start + size, frozen.num_experts)
+            decode(frozen, projection, start, scratch[: end - start])
+            yield part(s + start, s + end, frozen=_decoded(frozen, projection, scratch, none, start, end))
+
+
+def _decoded(
+    frozen: QuantizedWeights, projection: Projection, scratch: Tensor, none: ExpertWeights, start: int, end: int
+) -> ExpertWeights:
+    biases = (None if t is None else t[start:end] for t in (frozen.gate_up_bias_EG, frozen.down_bias_ED))
+    here = scratch[: end - start]
+    matrices = (here, none.down_EDF) if projection == "gate_up" else (none.gate_up_EGD, here)
+    return ExpertWeights(*matrices, *biases)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from esft_kernels.formats import fp8
+from esft_kernels.formats.resolve import FORMATS
+from esft_kernels.pools import ExpertWeights, dequantize, quantize
+from esft_kernels.triton_ops.decode import coded, decode, e4m3, e8m0, stack, weight_operands
+from tests.esft_kernels.bounds import check_bounds, poison_masked
+
+SIZES = [(24, 67, 12), (20, 64, 128), (260, 130, 130)]  # G, D, F
+
+
+def pool(size: tuple[int, int, int], name: str, experts: int = 3):
+    g, d, f = size
+    return quantize(ExpertWeights(torch.randn(experts, g, d), torch.randn(experts, d, f)), name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_the_scratch_holds_the_formats_own_weights(name, size, first, monkeypatch):
+    quantized = pool(size, name)
+    plain = dequantize(quantized, torch.float32)
+    check_bounds(monkeypatch)
+    poison_masked(monkeypatch)
+    for projection, whole in (("gate_up", plain.gate_up_EGD), ("down", plain.down_EDF)):
+        for dtype in (torch.float32, torch.float16):  # bf16 is cut off, not rounded, by the interpreter
+            out = torch.full_like(whole[first:], float("nan"), dtype=dtype)
+            decode(quantized, projection, first, out)
+            assert torch.equal(out, whole[first:].to(dtype))
+
+
+@triton.jit
+def _values(codes_ptr, out_ptr, KIND: tl.constexpr):
+    n = tl.arange(0, 256)
+    code = tl.load(codes_ptr + n)
+    tl.store(out_ptr + n, e4m3(code) if KIND == "e4m3" else e8m0(code))
+
+
+def test_every_float_of_8_bits_has_its_value():
+    codes, out = torch.arange(256, dtype=torch.uint8), torch.empty(256)
+    _values[(1,)](codes, out, KIND="e4m3")
+    assert torch.equal(out.nan_to_num(1e9), torch.tensor(fp8.VALUES).nan_to_num(1e9))
+    _values[(1,)](codes, out, KIND="e8m0")
+    assert torch.equal(out[:255].double(), 2.0 ** (torch.arange(255, dtype=torch.float64) - 127))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_coded_stack_is_the_pools_own_memory(name):
+    quantized = pool(SIZES[0], name)
+    found = coded(quantized, "down")
+    assert found.codes.data_ptr() == quantized.down[0].data_ptr()
+    assert found.codes.dtype == (torch.int8 if name == "int8" else torch.uint8)
+    assert found.columns == 12 and not found.transposed and found.mT.transposed and found.mT.mT == found
+    assert (found.values is None) == (name in ("int8", "fp8"))
+    if name != "nf4_double":
+        assert found.scales.data_ptr() == quantized.down[1].data_ptr()
+    else:
+        assert found.scales.dtype == torch.float32 and found.scales.shape == quantized.down[1].shape
+
+
+def test_of_plain_pools_the_tensors_are_taken():
+    trained, frozen = torch.randn(0, 4, 6).mT, torch.randn(3, 4, 6)
+    weights = ExpertWeights(frozen, torch.randn(3, 6, 2))
+    assert stack(weights, "gate_up") is frozen and stack(weights, "down") is weights.down_EDF
+    pointers, sizes, constants = weight_operands(trained, frozen)
+    assert pointers[0] is trained and pointers[1] is frozen and pointers[2:] == (None, None)
+    assert sizes == (*frozen.stride(), 0, 0) and constants == {"FORMAT": "plain", "TRANSPOSED": False}
+    trained = torch.randn(1, 6, 4).mT
+    assert weight_operands(trained, frozen)[1] == (24, 1, 4, 0, 0)
+
+
+def test_a_row_of_codes_is_one_feature_or_the_other():
+    found = coded(pool((20, 70, 12), "int8"), "gate_up")
+    pointers, sizes, constants = weight_operands(torch.empty(0, 20, 70), found)
+    assert pointers[0] is pointers[1] is found.codes and pointers[2:] == (found.scales, None)
+    assert sizes == (20 * 128, 70, 1, 20 * 2, 2) and constants == {"FORMAT": "int8", "TRANSPOSED": False}
+    _, sizes, constants = weight_operands(torch.empty(0, 70, 20), found.mT)
+    assert sizes[1:3] == (1, 70) and constants["TRANSPOSED"]
