@@ -105,8 +105,10 @@ FIRST = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
         (lambda t: t[FIRST].fill_(torch.nan), rf"tensor {FIRST} holds values that are infinite or no numbers$"),
         (lambda t: t[FIRST][0].fill_(-torch.inf), rf"tensor {FIRST} holds values that are infinite or no numbers$"),
         (lambda t: t.update({FIRST: torch.ones(1, 1)}), r"cannot load this PEFT adapter \(."),
+        (lambda t: t.update({FIRST: t[FIRST].to(torch.int8)}), rf"tensor {FIRST} is I8, not floating point$"),
+        (lambda t: t.update({FIRST: t[FIRST].to(torch.complex64)}), rf"tensor {FIRST} is C64, not floating point$"),
     ],
-    ids=["foreign", "missing", "no number", "infinite", "another shape"],
+    ids=["foreign", "missing", "no number", "infinite", "another shape", "whole numbers", "complex"],
 )
 def test_a_peft_adapter_has_its_own_tensors_and_no_others(tmp_path, damage, message: str):
     save_lora(tmp_path)
