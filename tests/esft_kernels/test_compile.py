@@ -81,7 +81,8 @@ def test_the_interpreter_is_refused(capsys):
 
 GOOD = Row(
     kernel="grouped_gemm", target="sm_90", dtype="bf16", format="plain", tile="128x128x64 w8 s3",
-    registers=200, stack=0, spills=0, shared=98_304, programs=1, matrix="HGMMA", loop_matrix=4, loop_others=90, slots="80%",
+    registers=200, stack=0, spills=0, shared=98_304, programs=1, matrix="HGMMA", loop_matrix=4, loop_others=90,
+    slots="80%",
 )  # fmt: skip
 
 
