@@ -76,8 +76,8 @@ def chosen_by(chooser: Chooser) -> Iterator[None]:
 def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int, int], decodes: bool = False) -> Tiles:
     """Tiles for the device and dtype of a tensor: those that a GPU was tuned to, else ``choose_tiles``.
 
-    ``decodes``: weights are decoded as they are loaded. Codes and weights of a turn pass through registers then, so
-    turns are shorter and warps more.
+    ``decodes``: weights are decoded as they are loaded. The codes that a pipeline has ahead wait in registers then,
+    where their weights are made: turns are shorter, stages fewer and warps more.
     """
     arch = device_arch(tensor.device)
     if _chooser is not None:
@@ -86,8 +86,9 @@ def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int,
         key = tile_key(arch, tensor.dtype, op, rows_per_expert, features)
         found = tuned().get(key) or choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)
     if decodes:
-        warps = 8 if found.block_m * found.block_n > 4096 else 4
-        found = replace(found, block_k=min(found.block_k, 32), num_warps=warps)
+        wide = found.block_m * found.block_n > 4096
+        block_k, warps = min(found.block_k, 16 if wide else 32), 8 if wide else 4
+        found = replace(found, block_k=block_k, num_warps=warps, num_stages=min(found.num_stages, 2))
     return found
 
 

@@ -293,11 +293,11 @@ def test_tiles_can_be_handed_in_for_a_while(monkeypatch):
     assert module.tiles_for(tensor, "up", 5, (48, 32)) == usual
 
 
-@pytest.mark.parametrize(("m", "n", "warps"), [(16, 64, 4), (32, 128, 4), (64, 128, 8)])
-def test_turns_that_decode_are_shorter(m, n, warps):
+@pytest.mark.parametrize(("m", "n", "k", "warps"), [(16, 64, 32, 4), (32, 128, 32, 4), (64, 128, 16, 8)])
+def test_turns_that_decode_are_shorter(m, n, k, warps):
     with module.chosen_by(lambda *question: Tiles(m, n, 64, 2, 3)):
         tensor = torch.empty(1)
-        assert module.tiles_for(tensor, "up", 5, (48, 32), True) == Tiles(m, n, 32, warps, 3)
+        assert module.tiles_for(tensor, "up", 5, (48, 32), True) == Tiles(m, n, k, warps, 2)
         assert module.tiles_for(tensor, "up", 5, (48, 32)) == Tiles(m, n, 64, 2, 3)
-    with module.chosen_by(lambda *question: Tiles(m, n, 16, 2, 3)):
-        assert module.tiles_for(tensor, "up", 5, (48, 32), True).block_k == 16
+    with module.chosen_by(lambda *question: Tiles(m, n, 8, 2, 1)):
+        assert module.tiles_for(tensor, "up", 5, (48, 32), True) == Tiles(m, n, 8, warps, 1)
