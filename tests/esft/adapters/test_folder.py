@@ -113,7 +113,6 @@ def test_a_base_with_another_setting_is_refused_by_load_and_merge_with_nothing_w
 
 def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
     (tmp_path / "expert_cfg.json").write_text("")
-    (tmp_path / "manifest.json").mkdir()
 
     def merging():
         return open_adapter(tmp_path)
@@ -124,6 +123,9 @@ def test_an_adapter_without_a_manifest_is_taken_with_a_warning(tmp_path):
     here = inspect.currentframe()
     assert here is not None
     assert (warned[0].filename, warned[0].lineno) == (__file__, here.f_lineno - 3)  # who called what calls it
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(esft.InputError, match=r"/manifest\.json: Is a directory$"):
+        open_adapter(tmp_path)
     (tmp_path / "expert_cfg.json").unlink()
     (tmp_path / "expert_cfg.json").mkdir()
     with pytest.raises(esft.InputError, match=rf"^{tmp_path}: not an adapter folder \(no expert_cfg\.json\)$"):
