@@ -47,7 +47,7 @@ class Fp8(Format):
         for first in range(0, rows, BLOCK):
             strip = slice(first, first + BLOCK)
             scale_I = scales[first // BLOCK].repeat_interleave(BLOCK)[:columns]
-            torch.mul(_values(codes[strip]), scale_I, out=out[strip])
+            out[strip] = _values(codes[strip]).mul_(scale_I)
         return out
 
 

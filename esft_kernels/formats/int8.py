@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, padded
+from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, padded, scale_into
 
 GROUP = 64
 
@@ -41,5 +41,5 @@ class Int8(Format):
         out = out[: codes.numel()]
         pieces = zip(codes.split(PIECE), scales.split(PIECE // GROUP), out.split(PIECE), strict=True)
         for code, scale, piece in pieces:
-            torch.mul(code.view(-1, GROUP), scale[:, None], out=piece.view(-1, GROUP))
+            scale_into(piece, code.float(), scale, GROUP)
         return out.view(rows, -1)[:, :columns]

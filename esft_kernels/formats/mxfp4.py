@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, padded
+from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, padded, scale_into
 from esft_kernels.formats.tables import look_up, pairs
 
 BLOCK, BIAS, NAN = 32, 127, 255
@@ -56,7 +56,7 @@ class Mxfp4(Format):
         out, table = out[: 2 * codes.numel()], pairs(VALUES, False, codes.device)
         pieces = zip(codes.split(PIECE // 2), scales.split(PIECE // BLOCK), out.split(PIECE), strict=True)
         for code, scale, piece in pieces:
-            torch.mul(look_up(code, table).view(-1, BLOCK), _powers(scale)[:, None], out=piece.view(-1, BLOCK))
+            scale_into(piece, look_up(code, table), _powers(scale), BLOCK)
         return out.view(rows, -1)[:, :columns]
 
     def check_values(self, tensors: Sequence[Tensor], name: str) -> None:

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of
+from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, scale_into
 from esft_kernels.formats.tables import look_up, pairs
 
 BLOCK, NESTED = 64, 256
@@ -60,12 +60,14 @@ class Nf4(Format):
 
     def decode(self, parts: Sequence[Tensor], rows: int, columns: int, out: Tensor) -> Tensor:
         codes, absmax = parts[0], self.scales(parts)
-        whole = out[: 2 * codes.numel()]
         library = bitsandbytes() if codes.device.type == "cpu" and out.dtype != torch.float64 else None
-        decode = library or _decode
-        pieces = zip(codes.split(PIECE // 2), absmax.split(PIECE // BLOCK), whole.split(PIECE), strict=True)
-        for code, scale, piece in pieces:
-            decode(code, scale, piece)
+        if library is not None:
+            out = library(codes, absmax, out.dtype)
+        else:
+            whole, table = out[: 2 * codes.numel()], pairs(VALUES, True, codes.device)
+            pieces = zip(codes.split(PIECE // 2), absmax.split(PIECE // BLOCK), whole.split(PIECE), strict=True)
+            for code, scale, piece in pieces:
+                scale_into(piece, look_up(code, table), scale, BLOCK)
         return out[: rows * columns].view(rows, columns)
 
 
@@ -96,27 +98,22 @@ class Nf4Double(Nf4):
         return absmax * scales.repeat_interleave(NESTED, dim=-1)[..., : absmax.shape[-1]] + mean[..., None]
 
 
-Decoder = Callable[[Tensor, Tensor, Tensor], None]
-
-
-def _decode(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    table = pairs(VALUES, True, codes.device)
-    torch.mul(look_up(codes, table).view(-1, BLOCK), absmax[:, None], out=out.view(-1, BLOCK))
+Decoder = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 @cache
 def bitsandbytes() -> Decoder | None:
-    """What decodes on a CPU through bitsandbytes; None where it is not installed."""
+    """What decodes on a CPU through bitsandbytes, to memory of its own; None where it is not installed."""
     try:
         with _quiet_and_offline():
             importlib.import_module("bitsandbytes")
     except ImportError:
         return None
 
-    def decode(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    def decode(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         # A block a row: with AVX-512 its kernel is wrong for rows that end within a block (bitsandbytes 0.50).
         shape = [absmax.numel(), BLOCK]
-        out.view(shape).copy_(torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", shape, out.dtype))
+        return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", shape, dtype).view(-1)
 
     return decode
 

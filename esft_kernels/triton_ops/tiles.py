@@ -76,8 +76,7 @@ def chosen_by(chooser: Chooser) -> Iterator[None]:
 def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int, int], decodes: bool = False) -> Tiles:
     """Tiles for the device and dtype of a tensor: those that a GPU was tuned to, else ``choose_tiles``.
 
-    ``decodes``: weights are decoded as they are loaded. The codes that a pipeline has ahead wait in registers then,
-    where their weights are made: turns are shorter, stages fewer and warps more.
+    ``decodes``: for weights that are decoded as they are loaded, see ``decoding``.
     """
     arch = device_arch(tensor.device)
     if _chooser is not None:
@@ -85,11 +84,21 @@ def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int,
     else:
         key = tile_key(arch, tensor.dtype, op, rows_per_expert, features)
         found = tuned().get(key) or choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)
-    if decodes:
-        wide = found.block_m * found.block_n > 4096
-        block_k, warps = min(found.block_k, 16 if wide else 32), 8 if wide else 4
-        found = replace(found, block_k=block_k, num_warps=warps, num_stages=min(found.num_stages, 2))
-    return found
+    return decoding(found, tensor.dtype) if decodes else found
+
+
+def decoding(tiles: Tiles, dtype: torch.dtype) -> Tiles:
+    """The tiles of a launch that decodes weights as it loads them.
+
+    The codes that a pipeline has ahead wait in registers then, where their weights are made: turns are shorter, stages
+    fewer, and warps more where the tile is large. ``block_n`` stays, because launches share what they number by it.
+    """
+    stages = min(tiles.num_stages, 2)
+    if dtype == torch.float32:
+        return replace(tiles, block_m=min(tiles.block_m, 32), block_k=min(tiles.block_k, 16), num_stages=stages)
+    large = tiles.block_m * tiles.block_n >= 4096
+    block_k, warps = min(tiles.block_k, 16 if large else 32), 8 if large else 4
+    return replace(tiles, block_k=block_k, num_warps=warps, num_stages=stages)
 
 
 def tile_key(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> str:

@@ -293,11 +293,20 @@ def test_tiles_can_be_handed_in_for_a_while(monkeypatch):
     assert module.tiles_for(tensor, "up", 5, (48, 32)) == usual
 
 
-@pytest.mark.parametrize(("m", "n", "k", "warps"), [(16, 64, 32, 4), (32, 128, 32, 4), (64, 128, 16, 8)])
-def test_turns_that_decode_are_shorter(m, n, k, warps):
-    with module.chosen_by(lambda *question: Tiles(m, n, 64, 2, 3)):
-        tensor = torch.empty(1)
-        assert module.tiles_for(tensor, "up", 5, (48, 32), True) == Tiles(m, n, k, warps, 2)
-        assert module.tiles_for(tensor, "up", 5, (48, 32)) == Tiles(m, n, 64, 2, 3)
-    with module.chosen_by(lambda *question: Tiles(m, n, 8, 2, 1)):
-        assert module.tiles_for(tensor, "up", 5, (48, 32), True) == Tiles(m, n, 8, warps, 1)
+@pytest.mark.parametrize(
+    ("dtype", "usual", "decoding"),
+    [
+        (torch.bfloat16, Tiles(16, 64, 64, 2, 3), Tiles(16, 64, 32, 4, 2)),
+        (torch.bfloat16, Tiles(32, 126, 64, 8, 3), Tiles(32, 126, 32, 4, 2)),
+        (torch.float16, Tiles(32, 128, 64, 4, 3), Tiles(32, 128, 16, 8, 2)),
+        (torch.bfloat16, Tiles(64, 128, 8, 8, 1), Tiles(64, 128, 8, 8, 1)),
+        (torch.float32, Tiles(64, 64, 32, 8, 3), Tiles(32, 64, 16, 8, 2)),
+        (torch.float32, Tiles(16, 64, 8, 4, 1), Tiles(16, 64, 8, 4, 1)),
+    ],
+)
+def test_turns_that_decode_are_shorter(dtype, usual, decoding):
+    tensor = torch.empty(1, dtype=dtype)
+    assert module.decoding(usual, dtype) == decoding
+    with module.chosen_by(lambda *question: usual):
+        assert module.tiles_for(tensor, "up", 5, (48, 32), True) == decoding
+        assert module.tiles_for(tensor, "up", 5, (48, 32)) == usual
