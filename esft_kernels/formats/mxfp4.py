@@ -9,15 +9,19 @@ of the same model are transposed, and the rows of ``gate_up`` are (gate, up) in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, padded, scale_into
-from esft_kernels.formats.tables import look_up, pairs
+from esft_kernels.formats.tables import bins_of, count_below, look_up, pairs
 
 BLOCK, BIAS, NAN = 32, 127, 255
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_MIDDLES = torch.tensor([(low + high) / 2 for low, high in pairwise(MAGNITUDES)])
+# Ties go to the even code, as in IEEE arithmetic; so a middle above an odd code belongs to the code above it.
+_EDGES = tuple(torch.where(torch.arange(7) % 2 == 1, _MIDDLES.nextafter(torch.zeros(7)), _MIDDLES).tolist())
 VALUES = (*MAGNITUDES, *(-value for value in MAGNITUDES))  # by code: the high bit is the sign
 
 
@@ -38,14 +42,9 @@ class Mxfp4(Format):
         # frexp gives 2**e > |w| >= 2**(e - 1); the largest code, 6, is of exponent 2.
         exponent = torch.frexp(blocks.abs().amax(dim=-1)).exponent - 1 - 2
         scales = (exponent + BIAS).clamp_(0, NAN - 1).to(torch.uint8)
-        scaled = blocks / _powers(scales)[..., None]
-        magnitudes = torch.tensor(MAGNITUDES, device=weight_OI.device)
-        # Codes of ties: to the even one, as IEEE does; the last bit of a code is that of its mantissa.
-        edges = (magnitudes[1:] + magnitudes[:-1]) / 2
-        size = scaled.abs().contiguous()
-        up, down = torch.bucketize(size, edges, right=True), torch.bucketize(size, edges)
-        codes = torch.where(up % 2 == 0, up, down) + 8 * scaled.signbit()
-        codes = codes.to(torch.uint8)
+        scaled = (blocks / _powers(scales)[..., None]).contiguous()
+        codes = count_below(scaled.abs().view(-1), bins_of(_EDGES, scaled.device)).view(scaled.shape)
+        codes |= scaled.signbit().view(torch.uint8) << 3
         return codes[..., 0::2] | codes[..., 1::2] << 4, scales
 
     def buffer_size(self, rows: int, columns: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, scale_into
-from esft_kernels.formats.tables import look_up, pairs
+from esft_kernels.formats.tables import bins_of, count_below, look_up, pairs
 
 BLOCK, NESTED = 64, 256
 VALUES = (
@@ -28,6 +28,7 @@ VALUES = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_EDGES = tuple(((torch.tensor(VALUES[1:]) + torch.tensor(VALUES[:-1])) / 2).tolist())  # between codes
 
 
 class Nf4(Format):
@@ -44,12 +45,17 @@ class Nf4(Format):
 
     def encode(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         flat = weight_OI.reshape(-1)
-        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-        absmax = blocks.abs().amax(dim=-1)
-        values = torch.tensor(VALUES, device=weight_OI.device)
-        scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        codes = torch.bucketize(scaled, (values[1:] + values[:-1]) / 2).to(torch.uint8)
-        return (codes[:, 0::2] << 4 | codes[:, 1::2]).view(-1), absmax
+        whole = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK))
+        codes = torch.empty(whole.numel() // 2, dtype=torch.uint8, device=whole.device)
+        absmax, bins = whole.new_empty(whole.numel() // BLOCK), bins_of(_EDGES, whole.device)
+        pieces = zip(whole.split(PIECE), codes.split(PIECE // 2), absmax.split(PIECE // BLOCK), strict=True)
+        for piece, code, scale in pieces:
+            blocks = piece.view(-1, BLOCK)
+            torch.amax(blocks.abs(), dim=-1, out=scale)
+            scaled = blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+            two = count_below(scaled.view(-1), bins).view(-1, BLOCK)
+            code.view(-1, BLOCK // 2).copy_(two[:, 0::2] << 4 | two[:, 1::2])
+        return codes, absmax
 
     def buffer_size(self, rows: int, columns: int) -> int:
         return blocks_of(rows * columns, BLOCK) * BLOCK

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from esft_kernels.formats.tables import look_up, pairs
+from esft_kernels.formats import mxfp4, nf4
+from esft_kernels.formats.tables import bins_of, count_below, look_up, pairs
 
 CPU, VALUES = torch.device("cpu"), (1.5, -2.0, 0.0, float("nan"))
 
@@ -20,3 +22,19 @@ def test_every_bit_of_a_value_is_kept():
 
 def test_tables_are_made_once():
     assert pairs(VALUES, True, CPU) is pairs(VALUES, True, CPU)
+
+
+@pytest.mark.parametrize("edges", [(0.5,), (-1.0, -0.99, 0.0, 3.0), nf4._EDGES, mxfp4._EDGES])
+def test_edges_below_a_value_are_counted_as_by_bucketize(edges):
+    line = torch.tensor(edges)
+    values = torch.cat(
+        [line, line.nextafter(line + 1), line.nextafter(line - 1), torch.linspace(-20, 20, 40_001), torch.zeros(1)]
+    )
+    found = count_below(values, bins_of(edges, values.device))
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.long(), torch.bucketize(values, line))
+
+
+def test_edges_too_close_for_the_table_are_refused():
+    with pytest.raises(ValueError, match="too close"):
+        bins_of((0.0, 1e-6, 1.0), torch.device("cpu"))
