@@ -5,7 +5,9 @@ When a new version changes some of this, only this file has to follow it, and ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +22,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 TRIED = ("5.20.2", "5.23.0")  # the versions of transformers with which all tests have passed
 
@@ -53,6 +58,53 @@ def has_peft_adapter(model: PreTrainedModel) -> bool:
 def is_spread(model: PreTrainedModel) -> bool:
     """Whether transformers has spread the model over ranks."""
     return getattr(model.config, "distributed_config", None) is not None
+
+
+# Loading a model in parts, through the seam that transformers has for quantizers.
+
+
+@register_quantization_config("esft")
+class _InPart(QuantizationConfigMixin):
+    """Has a function take out of the model, before any weight is read, what is not to be loaded."""
+
+    def __init__(self, take_out: Callable[[PreTrainedModel], Iterable[str]] = lambda model: ()):
+        self.quant_method, self.take_out = "esft", take_out  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@register_quantizer("esft")
+class _Loader(HfQuantizer):
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        config: Any = self.quantization_config
+        passed_over = {rf"^(.*\.)?{re.escape(path)}\." for path in config.take_out(model)}
+        known = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(known or ()), *passed_over}  # pyright: ignore
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+
+
+def load_in_part(
+    model_class: Any, path: str, config: PreTrainedConfig, take_out: Callable[[PreTrainedModel], Iterable[str]], **kwargs: Any
+) -> Any:
+    """``from_pretrained`` of a model from which ``take_out`` has taken modules before weights are read.
+
+    Args:
+        take_out: changes the model, which is on "meta" still, and returns the paths whose tensors are passed over.
+
+    A quantization that the configuration names is not acted on: weights come as the files have them.
+    """
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    return model_class.from_pretrained(path, config=config, quantization_config=_InPart(take_out), **kwargs)
 
 
 # Modules of stacked experts, as ``use_experts_implementation`` marks them.

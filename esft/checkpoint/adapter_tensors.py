@@ -70,7 +70,7 @@ def adapter_tensors(model: PreTrainedModel, selection: ExpertSelection) -> dict[
     found: dict[str, AdapterTensor] = {}
     names = expert_tensors(model, weights.experts, to_stored) if selection.num_experts else {}
     for layer, expert in ((layer, expert) for layer, ids in selection.experts.items() for expert in ids):
-        own = weights.experts[layer].weights[expert]
+        own = weights.experts[layer].weights(expert)
         for name, stored in names[layer, expert].items():
             found[name] = AdapterTensor(stored, tuple(own[link.parameter] for link in stored.links))
     trained = weights.shared.keys() if selection.shared_experts else set()

@@ -18,6 +18,16 @@ def placement() -> dict[str, Any]:
     return {"device_map": "cuda" if torch.cuda.device_count() == 1 else "auto"}
 
 
+def on_one_device() -> bool:
+    """Whether ``placement`` puts all of a model in one place."""
+    return not torch.cuda.is_available() or torch.cuda.device_count() == 1
+
+
+def first_device() -> torch.device:
+    """Where ``placement`` puts a model, or its first layers."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def compute_dtype(dtype: str) -> str:
     """The dtype to load in: ``auto``, the checkpoint's, is float32 on a CPU that has no bf16 arithmetic.
 

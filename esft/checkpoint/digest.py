@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.original_format import original_format
+from esft.checkpoint.packed_tensors import PackedTensor
 from esft.errors import InputError
 from esft.experts.model_state import Base, known_state
 from esft.transformers_internals import base_name, tied_names
@@ -62,7 +64,7 @@ def base_below(model: PreTrainedModel, rounded: torch.dtype | None = None) -> Ba
     return model_base(model, rounded) if state.swapped is None else state.swapped.base
 
 
-def digest_of(tensors: Iterable[tuple[str, Tensor]], rounded: torch.dtype | None = None) -> str:
+def digest_of(tensors: Iterable[tuple[str, Tensor | PackedTensor]], rounded: torch.dtype | None = None) -> str:
     """The digest of these tensors by their names in the original format, in whatever order they come."""
     found = {name: (f"{name} {tuple(tensor.shape)} ", *_read(tensor, rounded)) for name, tensor in tensors}
     sampled, whole = hashlib.sha256(), xxhash.xxh3_128()
@@ -72,16 +74,18 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], rounded: torch.dtype | None
     return f"{sampled.hexdigest()}-{whole.hexdigest()}"
 
 
-def _read(tensor: Tensor, rounded: torch.dtype | None) -> tuple[bytes, bytes]:
+def _read(tensor: Tensor | PackedTensor, rounded: torch.dtype | None) -> tuple[bytes, bytes]:
     """Of a tensor's values: 64 evenly spaced ones, and a hash of all."""
-    flat = tensor.detach().reshape(-1)
+    count = prod(tensor.shape)
     # Made on the CPU: a GPU may round them otherwise.
-    index = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    some = flat[index.to(flat.device)].to(rounded).bfloat16().float().cpu().numpy().tobytes()
-    hashed = xxhash.xxh3_128()
-    for part in flat.split(CHUNK):
+    index = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
+    some, hashed, begin = b"", xxhash.xxh3_128(), 0
+    for part in tensor.pieces() if isinstance(tensor, PackedTensor) else tensor.detach().reshape(-1).split(CHUNK):
+        held = index[(index >= begin) & (index < begin + len(part))] - begin
+        some += part[held.to(part.device)].to(rounded).bfloat16().float().cpu().numpy().tobytes()
         values = part.to(rounded).bfloat16().view(torch.int16) if part.is_floating_point() else part.long()
         hashed.update(values.contiguous().cpu().numpy())
+        begin += len(part)
     return some, hashed.digest()
 
 

@@ -16,11 +16,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.digest import digest_of, forward_settings
 from esft.checkpoint.original_format import original_format
+from esft.checkpoint.packed_tensors import ENDS, PackedTensor, packed_format
 from esft.checkpoint.source import check_folder, open_config, weight_files
 from esft.errors import InputError, first_line
 from esft.experts.model_state import Base
 from esft.storage.files import TensorInfo, open_safetensors, safetensors_header
 from esft.transformers_internals import tied_names, without_weights
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """What sorts names by the numbers in them."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -78,6 +84,15 @@ class Checkpoint:
             raise InputError(f"{self.folder / file}: holds no tensor {name}, as the index says it does")
         return self._headers[file][name]
 
+    def names(self) -> set[str]:
+        """Of all weights, in the original format."""
+        if not self.as_in_memory:
+            format = packed_format(self.config, str(self.folder / "config.json"))
+            codes, scales = ENDS.get(format or "", ("", ""))
+            return {name.removesuffix(codes) for name in self.files if not scales or not name.endswith(scales)}
+        own = self.skeleton.state_dict()
+        return {name for name, _ in original_format(self.skeleton)(own, own.__getitem__)}
+
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the weights, as far as the configuration says it."""
@@ -86,24 +101,41 @@ class Checkpoint:
 
     def digest(self, rounded: torch.dtype | None = None) -> str:
         """The digest of these weights; equal to ``model_digest`` of the model loaded from them."""
-        return digest_of(self._tensors(), rounded)
+        return digest_of(self.tensors(), rounded)
 
     def base(self, rounded: torch.dtype | None = None) -> Base:
         """What tells these weights from other bases; ``model_base`` of the model loaded from them."""
         return Base(str(self.folder), self.digest(rounded), self.dtype, forward_settings(self.config))
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's weights in the files, under the names of the original format."""
+    def tensors(self) -> Iterator[tuple[str, Tensor | PackedTensor]]:
+        """The model's weights in the files, under the names of the original format, layer by layer.
+
+        What is not converted stays in the files until it is looked at. Raises InputError for one that cannot be read.
+        """
         with ExitStack() as stack:
             held: dict[str, Callable[[], Tensor]] = {}
             for file in sorted(set(self.files.values())):
                 handle = stack.enter_context(open_safetensors(self.folder / file))
                 names = filter(self.belongs, handle.keys())
                 held |= {self.tied.get(own, own): partial(handle.get_tensor, own) for own in names}
+            held = dict(sorted(held.items(), key=lambda item: _by_number(item[0])))
             if self.as_in_memory:
                 yield from original_format(self.skeleton)(held, lambda name: held[name]())
             else:
-                yield from ((name, read()) for name, read in held.items())
+                yield from self._packed(held)
+
+    def _packed(self, held: dict[str, Callable[[], Tensor]]) -> Iterator[tuple[str, Tensor | PackedTensor]]:
+        """The same tensors; where the checkpoint keeps a weight as codes and scales, these two as one."""
+        format = packed_format(self.config, str(self.folder / "config.json"))
+        codes, scales = ENDS.get(format or "", ("", None))
+        for name, read in held.items():
+            own = name[: len(name) - len(codes)]
+            if scales is not None and name.endswith(codes) and own + scales in held:
+                packed = PackedTensor(str(format), (read(), held[own + scales]()), self.dtype or torch.bfloat16)
+                packed.check(f"{self.folder / self.files[name]}: {own}")
+                yield own, packed
+            elif scales is None or not name.endswith(scales):
+                yield name, read()
 
     @cached_property
     def _stacks(self) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from esft.checkpoint.device import compute_dtype, placement
 from esft.checkpoint.source import check_dtypes, check_folder, open_config, weight_files
 from esft.errors import InputError, first_line
+from esft.transformers_internals import load_in_part
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -26,12 +29,27 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
     that the model has, or does not fit the GPUs.
     """
     open_config(path, trust_remote_code)
+    return _loaded(path, AutoModelForCausalLM.from_pretrained, dtype, trust_remote_code)
+
+
+def load_without(
+    path: str, take_out: Callable[[PreTrainedModel], Iterable[str]], dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """``load_model`` of a part: ``take_out`` has the model before its weights are read; see ``load_in_part``."""
+    config = open_config(path, trust_remote_code)
+    read = partial(load_in_part, AutoModelForCausalLM, config=config, take_out=take_out)
+    return _loaded(path, read, dtype, trust_remote_code)
+
+
+def _loaded(path: str, read: Callable[..., Any], dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     check_dtypes(path, weight_files(path))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded = read(
             path, dtype=compute_dtype(dtype), output_loading_info=True, use_safetensors=True,
             trust_remote_code=trust_remote_code, **placement(),
         )  # fmt: skip
+    except InputError:
+        raise
     except Exception as error:  # whatever a model's constructor, a quantiser or a reader of files says
         raise InputError(f"{path}: cannot load a model ({first_line(error)})") from error
     model, info = loaded

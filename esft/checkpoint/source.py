@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -153,6 +153,16 @@ def weight_files(path: str | Path) -> dict[str, str]:
         raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX}{_pickled(folder)}")
     with open_safetensors(folder / WEIGHTS) as handle:
         return dict.fromkeys(handle.keys(), WEIGHTS)
+
+
+def downloaded(path: str | Path) -> Path:
+    """The folder of a checkpoint: a local one itself, a hub's as the hub's cache has it, fetched where it has not."""
+    if (folder := check_folder(path)) is not None:
+        return folder
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.py"]))
+    except Exception as error:  # of the network, or of the name
+        raise InputError(f"{path}: cannot be had from the hub ({first_line(error)})") from error
 
 
 def check_dtypes(path: str | Path, files: dict[str, str]) -> None:

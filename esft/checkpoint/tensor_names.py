@@ -41,17 +41,17 @@ def expert_tensors(model: PreTrainedModel, experts: dict[int, ExpertStack], to_s
         experts: those of ``stock_weights(model)``.
         to_stored: ``original_format(model)``.
     """
-    found: ExpertTensors = {(layer, e): {} for layer, stack in experts.items() for e in range(len(stack.weights))}
+    found: ExpertTensors = {(layer, e): {} for layer, stack in experts.items() for e in range(stack.num_experts)}
     probes: dict[str, Tensor] = {}
     owners: list[tuple[int, Tensor]] = []  # of each probe: the layer, and one expert's weight
     for layer, stack in experts.items():
-        for expert, weights in enumerate(stack.weights if not stack.stacked else ()):
+        for expert in range(0 if stack.stacked else stack.num_experts):
             # Under the model's names, which older code shares with its files.
-            tensors = {name: StoredTensor(name, None, tuple(w.shape), (Link(name),)) for name, w in weights.items()}
-            found[layer, expert] = tensors
+            weights = stack.weights(expert).items()
+            found[layer, expert] = {n: StoredTensor(n, None, tuple(w.shape), (Link(n),)) for n, w in weights}
         for name, shape in _probe_shapes(stack).items() if stack.stacked else ():
             probes[name] = torch.arange(shape.numel()).view(shape) + len(owners) * _OWNER
-            owners.append((layer, stack.weights[0][name]))
+            owners.append((layer, stack.weights(0)[name]))
     by_owner = [{} for _ in owners]
     for name, numbers in to_stored(probes, probes.__getitem__):
         by_owner[int(numbers.flatten()[0]) // _OWNER][name] = numbers
@@ -64,10 +64,10 @@ def expert_tensors(model: PreTrainedModel, experts: dict[int, ExpertStack], to_s
 
 def _probe_shapes(stack: ExpertStack) -> dict[str, torch.Size]:
     """Of small tensors in the layouts of the stacked parameters, by their names."""
-    names = list(stack.weights[0])
+    names = list(stack.weights(0))
     g = 2 * _F if names[0].endswith(".gate_up_proj") else _F
     shapes = zip(names, [(g, _D), (_D, _F), (g,), (_D,)], strict=False)
-    return {name: torch.Size((len(stack.weights), *(s[::-1] if stack.transposed else s))) for name, s in shapes}
+    return {name: torch.Size((stack.num_experts, *(s[::-1] if stack.transposed else s))) for name, s in shapes}
 
 
 def _located(

@@ -44,6 +44,7 @@ class Swapped:
         selection: what trains.
         base: the weights that the model had when it was swapped.
         required_grad: the stock model's ``requires_grad``, by parameter name.
+        frozen: what the frozen experts are kept in.
         stock: module path of a layer's experts -> the stock module, its weights taken out.
         load_hook: what lets ``load_state_dict`` read a checkpoint's names.
     """
@@ -51,6 +52,7 @@ class Swapped:
     selection: ExpertSelection
     base: Base
     required_grad: dict[str, bool]
+    frozen: str
     stock: dict[str, nn.Module] = field(default_factory=dict)
     load_hook: RemovableHandle | None = None
 

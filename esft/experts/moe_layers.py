@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -126,13 +127,15 @@ class ExpertStack:
     """The routed experts of one layer, as the stock model has them.
 
     Attributes:
-        weights: of each expert, detached views by the names of the stock model's parameters, in the order of
+        num_experts: how many.
+        weights: one expert's, by its id: detached views by the names of the stock model's parameters, in the order of
             ``PROJECTIONS`` where they are stacked.
         stacked: whether those parameters hold all experts; else each expert is a module of its own.
         transposed: whether the weights are [in, out].
     """
 
-    weights: list[dict[str, Tensor]]
+    num_experts: int
+    weights: Callable[[int], dict[str, Tensor]]
     stacked: bool
     transposed: bool
 
@@ -153,7 +156,7 @@ class StockWeights:
 
     @property
     def num_experts(self) -> dict[int, int]:
-        return {layer: len(stack.weights) for layer, stack in self.experts.items()}
+        return {layer: stack.num_experts for layer, stack in self.experts.items()}
 
 
 def stock_weights(model: nn.Module) -> StockWeights:
@@ -161,9 +164,7 @@ def stock_weights(model: nn.Module) -> StockWeights:
     layers = moe_layers(model)
     experts = {
         layer.index: ExpertStack(
-            [layer.weights(expert) for expert in range(layer.num_experts)],
-            not isinstance(layer.experts, nn.ModuleList),
-            layer.transposed,
+            layer.num_experts, layer.weights, not isinstance(layer.experts, nn.ModuleList), layer.transposed
         )
         for layer in layers
     }

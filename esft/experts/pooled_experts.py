@@ -1,4 +1,4 @@
-"""The MoE modules: routed experts in two pools, and the slim whole DeepSeekMoE block."""
+"""A layer's routed experts in two pools: one that trains, and one that does not and may be in few bits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 from esft_kernels.activation import SWIGLU, Activation
 from esft_kernels.compiled_op import routed_mlp
-from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.formats.format import Stored
+from esft_kernels.formats.resolve import FORMATS, resolve_format
+from esft_kernels.pools import ExpertPools, ExpertWeights, QuantizedWeights, dequantize
 from esft_kernels.routing import expert_order
 
 PROJECTIONS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+BF16 = "bf16"  # a frozen pool that is in no format: its weights are those that are computed with
+FROZEN = (BF16, *FORMATS)
 
 
 class Experts(nn.Module):
@@ -29,11 +33,15 @@ class Experts(nn.Module):
         gate_up_bias, down_bias: [E, G] and [E, D], both or neither.
         activation: what is computed between the projections.
         interleaved: whether the rows of ``gate_up`` are (gate, up) in turn; else all gates come before all ups.
-        transposed: whether ``gate_up`` is [E, D, G] and ``down`` [E, F, D] instead; so they stay.
+        transposed: whether ``gate_up`` is [E, D, G] and ``down`` [E, F, D] instead; so they stay in plain pools.
+        frozen: what the frozen pool is kept in, one of ``FROZEN``.
+        device: of the pools, if not that of the weights. Weights on "meta" only say what they are: with a device, the
+            pools are left for ``write`` and ``write_stored`` to fill.
 
     The pools are copies; the arguments are left alone. Both pools are parameters (the frozen one with
-    ``requires_grad=False``), so that sharding wrappers see all weights. Raises ValueError for a trained id that is
-    repeated or out of range.
+    ``requires_grad=False``), so that sharding wrappers see all weights. Those of a format are kept as integers of the
+    same bits, which ``model.to(dtype)`` leaves alone. Raises ValueError for a trained id that is repeated or out of
+    range, and for a format that is not known or cannot hold the weights.
     """
 
     def __init__(
@@ -49,34 +57,62 @@ class Experts(nn.Module):
         activation: Activation = SWIGLU,
         interleaved: bool = False,
         transposed: bool = False,
+        frozen: str = BF16,
+        device: torch.device | None = None,
     ):
         super().__init__()
         order = expert_order(list(trained), gate_up.shape[0])
         self.trained, self.backend, self.recompute = tuple(trained), backend, recompute
         self.activation, self.interleaved, self.transposed = activation, interleaved, transposed
         self.stock_names: tuple[str, ...] = ()  # what the module in whose place this is calls its parameters
-        s = len(self.trained)
-        for name, tensor in zip(PROJECTIONS, (gate_up, down, gate_up_bias, down_bias), strict=True):
-            for pool, ids in (("trained", order[:s]), ("frozen", order[s:])):
-                # An empty pool that required a gradient would drag the backward through all layers below.
-                trains = pool == "trained" and s > 0
-                part = None if tensor is None else nn.Parameter(tensor.detach()[ids], requires_grad=trains)
-                self.register_parameter(f"{pool}_{name}", part)
-        position = torch.empty(len(order), dtype=torch.int64)
-        position[torch.tensor(order)] = torch.arange(len(order))
-        self.register_buffer("position", position.to(gate_up.device), persistent=False)
+        self.format = None if frozen == BF16 else resolve_format(frozen)
+        self.place = sorted(range(len(order)), key=order.__getitem__)  # of each expert, in the pools
+        weights, device = (gate_up, down, gate_up_bias, down_bias), device or gate_up.device
+        matrices = (gate_up.mT, down.mT) if transposed else (gate_up, down)
+        s, r = len(self.trained), len(order) - len(self.trained)
+        self.stored = {  # of the frozen pool: the tensors of a projection, by their names in its format
+            name: self.format.layout(r, *matrix.shape[1:]) if self.format else {}
+            for name, matrix in zip(PROJECTIONS, matrices, strict=False)
+        }
+        for name, like in zip(PROJECTIONS, weights, strict=True):
+            plain = None if like is None else Stored((s, *like.shape[1:]), like.dtype)
+            # An empty pool that required a gradient would drag the backward through all layers below.
+            self._add(f"trained_{name}", plain, device, trains=s > 0)
+            for part, stored in self.stored.get(name, {}).items():
+                self._add(f"frozen_{name}_{part}", stored._replace(dtype=_bits(stored.dtype)), device)
+            if not self.stored.get(name):
+                self._add(f"frozen_{name}", plain and plain._replace(shape=(r, *plain.shape[1:])), device)
+        self.register_buffer("position", torch.tensor(self.place, device=device), persistent=False)
+        if not gate_up.is_meta:
+            for expert in range(len(order)):
+                self.write(expert, [tensor[expert] for tensor in weights if tensor is not None])
+
+    def _add(self, name: str, stored: Stored | None, device: torch.device, trains: bool = False) -> None:
+        made = None if stored is None else torch.empty(stored.shape, dtype=stored.dtype, device=device)
+        self.register_parameter(name, None if made is None else nn.Parameter(made, requires_grad=trains))
 
     @property
     def num_experts(self) -> int:
-        return self.position.numel()
+        return len(self.place)
 
     @property
     def pools(self) -> ExpertPools:
-        return ExpertPools(self._pool("trained"), self._pool("frozen"), self.activation, self.interleaved)
+        trained = self._plain("trained")
+        if self.format is None:
+            return ExpertPools(trained, self._plain("frozen"), self.activation, self.interleaved)
+        shape = (*trained.gate_up_EGD.shape[1:], trained.down_EDF.shape[2])
+        stacks = (self._stored(name) for name in PROJECTIONS[:2])
+        biases = (getattr(self, f"frozen_{name}") for name in PROJECTIONS[2:])
+        frozen = QuantizedWeights(self.format.name, shape, *stacks, *biases)
+        return ExpertPools(trained, frozen, self.activation, self.interleaved)
 
-    def _pool(self, pool: str) -> ExpertWeights:
+    def _plain(self, pool: str) -> ExpertWeights:
         gate_up, down, *biases = (getattr(self, f"{pool}_{name}") for name in PROJECTIONS)
         return ExpertWeights(*((gate_up.mT, down.mT) if self.transposed else (gate_up, down)), *biases)
+
+    def _stored(self, name: str) -> tuple[Tensor, ...]:
+        """The tensors that the frozen pool keeps a projection in."""
+        return tuple(getattr(self, f"frozen_{name}_{part}").view(s.dtype) for part, s in self.stored[name].items())
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
@@ -85,17 +121,65 @@ class Experts(nn.Module):
         out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, self.position, self.pools, self.backend, self.recompute)
         return out_TD.to(hidden_states.dtype)
 
+    def is_packed(self, expert: int) -> bool:
+        """Whether an expert is in a format, and so has no weights that are tensors."""
+        return self.format is not None and self.place[expert] >= len(self.trained)
+
     def weights_of(self, expert: int) -> list[Tensor]:
-        """Detached views of one expert's weights, in the order of ``PROJECTIONS``; only two where it has no biases."""
-        at, s = int(self.position[expert]), len(self.trained)
-        pool, row = ("trained", at) if at < s else ("frozen", at - s)
+        """One expert's weights in the order of ``PROJECTIONS``; only two where it has no biases.
+
+        Detached views, but copies of what is in a format.
+        """
+        place, s = self.place[expert], len(self.trained)
+        if self.is_packed(expert):
+            found = self.pools.at(place)
+            matrices = (found.gate_up_EGD, found.down_EDF)
+            biases = (getattr(self, f"frozen_{name}") for name in PROJECTIONS[2:])
+            return [
+                *(matrix.mT.contiguous() if self.transposed else matrix for matrix in matrices),
+                *(bias.detach()[place - s] for bias in biases if bias is not None),
+            ]
+        pool, row = ("trained", place) if place < s else ("frozen", place - s)
         parts = [getattr(self, f"{pool}_{name}") for name in PROJECTIONS]
         return [part.detach()[row] for part in parts if part is not None]
 
+    @torch.no_grad()
+    def write(self, expert: int, weights: Sequence[Tensor]) -> None:
+        """Put one expert's weights, as ``weights_of`` gives them, where they belong.
+
+        Raises ValueError for weights that the frozen pool's format cannot hold.
+        """
+        for name, weight in zip(PROJECTIONS, weights, strict=False):
+            self.write_one(expert, name, weight)
+
+    @torch.no_grad()
+    def write_one(self, expert: int, name: str, weight: Tensor) -> None:
+        """``write`` of one of an expert's weights, by its name in ``PROJECTIONS``."""
+        if self.is_packed(expert) and self.stored.get(name):
+            matrix = (weight.mT if self.transposed else weight).to(self.position.device)
+            self.write_stored(expert, name, [part[0] for part in self.format.quantize(matrix[None])])
+            return
+        place, s = self.place[expert], len(self.trained)
+        pool, row = ("trained", place) if place < s else ("frozen", place - s)
+        getattr(self, f"{pool}_{name}").detach()[row].copy_(weight)
+
+    @torch.no_grad()
+    def write_stored(self, expert: int, projection: str, parts: Sequence[Tensor]) -> None:
+        """Put one packed expert's matrix, in tensors of the frozen pool's format, where it belongs."""
+        for own, part in zip(self._stored(projection), parts, strict=True):
+            own.detach()[self.place[expert] - len(self.trained)].copy_(part)
+
     def stacked(self) -> list[Tensor]:
         """Detached copies of all weights in expert-id order, laid out as they came in."""
-        parts = [(getattr(self, f"trained_{name}"), getattr(self, f"frozen_{name}")) for name in PROJECTIONS]
-        return [self.in_order(trained.detach(), frozen.detach()) for trained, frozen in parts if trained is not None]
+        trained = [getattr(self, f"trained_{name}") for name in PROJECTIONS]
+        if self.format is None:
+            frozen = [getattr(self, f"frozen_{name}") for name in PROJECTIONS]
+        else:
+            pool = dequantize(self.pools.frozen, trained[0].dtype)
+            matrices = (pool.gate_up_EGD, pool.down_EDF)
+            frozen = [*(m.mT if self.transposed else m for m in matrices), pool.gate_up_bias_EG, pool.down_bias_ED]
+        pairs = zip(trained, frozen, strict=True)
+        return [self.in_order(one.detach(), other.detach()) for one, other in pairs if one is not None]
 
     def in_order(self, trained: Tensor, frozen: Tensor) -> Tensor:
         """The rows of two pools, [S, ...] and [E - S, ...], as one new tensor [E, ...] in expert-id order."""
@@ -105,4 +189,10 @@ class Experts(nn.Module):
         return whole
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, trained={list(self.trained)}, backend={self.backend!r}"
+        frozen = "" if self.format is None else f", frozen={self.format.name!r}"
+        return f"num_experts={self.num_experts}, trained={list(self.trained)}, backend={self.backend!r}{frozen}"
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    """An integer type of as many bits."""
+    return {1: torch.uint8, 4: torch.int32}[dtype.itemsize]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from esft.errors import InputError
 from esft.experts.plain_experts import PlainExperts
-from esft.experts.pooled_experts import PROJECTIONS, Experts
+from esft.experts.pooled_experts import BF16, PROJECTIONS, Experts
 from esft.transformers_internals import (
     between_projections,
     has_bias,
@@ -63,11 +63,19 @@ class Layout:
         gate_up, down, *biases = (getattr(stock, name) for name in self.names)
         return ExpertWeights(*((gate_up.mT, down.mT) if self.transposed else (gate_up, down)), *biases)
 
-    def swapped(self, stock: nn.Module, trained: list[int], backend: str = "auto", recompute: str = "none") -> Experts:
-        """Our experts with copies of the stock module's weights."""
+    def swapped(
+        self,
+        stock: nn.Module,
+        trained: list[int],
+        backend: str = "auto",
+        recompute: str = "none",
+        frozen: str = BF16,
+        device: torch.device | None = None,
+    ) -> Experts:
+        """Our experts with copies of the stock module's weights; see ``Experts`` for the arguments."""
         weights = [getattr(stock, name) for name in self.names]
         biases = dict(zip(("gate_up_bias", "down_bias"), weights[2:], strict=False))
-        common: dict[str, Any] = {"transposed": self.transposed, **biases}
+        common: dict[str, Any] = {"transposed": self.transposed, "frozen": frozen, "device": device, **biases}
         if self.is_fused:
             common |= {"activation": self.activation, "interleaved": self.interleaved}
             experts = Experts(*weights[:2], trained, backend, recompute, **common)

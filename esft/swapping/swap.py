@@ -20,7 +20,7 @@ from esft.experts.model_state import (
     uncompiled,
 )
 from esft.experts.moe_layers import MoELayer, moe_layers
-from esft.experts.pooled_experts import Experts
+from esft.experts.pooled_experts import BF16, FROZEN, Experts
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import attach, detach
@@ -30,7 +30,11 @@ from esft_kernels.backends.resolve import resolve_backend
 
 
 def swap(
-    model: PreTrainedModel, selection: ExpertSelection, backend: str = "auto", recompute: str = "none"
+    model: PreTrainedModel,
+    selection: ExpertSelection,
+    backend: str = "auto",
+    recompute: str = "none",
+    frozen: str = BF16,
 ) -> PreTrainedModel:
     """Exchange the experts of every MoE layer, in place, so that only what is selected trains.
 
@@ -50,9 +54,12 @@ def swap(
         backend: one of ``esft_kernels.BACKENDS``.
         recompute: ``frozen`` keeps the pre-activations of the trained experts only, and makes the others again in the
             backward: less memory for one more up projection.
+        frozen: what the frozen experts are kept in: "bf16" (the model's dtype) or a format of ``esft_kernels.formats``,
+            which costs some of their precision. ``esft.load`` does that without the stock model in memory.
 
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
-    selection that does not fit the model, a backend that cannot run here, and a model that is swapped already.
+    selection that does not fit the model, a backend that cannot run here or a format that cannot hold the experts, and
+    a model that is swapped already.
     """
     state = known_state(model)
     if state.swapped is not None:
@@ -61,38 +68,73 @@ def swap(
     if adapters is not None and adapters.active is not None and adapters.held.keys() != {DEFAULT_ADAPTER}:
         raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
     layers = moe_layers(model)
+    layouts = check(layers, selection, model.device, backend, recompute, frozen)
+    if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
+        raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
+    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    base = model_base(model)
+    warn_where_slow(layers, layouts)
+    settle_adapter(model)
+    stock: dict[str, nn.Module] = {}
+    begin(model, Swapped(selection, base, required_grad, frozen, stock))
+    try:
+        for layer in layers:
+            if (layout := layouts.get(layer.name)) is not None:
+                old, ids = layer.experts, selection.experts.get(layer.index, [])
+                experts = layout.swapped(old, ids, backend, recompute, frozen)
+                experts.train(old.training)
+                setattr(layer.block, layer.attribute, experts)
+                stock[layer.name] = emptied(old, layout)
+    except BaseException as error:  # out of memory, most likely: the layers done so far go back
+        unswap(model)
+        if isinstance(error, ValueError):  # of a format
+            raise InputError(str(error)) from error
+        raise
+    return thaw(model)
+
+
+def check(
+    layers: list[MoELayer],
+    selection: ExpertSelection,
+    device: torch.device,
+    backend: str,
+    recompute: str,
+    frozen: str,
+) -> dict[str, Layout]:
+    """The layouts of a stock model's stacked experts, by the layers' names. Raises what ``swap`` raises."""
     selection.check({layer.index: layer.num_experts for layer in layers}, any(layer.shared_experts for layer in layers))
     stacked = [layer for layer in layers if not isinstance(layer.experts, nn.ModuleList)]
     layouts = {layer.name: read_layout(layer.experts, layer.name) for layer in stacked}
     if spread := [layer.name for layer in stacked if is_expert_parallel(layer.experts)]:
         raise InputError(f"{spread[0]}: experts that are spread over ranks cannot be swapped")
-    if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
-        raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
     if recompute not in RECOMPUTE:
         raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+    if frozen not in FROZEN:
+        raise InputError(f"frozen must be one of {', '.join(FROZEN)}, got {frozen!r}")
+    if frozen != BF16 and (plain := [layer.name for layer in layers if not _is_fused(layouts.get(layer.name))]):
+        raise InputError(f"{plain[0]}: the kernels do not compute these experts, so they cannot be frozen in {frozen}")
     try:
-        resolve_backend(backend, model.device)
+        resolve_backend(backend, device)
     except ValueError as error:
         raise InputError(str(error)) from error
-    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    swapped = Swapped(selection, model_base(model), required_grad)
-    _warn_where_slow(layers, layouts)
-    settle_adapter(model)
+    return layouts
+
+
+def _is_fused(layout: Layout | None) -> bool:
+    return layout is not None and layout.is_fused
+
+
+def begin(model: PreTrainedModel, swapped: Swapped) -> None:
+    """Make the model a swapped one: what is remembered of it, and how it is saved. Nothing trains yet."""
     model.requires_grad_(False)
     model_state(model).swapped = swapped
     attach(model)
-    try:
-        for layer in stacked:
-            stock, layout = layer.experts, layouts[layer.name]
-            experts = layout.swapped(stock, selection.experts.get(layer.index, []), backend, recompute)
-            experts.train(stock.training)
-            swapped.stock[layer.name] = stock
-            setattr(layer.block, layer.attribute, experts)
-            _set_weights(stock, experts.stock_names, [torch.empty(0)] * len(experts.stock_names))
-    except BaseException:  # out of memory, most likely: the layers done so far go back
-        unswap(model)
-        raise
-    return thaw(model)
+
+
+def emptied(stock: nn.Module, layout: Layout) -> nn.Module:
+    """A stock module with its weights taken out."""
+    _set_weights(stock, layout.names, [torch.empty(0)] * len(layout.names))
+    return stock
 
 
 def thaw(model: PreTrainedModel) -> PreTrainedModel:
@@ -116,7 +158,7 @@ def thaw(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None:
+def warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None:
     """Say once which experts train more slowly than the others, and why."""
     reasons: dict[str, str] = {}
     for layer in layers:

@@ -24,7 +24,7 @@ def test_tables_are_made_once():
     assert pairs(VALUES, True, CPU) is pairs(VALUES, True, CPU)
 
 
-@pytest.mark.parametrize("edges", [(0.5,), (-1.0, -0.99, 0.0, 3.0), nf4._EDGES, mxfp4._EDGES])
+@pytest.mark.parametrize("edges", [(0.5, 1.5), (-1.0, -0.99, 0.0, 3.0), nf4._EDGES, mxfp4._EDGES])
 def test_edges_below_a_value_are_counted_as_by_bucketize(edges):
     line = torch.tensor(edges)
     values = torch.cat(

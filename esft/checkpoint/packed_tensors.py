@@ -1,0 +1,93 @@
+"""Weights that a checkpoint ships in few bits: fp8 as DeepSeek-V3 has it, and mxfp4 as gpt-oss has it.
+
+Each is a tensor of codes and one of scales in the files, under names of their own. Together they are one weight, which
+the kernels' formats hold as it is; where it is read, it is what transformers makes of it when it loads such a checkpoint
+without a GPU: code times scale in float32, rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from esft.errors import InputError
+from esft.storage.reading import shown
+from esft_kernels.formats.fp8 import BLOCK
+from esft_kernels.formats.resolve import resolve_format
+
+# Format -> the ends of the names of codes and scales; without them it is the weight's name.
+ENDS = {"fp8": ("", "_scale_inv"), "mxfp4": ("_blocks", "_scales")}
+
+
+def packed_format(config: PreTrainedConfig, where: str) -> str | None:
+    """The format of a checkpoint's packed weights; None where it has none.
+
+    Raises InputError for a quantization that is not one of ``ENDS``; ``where`` is for messages.
+    """
+    said = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    if said is None:
+        return None
+    settings: dict[str, Any] = said if isinstance(said, dict) else said.to_dict()
+    method = settings.get("quant_method")
+    method = getattr(method, "value", method)
+    if method not in ENDS:
+        raise InputError(f"{where}: weights quantized by {shown(method)} are not supported; {' and '.join(ENDS)} are")
+    if method == "fp8" and settings.get("weight_block_size") != [BLOCK, BLOCK]:
+        found = shown(settings.get("weight_block_size"))
+        raise InputError(f"{where}: fp8 with weight_block_size {found} is not supported, only [{BLOCK}, {BLOCK}]")
+    return method
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One weight in few bits.
+
+    Attributes:
+        format: its name, see ``esft_kernels.formats``.
+        parts: codes and scales as the files have them: of one matrix [out, in] in fp8, of a stack of them in mxfp4.
+        dtype: that it is read in.
+    """
+
+    format: str
+    parts: tuple[Tensor, ...]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight; gpt-oss has its stacks as [E, in, out]."""
+        codes = self.parts[0]
+        return tuple(codes.shape) if self.format == "fp8" else (codes.shape[0], codes[0, 0].numel() * 2, codes.shape[1])
+
+    def matrices(self) -> list[tuple[Tensor, ...]]:
+        """Codes and scales of each matrix, in the format's layout."""
+        return [self.parts] if self.format == "fp8" else list(zip(*(part.unbind() for part in self.parts), strict=True))
+
+    def read(self, index: int | None = None) -> Tensor:
+        """The weight, or one of a stack, in memory of its own."""
+        if index is None and self.format != "fp8":
+            return torch.stack([self.read(each) for each in range(len(self.parts[0]))])
+        kind, parts = resolve_format(self.format), self.matrices()[index or 0]
+        size = self.shape[::-1][:2] if self.format != "fp8" else self.shape
+        out = torch.empty(kind.buffer_size(*size), dtype=self.dtype)
+        matrix = kind.decode(parts, *size, out)
+        return matrix if self.format == "fp8" else matrix.mT.contiguous()
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All values in order, a matrix at a time."""
+        yield from (self.read(index).view(-1) for index in range(len(self.matrices())))
+
+    def check(self, name: str) -> None:
+        """Raise InputError, which begins with ``name``, for parts that do not fit each other or hold no numbers."""
+        kind = resolve_format(self.format)
+        size = self.shape[::-1][:2] if self.format != "fp8" else self.shape
+        stack = self.parts if self.format != "fp8" else tuple(part[None] for part in self.parts)
+        try:
+            kind.check(stack, len(stack[0]), *size, name)
+            kind.check_values(stack, name)
+        except ValueError as error:
+            raise InputError(str(error)) from error

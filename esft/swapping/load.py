@@ -1,0 +1,98 @@
+"""Loading a model swapped: its files are read once, each expert straight into its pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from esft.checkpoint.device import first_device, on_one_device
+from esft.checkpoint.digest import digest_of, forward_settings
+from esft.checkpoint.folder import Checkpoint
+from esft.checkpoint.load import load_model, load_without
+from esft.checkpoint.packed_tensors import packed_format
+from esft.checkpoint.source import downloaded
+from esft.experts.model_state import Base, Swapped
+from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.experts.pooled_experts import BF16
+from esft.experts.stock_layout import Layout
+from esft.selection import ExpertSelection
+from esft.swapping.fill import Filling, expert_places
+from esft.swapping.swap import begin, check, emptied, swap, thaw, warn_where_slow
+from esft.transformers_internals import base_name
+
+AUTO = "auto"  # in place of a format: what the checkpoint has
+
+
+def load(
+    path: str,
+    selection: ExpertSelection,
+    frozen: str = AUTO,
+    dtype: str = "auto",
+    backend: str = "auto",
+    recompute: str = "none",
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> PreTrainedModel:
+    """A checkpoint as a swapped model in evaluation mode, its frozen experts in few bits where so asked.
+
+    What ``swap`` makes the stock model, which is never in memory: each expert goes from the files to its pool, so
+    that at no time there is more than the finished model and one layer of the checkpoint. Where that cannot be (experts
+    that are a ModuleList, files with names of an older version, several GPUs), the stock model is loaded and swapped.
+
+    Args:
+        path: checkpoint folder or hub id.
+        selection: what trains.
+        frozen: what the frozen experts are kept in: "bf16" (the dtype that is computed in), a format of
+            ``esft_kernels.formats``, or "auto", that of the checkpoint: what comes in fp8 or mxfp4 stays as it is.
+        dtype: of all else, as in ``load_model``.
+        backend, recompute: see ``swap``.
+        trust_remote_code: whether Python files of the checkpoint may be run.
+        progress: show a bar.
+
+    Raises InputError for what ``swap`` and ``load_model`` refuse, for a format that cannot hold the experts, for weights
+    that are quantized in another way, and for memory that does not suffice.
+    """
+    checkpoint = Checkpoint.open(downloaded(path), trust_remote_code)
+    shipped = packed_format(checkpoint.config, path)
+    frozen = (shipped or BF16) if frozen == AUTO else frozen
+    if not _is_streamed(checkpoint, selection, backend, recompute, frozen):
+        return swap(load_model(path, dtype, trust_remote_code), selection, backend, recompute, frozen)
+    taken: list[MoELayer] = []
+    layouts: dict[str, Layout] = {}
+
+    def take_experts(model: PreTrainedModel) -> Iterable[str]:
+        layers = moe_layers(model)
+        with torch.device("cpu"):  # where layouts are tried out
+            layouts.update(check(layers, selection, first_device(), backend, recompute, frozen))
+        warn_where_slow(layers, layouts)
+        for layer in layers:
+            taken.append(layer)
+            setattr(layer.block, layer.attribute, nn.Module())
+        return [layer.name for layer in layers]
+
+    model = load_without(path, take_experts, dtype, trust_remote_code)
+    stock: dict[str, nn.Module] = {}
+    for layer in taken:
+        ids, device = selection.experts.get(layer.index, []), next(layer.block.parameters()).device
+        layout, meta = layouts[layer.name], layer.experts.to(model.dtype)
+        experts = layout.swapped(meta, ids, backend, recompute, frozen, device)
+        setattr(layer.block, layer.attribute, experts.eval())
+        stock[layer.name] = emptied(meta, layout)
+    bar = tqdm(checkpoint.tensors(), total=len(checkpoint.files), desc="loading", unit="tensor", disable=not progress)
+    digest = digest_of(Filling(model, expert_places(checkpoint.skeleton), path).through(bar))
+    base = Base(base_name(model), digest, model.dtype, forward_settings(model.config))
+    required_grad = {name: p.requires_grad for name, p in checkpoint.skeleton.named_parameters()}
+    begin(model, Swapped(selection, base, required_grad, frozen, stock))
+    return thaw(model)
+
+
+def _is_streamed(checkpoint: Checkpoint, selection: ExpertSelection, backend: str, recompute: str, frozen: str) -> bool:
+    """Whether the experts can go from the files to their pools. Raises what ``check`` raises, before anything is read."""
+    layers, device = moe_layers(checkpoint.skeleton), first_device()
+    layouts = check(layers, selection, device, backend, recompute, frozen)
+    fused = all(layer.name in layouts and layouts[layer.name].is_fused for layer in layers)
+    return on_one_device() and fused and expert_places(checkpoint.skeleton).keys() <= checkpoint.names()
