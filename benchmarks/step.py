@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import esft
 from benchmarks.layer import interleaved
-from esft.checkpoint.load import load_model
+from esft.checkpoint.load import load_model, load_skeleton
 from esft.experts.moe_layers import moe_layers
 from esft.runs.config import TrainConfig
 from esft.training.data import IGNORE
 from esft.training.evaluate import batch_loss
-from esft.training.methods import prepare
+from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 
 RATE = 1e-6  # small enough that a model timed for long stays what it was
@@ -54,12 +54,14 @@ def make_batch(vocabulary: int, records: int, length: int) -> dict[str, Tensor]:
 
 def ours(path: str, batch: dict[str, Tensor], method: str) -> Trainer:
     """Our training loop's step. For ``esft`` as many experts a layer as the published selections choose."""
-    model, selection = load_model(path, "bfloat16"), None
+    selection = None
     if method == "esft":
-        chosen = {m.index: list(range(max(1, round(TRAINED_SHARE * m.num_experts)))) for m in moe_layers(model)}
+        layers = moe_layers(load_skeleton(path))
+        chosen = {m.index: list(range(max(1, round(TRAINED_SHARE * m.num_experts)))) for m in layers}
         selection = esft.ExpertSelection(chosen)
-    config = TrainConfig(method=method, lr=RATE)
-    model = prepare(model, config, selection).train()
+    config = TrainConfig(method=method, lr=RATE, dtype="bfloat16")
+    model, _ = METHODS[method].prepare(Source(path), config, selection)
+    model.train()
     optimizer = MasterAdamW(model.named_parameters(), config)
 
     def loss() -> Tensor:

@@ -7,6 +7,7 @@ from .scoring.expert_scores import ExpertScores
 from .scoring.score import score_experts
 from .scoring.select import select_experts
 from .selection import ExpertSelection
+from .swapping.load import load
 from .swapping.swap import swap, thaw, unswap
 from .training.loop import train
 
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertSelection",
     "InputError",
     "TrainConfig",
+    "load",
     "load_adapter",
     "merge",
     "save_adapter",

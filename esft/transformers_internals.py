@@ -73,26 +73,33 @@ class _InPart(QuantizationConfigMixin):
 
 @register_quantizer("esft")
 class _Loader(HfQuantizer):
-    is_trainable = True
+    @property
+    def is_trainable(self) -> Any:
+        return True
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config: Any = self.quantization_config
-        passed_over = {rf"^(.*\.)?{re.escape(path)}\." for path in config.take_out(model)}
+        passed_over = {rf"^(.*\.)?{re.escape(path)}\." for path in config.take_out(model)} | {r"_scale_inv$"}
         known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(known or ()), *passed_over}  # pyright: ignore
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
+        return model
 
 
 def load_in_part(
-    model_class: Any, path: str, config: PreTrainedConfig, take_out: Callable[[PreTrainedModel], Iterable[str]], **kwargs: Any
+    model_class: Any,
+    path: str,
+    config: PreTrainedConfig,
+    take_out: Callable[[PreTrainedModel], Iterable[str]],
+    **kwargs: Any,
 ) -> Any:
     """``from_pretrained`` of a model from which ``take_out`` has taken modules before weights are read.
 
@@ -149,7 +156,8 @@ def conversions(model: PreTrainedModel) -> list[Any]:
     """The conversions between the original format and the model.
 
     A loaded model remembers those that its files needed. Where these are the very ones that the model's own names set
-    off, the files held the tensors as the model does, and the family's are the ones.
+    off, the files held the tensors as the model does, and the family's are the ones. So they are where weights in few
+    bits were read: that cannot be turned back.
     """
     of_files = getattr(model, "_weight_conversions", None)
     of_family = get_model_conversion_mapping(model)
@@ -158,7 +166,8 @@ def conversions(model: PreTrainedModel) -> list[Any]:
     for name in model.state_dict():
         rename_source_key(name, renamings, converters)
     of_names = [_patterns(c) for c in of_family if c.was_used()]
-    if of_files is None or [_patterns(c) for c in of_files] == of_names:
+    reads_few_bits = any(hasattr(op, "hf_quantizer") for c in of_files or () for op in getattr(c, "operations", ()))
+    if of_files is None or reads_few_bits or [_patterns(c) for c in of_files] == of_names:
         # As transformers does: whether files have a prefix is not known, and nobody saves by the legacy names.
         return [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
     return of_files

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
 from esft.experts.model_state import Base
+from esft.experts.moe_layers import stock_weights
 from esft.selection import ExpertSelection
 from esft.storage.files import open_safetensors, write_json
 from esft.storage.reading import read_json, shown
@@ -35,8 +36,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise InputError(f"{type(model).__name__} is no transformers model; one that is wrapped has to be unwrapped")
 
 
-def write_manifest(folder: Path, base: Base, chosen_by: dict[str, Any]) -> None:
-    """What an adapter was trained from, and how its experts were chosen."""
+def write_manifest(folder: Path, base: Base, chosen_by: dict[str, Any], frozen: str | None = None) -> None:
+    """What an adapter was trained from, how its experts were chosen, and what the frozen ones were kept in."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "base_model": base.name,
@@ -45,6 +46,8 @@ def write_manifest(folder: Path, base: Base, chosen_by: dict[str, Any]) -> None:
         "base_settings": base.settings,
         "chosen_by": chosen_by,
     }
+    if frozen is not None:
+        manifest["frozen"] = frozen
     write_json(folder / MANIFEST, manifest)
 
 
@@ -122,9 +125,19 @@ def open_adapter(path: Path) -> dict[str, Any]:
     return open_manifest(path)
 
 
+def selection_for(path: Path, model: PreTrainedModel) -> ExpertSelection:
+    """An adapter's selection. Raises InputError where it does not fit the model."""
+    selection, weights = ExpertSelection.load(path / SELECTION), stock_weights(model)
+    try:
+        selection.check(weights.num_experts, bool(weights.shared))
+    except InputError as error:
+        raise InputError(f"{path / SELECTION}: {error}") from error
+    return selection
+
+
 def selected_tensors(path: Path, model: PreTrainedModel) -> tuple[ExpertSelection, dict[str, AdapterTensor]]:
     """An adapter's selection, and what of the model it trains. Raises InputError where it does not fit the model."""
-    selection = ExpertSelection.load(path / SELECTION)
+    selection = selection_for(path, model)
     try:
         return selection, adapter_tensors(model, selection)
     except InputError as error:

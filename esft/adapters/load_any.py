@@ -8,12 +8,24 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from esft.adapters.folder import MANIFEST, PEFT_CONFIG, SELECTION, check_base, check_finite, open_manifest
+from esft.adapters.folder import (
+    MANIFEST,
+    PEFT_CONFIG,
+    SELECTION,
+    check_base,
+    check_finite,
+    open_manifest,
+    selection_for,
+)
 from esft.adapters.load import load_adapter
 from esft.checkpoint.digest import model_base
-from esft.errors import InputError, first_line
+from esft.checkpoint.load import load_model, load_skeleton
+from esft.errors import InputError, first_line, reading
+from esft.experts.pooled_experts import BF16
+from esft.selection import ExpertSelection
 from esft.storage.files import open_safetensors
 from esft.storage.reading import read_json, shown
+from esft.swapping.load import AUTO, load
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
@@ -62,6 +74,37 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
         if strange:
             raise InputError(f"{folder / PEFT_WEIGHTS}: tensor {min(strange)} {kind} ({len(strange)} such in all)")
     return loaded
+
+
+def load_with_adapter(
+    path: str,
+    adapter: str | Path | None,
+    frozen: str = AUTO,
+    dtype: str = "auto",
+    backend: str = "auto",
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Any:
+    """A checkpoint's model with an adapter of either kind, on our experts where nothing but ESFT has touched them.
+
+    Args:
+        adapter: folder of an adapter, or of a run that holds one; None for the model alone.
+        The others are those of ``esft.load``.
+
+    Raises what ``esft.load`` and ``load_any_adapter`` raise.
+    """
+    options = frozen, dtype, backend, "none", trust_remote_code, progress
+    if adapter is None:
+        return load(path, ExpertSelection({}), *options)
+    folder = adapter_folder(adapter)
+    with reading(folder):
+        if not (folder / PEFT_CONFIG).is_file():
+            chosen = selection_for(folder, load_skeleton(path, trust_remote_code))
+            # The adapter's experts are in the trained pool: what is in few bits cannot be written.
+            return load_adapter(load(path, ExpertSelection(chosen.experts), *options), folder)
+        if frozen not in (AUTO, BF16):
+            raise InputError(f"{folder}: a PEFT adapter changes all experts, so none can be frozen in {frozen}")
+        return load_any_adapter(load_model(path, dtype, trust_remote_code), folder)
 
 
 def _check_config(folder: Path) -> None:

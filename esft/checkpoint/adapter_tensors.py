@@ -12,7 +12,8 @@ from esft.checkpoint.original_format import original_format
 from esft.checkpoint.tensor_names import expert_tensors, other_tensors
 from esft.checkpoint.views import WHOLE, Link, StoredTensor
 from esft.errors import InputError
-from esft.experts.moe_layers import stock_weights
+from esft.experts.moe_layers import moe_layers, stock_weights
+from esft.experts.pooled_experts import Experts
 from esft.selection import ExpertSelection
 
 
@@ -66,6 +67,10 @@ def adapter_tensors(model: PreTrainedModel, selection: ExpertSelection) -> dict[
     """
     weights = stock_weights(model)
     selection.check(weights.num_experts, bool(weights.shared))
+    for layer in moe_layers(model):
+        for expert in selection.experts.get(layer.index, []):
+            if isinstance(layer.experts, Experts) and layer.experts.is_packed(expert):
+                raise InputError(f"layer {layer.index}: expert {expert} is frozen in {layer.experts.frozen}")
     to_stored = original_format(model)
     found: dict[str, AdapterTensor] = {}
     names = expert_tensors(model, weights.experts, to_stored) if selection.num_experts else {}

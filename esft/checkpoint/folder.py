@@ -23,6 +23,7 @@ from esft.experts.model_state import Base
 from esft.storage.files import TensorInfo, open_safetensors, safetensors_header
 from esft.transformers_internals import tied_names, without_weights
 
+
 def _by_number(name: str) -> list[tuple[int, str]]:
     """What sorts names by the numbers in them."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
@@ -131,7 +132,7 @@ class Checkpoint:
         for name, read in held.items():
             own = name[: len(name) - len(codes)]
             if scales is not None and name.endswith(codes) and own + scales in held:
-                packed = PackedTensor(str(format), (read(), held[own + scales]()), self.dtype or torch.bfloat16)
+                packed = PackedTensor(str(format), (read(), held[own + scales]()))
                 packed.check(f"{self.folder / self.files[name]}: {own}")
                 yield own, packed
             elif scales is None or not name.endswith(scales):

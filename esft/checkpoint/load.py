@@ -33,7 +33,10 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
 
 
 def load_without(
-    path: str, take_out: Callable[[PreTrainedModel], Iterable[str]], dtype: str = "auto", trust_remote_code: bool = False
+    path: str,
+    take_out: Callable[[PreTrainedModel], Iterable[str]],
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """``load_model`` of a part: ``take_out`` has the model before its weights are read; see ``load_in_part``."""
     config = open_config(path, trust_remote_code)

@@ -1,8 +1,8 @@
 """Weights that a checkpoint ships in few bits: fp8 as DeepSeek-V3 has it, and mxfp4 as gpt-oss has it.
 
 Each is a tensor of codes and one of scales in the files, under names of their own. Together they are one weight, which
-the kernels' formats hold as it is; where it is read, it is what transformers makes of it when it loads such a checkpoint
-without a GPU: code times scale in float32, rounded once.
+the kernels' formats hold as it is. Where it is read, it is what transformers makes of it when it loads such a
+checkpoint without a GPU: code times scale in float32, rounded once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def packed_format(config: PreTrainedConfig, where: str) -> str | None:
 
     Raises InputError for a quantization that is not one of ``ENDS``; ``where`` is for messages.
     """
-    said = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    parts = (config, config.get_text_config())
+    said = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     if said is None:
         return None
     settings: dict[str, Any] = said if isinstance(said, dict) else said.to_dict()
@@ -50,12 +51,10 @@ class PackedTensor:
     Attributes:
         format: its name, see ``esft_kernels.formats``.
         parts: codes and scales as the files have them: of one matrix [out, in] in fp8, of a stack of them in mxfp4.
-        dtype: that it is read in.
     """
 
     format: str
     parts: tuple[Tensor, ...]
-    dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,12 +67,12 @@ class PackedTensor:
         return [self.parts] if self.format == "fp8" else list(zip(*(part.unbind() for part in self.parts), strict=True))
 
     def read(self, index: int | None = None) -> Tensor:
-        """The weight, or one of a stack, in memory of its own."""
+        """The weight, or one of a stack, in float32 and memory of its own: to be rounded by whoever copies it."""
         if index is None and self.format != "fp8":
             return torch.stack([self.read(each) for each in range(len(self.parts[0]))])
         kind, parts = resolve_format(self.format), self.matrices()[index or 0]
         size = self.shape[::-1][:2] if self.format != "fp8" else self.shape
-        out = torch.empty(kind.buffer_size(*size), dtype=self.dtype)
+        out = torch.empty(kind.buffer_size(*size))
         matrix = kind.decode(parts, *size, out)
         return matrix if self.format == "fp8" else matrix.mT.contiguous()
 

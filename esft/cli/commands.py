@@ -26,10 +26,9 @@ from esft.storage.reading import check_regular, read_json
 def _score(args: argparse.Namespace) -> None:
     check_new_file(args.out, ExpertScores.load if args.overwrite else None, [args.model, args.data])
     check_regular(args.data)
-    from esft.checkpoint.load import load_model, load_tokenizer
+    from esft.checkpoint.load import load_tokenizer
     from esft.checkpoint.source import Reach, open_config
     from esft.scoring.score import score_experts
-    from esft.swapping.swap import swap
     from esft.training.data import encode_all, read_records, windows
 
     records = read_records(args.data)
@@ -38,9 +37,7 @@ def _score(args: argparse.Namespace) -> None:
         length = reach.length(args.max_length)
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
         examples = encode_all(tokenizer, records, length, args.data, reach.vocabulary, not args.quiet)
-        model = load_model(args.model, args.dtype, args.trust_remote_code)
-        # Without a selection the swap only brings the faster experts.
-        swap(model, ExpertSelection({}), args.backend)
+        model = _model_with_adapter(args, None)
         batches = windows(examples, length, args.batch_size)
         scores = score_experts(model, batches, args.max_tokens, progress=not args.quiet)
     scores.save(args.out)
@@ -192,18 +189,11 @@ def _adapter(args: argparse.Namespace) -> Path | None:
 
 
 def _model_with_adapter(args: argparse.Namespace, adapter: Path | None) -> Any:
-    """The model with its adapter, on our experts where nothing but ESFT has touched them."""
-    from esft.adapters.load_any import load_any_adapter
-    from esft.checkpoint.load import load_model
-    from esft.swapping.swap import swap
+    from esft.adapters.load_any import load_with_adapter
 
-    model = load_model(args.model, args.dtype, args.trust_remote_code)
-    if adapter is not None:
-        with reading(adapter):
-            model = load_any_adapter(model, adapter)
-    if not hasattr(model, "peft_config"):
-        swap(model, ExpertSelection({}), args.backend)
-    return model
+    return load_with_adapter(
+        args.model, adapter, args.frozen, args.dtype, args.backend, args.trust_remote_code, not args.quiet
+    )
 
 
 def run_stage(args: argparse.Namespace) -> None:

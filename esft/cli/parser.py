@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def common(sub: argparse.ArgumentParser, batch_size: int, length: str) -> None:
         sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
-        add_settings(sub, "dtype", "backend")
-        sub.set_defaults(dtype="auto", backend="auto")
+        add_settings(sub, "dtype", "backend", "frozen")
+        sub.set_defaults(dtype="auto", backend="auto", frozen="auto")
         text = f"{length} (default 4096, or the model's positions where these are fewer)"
         sub.add_argument("--max-length", type=count, metavar="TOKENS", help=text)
         sub.add_argument("--batch-size", type=count, default=batch_size, metavar="RECORDS")

@@ -45,6 +45,7 @@ class Swapped:
         base: the weights that the model had when it was swapped.
         required_grad: the stock model's ``requires_grad``, by parameter name.
         frozen: what the frozen experts are kept in.
+        lossless: whether they are exactly what the base's are.
         stock: module path of a layer's experts -> the stock module, its weights taken out.
         load_hook: what lets ``load_state_dict`` read a checkpoint's names.
     """
@@ -53,6 +54,7 @@ class Swapped:
     base: Base
     required_grad: dict[str, bool]
     frozen: str
+    lossless: bool
     stock: dict[str, nn.Module] = field(default_factory=dict)
     load_hook: RemovableHandle | None = None
 
@@ -111,6 +113,15 @@ def swapped_state(model: nn.Module) -> Swapped:
     if (swapped := known_state(model).swapped) is None:
         raise InputError("the model is not swapped")
     return swapped
+
+
+def check_lossless(model: nn.Module, what: str) -> None:
+    """Raise InputError where a swapped model's frozen experts have lost precision, so that ``what`` cannot be done."""
+    if not (swapped := swapped_state(model)).lossless:
+        raise InputError(
+            f"{what} needs the stock model's weights, and the frozen experts are in {swapped.frozen}, which has cost "
+            "some of their precision: save an adapter, and merge it into the checkpoint"
+        )
 
 
 def settle_adapter(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from esft_kernels.activation import SWIGLU, Activation
 from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.formats.format import Stored
 from esft_kernels.formats.resolve import FORMATS, resolve_format
-from esft_kernels.pools import ExpertPools, ExpertWeights, QuantizedWeights, dequantize
+from esft_kernels.pools import ExpertPools, ExpertWeights, QuantizedWeights
 from esft_kernels.routing import expert_order
 
 PROJECTIONS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
@@ -65,7 +65,7 @@ class Experts(nn.Module):
         self.trained, self.backend, self.recompute = tuple(trained), backend, recompute
         self.activation, self.interleaved, self.transposed = activation, interleaved, transposed
         self.stock_names: tuple[str, ...] = ()  # what the module in whose place this is calls its parameters
-        self.format = None if frozen == BF16 else resolve_format(frozen)
+        self.frozen, self.format = frozen, None if frozen == BF16 else resolve_format(frozen)
         self.place = sorted(range(len(order)), key=order.__getitem__)  # of each expert, in the pools
         weights, device = (gate_up, down, gate_up_bias, down_bias), device or gate_up.device
         matrices = (gate_up.mT, down.mT) if transposed else (gate_up, down)
@@ -155,7 +155,7 @@ class Experts(nn.Module):
     @torch.no_grad()
     def write_one(self, expert: int, name: str, weight: Tensor) -> None:
         """``write`` of one of an expert's weights, by its name in ``PROJECTIONS``."""
-        if self.is_packed(expert) and self.stored.get(name):
+        if self.format is not None and self.is_packed(expert) and self.stored.get(name):
             matrix = (weight.mT if self.transposed else weight).to(self.position.device)
             self.write_stored(expert, name, [part[0] for part in self.format.quantize(matrix[None])])
             return
@@ -171,15 +171,21 @@ class Experts(nn.Module):
 
     def stacked(self) -> list[Tensor]:
         """Detached copies of all weights in expert-id order, laid out as they came in."""
-        trained = [getattr(self, f"trained_{name}") for name in PROJECTIONS]
-        if self.format is None:
-            frozen = [getattr(self, f"frozen_{name}") for name in PROJECTIONS]
-        else:
-            pool = dequantize(self.pools.frozen, trained[0].dtype)
-            matrices = (pool.gate_up_EGD, pool.down_EDF)
-            frozen = [*(m.mT if self.transposed else m for m in matrices), pool.gate_up_bias_EG, pool.down_bias_ED]
-        pairs = zip(trained, frozen, strict=True)
-        return [self.in_order(one.detach(), other.detach()) for one, other in pairs if one is not None]
+        trained = [(name, getattr(self, f"trained_{name}")) for name in PROJECTIONS]
+        return [self.in_order(p.detach(), self.frozen_stack(name)) for name, p in trained if p is not None]
+
+    def frozen_stack(self, name: str) -> Tensor:
+        """The frozen experts' weights of this name, detached, in the pool's order; read where they are in a format."""
+        if not self.stored.get(name):
+            return getattr(self, f"frozen_{name}").detach()
+        s, e = len(self.trained), self.num_experts
+        which = PROJECTIONS.index(name)
+        whole = self.trained_gate_up_proj.new_empty(e - s, *getattr(self, f"trained_{name}").shape[1:])
+        for row in range(e - s):
+            found = self.pools.at(s + row)
+            matrix = (found.gate_up_EGD, found.down_EDF)[which]
+            whole[row] = matrix.mT if self.transposed else matrix
+        return whole
 
     def in_order(self, trained: Tensor, frozen: Tensor) -> Tensor:
         """The rows of two pools, [S, ...] and [E - S, ...], as one new tensor [E, ...] in expert-id order."""
@@ -189,7 +195,7 @@ class Experts(nn.Module):
         return whole
 
     def extra_repr(self) -> str:
-        frozen = "" if self.format is None else f", frozen={self.format.name!r}"
+        frozen = "" if self.format is None else f", frozen={self.frozen!r}"
         return f"num_experts={self.num_experts}, trained={list(self.trained)}, backend={self.backend!r}{frozen}"
 
 

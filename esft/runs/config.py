@@ -18,6 +18,7 @@ METHODS = tuple(PAPER_LR)
 # As in ``esft_kernels``, which imports PyTorch: a command line is read without. A test compares.
 BACKENDS = ("auto", "triton", "cpu", "cpu_packed", "reference")
 RECOMPUTES = ("none", "frozen", "layers")
+FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
 DTYPES = ("auto", "bfloat16", "float32")
 
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d*)?([eE][+-]?\d{1,4})?|\.\d+([eE][+-]?\d{1,4})?|\.?inf)", re.ASCII)
@@ -73,6 +74,11 @@ class TrainConfig:
         "to compute in; auto: the checkpoint's, float32 on a CPU without bf16 arithmetic",
         choices=DTYPES,
     )
+    frozen: str = setting(
+        "auto",
+        "what frozen experts are kept in; auto: as the checkpoint has them, bf16: in the dtype that is computed in",
+        choices=FROZEN,
+    )
     seed: int = setting(0, "of the data order, and of what a model or LoRA draws", "[0, 2**63)")
     backend: str = setting("auto", "of the experts", choices=BACKENDS)
     recompute: str = setting(
@@ -125,8 +131,8 @@ class TrainConfig:
 
 def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> None:
     """Raise InputError for two settings that contradict; ``called`` has other names that a user gave them."""
-    micro, batch, aux, recompute = (
-        called.get(name, name) for name in ("micro_batch_size", "batch_size", "aux_loss", "recompute")
+    micro, batch, aux, recompute, frozen = (
+        called.get(name, name) for name in ("micro_batch_size", "batch_size", "aux_loss", "recompute", "frozen")
     )
     if settings["micro_batch_size"] is not None and settings["micro_batch_size"] > settings["batch_size"]:
         most = f"{batch} {settings['batch_size']}"
@@ -135,6 +141,8 @@ def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> N
         raise InputError(f"{aux} and {recompute} layers do not go together: the second pass routes again")
     if settings["aux_loss"] and settings["method"] == "lora":
         raise InputError(f"{aux} goes with the methods esft and full, not with lora")
+    if settings["frozen"] not in ("auto", "bf16") and settings["method"] != "esft":
+        raise InputError(f"{frozen} {settings['frozen']} goes with the method esft, not with {settings['method']}")
 
 
 def _check(each: Field, value: Any, where: str) -> None:

@@ -17,7 +17,7 @@ from esft.checkpoint.views import WHOLE, Part, StoredTensor
 from esft.errors import InputError
 from esft.experts.moe_layers import moe_layers, stock_weights
 from esft.experts.pooled_experts import PROJECTIONS, Experts
-from esft.swapping.load_state import POOLS
+from esft.swapping.load_state import is_pool
 from esft_kernels.formats.fp8 import BLOCK
 
 HALVES = ("first half", "second half")
@@ -82,8 +82,8 @@ class Filling:
         whole = (self._layers[layer].num_experts, *stored.shape) if stored.expert is not None else stored.shape
         if tuple(value.shape) != whole:
             raise ValueError(f"has shape {tuple(value.shape)}, the model's has {whole}")
-        experts: Experts = self._layers[layer].experts
-        if isinstance(value, PackedTensor) and experts.is_packed(expert) and experts.format.name == value.format:
+        experts = self._experts(layer)
+        if isinstance(value, PackedTensor) and experts.is_packed(expert) and experts.frozen == value.format:
             self._put_packed(layer, expert, stored, value.matrices()[stored.expert or 0])
             return
         tensor = value.read(stored.expert) if isinstance(value, PackedTensor) else value
@@ -103,15 +103,15 @@ class Filling:
 
     def _put_packed(self, layer: int, expert: int, stored: StoredTensor, parts: tuple[Tensor, ...]) -> None:
         """Put a matrix where it belongs without reading it; one of two halves waits for the other."""
-        experts, (link,) = self._layers[layer].experts, stored.links
+        experts, (link,) = self._experts(layer), stored.links
         key = (layer, expert, link.parameter)
         name = self._projection(*key)
-        turned = experts.transposed  # stacks are [in, out] to the checkpoint then, their matrices [out, in] all the same
+        turned = experts.transposed  # then stacks are [in, out] to transformers; in few bits they are [out, in] always
         if link.inside == WHOLE and turned == (stored.expert is not None):
             experts.write_stored(expert, name, parts)
         elif isinstance(link.inside, Part) and link.inside.rows in HALVES and not turned and not link.inside.transposed:
             if stored.shape[0] % BLOCK:
-                raise ValueError(f"{stored.shape[0]} rows are no blocks of {BLOCK}, so gate and up cannot be one matrix")
+                raise ValueError(f"gate and up cannot be one matrix in fp8: {BLOCK} does not divide their rows")
             halves = self._halves[key]
             halves[link.inside.rows] = parts
             if len(halves) == len(HALVES):
@@ -122,6 +122,11 @@ class Filling:
             raise ValueError("lies in the files in a way that cannot stay in few bits")
         self._came(key, prod(stored.shape))
 
+    def _experts(self, layer: int) -> Experts:
+        experts = self._layers[layer].experts
+        assert isinstance(experts, Experts)
+        return experts
+
     def _came(self, key: tuple[int, int, str], count: int) -> None:
         self._missing[key] -= count
         if not self._missing[key]:
@@ -129,15 +134,14 @@ class Filling:
 
     def _projection(self, layer: int, expert: int, parameter: str) -> str:
         """Our own name for a stock module's parameter."""
-        experts = self._layers[layer].experts
-        return PROJECTIONS[experts.stock_names.index(parameter.rpartition(".")[2])]
+        return PROJECTIONS[self._experts(layer).stock_names.index(parameter.rpartition(".")[2])]
 
     @torch.no_grad()
     def _put_others(self, packed: dict[str, PackedTensor]) -> None:
         """Weights in few bits that are no experts' are read, as the model computes with their values."""
         if not packed:
             return
-        parameters = {name: p for name, p in self._model.named_parameters() if not name.endswith(POOLS)}
+        parameters = {name: p for name, p in self._model.named_parameters() if not is_pool(name)}
         for name, stored in other_tensors(original_format(self._model), parameters).items():
             if name in packed:
                 value = packed[name].read()

@@ -15,12 +15,14 @@ from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model, load_without
 from esft.checkpoint.packed_tensors import packed_format
 from esft.checkpoint.source import downloaded
+from esft.errors import InputError
 from esft.experts.model_state import Base, Swapped
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.pooled_experts import BF16
 from esft.experts.stock_layout import Layout
 from esft.selection import ExpertSelection
 from esft.swapping.fill import Filling, expert_places
+from esft.swapping.load_state import is_pool
 from esft.swapping.swap import begin, check, emptied, swap, thaw, warn_where_slow
 from esft.transformers_internals import base_name
 
@@ -53,8 +55,8 @@ def load(
         trust_remote_code: whether Python files of the checkpoint may be run.
         progress: show a bar.
 
-    Raises InputError for what ``swap`` and ``load_model`` refuse, for a format that cannot hold the experts, for weights
-    that are quantized in another way, and for memory that does not suffice.
+    Raises InputError for what ``swap`` and ``load_model`` refuse, for a format that cannot hold the experts, and for
+    weights that are quantized in another way.
     """
     checkpoint = Checkpoint.open(downloaded(path), trust_remote_code)
     shipped = packed_format(checkpoint.config, path)
@@ -85,14 +87,18 @@ def load(
     bar = tqdm(checkpoint.tensors(), total=len(checkpoint.files), desc="loading", unit="tensor", disable=not progress)
     digest = digest_of(Filling(model, expert_places(checkpoint.skeleton), path).through(bar))
     base = Base(base_name(model), digest, model.dtype, forward_settings(model.config))
-    required_grad = {name: p.requires_grad for name, p in checkpoint.skeleton.named_parameters()}
-    begin(model, Swapped(selection, base, required_grad, frozen, stock))
+    flags = {name: p.requires_grad for name, p in model.named_parameters() if not is_pool(name)}
+    flags |= {f"{name}.{own}": True for name in stock for own in layouts[name].names}  # as the stock model's would be
+    begin(model, Swapped(selection, base, flags, frozen, frozen in (BF16, shipped), stock))
     return thaw(model)
 
 
 def _is_streamed(checkpoint: Checkpoint, selection: ExpertSelection, backend: str, recompute: str, frozen: str) -> bool:
-    """Whether the experts can go from the files to their pools. Raises what ``check`` raises, before anything is read."""
+    """Whether the experts can go from the files to their pools. Raises what ``check`` does, before anything is read."""
     layers, device = moe_layers(checkpoint.skeleton), first_device()
     layouts = check(layers, selection, device, backend, recompute, frozen)
     fused = all(layer.name in layouts and layouts[layer.name].is_fused for layer in layers)
-    return on_one_device() and fused and expert_places(checkpoint.skeleton).keys() <= checkpoint.names()
+    needed = expert_places(checkpoint.skeleton).keys()
+    if (missing := needed - checkpoint.names()) and missing != needed:
+        raise InputError(f"{checkpoint.folder}: tensor {min(missing)} is missing ({len(missing)} missing in all)")
+    return on_one_device() and fused and not missing

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -16,9 +16,14 @@ from esft.checkpoint.tensor_names import expert_tensors, other_tensors
 from esft.checkpoint.views import Link, Part, StoredTensor
 from esft.errors import InputError
 from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
-from esft.experts.pooled_experts import PROJECTIONS, Experts
+from esft.experts.pooled_experts import BF16, PROJECTIONS, Experts
 
-POOLS = tuple(f".{pool}_{name}" for pool, name in product(("trained", "frozen"), PROJECTIONS))
+_POOL = re.compile(rf".*\.(trained|frozen)_({'|'.join(PROJECTIONS[:2])})\w*")
+
+
+def is_pool(name: str) -> bool:
+    """Whether a parameter of a swapped model is a pool of experts, or a part of one in few bits."""
+    return _POOL.fullmatch(name) is not None
 
 
 def stock_shapes(layer: MoELayer) -> dict[str, tuple[int, ...]]:
@@ -45,14 +50,14 @@ def read_stock(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: st
     Experts are written to the pools at once, tensor by tensor, so that nothing is held twice and the shards of a
     checkpoint can come one by one. Pools of which a part did not come are reported as missing.
     """
-    if any(name.endswith(POOLS) for name in state_dict):  # a swapped model's own state
+    if any(map(is_pool, state_dict)):  # a swapped model's own state
         return
     own = model.state_dict()
     names = [name.removeprefix(prefix) for name in state_dict]
     foreign = {name: state_dict.pop(prefix + name) for name in names if name not in own}
     found = _read_experts(model, foreign) if foreign else {}
     if foreign:
-        absent = [name for name in own if prefix + name not in state_dict and not name.endswith(POOLS)]
+        absent = [name for name in own if prefix + name not in state_dict and not is_pool(name)]
         found |= _read_others(model, {name: own[name] for name in absent}, foreign)
     state_dict.update({prefix + name: tensor for name, tensor in (foreign | found).items()})
 
@@ -76,6 +81,8 @@ def _read_experts(model: PreTrainedModel, foreign: dict[str, Tensor]) -> dict[st
     for name in [name for name in stored if name in foreign]:
         value = foreign.pop(name)
         for layer, expert, tensor in stored[name]:
+            if layer.experts.frozen != BF16:
+                raise InputError(f"{name}: the frozen experts are in {layer.experts.frozen}; load it with esft.load")
             if layer.index not in missing:
                 pools = (layer.experts.trained_down_proj, layer.experts.frozen_down_proj)
                 whole_pools(layer, pools, "load the checkpoint before it is spread")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.experts.model_state import known_state, swapped_state
+from esft.experts.model_state import check_lossless, known_state, swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.pooled_experts import PROJECTIONS, Experts
-from esft.swapping.load_state import POOLS, read_stock, stock_shapes, whole_pools
+from esft.swapping.load_state import is_pool, read_stock, stock_shapes, whole_pools
 from esft.transformers_internals import has_peft_adapter, is_spread
 
 
@@ -72,11 +72,13 @@ def save_pretrained(
         state_dict: where given, a state of the swapped model, as ``accelerator.get_state_dict(model)`` collects it.
         The others are those of transformers.
 
-    Raises InputError for experts that are spread over ranks, whose state has to be collected first.
+    Raises InputError for experts that are spread over ranks, whose state has to be collected first, and for frozen
+    experts in a format that has cost some of their precision.
     """
     save = partial(type(model).save_pretrained, model, save_directory, is_main_process)
     if has_peft_adapter(model):  # PEFT's own weights alone are written
         return save(state_dict, *args, **kwargs)
+    check_lossless(model, "save_pretrained")
     # Of a model that it has spread, transformers would take its own state.
     if is_spread(model) or kwargs.get("distributed_checkpoint", False):
         raise InputError("a swapped model that transformers has spread over ranks cannot be saved whole")
@@ -117,7 +119,7 @@ def stock_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dic
     done: set[str] = set()
     for name, tensor in state_dict.items():
         path = name.rpartition(".")[0]
-        if not name.endswith(POOLS):
+        if not is_pool(name):
             stock[name] = tensor
         elif path not in layers:
             raise InputError(f"{name}: the model has no such tensor (wrapped? unwrap it first)")
@@ -133,5 +135,7 @@ def _stacked(model: nn.Module, layer: MoELayer, state_dict: Mapping[str, Tensor]
     for name, _ in swapped_state(model).stock[layer.name].named_parameters(recurse=False):
         pools = [state_dict.get(f"{layer.name}.{pool}_{ours[name]}") for pool in ("trained", "frozen")]
         advice = "to save it, collect the state: save_pretrained(..., state_dict=...)"
+        if layer.experts.format is not None and pools[1] is None:  # lossless: it is read
+            pools[1] = layer.experts.frozen_stack(ours[name])
         trained, frozen = whole_pools(layer, pools, advice)
         yield f"{layer.name}.{name}", layer.experts.in_order(trained.cpu(), frozen.cpu())

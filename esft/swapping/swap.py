@@ -13,6 +13,7 @@ from esft.errors import InputError
 from esft.experts.model_state import (
     DEFAULT_ADAPTER,
     Swapped,
+    check_lossless,
     known_state,
     model_state,
     settle_adapter,
@@ -76,7 +77,7 @@ def swap(
     warn_where_slow(layers, layouts)
     settle_adapter(model)
     stock: dict[str, nn.Module] = {}
-    begin(model, Swapped(selection, base, required_grad, frozen, stock))
+    begin(model, Swapped(selection, base, required_grad, frozen, frozen == BF16, stock))
     try:
         for layer in layers:
             if (layout := layouts.get(layer.name)) is not None:
@@ -86,7 +87,7 @@ def swap(
                 setattr(layer.block, layer.attribute, experts)
                 stock[layer.name] = emptied(old, layout)
     except BaseException as error:  # out of memory, most likely: the layers done so far go back
-        unswap(model)
+        _put_back(model)
         if isinstance(error, ValueError):  # of a format
             raise InputError(str(error)) from error
         raise
@@ -174,7 +175,15 @@ def warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None:
 
 @torch.no_grad()
 def unswap(model: PreTrainedModel) -> PreTrainedModel:
-    """Put the stock experts back, in place, with the tuned weights inside. Raises InputError for a stock model."""
+    """Put the stock experts back, in place, with the tuned weights inside.
+
+    Raises InputError for a stock model, and for frozen experts in a format that has cost some of their precision.
+    """
+    check_lossless(uncompiled(model), "unswap")
+    return _put_back(model)
+
+
+def _put_back(model: PreTrainedModel) -> PreTrainedModel:
     inner = uncompiled(model)
     swapped = swapped_state(inner)
     layers = moe_layers(inner)

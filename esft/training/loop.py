@@ -16,8 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from esft.checkpoint.device import peak_memory, peak_rss
-from esft.checkpoint.digest import model_base
-from esft.checkpoint.load import load_model, load_tokenizer
+from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.errors import DivergenceError, InputError, Interrupted
 from esft.runs.checkpoints import RECENT, State, file_digest
@@ -30,7 +29,7 @@ from esft.storage.outputs import check_apart
 from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
 from esft.training.evaluate import batch_loss, has_plain_head, mean_loss
 from esft.training.load_balancing import balance_losses
-from esft.training.methods import METHODS, prepare
+from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft.training.schedule import learning_rate
 
@@ -105,12 +104,12 @@ def train(
         examples = encoded(data)
         held_out = encoded(eval_data) if eval_data else []
         torch.manual_seed(config.seed)
-        model = load_model(model_path, config.dtype, trust_remote_code)
-        base = model_base(model)
+        source = Source(model_path, trust_remote_code, progress)
+        model, base = METHODS[config.method].prepare(source, config, selection)
         digests = {"model": base.digest, "data": file_digest(Path(data))}
         if resume:
             folder.check_origin(digests, {"model": model_path, "data": data})
-        loop = _Loop(prepare(model, config, selection), tokenizer, config, progress)
+        loop = _Loop(model, tokenizer, config, progress)
         state = folder.checkpoints().restore(loop.load) if resume else None
         origin = {"model": model_path, "data": str(data)}
         folder.begin(config, origin | {"digests": digests}, selection)

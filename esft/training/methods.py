@@ -6,6 +6,7 @@ A method is a class with what ``Method`` names, and its name in ``METHODS``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.adapters.folder import write_manifest
 from esft.adapters.save import write_adapter
+from esft.checkpoint.digest import model_base
+from esft.checkpoint.load import load_model, load_skeleton
 from esft.errors import InputError
-from esft.experts.model_state import Base
+from esft.experts.model_state import Base, swapped_state
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import read_layout
 from esft.runs.config import TrainConfig
@@ -22,13 +25,39 @@ from esft.runs.run_folder import ADAPTER, MODEL, RunFolder
 from esft.selection import ExpertSelection
 from esft.storage.files import write_json
 from esft.storage.reading import read_json
-from esft.swapping.swap import swap, unswap
+from esft.swapping.load import load
+from esft.swapping.swap import unswap
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model to train comes from.
+
+    Attributes:
+        path: checkpoint folder or hub id.
+        trust_remote_code: whether Python files of the checkpoint may be run.
+        progress: show a bar.
+    """
+
+    path: str
+    trust_remote_code: bool = False
+    progress: bool = False
+
+    def stock(self, config: TrainConfig) -> PreTrainedModel:
+        return load_model(self.path, config.dtype, self.trust_remote_code)
+
+    def swapped(self, config: TrainConfig, selection: ExpertSelection) -> PreTrainedModel:
+        recompute = "frozen" if config.recompute == "frozen" else "none"
+        return load(
+            self.path, selection, config.frozen, config.dtype, config.backend, recompute, self.trust_remote_code,
+            self.progress,
+        )  # fmt: skip
 
 
 class Method(Protocol):
     @staticmethod
-    def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
-        """The model with exactly what the method trains requiring gradients."""
+    def prepare(source: Source, config: TrainConfig, selection: ExpertSelection | None) -> tuple[nn.Module, Base]:
+        """A model with exactly what the method trains requiring gradients, and what it is trained from."""
         ...
 
     @staticmethod
@@ -41,10 +70,11 @@ class ESFT:
     """The selected experts, and what else the selection names."""
 
     @staticmethod
-    def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
+    def prepare(source: Source, config: TrainConfig, selection: ExpertSelection | None) -> tuple[nn.Module, Base]:
         if selection is None:
             raise InputError("method esft needs expert selection")
-        return _swap(model, config, selection)
+        model = source.swapped(config, selection)
+        return _recomputed(model, config), swapped_state(model).base
 
     @staticmethod
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
@@ -56,11 +86,12 @@ class Full:
     """Everything: every expert through the same kernels, and all the rest."""
 
     @staticmethod
-    def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
-        layers = moe_layers(model)
+    def prepare(source: Source, config: TrainConfig, selection: ExpertSelection | None) -> tuple[nn.Module, Base]:
+        layers = moe_layers(load_skeleton(source.path, source.trust_remote_code))
         everything = {layer.index: list(range(layer.num_experts)) for layer in layers}
         shared = any(layer.shared_experts for layer in layers)
-        return _swap(model, config, ExpertSelection(everything, shared, non_expert_modules=True))
+        model = source.swapped(config, ExpertSelection(everything, shared, non_expert_modules=True))
+        return _recomputed(model, config), swapped_state(model).base
 
     @staticmethod
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
@@ -73,12 +104,13 @@ class LoRA:
     """Low-rank additions to every linear layer of the blocks and to all experts, through PEFT (arXiv 2106.09685)."""
 
     @staticmethod
-    def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
+    def prepare(source: Source, config: TrainConfig, selection: ExpertSelection | None) -> tuple[nn.Module, Base]:
         try:
             from peft import LoraConfig, get_peft_model
         except ModuleNotFoundError as error:
             raise InputError("method lora needs the peft package: pip install 'esft[lora]'") from error
-        head = model.get_output_embeddings()
+        model = _recomputed(source.stock(config), config)
+        base, head = model_base(model), model.get_output_embeddings()
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -86,7 +118,7 @@ class LoRA:
             target_parameters=list(_stacked_projections(model)),
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, lora)
+        return get_peft_model(model, lora), base
 
     @staticmethod
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
@@ -102,18 +134,14 @@ class LoRA:
 METHODS: dict[str, type[Method]] = {"esft": ESFT, "full": Full, "lora": LoRA}
 
 
-def prepare(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection | None) -> nn.Module:
-    """The model with exactly what ``config.method`` trains requiring gradients, and its layers recomputed if so set."""
+def _recomputed(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """The model with its layers made again in the backward, if so set."""
     if config.recompute == "layers":
         try:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise InputError(f"recompute layers: {error}") from error
-    return METHODS[config.method].prepare(model, config, selection)
-
-
-def _swap(model: PreTrainedModel, config: TrainConfig, selection: ExpertSelection) -> PreTrainedModel:
-    return swap(model, selection, config.backend, "frozen" if config.recompute == "frozen" else "none")
+    return model
 
 
 def _stacked_projections(model: PreTrainedModel) -> Iterator[str]:

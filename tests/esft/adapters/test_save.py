@@ -61,6 +61,7 @@ def test_the_folder_says_what_was_trained_from_what_and_how_it_was_chosen(tmp_pa
         "base_dtype": dtype,
         "base_settings": forward_settings(model.config),
         "chosen_by": {"by": "gate", "top_p": 0.25},
+        "frozen": "bf16",
     }
     assert ExpertSelection.load(folder / "expert_cfg.json") == chosen
     with safe_open(folder / "adapter.safetensors", framework="pt") as handle:

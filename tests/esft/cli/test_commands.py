@@ -20,12 +20,10 @@ from tests.esft.models import save_tiny, tiny_tokenizer, write_records
 
 # Where the stages import what they cover.
 HOMES = {
-    "load_model": "esft.checkpoint.load",
     "load_skeleton": "esft.checkpoint.load",
     "load_tokenizer": "esft.checkpoint.load",
     "open_config": "esft.checkpoint.source",
     "moe_layers": "esft.experts.moe_layers",
-    "swap": "esft.swapping.swap",
     "score_experts": "esft.scoring.score",
     "plot_scores": "esft.scoring.plot",
     "windows": "esft.training.data",
@@ -33,7 +31,7 @@ HOMES = {
     "mean_loss": "esft.training.evaluate",
     "exact_match": "esft.training.evaluate",
     "answer": "esft.training.evaluate",
-    "load_any_adapter": "esft.adapters.load_any",
+    "load_with_adapter": "esft.adapters.load_any",
     "merge": "esft.adapters.merge",
     "report": "esft.runs.report",
 }
@@ -67,11 +65,10 @@ def calls(monkeypatch):
         put(monkeypatch, name, called)
 
     kept.watch = watch
-    watch("load_model", "a model")
+    watch("load_with_adapter", "a model")
     watch("open_config", PreTrainedConfig(max_position_embeddings=256, vocab_size=300))
     watch("load_skeleton", "a skeleton")
     watch("load_tokenizer", tiny_tokenizer())
-    watch("swap", None)
     return kept
 
 
@@ -79,17 +76,16 @@ def stage(text: str) -> None:
     assert main(text.split()) == 0
 
 
-def test_score_swaps_the_model_and_scores_windows_of_the_data(work, calls, capsys):
+def test_score_loads_the_model_and_scores_windows_of_the_data(work, calls, capsys):
     scores = esft.ExpertScores({1: {0: 1.0}, 2: {0: 1.0}}, {1: {0: 1.0}, 2: {0: 1.0}})
     calls.watch("score_experts", scores)
     calls.watch("windows", "batches")
     stage(
         "score --model m --data d.jsonl --out s.json --max-length 30 --batch-size 2 --max-tokens 77 --dtype float32 "
-        "--backend reference"
+        "--backend reference --frozen nf4"
     )
-    assert calls.of["load_model"] == [(("m", "float32", False), {})]
+    assert calls.of["load_with_adapter"] == [(("m", None, "nf4", "float32", "reference", False, True), {})]
     assert calls.of["load_tokenizer"] == calls.of["open_config"] == [(("m", False), {})]
-    assert calls.of["swap"] == [(("a model", ExpertSelection({}), "reference"), {})]
     (((examples, length, batch_size), _),) = calls.of["windows"]
     assert (len(examples), length, batch_size) == (6, 30, 2)
     assert calls.of["score_experts"] == [(("a model", "batches", 77), {"progress": True})]
@@ -222,8 +218,7 @@ def test_eval_measures_the_first_records_and_writes_the_answers(work, measured, 
     assert (model, len(examples), pad, batch_size) == ("a model", 4, 258, 3)
     (((model, _, records, batch_size, progress), _),) = measured.of["exact_match"]
     assert (model, records, batch_size, progress) == ("a model", read_records("d.jsonl")[:4], 3, True)
-    assert measured.of["load_model"] == [(("m", "float32", False), {})]
-    assert measured.of["swap"] == [(("a model", ExpertSelection({}), "reference"), {})]
+    assert measured.of["load_with_adapter"] == [(("m", None, "auto", "float32", "reference", False, True), {})]
 
 
 def test_eval_can_leave_the_answers_out_and_keeps_a_file_that_is_there(work, measured, capsys):
@@ -232,9 +227,10 @@ def test_eval_can_leave_the_answers_out_and_keeps_a_file_that_is_there(work, mea
     assert json.loads((work / "o.json").read_text())["answers"] == []
     assert "exact_match" not in measured.of
     assert main("eval --model m --data d.jsonl --loss-only --out o.json".split()) == 2
-    assert "o.json: exists already" in capsys.readouterr().err and len(measured.of["load_model"]) == 1
+    assert "o.json: exists already" in capsys.readouterr().err and len(measured.of["load_with_adapter"]) == 1
     stage("eval --model m --data d.jsonl --quiet --out o.json --overwrite")
     assert measured.of["exact_match"][0][0][-1] is False
+    assert measured.of["load_with_adapter"][-1][0][-1] is False
 
 
 def test_eval_cuts_records_as_it_is_told(work, measured, capsys):
@@ -242,17 +238,13 @@ def test_eval_cuts_records_as_it_is_told(work, measured, capsys):
     assert "d.jsonl: no record has its answer within 3 tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("by_peft", [False, True])
-def test_an_adapter_is_loaded_and_only_esfts_own_is_put_on_the_fast_experts(work, calls, by_peft: bool, capsys):
+def test_generate_loads_an_adapter_and_answers_every_prompt(work, calls, capsys):
     adapter(work)
-    adapted = SimpleNamespace(peft_config={}) if by_peft else SimpleNamespace()
-    calls.watch("load_any_adapter", adapted)
     calls.watch("answer", ["one", "two"])
     stage("generate --model m --adapter a --prompt x --prompt y --max-new-tokens 7")
-    assert calls.of["load_any_adapter"] == [(("a model", Path("a")), {})]
-    assert calls.of.get("swap", []) == ([] if by_peft else [((adapted, ExpertSelection({}), "auto"), {})])
+    assert calls.of["load_with_adapter"] == [(("m", Path("a"), "auto", "auto", "auto", False, True), {})]
     (((model, _, prompts, longest), _),) = calls.of["answer"]
-    assert model is adapted and longest == 7
+    assert model == "a model" and longest == 7
     assert prompts == [[{"role": "user", "content": text}] for text in "xy"]
     assert capsys.readouterr().out == "x\n    one\ny\n    two\n"
 
@@ -274,7 +266,7 @@ def test_score_keeps_a_file_that_is_there_and_replaces_it_where_it_is_told(work,
     calls.watch("score_experts", esft.ExpertScores({1: {0: 1.0}}, {1: {0: 1.0}}))
     esft.ExpertScores({1: {0: 0.5, 1: 0.5}}, {1: {0: 0.5, 1: 0.5}}).save(work / "s.json")
     assert main("score --model m --data d.jsonl --out s.json".split()) == 2
-    assert "s.json: exists already" in capsys.readouterr().err and "load_model" not in calls.of
+    assert "s.json: exists already" in capsys.readouterr().err and "load_with_adapter" not in calls.of
     stage("score --model m --data d.jsonl --out s.json --overwrite")
     assert esft.ExpertScores.load("s.json").token_scores == {1: {0: 1.0}}
 
@@ -295,14 +287,14 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_model_is_loaded(work, c
     ):
         assert main(f"generate --model m --prompt hello-y {options}".split()) == 2
         assert capsys.readouterr().err == f"esft: {message}\n"
-    assert "load_model" not in calls.of
+    assert "load_with_adapter" not in calls.of
 
 
 def test_a_model_is_trusted_only_where_that_is_said(work, calls):
     calls.watch("answer", ["one"])
     for flag, trusted in (("", False), ("--trust-remote-code", True)):
         stage(f"generate --model m --prompt x {flag}")
-        assert calls.of["load_model"][-1] == (("m", "auto", trusted), {})
+        assert calls.of["load_with_adapter"][-1][0][-2:] == (trusted, True)
         assert calls.of["load_tokenizer"][-1] == calls.of["open_config"][-1] == (("m", trusted), {})
 
 

@@ -182,7 +182,15 @@ def parsed(monkeypatch, text: str) -> dict:
 
 
 TRUST = {"trust_remote_code": False}
-INFERENCE = {"model": "m", "dtype": "auto", "backend": "auto", "max_length": None, "quiet": False, **TRUST}
+INFERENCE = {
+    "model": "m",
+    "dtype": "auto",
+    "backend": "auto",
+    "frozen": "auto",
+    "max_length": None,
+    "quiet": False,
+    **TRUST,
+}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import yaml
 
 import esft
 import esft_kernels
-from esft.runs.config import BACKENDS, METHODS, RECOMPUTES, TrainConfig
+from esft.experts.pooled_experts import FROZEN as POOLS_FROZEN
+from esft.runs.config import BACKENDS, FROZEN, METHODS, RECOMPUTES, TrainConfig
 from esft.storage.files import write_yaml
 
 
@@ -45,7 +46,7 @@ OTHER = {
     "method": "full", "lr": 0.5, "steps": 2, "batch_size": 3, "micro_batch_size": 2, "max_length": 4, "warmup_steps": 5,
     "decay": 0.25, "eval_every": 6, "save_every": 7, "weight_decay": 0.75, "beta1": 0.5, "beta2": 0.625, "clip": 8.0,
     "aux_loss": 0.125, "lora_rank": 9, "lora_alpha": 10, "dtype": "bfloat16", "seed": 11, "backend": "reference",
-    "recompute": "frozen",
+    "recompute": "frozen", "frozen": "bf16",
 }  # fmt: skip
 
 
@@ -153,6 +154,7 @@ def test_an_argument_is_named_as_the_flag_that_it_came_by():
 
 
 def test_the_choices_are_those_of_the_kernels():
+    assert ("auto", *POOLS_FROZEN) == FROZEN
     assert BACKENDS == esft_kernels.BACKENDS and (*esft_kernels.RECOMPUTE, "layers") == RECOMPUTES
 
 

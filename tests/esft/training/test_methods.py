@@ -6,14 +6,16 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 import esft
 from esft.checkpoint.digest import model_digest
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.experts.model_state import swapped_state
 from esft.runs.config import TrainConfig
-from esft.training.methods import prepare
-from tests.esft.models import tiny_model, tiny_tokenizer
+from esft.selection import ExpertSelection
+from esft.training.methods import METHODS, Source
+from tests.esft.models import tiny_tokenizer
 from tests.esft.small_runs import SELECTION, column, run, settings
 
 
@@ -46,28 +48,30 @@ def test_a_lora_run_stores_what_peft_loads_with_its_base_and_is_the_same_for_one
     run(base, "run", None, None, resume=True)  # replaces what it stored
 
 
+def prepared(base, config: TrainConfig, selection: ExpertSelection | None = None):
+    return METHODS[config.method].prepare(Source(str(base)), config, selection)[0]
+
+
 def trains(model) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_each_method_lets_train_what_it_says():
-    full = prepare(tiny_model(), TrainConfig(method="full"), None)
+def test_each_method_lets_train_what_it_says(base):
+    full = prepared(base, TrainConfig(method="full"))
     assert trains(full) == {name for name, _ in full.named_parameters() if ".frozen_" not in name}
     assert all(p.numel() == 0 for name, p in full.named_parameters() if ".frozen_" in name)
     assert swapped_state(full).selection.experts == {1: list(range(8)), 2: list(range(8))}
-    chosen = prepare(tiny_model(), TrainConfig(), SELECTION)
+    chosen = prepared(base, TrainConfig(), SELECTION)
     assert swapped_state(chosen).selection == SELECTION
     assert trains(chosen) == {
         f"model.layers.{layer}.mlp.experts.trained_{p}_proj" for layer in (1, 2) for p in ("gate_up", "down")
     }
 
 
-def test_lora_is_asked_for_on_every_linear_layer_but_the_head_and_on_every_expert(monkeypatch):
+def test_lora_is_asked_for_on_every_linear_layer_but_the_head_and_on_every_expert(base, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.setattr(peft, "get_peft_model", lambda *asked: asked)
-    stock = tiny_model()
-    model, lora = prepare(stock, TrainConfig(method="lora", lora_rank=3, lora_alpha=7), None)
-    assert model is stock
+    stock, lora = prepared(base, TrainConfig(method="lora", lora_rank=3, lora_alpha=7))
     assert (lora.r, lora.lora_alpha, lora.task_type) == (3, 7, "CAUSAL_LM")
     linear = {name for name, module in stock.named_modules() if isinstance(module, torch.nn.Linear)}
     assert "lm_head" in linear and set(lora.target_modules) == linear - {"lm_head"}
@@ -76,27 +80,27 @@ def test_lora_is_asked_for_on_every_linear_layer_but_the_head_and_on_every_exper
 
 
 @pytest.mark.parametrize("recompute", ["none", "frozen", "layers"])
-def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(recompute: str):
-    model = prepare(tiny_model(), TrainConfig(recompute=recompute, backend="reference"), SELECTION)
+def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(base, recompute: str):
+    model = prepared(base, TrainConfig(recompute=recompute, backend="reference"), SELECTION)
     experts = model.get_submodule("model.layers.1.mlp.experts")
     assert (experts.recompute, experts.backend) == ("frozen" if recompute == "frozen" else "none", "reference")
     assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == (recompute == "layers")
 
 
-def test_a_model_that_cannot_make_its_layers_again_is_refused(monkeypatch):
-    model, asked = tiny_model(), []
+def test_a_model_that_cannot_make_its_layers_again_is_refused(base, monkeypatch):
+    asked = []
 
-    def refuses(options):
+    def refuses(_, options):
         asked.append(options)
         raise ValueError("does not support it")
 
-    monkeypatch.setattr(model, "gradient_checkpointing_enable", refuses)
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", refuses)
     with pytest.raises(esft.InputError, match="recompute layers: does not support it"):
-        prepare(model, TrainConfig(recompute="layers"), SELECTION)
+        prepared(base, TrainConfig(recompute="layers"), SELECTION)
     assert asked == [{"use_reentrant": False}]
 
 
-def test_lora_without_peft_says_what_to_install(monkeypatch):
+def test_lora_without_peft_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(esft.InputError, match="method lora needs the peft package: pip install 'esft\\[lora\\]'"):
-        prepare(tiny_model(), TrainConfig(method="lora"), None)
+        prepared(base, TrainConfig(method="lora"))
