@@ -3,11 +3,12 @@
     python -m benchmarks layer    [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
     python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
     python -m benchmarks tune     --out tiles.json [--shapes deepseek-v2-lite] [--tokens 4096]
+    python -m benchmarks scale    --model deepseek-v2-lite --frozen nf4 [--optimizer adamw_8bit] [--memory-gb 24]
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
 model, on the GPU where there is one. ``tune`` tries other tiles on this machine's GPU and writes the fastest into a
-file for ESFT_TILES to name. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be
+file for ESFT_TILES to name. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be
 here: nothing in it is measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for
 machines.
 """
@@ -17,11 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
 
-from benchmarks import layer, roofline, step, tune
+from benchmarks import layer, random_checkpoint, roofline, scale, step, tune
 from benchmarks.shapes import SHAPES, LayerShape
+from esft.runs.config import FROZEN
 from esft.runs.report import table
 
 
@@ -111,7 +114,25 @@ def _tune(argv: list[str]) -> None:
     print(json.dumps({"device": torch.cuda.get_device_name(device), "dtype": args.dtype, "measured": rows}))
 
 
-COMMANDS = {"tune": _tune, "layer": _layer, "step": _step, "roofline": _roofline}
+def _scale(argv: list[str]) -> None:
+    names = sorted(path.name for path in random_checkpoint.MODELS.iterdir())
+    parser = argparse.ArgumentParser(prog="benchmarks scale", description="a big model's stages at its true size")
+    parser.add_argument("--model", choices=names, default="olmoe-1b-7b")
+    parser.add_argument("--frozen", choices=FROZEN, default="auto", help="what frozen experts are kept in")
+    parser.add_argument("--experts", type=Path, help="selection file; what scoring chooses where it is left out")
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--memory-gb", type=float, help="hold every stage to this, in a control group")
+    parser.add_argument("--stages", default=",".join(scale.STAGES), help="comma-separated")
+    parser.add_argument("--folder", type=Path, default=Path("build/scale"), help="of checkpoint, runs and results")
+    args = parser.parse_args(argv)
+    stages = set(args.stages.split(","))
+    rows = scale.measure(args.model, args.frozen, args.experts, args.optimizer, args.folder, args.memory_gb, stages)
+    print(table([{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]))
+    settings = {"model": args.model, "frozen": args.frozen, "optimizer": args.optimizer, "memory_gb": args.memory_gb}
+    print(json.dumps(settings | {"measured": rows}))
+
+
+COMMANDS = {"scale": _scale, "tune": _tune, "layer": _layer, "step": _step, "roofline": _roofline}
 
 
 def main(argv: list[str]) -> None:

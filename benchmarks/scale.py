@@ -1,0 +1,122 @@
+"""A big model's stages at its true size, each in a process of its own: seconds, tokens a second, memory, disk.
+
+The weights are random, so what is measured is what sizes cost, not what is learned.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.measured_process import python, run
+from benchmarks.random_checkpoint import write_checkpoint
+from esft.checkpoint.load import load_skeleton, load_tokenizer
+from esft.experts.moe_layers import moe_layers
+from esft.selection import ExpertSelection
+
+STEPS, TOKENS, RECORDS = 4, 2048, 4  # of training: steps, tokens of one, records of one
+STAGES = ("score", "select", "train", "merge")
+
+
+def measure(
+    name: str,
+    frozen: str,
+    experts: Path | None,
+    optimizer: str,
+    folder: Path,
+    memory_gb: float | None,
+    stages: set[str],
+) -> list[dict]:
+    """A row for each stage; what a stage needs of those before it must be there."""
+    base = write_checkpoint(name, folder / name)
+    data, scores, chosen = folder / "data.jsonl", folder / f"{name}.scores.json", folder / f"{name}.experts.json"
+    adapter, merged = folder / f"{name}.run", folder / f"{name}.merged"
+    _write_records(data, base)
+    common = ["--model", str(base), "--quiet"]
+    commands = {
+        "score": ["score", *common, "--data", data, "--out", scores, "--overwrite", "--max-tokens", 2 * TOKENS,
+                  "--frozen", frozen, "--max-length", TOKENS],
+        "select": ["select", "--scores", scores, "--out", chosen, "--overwrite"],
+        "train": ["train", *common, "--data", data, "--out", adapter, "--overwrite", "--experts", experts or chosen,
+                  "--steps", STEPS, "--batch-size", RECORDS, "--frozen", frozen, "--optimizer", optimizer,
+                  "--max-length", TOKENS // RECORDS],
+        "merge": ["merge", "--model", base, "--adapter", adapter, "--out", merged, "--overwrite"],
+    }  # fmt: skip
+    rows = []
+    for stage in [stage for stage in STAGES if stage in stages]:
+        found = run(python("-m", "esft", *map(str, commands[stage])), memory_gb)
+        rows.append({"stage": stage, **found})
+        if found["status"]:
+            break
+        if stage == "train":
+            rows[-1] |= _of_training(adapter, base, experts or chosen)
+        if stage == "merge":
+            rows[-1]["disk_gb"] = _size(merged)
+            shutil.rmtree(merged)
+    return rows
+
+
+def _of_training(run_folder: Path, base: Path, experts: Path) -> dict:
+    """Tokens a second after the first step, the share of what FLOPs and dense products allow, and bytes stored."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line and line["step"] > 1)
+    speed = speeds[len(speeds) // 2]
+    flops, rate = flops_per_token(str(base), ExpertSelection.load(experts)), dense_rate()
+    return {
+        "tokens_per_second": speed,
+        "dense_tflops": rate / 1e12,
+        "share_of_dense": speed * flops / rate,
+        "disk_gb": _size(run_folder / "adapter"),
+    }
+
+
+def flops_per_token(path: str, selection: ExpertSelection) -> float:
+    """Of a training step: two for each weight that a token meets in the forward and in the backward down to the lowest
+    trained layer, and two for each trained one's gradient. Attention's own products are left out."""
+    model = load_skeleton(path)
+    layers = {layer.index: layer for layer in moe_layers(model)}
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings()
+    others = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in embedding.parameters())
+    others -= sum(p.numel() for layer in layers.values() for p in layer.parameters)
+    expert = {index: sum(w.numel() for w in layer.weights(0).values()) for index, layer in layers.items()}
+    active = sum(size * config.num_experts_per_tok for size in expert.values())
+    trained = sum(
+        size * config.num_experts_per_tok * len(selection.experts.get(index, [])) / layers[index].num_experts
+        for index, size in expert.items()
+    )
+    return 2 * (2 * (others + active) + trained)
+
+
+def dense_rate(size: int = 2048, seconds: float = 2.0) -> float:
+    """FLOPs a second of square bf16 products, the median of some."""
+    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+    out, rates, begun = torch.empty(size, size, dtype=torch.bfloat16), [], time.monotonic()
+    while time.monotonic() - begun < seconds:
+        start = time.monotonic()
+        torch.mm(a, b, out=out)
+        rates.append(2 * size**3 / (time.monotonic() - start))
+    return sorted(rates)[len(rates) // 2]
+
+
+def _size(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9
+
+
+def _write_records(path: Path, base: Path) -> None:
+    """Chat records of random words, every one longer than a step's share of tokens."""
+    drawn, tokenizer = random.Random(0), load_tokenizer(str(base))
+    words = [f"{drawn.choice('bdfgklmnprst')}{drawn.choice('aeiou')}{drawn.choice('lmnrst')}" for _ in range(500)]
+    lines = []
+    for _ in range(STEPS * RECORDS):
+        text = " ".join(drawn.choices(words, k=TOKENS))
+        while len(tokenizer(text)["input_ids"]) < 2 * TOKENS // RECORDS:
+            text += text
+        half = [{"role": "user", "content": text[:40]}, {"role": "assistant", "content": text}]
+        lines.append(json.dumps({"messages": half}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
