@@ -7,10 +7,10 @@
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
-model, on the GPU where there is one. ``tune`` tries other tiles on this machine's GPU and writes the fastest into a
-file for ESFT_TILES to name. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be
-here: nothing in it is measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for
-machines.
+model, on the GPU where there is one. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage
+on it. ``tune`` tries other tiles on this machine's GPU and writes the fastest into a file for ESFT_TILES to name.
+``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be here: nothing in it is measured.
+Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
 """
 
 from __future__ import annotations

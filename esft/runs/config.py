@@ -17,6 +17,7 @@ PAPER_LR = {"esft": 1e-5, "full": 3e-5, "lora": 1e-4}
 METHODS = tuple(PAPER_LR)
 # As in ``esft_kernels``, which imports PyTorch: a command line is read without. A test compares.
 BACKENDS = ("auto", "triton", "cpu", "cpu_packed", "reference")
+OPTIMIZERS = ("adamw", "adamw_8bit")
 RECOMPUTES = ("none", "frozen", "layers")
 FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
 DTYPES = ("auto", "bfloat16", "float32")
@@ -60,6 +61,11 @@ class TrainConfig:
     decay: float = setting(0.0, "share of the steps, at the end, over which it falls linearly to zero", "[0, 1]")
     eval_every: int = setting(100, "steps between losses on the evaluation data", "[1, inf)")
     save_every: int = setting(100, "steps between resumable checkpoints", "[1, inf)")
+    optimizer: str = setting(
+        "adamw",
+        "AdamW over float32 masters, its moments in float32 or in 8 bits: 8 or 2 bytes a trained parameter",
+        choices=OPTIMIZERS,
+    )
     weight_decay: float = setting(0.1, "of AdamW, a share of the learning rate", "[0, inf)")
     beta1: float = setting(0.9, "of AdamW, decay of the mean gradient a step", "[0, 1)")
     beta2: float = setting(0.95, "of AdamW, decay of the mean squared gradient a step", "[0, 1)")

@@ -1,92 +1,153 @@
-"""AdamW over fp32 masters of the trained tensors, whatever dtype the model computes in."""
+"""AdamW over the masters of the trained tensors, in pieces: a step makes no copy of a whole tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from esft.errors import InputError
 from esft.runs.config import TrainConfig
+from esft.training.masters import Master, master_type
+from esft.training.moments import MOMENTS, Moments
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a tensor
+PIECE = 1 << 20  # elements that are stepped together, a multiple of the moments' block
+_EPSILON = 1e-6  # beside the norm when it is clipped, as in ``torch.nn.utils.clip_grad_norm_``
 
 
 class MasterAdamW:
-    """Steps fp32 copies of the trained parameters and writes them back in the parameters' dtype.
-
-    bf16 keeps 8 bits of a value: a step of 1e-5 on a weight of 0.05 would vanish without the copies. A parameter that
-    is float32 already is its own master.
+    """Steps the masters of the trained parameters, and the parameters with them.
 
     Args:
         named: (name, parameter) of everything that trains; parameters without elements are passed over.
-        config: betas, weight decay, largest gradient norm.
+        config: optimizer, betas, weight decay, largest gradient norm.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig):
         self.params = {name: p for name, p in named if p.requires_grad and p.numel()}
-        self.masters = {
-            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for name, p in self.params.items()
-        }
-        self.clip = config.clip
-        self.adam = torch.optim.AdamW(
-            self.masters.values(),
-            lr=0.0,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-
-    def step(self, lr: float) -> float:
-        """One update from the parameters' gradients, which it clears. Returns the gradient's norm before clipping."""
-        for name, p in self.params.items():
-            if self.masters[name] is not p:
-                self.masters[name].grad = None if p.grad is None else p.grad.float()
-                p.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.clip)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        self._write_back()
-        return float(norm)
+        for p in self.params.values():
+            p.data = p.data.contiguous()
+        self.config = config
+        self.masters: dict[str, Master] = {name: master_type(p.dtype)(p) for name, p in self.params.items()}
+        self.moments: dict[str, Moments] = {}  # none before a parameter's first gradient, and no step
+        self.steps: dict[str, int] = {}
+        self._buffers: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
-    def _write_back(self) -> None:
+    def step(self, lr: float) -> float:
+        """One update from the parameters' gradients, which it clears. Returns the gradient's norm before clipping."""
+        norms = [torch.linalg.vector_norm(self._gradient(*part)) for group in self._groups() for part in group]
+        first = norms[0].device if norms else None
+        norm = torch.linalg.vector_norm(torch.stack([each.to(first) for each in norms])) if norms else torch.zeros(())
+        shrink = (self.config.clip / (norm + _EPSILON)).clamp(max=1.0)
         for name, p in self.params.items():
-            if self.masters[name] is not p:
-                p.copy_(self.masters[name])
+            if p.grad is not None:
+                if name not in self.moments:
+                    self._begin(name, 0)
+                self.steps[name] += 1
+        for group in self._groups():
+            self._update(group, shrink, lr)
+        return float(norm)
+
+    def _begin(self, name: str, step: int) -> None:
+        self.moments[name], self.steps[name] = MOMENTS[self.config.optimizer](self.params[name].detach()), step
+
+    def _groups(self) -> Iterator[list[tuple[str, slice]]]:
+        """All that has a gradient: names with spans of elements, at most a piece of one device together."""
+        group, filled, device = [], 0, None
+        for name, p in self.params.items():
+            for start in range(0, 0 if p.grad is None else p.numel(), PIECE):
+                size = min(PIECE, p.numel() - start)
+                if group and (filled + size > PIECE or p.device != device):
+                    yield group
+                    group, filled = [], 0
+                group.append((name, slice(start, start + size)))
+                filled, device = filled + size, p.device
+        if group:
+            yield group
+
+    def _gradient(self, name: str, span: slice, buffer: Tensor | None = None) -> Tensor:
+        """Float32 [n]: the gradient's own memory, or the buffer, filled."""
+        p = self.params[name]
+        assert p.grad is not None
+        gradient = p.grad.reshape(-1)[span]
+        if gradient.dtype == torch.float32:
+            return gradient
+        buffer = self._buffer(p.device)[0, : gradient.numel()] if buffer is None else buffer
+        return buffer.copy_(gradient)
+
+    def _buffer(self, device: torch.device) -> Tensor:
+        if device not in self._buffers:
+            size = min(PIECE, sum(p.numel() for p in self.params.values()))
+            self._buffers[device] = torch.empty(2, size, device=device)
+        return self._buffers[device]
+
+    def _update(self, group: list[tuple[str, slice]], shrink: Tensor, lr: float) -> None:
+        device = self.params[group[0][0]].device
+        buffer, shrink, done, filled = self._buffer(device), shrink.to(device), [], 0
+        for name, span in group:
+            end = filled + span.stop - span.start
+            first, second = buffer[:, filled:end]
+            filled = end
+            gradient = self._gradient(name, span, first).mul_(shrink)
+            # A count for each piece, as the update counts on.
+            count = torch.full((), self.steps[name] - 1.0, device=device)
+            done.append((self.masters[name].read(span, second), gradient, *self.moments[name].read(span), count))
+        masters, gradients, means, squares, counts = (list(column) for column in zip(*done, strict=True))
+        config = self.config
+        adamw(
+            masters, gradients, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, lr=lr,
+            beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay, eps=1e-8,
+        )  # fmt: skip
+        for (name, span), (master, _, mean, square, _) in zip(group, done, strict=True):
+            self.moments[name].write(span, mean, square)
+            self.masters[name].write(span, master)
+            if span.stop == self.params[name].numel():
+                self.params[name].grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments by name, to resume from."""
-        tensors = {f"master/{name}": m.detach() for name, m in self.masters.items()}
-        for name, master in self.masters.items():
-            for key, value in self.adam.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = value
+        """Masters and moments by name, to resume from; no copies."""
+        tensors = {f"{part}/{name}": t for name, m in self.masters.items() for part, t in m.tensors().items()}
+        for name, moments in self.moments.items():
+            tensors[f"step/{name}"] = torch.tensor(float(self.steps[name]))
+            tensors |= {f"{part}/{name}": t for part, t in moments.tensors().items()}
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from ``state``. Raises InputError, and changes nothing, for tensors that are not those of one."""
         self._check_state(tensors)
+        self.moments.clear()
+        self.steps.clear()
         for name, master in self.masters.items():
-            master.copy_(tensors[f"master/{name}"])
+            master.load({part: tensors[f"{part}/{name}"] for part in self._master_parts(name, tensors)})
             if f"step/{name}" in tensors:
-                self.adam.state[master] = {key: tensors[f"{key}/{name}"].to(master.device) for key in MOMENTS}
-        self._write_back()
+                self._begin(name, int(tensors[f"step/{name}"]))
+                for part, tensor in self.moments[name].tensors().items():
+                    tensor.copy_(tensors[f"{part}/{name}"])
+
+    def _master_parts(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the tensors should have of a master: its own parts, or the one of before there were others."""
+        whole = {"master": torch.empty_like(self.params[name], dtype=torch.float32, device="meta")}
+        return whole if f"master/{name}" in tensors else self.masters[name].tensors()
 
     def _check_state(self, tensors: Mapping[str, Tensor]) -> None:
-        expected = {f"master/{name}": master.shape for name, master in self.masters.items()}
-        for name, master in self.masters.items():
-            if any(f"{key}/{name}" in tensors for key in MOMENTS):  # none before a parameter's first gradient
-                expected |= {f"{key}/{name}": torch.Size() if key == "step" else master.shape for key in MOMENTS}
+        expected: dict[str, Tensor] = {}
+        for name, p in self.params.items():
+            parts = {"step": torch.empty((), device="meta")}
+            parts |= MOMENTS[self.config.optimizer](torch.empty_like(p, device="meta")).tensors()
+            if not any(f"{part}/{name}" in tensors for part in parts):
+                parts = {}
+            parts |= self._master_parts(name, tensors)
+            expected |= {f"{part}/{name}": like for part, like in parts.items()}
         if wrong := sorted(expected.keys() ^ tensors.keys()):
             raise InputError(f"tensor {wrong[0]} {'is missing' if wrong[0] in expected else 'is none that trains'}")
-        for name, shape in expected.items():
+        for name, like in expected.items():
             tensor = tensors[name]
-            if tensor.shape != shape or tensor.dtype != torch.float32:
-                raise InputError(f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {tuple(shape)}")
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                found, wanted = (f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in (tensor, like))
+                raise InputError(f"tensor {name} is {found}, not {wanted}")
             if not tensor.isfinite().all():
                 raise InputError(f"tensor {name} holds values that are not finite")

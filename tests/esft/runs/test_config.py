@@ -8,7 +8,9 @@ import esft
 import esft_kernels
 from esft.experts.pooled_experts import FROZEN as POOLS_FROZEN
 from esft.runs.config import BACKENDS, FROZEN, METHODS, RECOMPUTES, TrainConfig
+from esft.runs.config import BACKENDS, METHODS, OPTIMIZERS, RECOMPUTES, TrainConfig
 from esft.storage.files import write_yaml
+from esft.training.moments import MOMENTS
 
 
 def test_defaults_are_the_papers():
@@ -25,7 +27,7 @@ def test_what_the_paper_does_not_name_is_off_or_automatic():
     assert (config.lr, config.micro_batch_size, config.warmup_steps, config.decay) == (None, None, 0, 0.0)
     assert config.max_length is None
     assert (config.aux_loss, config.dtype, config.backend, config.recompute) == (0.0, "auto", "auto", "none")
-    assert (config.save_every, config.seed) == (100, 0)
+    assert (config.save_every, config.seed, config.optimizer) == (100, 0, "adamw")
 
 
 def test_arguments_override_the_file_and_yaml_floats_are_read(tmp_path):
@@ -46,7 +48,7 @@ OTHER = {
     "method": "full", "lr": 0.5, "steps": 2, "batch_size": 3, "micro_batch_size": 2, "max_length": 4, "warmup_steps": 5,
     "decay": 0.25, "eval_every": 6, "save_every": 7, "weight_decay": 0.75, "beta1": 0.5, "beta2": 0.625, "clip": 8.0,
     "aux_loss": 0.125, "lora_rank": 9, "lora_alpha": 10, "dtype": "bfloat16", "seed": 11, "backend": "reference",
-    "recompute": "frozen", "frozen": "bf16",
+    "recompute": "frozen", "frozen": "bf16", "optimizer": "adamw_8bit",
 }  # fmt: skip
 
 
@@ -85,6 +87,7 @@ def test_whole_numbers_are_read_as_the_kind_of_their_setting(tmp_path):
         {"aux_loss": 0.1, "method": "full"},
         *({"dtype": dtype} for dtype in ("auto", "bfloat16", "float32")),
         *({"backend": backend} for backend in ("auto", "reference", "cpu", "triton")),
+        *({"optimizer": optimizer} for optimizer in ("adamw", "adamw_8bit")),
         *({"recompute": recompute} for recompute in ("none", "frozen", "layers")),
     ],
     ids=str,
@@ -155,6 +158,8 @@ def test_an_argument_is_named_as_the_flag_that_it_came_by():
 
 def test_the_choices_are_those_of_the_kernels():
     assert ("auto", *POOLS_FROZEN) == FROZEN
+def test_the_choices_are_those_of_the_kernels_and_the_training():
+    assert tuple(MOMENTS) == OPTIMIZERS
     assert BACKENDS == esft_kernels.BACKENDS and (*esft_kernels.RECOMPUTE, "layers") == RECOMPUTES
 
 
@@ -169,6 +174,7 @@ def test_the_choices_are_those_of_the_kernels():
         ({"method": "sft"}, "method must be one of esft, full, lora, got 'sft'"),
         ({"dtype": "int8"}, "dtype must be one of auto, bfloat16, float32, got 'int8'"),
         ({"backend": "gpu"}, "backend must be one of auto, .*, got 'gpu'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw_8bit, got 'sgd'"),
         ({"recompute": "all"}, "recompute must be one of none, frozen, layers, got 'all'"),
         ({"micro_batch_size": 0}, r"micro_batch_size must be in \[1, inf\), got 0"),
         ({"micro_batch_size": 9, "batch_size": 8}, "micro_batch_size must be at most batch_size 8, got 9"),

@@ -4,9 +4,18 @@ from torch import nn
 
 from esft.errors import InputError
 from esft.runs.config import TrainConfig
+from esft.training import optim
+from esft.training.masters import Split
+from esft.training.moments import BLOCK, signed, unsigned
 from esft.training.optim import MasterAdamW
 
 SIZES = (20.0, 0.01, 0.5)  # of three steps' gradients: the first alone is beyond the default clip
+
+
+def master_of(optimizer: MasterAdamW, name: str) -> torch.Tensor:
+    """Float32, in the parameter's shape."""
+    p = optimizer.params[name]
+    return optimizer.masters[name].read(slice(0, p.numel()), torch.empty(p.numel())).view(p.shape)
 
 
 def gradients(*shape: int) -> list[torch.Tensor]:
@@ -37,14 +46,13 @@ def test_parameters_move_as_float32_copies_of_them_under_plain_clipped_adamw(dty
         plain.step()
         assert optimizer.step(rate) == pytest.approx(expected.item(), rel=1e-6)
         assert all(p.grad is None for p in ours.values())
-        assert all(m.grad is None for m in optimizer.masters.values())
     state = optimizer.state()
     assert not any(tensor.requires_grad for tensor in state.values())
     for name, p in theirs.items():
-        torch.testing.assert_close(state[f"master/{name}"], p.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(master_of(optimizer, name), p.detach(), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(state[f"exp_avg/{name}"], plain.state[p]["exp_avg"], rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(state[f"exp_avg_sq/{name}"], plain.state[p]["exp_avg_sq"], rtol=1e-5, atol=1e-10)
-        assert torch.equal(ours[name].detach(), state[f"master/{name}"].to(dtype))
+        assert torch.equal(ours[name].detach(), master_of(optimizer, name).to(dtype))
 
 
 def test_the_norm_is_that_of_all_gradients_before_they_are_clipped_to_the_largest():
@@ -65,15 +73,124 @@ def test_steps_too_small_for_bf16_add_up_in_the_master():
     for _ in range(30):
         weight.grad = torch.ones_like(weight)
         optimizer.step(1e-3)
-    assert torch.allclose(optimizer.masters["w"], torch.full((8,), 0.97), atol=1e-4)
-    assert torch.equal(weight.detach(), optimizer.masters["w"].bfloat16())
+    assert torch.allclose(master_of(optimizer, "w"), torch.full((8,), 0.97), atol=1e-4)
+    assert torch.equal(weight.detach(), master_of(optimizer, "w").bfloat16())
 
 
-def test_a_float32_parameter_is_its_own_master_and_another_has_a_float32_copy():
+@pytest.mark.parametrize("piece", [BLOCK, 3 * BLOCK, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_pieces_or_whole_masters_are_those_of_plain_adamw_bit_for_bit(monkeypatch, dtype: torch.dtype, piece: int):
+    monkeypatch.setattr(optim, "PIECE", piece)
+    shapes = {"a": (7, 33, 5), "b": (3,), "c": (2, 256), "d": (1, 1)}  # before, at and behind the end of a piece
+    ours = {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+    theirs = {name: nn.Parameter(p.detach().float().clone()) for name, p in ours.items()}
+    optimizer = MasterAdamW(ours.items(), TrainConfig(clip=float("inf")))
+    plain = torch.optim.AdamW(theirs.values(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for step in range(12):
+        for name, p in ours.items():
+            p.grad = (torch.randn(p.shape) * 10.0 ** (step % 5 - 3)).to(dtype)
+            theirs[name].grad = p.grad.float()
+        plain.param_groups[0]["lr"] = rate = 1e-3 * (step + 1)
+        plain.step()
+        norm = torch.cat([p.grad.flatten() for p in ours.values()]).double().norm()
+        assert optimizer.step(rate) == pytest.approx(norm.item(), rel=1e-6)
+        for name, p in theirs.items():
+            assert torch.equal(master_of(optimizer, name), p.detach())
+            ties = p.detach().view(torch.int32) % (1 << 16) == 0x8000
+            assert torch.equal(ours[name].detach()[~ties], p.detach().to(dtype)[~ties])
+
+
+def test_a_step_makes_nothing_of_the_size_of_a_tensor(monkeypatch):
+    monkeypatch.setattr(optim, "PIECE", BLOCK)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in before:
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return out
+
+    for name in ("adamw", "adamw_8bit"):
+        weight = nn.Parameter(torch.randn(64, 4 * BLOCK).bfloat16())
+        optimizer = MasterAdamW([("w", weight)], TrainConfig(optimizer=name))
+        for step in range(2):
+            weight.grad = torch.randn_like(weight)
+            if step:  # the first makes moments and buffers
+                with Watch():
+                    optimizer.step(1e-3)
+            else:
+                optimizer.step(1e-3)
+    assert 0 < largest <= 8 * BLOCK * 4 < weight.nbytes
+
+
+def test_moments_in_8_bits_are_adamws_with_both_rounded_after_every_step():
+    config = TrainConfig(optimizer="adamw_8bit", clip=float("inf"))
+    weight = nn.Parameter(torch.randn(3, 200, dtype=torch.float32))
+    value = weight.detach().double().flatten()
+    mean, square = torch.zeros(600).double(), torch.zeros(600).double()
+    optimizer = MasterAdamW([("w", weight)], config)
+
+    def rounded(values: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
+        """The twin: to the nearest of the table, a block at a time."""
+        blocks = []
+        for block in values.split(BLOCK):
+            scaled = (block / block.abs().max()).float().bfloat16().double()
+            codes = torch.tensor(table, dtype=torch.float64)
+            blocks.append(codes[(scaled[:, None] - codes).abs().argmin(dim=1)] * block.abs().max())
+        return torch.cat(blocks)
+
+    for step in range(1, 6):
+        gradient = torch.randn(3, 200)
+        weight.grad = gradient.clone()
+        optimizer.step(1e-2)
+        g = gradient.double().flatten()
+        mean, square = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g * g
+        update = (mean / (1 - 0.9**step)) / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
+        value = value * (1 - 1e-2 * config.weight_decay) - 1e-2 * update
+        torch.testing.assert_close(weight.detach().double().flatten(), value, rtol=1e-5, atol=1e-6)
+        # From what the optimizer has: a value next to the middle of two codes may go to the other one in float64.
+        moments = optimizer.moments["w"].read(slice(0, 600))
+        for found, exact, table in zip(moments, (mean, square), (signed(), unsigned()), strict=True):
+            assert ((found.double() - rounded(exact, table)).abs() < 1e-6 * exact.abs().max()).float().mean() > 0.98
+            torch.testing.assert_close(found.double(), exact, rtol=0.5, atol=3e-7 * exact.abs().max().item())
+        mean, square = (part.double() for part in moments)
+
+
+def test_a_weight_whose_gradients_stop_does_not_run_away_with_moments_in_8_bits():
+    weights = {name: nn.Parameter(torch.zeros(BLOCK)) for name in ("adamw", "adamw_8bit")}
+    optimizers = {name: MasterAdamW([("w", w)], TrainConfig(optimizer=name)) for name, w in weights.items()}
+    for step in range(20):
+        for name, weight in weights.items():
+            # Small ones beside a large one: their squares are below what 8 bits tell from zero.
+            weight.grad = torch.full((BLOCK,), 1e-4) if step < 3 else torch.zeros(BLOCK)
+            weight.grad[0] = 1.0
+            optimizers[name].step(1e-3)
+    assert (weights["adamw_8bit"].detach().abs() <= weights["adamw"].detach().abs().max() * 1.1).all()
+
+
+def test_masters_are_those_of_the_parameters_dtypes():
     named = {"full": nn.Parameter(torch.ones(2)), "half": nn.Parameter(torch.ones(2, dtype=torch.float16))}
-    masters = MasterAdamW(named.items(), TrainConfig()).masters
-    assert masters["full"] is named["full"]
-    assert masters["half"].dtype == torch.float32 and torch.equal(masters["half"], torch.ones(2))
+    named["brain"] = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = MasterAdamW(named.items(), TrainConfig())
+    assert optimizer.state()["master/full"].data_ptr() == named["full"].data_ptr()
+    assert optimizer.state()["master/half"].dtype == torch.float32
+    assert isinstance(optimizer.masters["brain"], Split)
+    assert all(torch.equal(master_of(optimizer, name), torch.ones(2)) for name in named)
+
+
+def test_a_parameter_that_lies_transposed_is_stepped_all_the_same():
+    weight = nn.Parameter(torch.randn(4, 300).T)
+    plain = nn.Parameter(weight.detach().clone().contiguous())
+    optimizers = [MasterAdamW([("w", p)], TrainConfig(optimizer="adamw_8bit")) for p in (weight, plain)]
+    gradient = torch.randn(300, 4)
+    for p, optimizer in zip((weight, plain), optimizers, strict=True):
+        p.grad = gradient.clone() if p is plain else gradient.T.contiguous().T
+        optimizer.step(0.1)
+    assert torch.equal(weight, plain)
 
 
 def test_what_does_not_train_and_what_has_no_elements_is_passed_over():
@@ -99,29 +216,72 @@ def test_a_parameter_without_a_gradient_stays_and_one_of_an_earlier_step_is_not_
     assert torch.equal(moved.detach(), after) and not torch.equal(after, torch.ones(2, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("done", [0, 3])
-def test_state_restores_the_same_course(dtype: torch.dtype, done: int):
+def test_state_restores_the_same_course(dtype: torch.dtype, done: int, name: str):
     def run(optimizer: MasterAdamW, weight: nn.Parameter, steps: range) -> None:
         for step in steps:
-            weight.grad = torch.full_like(weight, 1.0 + step)
+            weight.grad = torch.randn(300, generator=torch.Generator().manual_seed(step)).to(dtype)
             optimizer.step(0.01)
 
-    first = nn.Parameter(torch.ones(4, dtype=dtype))
-    whole = MasterAdamW([("w", first)], TrainConfig())
+    config = TrainConfig(optimizer=name)
+    first = nn.Parameter(torch.ones(300, dtype=dtype))
+    whole = MasterAdamW([("w", first)], config)
     run(whole, first, range(done))
     state = {name: tensor.clone() for name, tensor in whole.state().items()}
     before = first.detach().clone()
     run(whole, first, range(done, 6))
-    second = nn.Parameter(torch.zeros(4, dtype=dtype))
-    resumed = MasterAdamW([("w", second)], TrainConfig())
+    second = nn.Parameter(torch.zeros(300, dtype=dtype))
+    resumed = MasterAdamW([("w", second)], config)
     resumed.load_state(state)
     assert torch.equal(second.detach(), before)
     run(resumed, second, range(done, 6))
-    assert torch.equal(whole.masters["w"], resumed.masters["w"])
     assert torch.equal(first, second)
+    assert whole.state().keys() == resumed.state().keys()
     for key, tensor in whole.state().items():
         assert torch.equal(tensor, resumed.state()[key]), key
+
+
+def test_a_state_with_whole_masters_of_bf16_is_gone_on_with():
+    weight, values = nn.Parameter(torch.ones(5, dtype=torch.bfloat16)), torch.randn(5)
+    optimizer = MasterAdamW([("w", weight)], TrainConfig())
+    state = {"master/w": values, "step/w": torch.tensor(4.0), "exp_avg/w": torch.ones(5), "exp_avg_sq/w": torch.ones(5)}
+    optimizer.load_state(state)
+    assert torch.equal(master_of(optimizer, "w"), values) and torch.equal(weight.detach(), values.bfloat16())
+    assert optimizer.state()["step/w"] == 4.0 and optimizer.state().keys() - state.keys() == {"weight/w", "low_bits/w"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("low_bits/a"), "tensor low_bits/a is missing"),
+        (lambda s: s.pop("exp_avg_codes/a"), "tensor exp_avg_codes/a is missing"),
+        (lambda s: s.update({"exp_avg/a": torch.zeros(2, 3)}), "tensor exp_avg/a is none that trains"),
+        (lambda s: s.update({"weight/a": torch.zeros(2, 3)}), r"weight/a is float32 \(2, 3\), not bfloat16 \(2, 3\)"),
+        (lambda s: s.update({"exp_avg_sq_codes/a": torch.zeros(6)}), r"codes/a is float32 \(6,\), not uint8 \(6,\)"),
+        (lambda s: s.update({"exp_avg_absmax/a": torch.zeros(2)}), r"absmax/a is float32 \(2,\), not float32 \(1,\)"),
+        (lambda s: s["exp_avg_sq_absmax/a"].fill_(torch.inf), "exp_avg_sq_absmax/a holds values that are not finite"),
+        (lambda s: s["weight/a"].fill_(torch.nan), "weight/a holds values that are not finite"),
+    ],
+)
+def test_a_state_in_fewer_bits_that_is_not_right_is_named_and_changes_nothing(change, message: str):
+    weight = nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("a", weight)], TrainConfig(optimizer="adamw_8bit"))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step(0.1)
+    state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    fresh = nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
+    loading = MasterAdamW([("a", fresh)], TrainConfig(optimizer="adamw_8bit"))
+    change(state)
+    with pytest.raises(InputError, match=message):
+        loading.load_state(state)
+    assert not fresh.any() and not loading.moments
+
+
+def test_without_parameters_there_is_nothing_to_step():
+    optimizer = MasterAdamW([("empty", nn.Parameter(torch.ones(0, 4)))], TrainConfig(optimizer="adamw_8bit"))
+    assert optimizer.step(0.1) == 0.0 and optimizer.state() == {}
 
 
 @pytest.mark.parametrize(
@@ -132,13 +292,13 @@ def test_state_restores_the_same_course(dtype: torch.dtype, done: int):
         (lambda s: s.pop("step/a"), "tensor step/a is missing"),
         (lambda s: s.update({"master/c": torch.zeros(1)}), "tensor master/c is none that trains"),
         (lambda s: s.update({"exp_avg/c": torch.zeros(1)}), "tensor exp_avg/c is none that trains"),
-        (lambda s: s.update({"master/a": torch.zeros(1)}), r"master/a is torch.float32 \(1,\), not float32 \(2, 3\)"),
-        (lambda s: s.update({"exp_avg/a": torch.zeros(1, 3)}), r"exp_avg/a is torch.float32 \(1, 3\), not float32"),
-        (lambda s: s.update({"exp_avg_sq/a": torch.zeros(3, 2)}), r"exp_avg_sq/a is torch.float32 \(3, 2\), not"),
-        (lambda s: s.update({"step/a": torch.zeros(1)}), r"step/a is torch.float32 \(1,\), not float32 \(\)"),
+        (lambda s: s.update({"master/a": torch.zeros(1)}), r"master/a is float32 \(1,\), not float32 \(2, 3\)"),
+        (lambda s: s.update({"exp_avg/a": torch.zeros(1, 3)}), r"exp_avg/a is float32 \(1, 3\), not float32"),
+        (lambda s: s.update({"exp_avg_sq/a": torch.zeros(3, 2)}), r"exp_avg_sq/a is float32 \(3, 2\), not"),
+        (lambda s: s.update({"step/a": torch.zeros(1)}), r"step/a is float32 \(1,\), not float32 \(\)"),
         (
             lambda s: s.update({"master/a": torch.zeros(2, 3).half()}),
-            r"master/a is torch.float16 \(2, 3\), not",
+            r"master/a is float16 \(2, 3\), not",
         ),
         (lambda s: s["exp_avg/a"].fill_(torch.nan), "exp_avg/a holds values that are not finite"),
         (lambda s: s["master/b"].fill_(torch.inf), "master/b holds values that are not finite"),
@@ -159,4 +319,4 @@ def test_a_state_that_is_none_of_these_parameters_is_named_and_changes_nothing(c
     change(state)
     with pytest.raises(InputError, match=message):
         fresh.load_state(state)
-    assert all(torch.equal(p, torch.ones_like(p)) for p in fresh.params.values()) and not fresh.adam.state
+    assert all(torch.equal(p, torch.ones_like(p)) for p in fresh.params.values()) and not fresh.moments

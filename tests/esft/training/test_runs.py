@@ -67,11 +67,21 @@ def test_every_method_learns_and_leaves_a_whole_run_folder(base, method: str):
     assert mean_loss(tuned, examples, 258, 8) == pytest.approx(result.eval_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype, dropout", [("float32", 0.0), ("bfloat16", 0.0), ("float32", 0.2)])
-def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, dtype: str, dropout: float):
+@pytest.mark.parametrize(
+    "dtype, dropout, optimizer",
+    [
+        ("float32", 0.0, "adamw"),
+        ("bfloat16", 0.0, "adamw"),
+        ("float32", 0.2, "adamw"),
+        ("float32", 0.0, "adamw_8bit"),
+        ("bfloat16", 0.0, "adamw_8bit"),
+    ],
+)
+def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, dtype: str, dropout: float, optimizer: str):
+    how = settings(dtype=dtype, optimizer=optimizer)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"attention_dropout": dropout}))
-    whole = run(base, "whole", settings(dtype=dtype))
+    whole = run(base, "whole", how)
     real, calls = train_module.batch_loss, []
 
     def breaks(*args):
@@ -82,14 +92,21 @@ def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, dtype: str, dro
 
     monkeypatch.setattr(train_module, "batch_loss", breaks)
     with pytest.raises(KeyboardInterrupt):
-        run(base, "broken", settings(dtype=dtype))
+        run(base, "broken", how)
     monkeypatch.setattr(train_module, "batch_loss", real)
     assert not (base.parent / "broken" / "adapter").exists()
-    resumed = run(base, "broken", settings(dtype=dtype), resume=True)
+    resumed = run(base, "broken", how, resume=True)
     assert column(base.parent / "broken", "loss") == column(base.parent / "whole", "loss")
     assert resumed.eval_loss == whole.eval_loss
     one, other = (load_file(base.parent / r / "adapter" / "adapter.safetensors") for r in ("whole", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_moments_in_8_bits_learn_what_those_in_float32_do(base):
+    plain, short = (run(base, name, settings(steps=20, optimizer=name)) for name in ("adamw", "adamw_8bit"))
+    first = column(base.parent / "adamw", "loss")[0]
+    assert short.train_loss == pytest.approx(plain.train_loss, abs=0.05 * (first - plain.train_loss))
+    assert column(base.parent / "adamw_8bit", "loss") != column(base.parent / "adamw", "loss")
 
 
 def test_full_fine_tuning_stores_a_checkpoint_that_stock_transformers_loads(base):
