@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import itertools
 import json
 import os
 
@@ -16,7 +15,7 @@ from esft.runs.config import TrainConfig
 from esft.runs.run_folder import RunFolder
 from esft.selection import ExpertSelection
 from tests.esft.models import save_tiny, write_records
-from tests.esft.small_runs import SELECTION, metrics, run, settings
+from tests.esft.small_runs import SELECTION, breaks, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258
@@ -29,16 +28,6 @@ def test_a_checkpoint_is_left_every_so_many_steps_but_not_at_the_end(base, out, 
     both = ["step-000002", "step-000004"]
     assert seen == [[], [], ["step-000002"], ["step-000002"], both, both]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == both
-
-
-def breaks(at: int):
-    calls = itertools.count(1)
-
-    def count() -> None:
-        if next(calls) == at:
-            raise KeyboardInterrupt
-
-    return count
 
 
 @pytest.mark.parametrize(("at", "begins"), [(2, 0), (6, 4)])
