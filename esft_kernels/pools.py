@@ -215,7 +215,7 @@ def split_pools(
 
     Raises ValueError for an id that is repeated or out of range.
     """
-    order, s = expert_order(list(trained), len(weights.down_EDF)), len(trained)
+    order, s = expert_order(trained, len(weights.down_EDF)), len(trained)
     pools = (
         ExpertWeights(*(None if t is None else t[ids] for t in weights.tensors())) for ids in (order[:s], order[s:])
     )

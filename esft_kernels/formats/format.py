@@ -93,7 +93,7 @@ class Format(ABC):
     def check_values(self, tensors: Sequence[Tensor], name: str) -> None:
         """Raise ValueError, which begins with ``name``, for a scale that is no number. Reads them all."""
         for tensor in tensors[1:]:
-            if not tensor.float().isfinite().all():
+            if not tensor.isfinite().all():
                 raise ValueError(f"{name}: a scale of {self.name} is not finite")
 
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from esft_kernels.formats.tables import look_up, pairs
@@ -20,3 +21,17 @@ def test_every_bit_of_a_value_is_kept():
 
 def test_tables_are_made_once():
     assert pairs(VALUES, True, CPU) is pairs(VALUES, True, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_values_are_float32_whatever_the_default_is(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        table = pairs((0.1, 0.3), True, CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert look_up(torch.tensor([0b01], dtype=torch.uint8), table).tolist() == torch.tensor([0.1, 0.3]).tolist()
+
+
+def test_a_table_lies_where_its_codes_do():
+    assert pairs((0.5, 1.0), True, torch.device("meta")).device.type == "meta"
