@@ -279,3 +279,12 @@ def test_a_folder_in_a_files_place_is_named(tmp_path, name: str):
     (tmp_path / name).mkdir()
     with pytest.raises(esft.InputError, match=f"/{name}: is a folder, where a run has a file$"):
         RunFolder(tmp_path).holds(name)
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "origin.json"])
+def test_a_run_has_begun_when_its_settings_and_its_origin_are_there(tmp_path, missing: str):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(settings(), {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}, SELECTION)
+    assert folder.begun
+    (folder.path / missing).unlink()
+    assert not folder.begun
