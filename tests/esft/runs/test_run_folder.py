@@ -288,3 +288,13 @@ def test_a_run_has_begun_when_its_settings_and_its_origin_are_there(tmp_path, mi
     assert folder.begun
     (folder.path / missing).unlink()
     assert not folder.begun
+
+
+def test_what_is_stored_is_the_outcomes_tensors(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(settings(), {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}, SELECTION)
+    with folder.outcome("model") as place:
+        for name, size in (("a.safetensors", 30), ("b.safetensors", 12), ("config.json", 500)):
+            (place / name).write_bytes(bytes(size))
+    (folder.path / "other.safetensors").write_bytes(bytes(7))
+    assert folder.stored_bytes() == 42
