@@ -82,7 +82,7 @@ class QuantizedWeights:
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """Memory for one matrix, whichever; ``matrix`` fills it."""
         size = max(self.kind.buffer_size(*self.size("gate_up")), self.kind.buffer_size(*self.size("down")))
-        return torch.empty(size, dtype=dtype, device=self.gate_up[0].device)
+        return self.gate_up[0].new_empty(size, dtype=dtype)
 
     def matrix(self, projection: Projection, index: int, buffer: Tensor) -> Tensor:
         """One expert's gate_up [G, D] or down [D, F], in the buffer, which must be of ``buffer``'s size."""
@@ -110,10 +110,9 @@ def quantize(weights: ExpertWeights, name: str) -> QuantizedWeights:
 
 def dequantize(pool: QuantizedWeights, dtype: torch.dtype) -> ExpertWeights:
     """The weights of a whole pool, written out."""
-    device, stacks = pool.gate_up[0].device, []
-    buffer = pool.buffer(dtype)
+    buffer, stacks = pool.buffer(dtype), []
     for projection in ("gate_up", "down"):
-        stack = torch.empty(pool.num_experts, *pool.size(projection), dtype=dtype, device=device)
+        stack = buffer.new_empty(pool.num_experts, *pool.size(projection))
         for index, matrix in enumerate(stack):
             matrix.copy_(pool.matrix(projection, index, buffer))
         stacks.append(stack)
@@ -215,7 +214,7 @@ def split_pools(
 
     Raises ValueError for an id that is repeated or out of range.
     """
-    order, s = expert_order(list(trained), len(weights.down_EDF)), len(trained)
+    order, s = expert_order(trained, len(weights.down_EDF)), len(trained)
     pools = (
         ExpertWeights(*(None if t is None else t[ids] for t in weights.tensors())) for ids in (order[:s], order[s:])
     )

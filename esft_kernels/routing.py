@@ -7,13 +7,14 @@ experts, D hidden size, F expert intermediate size, G = 2F.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def expert_order(trained: list[int], num_experts: int) -> list[int]:
+def expert_order(trained: Sequence[int], num_experts: int) -> list[int]:
     """Expert ids in row order: the trained ones first, in the given order, then the frozen ones ascending.
 
     Raises ValueError when an id is repeated or outside ``range(num_experts)``.
@@ -22,7 +23,7 @@ def expert_order(trained: list[int], num_experts: int) -> list[int]:
     if bad:
         raise ValueError(f"trained experts {bad} are not in a layer of {num_experts} experts")
     if len(set(trained)) != len(trained):
-        raise ValueError(f"trained experts {trained} hold a duplicate")
+        raise ValueError(f"trained experts {list(trained)} hold a duplicate")
     chosen = set(trained)
     return [*trained, *(e for e in range(num_experts) if e not in chosen)]
 

@@ -38,7 +38,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     """
     check_model(model)
     path, state = Path(path), model_state(model)
-    if state.adapters is not None and name is not None and name in state.adapters.held:
+    if state.adapters is not None and name in state.adapters.held:
         raise InputError(f"{path}: the model holds an adapter named {name!r} already")
     manifest, settles = open_adapter(path), False
     if manifest and (why := difference(manifest, partial(base_below, model))) is not None:

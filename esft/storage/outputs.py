@@ -58,8 +58,8 @@ def check_new_file(
     if not place.parent.is_dir():
         raise InputError(f"{path}: {path.parent} is not a folder")
     check_apart(path, *inputs)
-    for folder in (folder for folder in inputs if folder is not None and Path(folder).is_dir()):
-        if resolved(folder) in place.parents:
+    for folder in inputs:
+        if folder is not None and resolved(folder) in place.parents:
             raise InputError(f"{path}: lies in {folder}, which is read")
     if place.exists():
         if overwrite is None:

@@ -138,7 +138,7 @@ class _Plain(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
-        if event.anchor is not None if isinstance(event, yaml.events.NodeEvent) else False:
+        if event.anchor is not None:
             raise yaml.composer.ComposerError(None, None, "anchors are not supported", event.start_mark)
         return super().compose_node(parent, index)
 

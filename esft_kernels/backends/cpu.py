@@ -132,8 +132,6 @@ def _most_rows(pools: ExpertPools, dtype: torch.dtype) -> int:
 
 def _sum_slots(rows_XD: Tensor, routing: Routing) -> Tensor:
     """Sum of each token's K rows, [T, D]; one pass, accumulated in float32 for the 16-bit dtypes."""
-    if routing.num_tokens == 0:
-        return rows_XD.new_zeros(0, rows_XD.shape[1])
     rows_XD[int(routing.offsets_E1[-1]) : routing.num_rows] = 0  # the rows of no expert
     return F.embedding_bag(routing.row_TK, rows_XD[: routing.num_rows], mode="sum")
 

@@ -82,7 +82,7 @@ def backward(
     with torch.cuda.device_of(x_TD):
         trained, offsets_S1 = pools.trained, routing.offsets_E1[: routing.num_trained + 1]
         token_N, slot_N, paired = routing.token_N, routing.slot_N, _paired(pools)
-        results = (None,) * 3
+        results = (None, None, None)
         for number, part in enumerate(islice(parts(pools, routing, "down"), None if needs.all_rows else 1)):
             results = grad_gemm(
                 grad_out_TD, h_NG, weights_TK, part.pools, part.routing, needs,

@@ -65,7 +65,7 @@ class Format(ABC):
         Raises ValueError for weights that are not finite, and for sizes that the format cannot hold.
         """
         layout = self.layout(*weight_EOI.shape)
-        found = tuple(torch.empty(shape, dtype=dtype, device=weight_EOI.device) for shape, dtype in layout.values())
+        found = tuple(weight_EOI.new_empty(shape, dtype=dtype) for shape, dtype in layout.values())
         for expert, weight_OI in enumerate(weight_EOI.detach()):
             if not weight_OI.isfinite().all():
                 raise ValueError(f"{self.name}: weights of expert {expert} are not finite")
@@ -93,7 +93,7 @@ class Format(ABC):
     def check_values(self, tensors: Sequence[Tensor], name: str) -> None:
         """Raise ValueError, which begins with ``name``, for a scale that is no number. Reads them all."""
         for tensor in tensors[1:]:
-            if not tensor.float().isfinite().all():
+            if not tensor.isfinite().all():
                 raise ValueError(f"{name}: a scale of {self.name} is not finite")
 
 

@@ -30,7 +30,7 @@ class Int8(Format):
     def encode(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         groups = padded(weight_OI, GROUP)
         scales = groups.abs().amax(dim=-1) / 127
-        codes = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round_().clamp_(-127, 127)
+        codes = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round_()
         return codes.to(torch.int8).flatten(1), scales
 
     def buffer_size(self, rows: int, columns: int) -> int:

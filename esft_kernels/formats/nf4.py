@@ -96,7 +96,7 @@ class Nf4Double(Nf4):
         mean = absmax.mean()
         apart = torch.nn.functional.pad(absmax - mean, (0, -absmax.numel() % NESTED)).view(-1, NESTED)
         scales = apart.abs().amax(dim=-1) / 127
-        rounded = (apart / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-127, 127)
+        rounded = (apart / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_()
         return codes, rounded.to(torch.int8).view(-1)[: absmax.numel()], scales, mean
 
     def scales(self, parts: Sequence[Tensor]) -> Tensor:

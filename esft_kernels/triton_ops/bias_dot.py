@@ -47,7 +47,7 @@ def _bias_dot_kernel(
 def bias_dot(grad_out_TD: Tensor, pools: ExpertPools, routing: Routing) -> Tensor:
     """``grad_out[token] @ down_bias`` of every row, fp32 [N]: the bias's part in the routing weights' gradient."""
     num_rows, positions = routing.num_rows, routing.num_experts
-    out_N = torch.empty(num_rows, dtype=torch.float32, device=grad_out_TD.device)
+    out_N = grad_out_TD.new_empty(num_rows, dtype=torch.float32)
     _bias_dot_kernel[(max_row_tiles(num_rows, positions, _BLOCK_ROWS),)](
         grad_out_TD, routing.token_N, pools.trained.down_bias_ED, pools.frozen.down_bias_ED, out_N,
         routing.offsets_E1, pools.hidden_size, positions, routing.num_trained,

@@ -8,7 +8,6 @@ The down projection, and the input gradient of the up projection.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -102,7 +101,7 @@ def grouped_gemm(
     (num_trained, out_features, in_features), num_positions = trained_SOI.shape, offsets_P1.numel() - 1
     num_rows = rows_NI.shape[0]
     if out_NO is None:
-        out_NO = torch.empty(num_rows, out_features, dtype=rows_NI.dtype, device=rows_NI.device)
+        out_NO = rows_NI.new_empty(num_rows, out_features)
     if rows_per_expert is None:
         rows_per_expert = num_rows // max(num_positions, 1)
     tiles = tiles_for(rows_NI, "gemm", rows_per_expert, (out_features, in_features), isinstance(frozen_ROI, Coded))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import Tensor
 
@@ -38,29 +39,29 @@ class Part:
 def parts(pools: ExpertPools, routing: Routing, projection: Projection, first: int = 0) -> Iterator[Part]:
     """All positions from ``first`` on, which is 0 or S, part by part; each is good until the next is asked for."""
     s, offsets, frozen = routing.num_trained, routing.offsets_E1, pools.frozen
-    rows_per_expert = None if isinstance(frozen, ExpertWeights) else routing.num_rows // max(routing.num_experts, 1)
 
-    def part(start: int, end: int, **changes: ExpertWeights | QuantizedWeights) -> Part:
+    def part(start: int, end: int, rows: int | None, **changes: ExpertWeights | QuantizedWeights) -> Part:
         here = replace(routing, offsets_E1=offsets[start : end + 1], num_trained=max(s - start, 0))
-        return Part(replace(pools, **changes), here, rows_per_expert)
+        return Part(replace(pools, **changes), here, rows)
 
-    if rows_per_expert is None or isinstance(frozen, ExpertWeights):
-        yield part(first, routing.num_experts)
+    if isinstance(frozen, ExpertWeights):
+        yield part(first, routing.num_experts, None)
         return
+    rows = routing.num_rows // max(routing.num_experts, 1)
     none = ExpertWeights(*(None if t is None else t[:0] for t in pools.trained.tensors()))  # pyright: ignore[reportArgumentType]
     if first < s:
-        yield part(first, s, frozen=none)
-    if frozen.num_experts and rows_per_expert <= FEW_ROWS:
-        yield part(s, routing.num_experts)
+        yield part(first, s, rows, frozen=none)
+    if frozen.num_experts and rows <= FEW_ROWS:
+        yield part(s, routing.num_experts, rows)
     elif frozen.num_experts:
-        rows, columns = frozen.size(projection)
+        size = frozen.size(projection)
         like = pools.trained.gate_up_EGD
-        size = max(1, min(frozen.num_experts, SCRATCH // (rows * columns * like.dtype.itemsize)))
-        scratch = like.new_empty(size, rows, columns)
-        for start in range(0, frozen.num_experts, size):
-            end = min(start + size, frozen.num_experts)
+        most = max(1, min(frozen.num_experts, SCRATCH // (prod(size) * like.dtype.itemsize)))
+        scratch = like.new_empty(most, *size)
+        for start in range(0, frozen.num_experts, most):
+            end = min(start + most, frozen.num_experts)
             decode(frozen, projection, start, scratch[: end - start])
-            yield part(s + start, s + end, frozen=_decoded(frozen, projection, scratch, none, start, end))
+            yield part(s + start, s + end, rows, frozen=_decoded(frozen, projection, scratch, none, start, end))
 
 
 def _decoded(

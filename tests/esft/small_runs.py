@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,17 @@ class FakeLoss:
         count = int((batch["labels"][:, 1:] != IGNORE).sum())
         trained = next(p for p in model.parameters() if p.requires_grad and p.numel())
         return 0.0 * trained.sum() + (10.0 - len(self.batches)) * count, count
+
+
+def breaks(at: int) -> Callable[[], None]:
+    """What does nothing when it is called, but for one call, counted from 1: that is as if the user pressed Ctrl+C."""
+    calls = itertools.count(1)
+
+    def count() -> None:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+
+    return count
 
 
 def settings(**more: Any) -> TrainConfig:

@@ -96,3 +96,13 @@ def _nan_like(values: np.ndarray) -> np.ndarray:
 def sparse(path: Path, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros, more than memory holds: a file that takes room only where it is written to."""
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+class Watched:
+    """In the place of a kernel: keeps the constants of its last launch, which is not done."""
+
+    def __init__(self):
+        self.constants: dict = {}
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.constants.update(constants)

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -98,9 +100,9 @@ def test_without_a_gate_nothing_is_split(interleaved):
     assert all_of_it is h and up is None
 
 
-@pytest.mark.parametrize("trained", [[], [4, 1], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("trained", [[], [4, 1], (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_stacked_weights_are_split_into_pools_with_copies_in_their_order(trained: list[int], biased: bool):
+def test_stacked_weights_are_split_into_pools_with_copies_in_their_order(trained: Sequence[int], biased: bool):
     biases = (torch.randn(5, 8), torch.randn(5, 3)) if biased else (None, None)
     weights = ExpertWeights(torch.randn(5, 8, 3), torch.randn(5, 3, 4), *biases)
     activation = Activation("gelu")
@@ -111,7 +113,7 @@ def test_stacked_weights_are_split_into_pools_with_copies_in_their_order(trained
         for part, whole in zip(pool.tensors(), weights.tensors(), strict=True):
             assert (part is None) == (whole is None)
             if part is not None and whole is not None:
-                assert torch.equal(part, whole[ids]) and part.data_ptr() != whole.data_ptr()
+                assert torch.equal(part, whole[list(ids)]) and part.data_ptr() != whole.data_ptr()
     assert split_pools(weights, [2]).activation == SWIGLU and not split_pools(weights, [2]).interleaved
     with pytest.raises(ValueError, match=r"trained experts \[5\] are not in a layer of 5"):
         split_pools(weights, [5])
@@ -150,7 +152,7 @@ def test_pools_are_made_again_from_their_tensors(name, biased):
     activation = Activation("gelu")
     made = frozen if name == PLAIN else quantize(frozen, name)
     pools = ExpertPools(random_weights(2, biased), made, activation, True)
-    again = pools_of(pools.tensors(), activation, True, pools.format)
+    again = pools_of(list(pools.tensors()), activation, True, pools.format)
     assert type(again.frozen) is type(pools.frozen) and (again.activation, again.interleaved) == (activation, True)
     for tensor, other in zip(again.tensors(), pools.tensors(), strict=True):
         assert tensor is other

@@ -17,6 +17,7 @@ def test_expert_order_puts_trained_first_in_the_given_order():
     [
         ([5, 6, 0, -1], r"trained experts \[6, -1\] are not in a layer of 6 experts$"),
         ([1, 0, 1], r"trained experts \[1, 0, 1\] hold a duplicate$"),
+        ((1, 0, 1), r"trained experts \[1, 0, 1\] hold a duplicate$"),
     ],
 )
 def test_expert_order_refuses(trained, message):

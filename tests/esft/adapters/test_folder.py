@@ -304,3 +304,13 @@ def test_where_float16_hides_whether_a_base_is_the_same_the_error_says_so(tmp_pa
             esft.swap(other, ExpertSelection({1: [0]}))
         with pytest.raises(esft.InputError, match=f"another base.* trained in {trained} and these are in {loaded}"):
             esft.load_adapter(other, tmp_path / "a")
+
+
+def test_a_tensor_is_read_only_where_it_holds_numbers(tmp_path):
+    slots = files_of(tmp_path / "a", one_expert(up=torch.full((20, 32), torch.inf)))
+    with adapter_weights(tmp_path / "a", slots) as weights:
+        weights.get_tensor(ONE.format("down"))
+        with pytest.raises(
+            esft.InputError, match=f"^adapter's tensor {ONE.format('up')} holds values that are infinite"
+        ):
+            weights.get_tensor(ONE.format("up"))

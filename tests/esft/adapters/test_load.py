@@ -324,3 +324,15 @@ def test_a_published_adapter_without_safetensors_or_of_another_shape_is_refused(
     next(folder.glob("*.safetensors")).rename(folder / "pytorch_model.bin")
     with pytest.warns(UserWarning), pytest.raises(esft.InputError, match="pickled weights are never loaded"):
         esft.load_adapter(tiny_model(), folder)
+
+
+def test_an_adapter_on_top_of_a_loaded_one_is_refused_where_others_are_held_beside_that(tmp_path):
+    saved(tmp_path, "one", ExpertSelection({1: [5]}), 0.5)
+    both = esft.swap(esft.load_adapter(tiny_model(), tmp_path / "one"), ExpertSelection({2: [0]}))
+    esft.save_adapter(both, tmp_path / "top")
+    model = esft.load_adapter(tiny_model(), tmp_path / "one", name="other")
+    esft.load_adapter(model, tmp_path / "one")
+    before = logits(model)
+    with pytest.raises(esft.InputError, match="/top: made from another base"):
+        esft.load_adapter(model, tmp_path / "top")
+    assert torch.equal(logits(model), before)

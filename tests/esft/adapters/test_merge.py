@@ -498,3 +498,12 @@ def test_a_tensor_without_elements_stays_as_it_is():
     module = importlib.import_module("esft.adapters.merge")
     patch = module._Patch("f", "n", TensorInfo("F32", (0, 4), 8, 8), 8, 8, (0, 4), [])
     assert patch.content(b"", None) == b""
+
+
+def test_where_the_result_cannot_go_is_said_before_anything_is_read(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis").write_text("mine")
+    with pytest.raises(InputError, match=r"/out: holds something already \(say overwrite"):
+        esft.merge(tmp_path / "absent", tmp_path / "a", tmp_path / "out")
+    with pytest.raises(InputError, match="/out: holds no earlier merge"):
+        esft.merge(tmp_path / "absent", tmp_path / "a", tmp_path / "out", overwrite=True)

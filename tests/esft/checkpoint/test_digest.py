@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.checkpoint.digest import digest_of, forward_settings, model_digest
+from esft.checkpoint.digest import base_below, digest_of, forward_settings, model_base, model_digest
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
+from esft.experts.model_state import Adapters, Base, model_state
+from esft.selection import ExpertSelection
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
 from tests.esft.checkpoint.files import WEIGHTS, rewrite
@@ -200,3 +202,18 @@ def test_a_setting_that_has_no_end_is_told_by_its_name():
     settings = forward_settings(zoo.tiny("nemotron_h").config)
     assert "Infinity" in settings["time_step_limit"]
     json.dumps(settings, allow_nan=False)
+
+
+def test_the_base_is_what_lies_below_an_adapter_that_is_set_and_the_model_itself_where_none_is():
+    model, below = tiny_model(), Base("b", "0", torch.float32, {})
+    assert base_below(model) == model_base(model)
+    model_state(model).adapters = adapters = Adapters(below)
+    assert base_below(model) == model_base(model)
+    adapters.active = "default"
+    assert base_below(model) is below
+    adapters.active = None
+    swapped = esft.swap(tiny_model(), ExpertSelection({1: [0]}))
+    before = base_below(swapped)
+    assert before.digest == model_digest(tiny_model())
+    model_state(swapped).adapters = adapters
+    assert base_below(swapped) is below

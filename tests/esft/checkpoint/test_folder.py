@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import esft
+from esft.checkpoint import folder
+from esft.checkpoint.digest import model_digest
 from esft.checkpoint.folder import Checkpoint
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
@@ -140,3 +142,36 @@ def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
 def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path):
     with pytest.raises(esft.InputError, match="^absent: no such folder$"):
         Checkpoint.open("absent")
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_the_digest_is_the_models_whichever_way_the_files_hold_its_tensors(tmp_path, original: bool):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, save_original_format=original)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.as_in_memory is not original and checkpoint.digest() == model_digest(model)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_models_own_code_is_run_only_where_it_is_trusted(tmp_path, monkeypatch, trusted: bool):
+    save_tiny(tmp_path)
+    rewrite_json(tmp_path / "config.json", lambda config: config.update(architectures=["OfItsOwnCode"]))
+    asked = {}
+    monkeypatch.setattr(folder.AutoModelForCausalLM, "from_config", lambda config, **more: asked.update(more))
+    Checkpoint.open(tmp_path, trusted).skeleton  # noqa: B018
+    assert asked == {"trust_remote_code": trusted}
+
+
+def test_further_prediction_layers_and_what_is_computed_are_no_weights_of_the_model(tmp_path):
+    save_tiny(tmp_path)  # of three layers, 0 to 2
+    rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.3.norm.weight": torch.ones(1)}))
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, belongs in (
+        ("model.layers.2.norm.weight", True),
+        ("model.layers.3.norm.weight", False),
+        ("model.layers.12.norm.weight", False),
+        ("vision.layers.12.norm.weight", True),  # a tower with layers of its own
+        ("model.rotary_emb.inv_freq", False),
+        ("model.layers.0.rotary_emb.inv_freq", False),
+    ):
+        assert checkpoint.belongs(name) is belongs, name

@@ -136,3 +136,30 @@ def test_whatever_transformers_says_of_a_tokenizer_is_said_in_one_line(anywhere,
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fails)
     with pytest.raises(esft.InputError, match=r"^some/where: cannot load a tokenizer \('?no good"):
         load_tokenizer("some/where")
+
+
+def test_a_checkpoints_own_code_is_not_run_unless_said_so(base_config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loading, "open_config", lambda path, trusted: asked.append(trusted))
+    for library in (AutoModelForCausalLM, AutoTokenizer):
+        for name in ("from_config", "from_pretrained"):
+            monkeypatch.setattr(library, name, refuses(asked), raising=False)
+    for load in (load_model, load_skeleton, load_tokenizer):
+        for more, trusted in (((), False), ((True,), True)):
+            asked.clear()
+            with pytest.raises(esft.InputError, match="refused"):
+                load(base_config, *(("auto",) if load is load_model and more else ()), *more)
+            assert asked == [trusted] * (1 if load is load_tokenizer else 2)
+
+
+def refuses(asked: list[bool]):
+    def loads(*_, trust_remote_code, **__):
+        asked.append(trust_remote_code)
+        raise ValueError("refused")
+
+    return loads
+
+
+@pytest.fixture
+def base_config(tmp_path) -> str:
+    return str(save_tiny(tmp_path / "base"))

@@ -158,3 +158,14 @@ def test_a_digest_is_of_every_byte_and_of_a_value_whatever_its_order(tmp_path):
         file.seek(2 << 20)
         file.write(b"\1")
     assert file_digest(tmp_path / "x") != before
+
+
+def test_tensors_of_any_strides_are_saved_as_their_values(saved):
+    values = torch.arange(6.0).view(2, 3)
+    saved.save(State(6, [], {"master/a": values.T, "master/b": values[:, 1]}))
+    assert same(restored(saved), State(6, [], {"master/a": values.T, "master/b": values[:, 1]}))
+
+
+def test_a_step_after_a_damaged_one_does_not_drop_the_sound_one_before(tmp_path, saved):
+    saved.save(state(3))  # after step 4 was found damaged
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-00000{n}" for n in (2, 3, 4)]

@@ -7,8 +7,8 @@ import yaml
 import esft
 import esft_kernels
 from esft.experts.pooled_experts import FROZEN as POOLS_FROZEN
-from esft.runs.config import BACKENDS, FROZEN, METHODS, RECOMPUTES, TrainConfig
-from esft.runs.config import BACKENDS, METHODS, OPTIMIZERS, RECOMPUTES, TrainConfig
+from esft.runs.config import BACKENDS, FROZEN, METHODS, OPTIMIZERS, RECOMPUTES, TrainConfig
+from esft.selection import ExpertSelection
 from esft.storage.files import write_yaml
 from esft.training.moments import MOMENTS
 
@@ -158,6 +158,8 @@ def test_an_argument_is_named_as_the_flag_that_it_came_by():
 
 def test_the_choices_are_those_of_the_kernels():
     assert ("auto", *POOLS_FROZEN) == FROZEN
+
+
 def test_the_choices_are_those_of_the_kernels_and_the_training():
     assert tuple(MOMENTS) == OPTIMIZERS
     assert BACKENDS == esft_kernels.BACKENDS and (*esft_kernels.RECOMPUTE, "layers") == RECOMPUTES
@@ -221,3 +223,16 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(esft.InputError, match="c.yaml: not UTF-8"):
         TrainConfig.load(tmp_path / "c.yaml")
+
+
+def test_esft_needs_a_selection_and_the_other_methods_take_none():
+    some, none = ExpertSelection({1: [0]}), ExpertSelection({1: []})
+    TrainConfig().check_selection(some)
+    for method in ("full", "lora"):
+        TrainConfig(method=method).check_selection(None)
+        with pytest.raises(esft.InputError, match=f"^method {method} takes no expert selection$"):
+            TrainConfig(method=method).check_selection(some)
+    with pytest.raises(esft.InputError, match="^method esft needs expert selection$"):
+        TrainConfig().check_selection(None)
+    with pytest.raises(esft.InputError, match="^the expert selection is empty: nothing would train$"):
+        TrainConfig().check_selection(none)

@@ -198,3 +198,41 @@ def test_a_kill_at_any_rename_of_the_exchange_is_made_good(tmp_path, run, two, m
             assert at > 10
             return
     pytest.fail("never got through")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_where_no_folder_can_be_the_place_is_named(tmp_path, resume: bool):
+    (tmp_path / "file").write_text("mine")
+    for place, said in (("file", "is a file, not a folder$"), ("file/run", ".*")):
+        with pytest.raises(InputError, match=f"^{tmp_path / place}: {said}"), opened(tmp_path / place, resume, False):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_that_another_process_has_just_made_is_in_use_and_not_broken_off(tmp_path):
+    with opened(tmp_path / "run", False, False) as folder:
+        with pytest.raises(InputError, match="run: in use by process"), opened(tmp_path / "run", True, False):
+            pass
+        fill(folder, "one")
+
+
+def test_what_the_holder_of_a_run_of_before_markers_writes_is_left_alone(tmp_path):
+    run = tmp_path / "run"
+    fill(RunFolder(run), "one", whole=False)
+    (run / "esft_run.json").unlink()
+    with opened(run, True, False):
+        (run / ".esft-0123abcd.tmp").write_text("half")
+        with pytest.raises(InputError, match="run: in use by process"), opened(run, True, False):
+            pass
+        assert (run / ".esft-0123abcd.tmp").read_text() == "half"
+
+
+def test_what_a_kill_left_of_a_run_that_was_to_replace_another_does_not_hinder_the_next(run, two):
+    with pytest.raises(KeyError), opened(run, False, True) as folder:
+        fill(folder, "two", whole=False)
+        raise KeyError
+    (run / "overwriting" / ".model.esft" / "new").mkdir(parents=True)
+    (run / "overwriting" / ".model.esft" / "lock").write_text("")
+    with opened(run, False, True) as folder:
+        fill(folder, "two")
+    assert tree(run) == two

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import itertools
 import json
 import os
 
@@ -16,7 +15,7 @@ from esft.runs.config import TrainConfig
 from esft.runs.run_folder import RunFolder
 from esft.selection import ExpertSelection
 from tests.esft.models import save_tiny, write_records
-from tests.esft.small_runs import SELECTION, metrics, run, settings
+from tests.esft.small_runs import SELECTION, breaks, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258
@@ -29,16 +28,6 @@ def test_a_checkpoint_is_left_every_so_many_steps_but_not_at_the_end(base, out, 
     both = ["step-000002", "step-000004"]
     assert seen == [[], [], ["step-000002"], ["step-000002"], both, both]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == both
-
-
-def breaks(at: int):
-    calls = itertools.count(1)
-
-    def count() -> None:
-        if next(calls) == at:
-            raise KeyboardInterrupt
-
-    return count
 
 
 @pytest.mark.parametrize(("at", "begins"), [(2, 0), (6, 4)])
@@ -290,3 +279,22 @@ def test_a_folder_in_a_files_place_is_named(tmp_path, name: str):
     (tmp_path / name).mkdir()
     with pytest.raises(esft.InputError, match=f"/{name}: is a folder, where a run has a file$"):
         RunFolder(tmp_path).holds(name)
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "origin.json"])
+def test_a_run_has_begun_when_its_settings_and_its_origin_are_there(tmp_path, missing: str):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(settings(), {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}, SELECTION)
+    assert folder.begun
+    (folder.path / missing).unlink()
+    assert not folder.begun
+
+
+def test_what_is_stored_is_the_outcomes_tensors(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(settings(), {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}, SELECTION)
+    with folder.outcome("model") as place:
+        for name, size in (("a.safetensors", 30), ("b.safetensors", 12), ("config.json", 500)):
+            (place / name).write_bytes(bytes(size))
+    (folder.path / "other.safetensors").write_bytes(bytes(7))
+    assert folder.stored_bytes() == 42

@@ -1,3 +1,4 @@
+import builtins
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from esft.storage.files import (
     safetensors_header,
     write_json,
     write_text,
+    write_yaml,
 )
 
 
@@ -102,3 +104,17 @@ def test_numbers_that_json_does_not_have_are_refused(tmp_path, value):
     with pytest.raises(esft.InputError, match=r"/x\.json: cannot hold a value that is not finite$"):
         write_json(tmp_path / "x.json", value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_the_first_byte_is_named_too(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(builtins, "open", full)
+    with pytest.raises(esft.DiskError, match=r"/x: No space left on device$"):
+        write_text(tmp_path / "x", "new")
+
+
+def test_settings_are_written_in_their_order(tmp_path):
+    write_yaml(tmp_path / "x.yaml", {"steps": 3, "lr": 0.5, "name": None})
+    assert (tmp_path / "x.yaml").read_text() == "steps: 3\nlr: 0.5\nname: null\n"

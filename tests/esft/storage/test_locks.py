@@ -24,14 +24,16 @@ def holder(tmp_path):
             time.sleep(60)
 
     pid = forked(hold)
-    os.read(told, 1)
+    os.close(tell)
+    assert os.read(told, 1) == b"!"  # nothing where the other ended before
     yield pid
     os.kill(pid, signal.SIGKILL)
     status(pid)
 
 
 def test_a_lock_is_for_one_process_which_the_other_is_told_in_one_line(tmp_path, holder):
-    expected = rf"^place: in use by process {holder} on {os.uname().nodename} since 2\d+-\d\d-\d\d [^\n]+: [^\n]+$"
+    since = r"2\d+-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
+    expected = rf"^place: in use by process {holder} on {os.uname().nodename} since {since}: [^\n]+$"
     for _ in range(2):  # the first attempt takes nothing from the holder
         with pytest.raises(InputError, match=expected), locked(tmp_path / "lock", Path("place")):
             pass
@@ -116,8 +118,8 @@ def test_a_long_command_is_cut_and_control_characters_stay_out_of_the_message(tm
     assert message.isprintable() and "esft 'train\\x1b" in message and message.endswith("xxx...") and len(message) < 300
 
 
-@pytest.mark.parametrize("content", ["", '{"esft_', '{"esft_lock": 3', '{"esft_lock": "process'])
-def test_one_that_a_kill_has_torn_is_taken_over(tmp_path, content: str):
+@pytest.mark.parametrize("content", ["", '{"esft_', '{"esft_lock": 3', '{"esft_lock": "process', "4242\nelsewhere\n"])
+def test_one_that_a_kill_has_torn_or_left_where_there_is_no_flock_is_taken_over(tmp_path, content: str):
     (tmp_path / "lock").write_text(content)
     with locked(tmp_path / "lock", Path("place")):
         pass
@@ -140,3 +142,16 @@ def test_where_the_holder_cannot_be_told_it_is_another_process(tmp_path, holder)
     again = locked(tmp_path / "lock", Path("place"))
     with pytest.raises(InputError, match=r"^place: in use by another process$"), again:
         pass
+
+
+def test_a_folder_under_its_name_is_left_alone(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(InputError, match=r"/lock: is no lock of this program"), locked(tmp_path / "lock", tmp_path):
+        pass
+    assert (tmp_path / "lock").is_dir()
+
+
+def test_the_block_ends_well_though_somebody_has_removed_the_file(tmp_path):
+    with locked(tmp_path / "lock", tmp_path):
+        (tmp_path / "lock").unlink()
+    assert not list(tmp_path.iterdir())

@@ -357,3 +357,12 @@ def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
 
 def entries_of(path: Path) -> list[str]:
     return list(entries(path))
+
+
+def test_an_empty_folder_is_no_reason_to_drop_what_was_whole(tmp_path):
+    for name in ("new", "old"):
+        (tmp_path / ".x.esft" / name).mkdir(parents=True)
+        (tmp_path / ".x.esft" / name / "file").write_text(name)
+    (tmp_path / "x").mkdir()
+    recover(tmp_path, re.compile("x"))
+    assert (tmp_path / "x" / "file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["x"]

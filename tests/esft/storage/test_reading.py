@@ -157,3 +157,23 @@ def test_an_unknown_key_is_named_with_the_one_that_is_meant():
     for key, said in (("stepz", "'stepz' (is 'steps' meant?)"), ("q", "'q'; there are steps, lr")):
         with pytest.raises(esft.InputError, match=f"^{re.escape(said)}$"):
             check_keys(["lr", key], ["steps", "lr"], esft.InputError)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("!!null [1]", "not a mapping of settings"),
+        ("just words", "not a mapping of settings"),
+        ("lr: 1\n[a, b]: 1", "line 2: a setting's name must be a word"),
+        ("lr: 1\nlr: 2", "line 2: 'lr' is set twice, first in line 1"),
+        ("lr: [1]", "line 1: 'lr' must have a single plain value"),
+        ("lr: !!str [1]", "line 1: 'lr' must have a single plain value"),
+        ("lr: 2020-01-01", "line 1: 'lr' must have a single plain value"),
+        ("\nlr: !!binary aGVsbG8=", "line 2: 'lr' must have a single plain value"),
+        ("a: 'b", "line 1: not YAML (found unexpected end of stream)"),
+    ],
+)
+def test_yaml_that_is_no_mapping_of_names_to_single_values_is_refused(tmp_path, text: str, said: str):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(esft.InputError, match=f"c\\.yaml: {re.escape(said)}$"):
+        read_settings(tmp_path / "c.yaml")

@@ -23,7 +23,7 @@ from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batch
 from esft.training.load_balancing import balance_losses
 from esft.training.schedule import learning_rate
 from tests.esft.models import chat, save_tiny, tiny_tokenizer, write_records
-from tests.esft.small_runs import SELECTION, column, metrics, run, settings
+from tests.esft.small_runs import SELECTION, breaks, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258
@@ -95,16 +95,6 @@ def test_the_loss_of_a_run_is_the_mean_of_its_last_twenty_steps(base, fake):
     assert result.train_loss == pytest.approx(sum(10 - call for call in range(4, 24)) / 20)
     assert result.eval_loss is None
     assert column(base.parent / "run", "eval_loss") == []
-
-
-def breaks(at: int):
-    calls = itertools.count(1)
-
-    def count() -> None:
-        if next(calls) == at:
-            raise KeyboardInterrupt
-
-    return count
 
 
 def test_a_resumed_run_has_the_weights_and_moments_of_the_broken_one(base, out, monkeypatch):

@@ -198,11 +198,12 @@ def test_a_product_is_with_the_expert_at_its_position(factor, which):
         assert_close(out, rows @ weight, TOLERANCE[torch.float64])
 
 
-def test_no_token():
-    layer = make_layer(tokens=0, biased=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_token(dtype):
+    layer = make_layer(tokens=0, biased=True, dtype=dtype)
     check(layer)
     out, _ = cpu.forward(layer.x_TD, layer.weights_TK, layer.pools, layer.routing, 0)
-    assert out.shape == (0, 72)
+    assert out.shape == (0, 72) and out.dtype == dtype
 
 
 @pytest.mark.parametrize("format", FORMATS)

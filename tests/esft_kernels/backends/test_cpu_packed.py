@@ -130,3 +130,9 @@ def test_packed_weights_go_with_the_plain_ones():
     expert_mlp(layer.x_TD, layer.weights_TK, pools, layer.routing, "cpu_packed")
     assert len(pools.frozen.gate_up_EGD.esft_packed[1]) == 4
     assert not hasattr(layer.pools.frozen.gate_up_EGD, "esft_packed")
+
+
+def test_quantized_weights_are_refused():
+    layer = make_layer(dtype=torch.float32, format="nf4")
+    with pytest.raises(ValueError, match="^backend 'cpu_packed' packs plain weights, got nf4, which 'cpu' computes$"):
+        cpu_packed.forward(layer.x_TD, layer.weights_TK, layer.pools, layer.routing, 0)

@@ -170,3 +170,13 @@ def test_slots_of_no_expert_here_get_no_gradient():
     )  # fmt: skip
     assert found.weights_TK is not None
     assert torch.equal(found.weights_TK == 0, layer.ids_TK == 4)
+
+
+def test_gradients_of_the_prefix_decode_no_frozen_weights(monkeypatch):
+    layer = small(biased=True, format="nf4")
+    h = exact_h(layer)[:, h_columns(layer.pools)].float().contiguous()
+    monkeypatch.setattr(parts, "FEW_ROWS", -1)
+    monkeypatch.setattr(parts, "decode", lambda *_: pytest.fail("decoded"))
+    triton_backend.backward(
+        layer.grad_out_TD, layer.x_TD, h, layer.weights_TK, layer.pools, layer.routing, NEEDS[3]
+    )  # fmt: skip

@@ -41,3 +41,19 @@ def test_gate_and_up_of_a_checkpoint_can_be_stacked_with_their_scales():
     found = Fp8().decode([t[0] for t in both], 512, 130, torch.empty(512 * 130))
     for half, tensors in zip(found.chunk(2), (gate, up), strict=True):
         assert torch.equal(half, Fp8().decode([t[0] for t in tensors], 256, 130, torch.empty(256 * 130)))
+
+
+def test_blocks_at_the_edges_are_short_and_have_scales_of_their_own():
+    weights = torch.zeros(1, 130, 200)
+    weights[0, :128, 128:], weights[0, 128:, :128], weights[0, 128:, 128:] = -7.0, 14.0, 28.0
+    weights[0, 129, 199] = -56.0
+    codes, scales = Fp8().quantize(weights)
+    assert codes.shape == (1, 130, 200) and (scales * 448).tolist() == [[[0.0, 7.0], [14.0, 56.0]]]
+    assert codes[0, ::129, ::199].tolist() == [[0.0, -448.0], [448.0, -448.0]] and codes[0, 128, 199] == 224
+    assert torch.equal(Fp8().decode([codes[0], scales[0]], 130, 200, torch.empty(130 * 200)), weights[0])
+
+
+def test_nothing_leaves_the_device():
+    parts = Fp8().encode(torch.empty(4, 96, device="meta"))
+    assert {part.device.type for part in parts} == {"meta"}
+    assert Fp8().decode(parts, 4, 96, torch.empty(384, device="meta")).device.type == "meta"

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from esft_kernels.formats.mxfp4 import VALUES, Mxfp4
@@ -44,3 +45,25 @@ def test_weights_past_the_largest_code_are_held_at_it():
     blocks, scales = Mxfp4().quantize(torch.full((1, 1, 32), 7.9))
     assert scales.tolist() == [[[127]]]
     assert set(Mxfp4().decode([blocks[0], scales[0]], 1, 32, torch.empty(32)).view(-1).tolist()) == {6.0}
+
+
+def test_a_checkpoints_scale_that_is_no_number_is_found():
+    blocks, scales = torch.zeros(2, 3, 1, 16, dtype=torch.uint8), torch.full((2, 3, 1), 254, dtype=torch.uint8)
+    Mxfp4().check_values([blocks, scales], "down")  # the largest power of two
+    scales[1, 2, 0] = 255
+    with pytest.raises(ValueError, match="^down: a scale of mxfp4 is not finite$"):
+        Mxfp4().check_values([blocks, scales], "down")
+
+
+def test_a_larger_buffer_is_filled_from_its_front():
+    blocks, scales = Mxfp4().quantize(torch.ones(1, 2, 40))
+    out = torch.full((200,), float("nan"))
+    found = Mxfp4().decode([blocks[0], scales[0]], 2, 40, out)
+    assert torch.equal(found, torch.ones(2, 40)) and found.data_ptr() == out.data_ptr()
+    assert out[128:].isnan().all() and Mxfp4().buffer_size(2, 40) == 128
+
+
+def test_nothing_leaves_the_device():
+    parts = Mxfp4().encode(torch.empty(4, 96, device="meta"))
+    assert {part.device.type for part in parts} == {"meta"}
+    assert Mxfp4().decode(parts, 4, 96, torch.empty(384, device="meta")).device.type == "meta"

@@ -91,3 +91,19 @@ def test_scales_in_8_bits_cost_next_to_no_precision():
     found = Nf4Double().scales(double)
     assert ((found - plain[1]).abs() / plain[1]).max() < 0.01
     assert torch.equal(found[1], Nf4Double().scales([t[1] for t in double]))
+
+
+def test_the_scale_furthest_from_the_mean_takes_the_largest_code():
+    torch.manual_seed(0)
+    weights = torch.randn(1, 10, 64 * 30)  # 300 blocks: one group of 256 scales, and one of 44
+    _, absmax, scales, mean = Nf4Double().quantize(weights)
+    assert absmax[0, :256].abs().max() == absmax[0, 256:].abs().max() == 127
+    apart = Nf4().quantize(weights)[1][0] - mean
+    assert torch.allclose(scales[0], torch.stack([apart[:256].abs().max(), apart[256:].abs().max()]) / 127)
+
+
+@pytest.mark.parametrize("kind", [Nf4(), Nf4Double()], ids=lambda kind: kind.name)
+def test_nothing_leaves_the_device(kind):
+    parts = kind.encode(torch.empty(4, 96, device="meta"))
+    assert {part.device.type for part in parts} == {"meta"}
+    assert kind.decode(parts, 4, 96, torch.empty(384, device="meta")).device.type == "meta"

@@ -38,3 +38,17 @@ def test_edges_below_a_value_are_counted_as_by_bucketize(edges):
 def test_edges_too_close_for_the_table_are_refused():
     with pytest.raises(ValueError, match="too close"):
         bins_of((0.0, 1e-6, 1.0), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_values_are_float32_whatever_the_default_is(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        table = pairs((0.1, 0.3), True, CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert look_up(torch.tensor([0b01], dtype=torch.uint8), table).tolist() == torch.tensor([0.1, 0.3]).tolist()
+
+
+def test_a_table_lies_where_its_codes_do():
+    assert pairs((0.5, 1.0), True, torch.device("meta")).device.type == "meta"

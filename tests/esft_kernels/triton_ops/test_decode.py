@@ -8,7 +8,7 @@ import triton.language as tl
 from esft_kernels.formats import fp8
 from esft_kernels.formats.resolve import FORMATS
 from esft_kernels.pools import ExpertWeights, dequantize, quantize
-from esft_kernels.triton_ops.decode import coded, decode, e4m3, e8m0, stack, weight_operands
+from esft_kernels.triton_ops.decode import coded, decode, e4m3, e8m0, load_weight, stack, weight_operands
 from tests.esft_kernels.bounds import check_bounds, poison_masked
 
 SIZES = [(24, 67, 12), (20, 64, 128), (260, 130, 130)]  # G, D, F
@@ -45,6 +45,7 @@ def test_every_float_of_8_bits_has_its_value():
     codes, out = torch.arange(256, dtype=torch.uint8), torch.empty(256)
     _values[(1,)](codes, out, KIND="e4m3")
     assert torch.equal(out.nan_to_num(1e9), torch.tensor(fp8.VALUES).nan_to_num(1e9))
+    assert out[128].signbit() and not out[0].signbit()  # zeros have a sign
     _values[(1,)](codes, out, KIND="e8m0")
     assert torch.equal(out[:255].double(), 2.0 ** (torch.arange(255, dtype=torch.float64) - 127))
 
@@ -81,3 +82,27 @@ def test_a_row_of_codes_is_one_feature_or_the_other():
     assert sizes == (20 * 128, 70, 1, 20 * 2, 2) and constants == {"FORMAT": "int8", "TRANSPOSED": False}
     _, sizes, constants = weight_operands(torch.empty(0, 70, 20), found.mT)
     assert sizes[1:3] == (1, 70) and constants["TRANSPOSED"]
+
+
+@triton.jit
+def _corner(codes_ptr, scales_ptr, values_ptr, out_ptr, rows, columns, width, scale_columns, FORMAT: tl.constexpr):
+    row, column = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    mask = (row < rows) & (column < columns)
+    weight = load_weight(codes_ptr, scales_ptr, values_ptr, row, column, width, scale_columns, mask, FORMAT)
+    tl.store(out_ptr + row * 16 + column, weight)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_masked_is_not_read_and_counts_as_zero(name, monkeypatch):
+    quantized = pool((20, 70, 12), name, experts=1)
+    source = coded(quantized, "gate_up")
+    check_bounds(monkeypatch)
+    poison_masked(monkeypatch)
+    out = torch.full((16, 16), float("nan"))
+    _corner[(1,)](
+        source.codes, source.scales, source.values, out, 3, 5, source.columns, source.scale_columns,
+        FORMAT=source.format,
+    )  # fmt: skip
+    expected = torch.zeros(16, 16)
+    expected[:3, :5] = dequantize(quantized, torch.float32).gate_up_EGD[0, :3, :5]
+    assert torch.equal(out, expected)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from esft_kernels.triton_ops import grad_gemm as op
 from esft_kernels.triton_ops.grad_gemm import grad_gemm
-from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
+from tests.esft_kernels.bounds import Watched, check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, Layer, assert_close, h_columns, make_layer, poison_empty
 
 NEEDS = [Needs(*map(bool, bits)) for bits in ((1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 1, 0), (0, 0, 1))]
@@ -156,3 +156,14 @@ def test_row_sums_past_what_32_bit_offsets_reach(tmp_path, monkeypatch):
     _, _, sums = grad_gemm(layer.grad_out_TD, huge_h, layer.weights_TK, layer.pools, routing, NEEDS[3])
     assert sums is not None and sums.shape == (rows, 3)
     assert_close(sums[: len(h)].sum(dim=1), exact_sums, TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("intermediate", [24, 32, 33])  # a tile has 32
+@pytest.mark.parametrize("hidden", [65, 64])  # a step has 64
+def test_masks_are_left_out_only_where_every_tile_is_whole(hidden, intermediate, monkeypatch):
+    monkeypatch.setattr(op, "_grad_gemm_kernel", kernel := Watched())
+    layer = make_layer(tokens=5, hidden=hidden, intermediate=intermediate, dtype=torch.float32)
+    h = torch.empty(layer.routing.num_rows, layer.pools.gate_up_size)
+    grad_gemm(layer.grad_out_TD, h, layer.weights_TK, layer.pools, layer.routing, NEEDS[0])
+    assert kernel.constants["EVEN_N"] == (intermediate == 32) and kernel.constants["EVEN_K"] == (hidden == 64)
+    assert isinstance(op.PIECE, tl.constexpr)  # the compiler takes no other global

@@ -6,7 +6,7 @@ from esft_kernels.backends import reference
 pytest.importorskip("triton")
 from esft_kernels.triton_ops import grouped_gemm as op
 from esft_kernels.triton_ops.grouped_gemm import grouped_gemm
-from tests.esft_kernels.bounds import check_bounds, poison_masked
+from tests.esft_kernels.bounds import Watched, check_bounds, poison_masked
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 
 COUNTS = [17, 0, 16, 5, 1, 33]  # two tiles, none, exactly one, part of one, one row, three tiles
@@ -121,3 +121,12 @@ def test_tiles_are_for_the_rows_of_an_expert(positions, monkeypatch):
     offsets, slot = torch.tensor([0, 2, 2, 7][-positions - 1 :]), torch.arange(7)
     grouped_gemm(torch.randn(7, 20), slot, torch.randn(positions, 33, 20), torch.randn(0, 33, 20), offsets)
     assert asked == [("gemm", 7 // positions, (33, 20), False)]
+
+
+@pytest.mark.parametrize("out_features", [24, 32, 33])  # a tile has 32
+@pytest.mark.parametrize("in_features", [65, 64])  # a step has 64
+def test_masks_are_left_out_only_where_every_tile_is_whole(in_features, out_features, monkeypatch):
+    monkeypatch.setattr(op, "_grouped_gemm_kernel", kernel := Watched())
+    weights = torch.randn(2, out_features, in_features)
+    grouped_gemm(torch.randn(5, in_features), torch.arange(5), weights, weights[:0], torch.tensor([0, 2, 5]))
+    assert kernel.constants["EVEN_N"] == (out_features == 32) and kernel.constants["EVEN_K"] == (in_features == 64)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from esft_kernels.triton_ops import up_gemm as op
 from esft_kernels.triton_ops.up_gemm import up_gemm
-from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
+from tests.esft_kernels.bounds import Watched, check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import (
     ACTIVATIONS,
     TOLERANCE,
@@ -204,3 +204,14 @@ def test_a_nan_weight_stays_a_nan_through_a_clamp():
     routing = layer.routing
     up_gemm(layer.x_TD, routing.token_N, layer.pools, routing.offsets_E1, routing.num_trained, h, a)
     assert a.isnan().all()
+
+
+@pytest.mark.parametrize("intermediate", [24, 16, 33])  # 48, 32 and 66 columns; a tile has 32
+@pytest.mark.parametrize("hidden", [72, 64])  # a step has 64
+def test_masks_are_left_out_only_where_every_tile_is_whole(hidden, intermediate, monkeypatch):
+    monkeypatch.setattr(op, "_up_gemm_kernel", kernel := Watched())
+    layer = make_layer(tokens=5, hidden=hidden, intermediate=intermediate, dtype=torch.float32)
+    h, a = buffers(layer, layer.routing.num_rows)
+    up_gemm(layer.x_TD, layer.routing.token_N, layer.pools, layer.routing.offsets_E1, 2, h, a)
+    assert kernel.constants["EVEN_N"] == (intermediate == 16) and kernel.constants["EVEN_K"] == (hidden == 64)
+    assert isinstance(op.PIECE, tl.constexpr)  # the compiler takes no other global
