@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.checkpoint.device import compute_dtype, placement
+from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.source import check_dtypes, check_folder, open_config, weight_files
+from esft.checkpoint.tokenizer_files import check_tokenizer_files, flaw_of
 from esft.errors import InputError, first_line
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -25,21 +28,34 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
     Weights are read from safetensors files only. Raises InputError when the folder is not a checkpoint, lacks a tensor
     that the model has, or does not fit the GPUs.
     """
-    open_config(path, trust_remote_code)
-    check_dtypes(path, weight_files(path))
+    config = open_config(path, trust_remote_code)
+    check_dtypes(path, weight_files(path), config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=compute_dtype(dtype), output_loading_info=True, use_safetensors=True,
             trust_remote_code=trust_remote_code, **placement(),
         )  # fmt: skip
     except Exception as error:  # whatever a model's constructor, a quantiser or a reader of files says
-        raise InputError(f"{path}: cannot load a model ({first_line(error)})") from error
+        why = _misfit(path, trust_remote_code) or f"cannot load a model ({first_line(error)})"
+        raise InputError(f"{path}: {why}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
     if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise InputError(f"{path}: does not fit the memory of the GPUs ({away[0]} would be left outside)")
     return model.eval()
+
+
+def _misfit(path: str, trust_remote_code: bool) -> str | None:
+    """Which tensor of a folder is not what the configuration's model has there; None where that is not why."""
+    if not os.path.isdir(path):
+        return None
+    try:
+        checkpoint = Checkpoint.open(path, trust_remote_code)
+        quantized = getattr(checkpoint.config, "quantization_config", None) is not None
+        return None if quantized else checkpoint.misfit()
+    except Exception:  # of a model that cannot be made at all: what is known already tells more
+        return None
 
 
 def load_skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -63,10 +79,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     folder = check_folder(path)
     if folder is not None and not any((folder / name).exists() for name in _TOKENIZERS):
         raise InputError(f"{path}: holds no tokenizer (no {_TOKENIZERS[0]})")
+    if folder is not None:
+        check_tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file is an error of any kind there
-        raise InputError(f"{path}: cannot load a tokenizer ({first_line(error)})") from error
+        where, said = path, first_line(error)
+        if folder is not None and (broken := flaw_of(folder / _TOKENIZERS[0])) is not None:
+            where, said = str(folder / _TOKENIZERS[0]), broken
+        raise InputError(f"{where}: cannot load a tokenizer ({said})") from error
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: the tokenizer has no chat template")
     if tokenizer.pad_token_id is None:

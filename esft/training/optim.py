@@ -59,6 +59,10 @@ class MasterAdamW:
             if self.masters[name] is not p:
                 p.copy_(self.masters[name])
 
+    def overflowed(self) -> str | None:
+        """The first parameter that holds what is no finite number; None where all are."""
+        return next((name for name, p in self.params.items() if not bool(p.isfinite().all())), None)
+
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, to resume from."""
         tensors = {f"master/{name}": m.detach() for name, m in self.masters.items()}
