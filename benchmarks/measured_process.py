@@ -26,14 +26,15 @@ def run(command: Sequence[str], memory_gb: float | None = None) -> dict[str, Any
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=enter, errors="replace"
         )
-        os.set_blocking(process.stdout.fileno(), False)
-        output, resident = "", 0
+        pipe, output, resident = process.stdout, "", 0
+        assert pipe is not None
+        os.set_blocking(pipe.fileno(), False)
         while process.poll() is None:
             anonymous, most = _memory(process.pid)
             peak, resident = max(peak, anonymous), max(resident, most)
-            output = (output + (process.stdout.read() or ""))[-4000:]
+            output = (output + (pipe.read() or ""))[-4000:]
             time.sleep(EVERY)
-        output += process.stdout.read() or ""
+        output += pipe.read() or ""
     lines = [line for line in output.replace("\r", "\n").splitlines() if line.strip()]
     return {
         "status": process.returncode,

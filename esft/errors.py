@@ -40,7 +40,11 @@ class Interrupted(KeyboardInterrupt):
 
 def first_line(error: Exception) -> str:
     """What an error of another library says, for a message in one line; cut where it is long."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # A line that ends so only says that the next one tells.
+    line = " ".join(each.strip() for each in (lines[:2] if lines[0].endswith(":") else lines[:1]))
+    if isinstance(error, KeyError) and error.args:  # says nothing but the key
+        line = f"{type(error).__name__} {line}"
     return line if len(line) <= LONGEST else line[:LONGEST] + "..."
 
 

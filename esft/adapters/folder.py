@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from esft.errors import InputError
 from esft.experts.model_state import Base
 from esft.experts.moe_layers import stock_weights
 from esft.selection import ExpertSelection
-from esft.storage.files import open_safetensors, write_json
+from esft.storage.files import FLOATS, open_safetensors, write_json
 from esft.storage.reading import read_json, shown
 
 WEIGHTS = "adapter.safetensors"
@@ -25,6 +26,7 @@ SELECTION = "expert_cfg.json"
 MANIFEST = "manifest.json"
 PEFT_CONFIG = "adapter_config.json"  # of an adapter that PEFT wrote
 FORMAT_VERSION = 2
+_SHOWN = 12  # characters of a digest
 READABLE = (1, 2)  # version 1 has the first part of the digest alone, and no settings
 
 FindBase = Callable[[torch.dtype | None], Base]  # what some weights are, after rounding to a dtype
@@ -84,19 +86,31 @@ def difference(manifest: dict[str, Any], base: FindBase) -> str | None:
         hint = ""
         if found.dtype is not None and trained not in (None, _name(found.dtype)):
             hint = f"; it was trained in {trained} and these are in {_name(found.dtype)}: load its base in {trained}"
+        theirs, ours = _differing(str(manifest.get("base_digest")), _comparable(manifest, found))
         return (
-            f"made from another base ({manifest.get('base_model')}, digest {str(manifest.get('base_digest'))[:12]}), "
-            f"not from these weights ({found.digest[:12]}){hint}"
+            f"made from another base ({shown(manifest.get('base_model'))[1:-1]}, digest {theirs}), "
+            f"not from these weights ({ours}){hint}"
         )
     for name, theirs in manifest.get("base_settings", {}).items():
         if found.settings.get(name, theirs) != theirs:
-            return f"made from a base with {name} {theirs}; this model has {found.settings[name]}"
+            return f"made from a base with {name} {shown(theirs)}; this model has {shown(found.settings[name])}"
     return None
 
 
+def _differing(one: str, other: str) -> tuple[str, str]:
+    """Of two digests that differ the beginnings of the parts that do: the first one or the next."""
+    pairs = zip_longest(one.split("-"), other.split("-"), fillvalue="none")
+    mine, theirs = next(((a, b) for a, b in pairs if a[:_SHOWN] != b[:_SHOWN]), (one, other))
+    return mine[:_SHOWN], theirs[:_SHOWN]
+
+
 def _names(manifest: dict[str, Any], base: Base) -> bool:
-    digest = base.digest.partition("-")[0] if manifest.get("format_version") == 1 else base.digest
-    return manifest.get("base_digest") == digest
+    return manifest.get("base_digest") == _comparable(manifest, base)
+
+
+def _comparable(manifest: dict[str, Any], base: Base) -> str:
+    """What of a base's digest a manifest of this version has."""
+    return base.digest.partition("-")[0] if manifest.get("format_version") == 1 else base.digest
 
 
 def check_base(manifest: dict[str, Any], base: FindBase, adapter: str | Path) -> None:
@@ -190,8 +204,8 @@ def adapter_weights(path: Path, tensors: dict[str, AdapterTensor]) -> Iterator[A
         for name, tensor in tensors.items():
             handle, own = found[name]
             stored = handle.get_slice(own)
-            if not stored.get_dtype().startswith(("F", "BF")):
-                raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, not floating point")
+            if stored.get_dtype() not in FLOATS:
+                raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, none of {', '.join(FLOATS)}")
             shape, wanted = tuple(stored.get_shape()), tensor.shape
             if shape != wanted:
                 raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,17 @@ from esft.checkpoint.load import load_model, load_skeleton
 from esft.errors import InputError, first_line, reading
 from esft.experts.pooled_experts import BF16
 from esft.selection import ExpertSelection
-from esft.storage.files import open_safetensors
-from esft.storage.reading import read_json, shown
+from esft.storage.files import FLOATS, open_safetensors
+from esft.storage.reading import check_name, read_json, shown
 from esft.swapping.load import AUTO, load
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
+MOST = 1 << 20  # of a number in a configuration: ranks and scales
 
 
 def adapter_folder(path: str | Path) -> Path:
     """The adapter's folder that is meant: of a run's the adapter in it. Raises InputError where there is none."""
+    check_name(path)
     path = Path(path)
     for folder in (path, path / "adapter"):
         if any((folder / mark).is_file() for mark in (SELECTION, PEFT_CONFIG)):
@@ -61,7 +64,7 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
         names = set(handle.keys())
         for name in names:
             kind = handle.get_slice(name).get_dtype()
-            if kind not in ("F64", "F32", "F16", "BF16"):
+            if kind not in FLOATS:
                 raise InputError(f"{folder / PEFT_WEIGHTS}: tensor {name} is {kind}, not floating point")
             check_finite(handle.get_tensor(name), f"{folder / PEFT_WEIGHTS}: tensor {name}")
     try:
@@ -117,5 +120,15 @@ def _check_config(folder: Path) -> None:
     known = {str(each.value): settings for each, settings in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if not isinstance(kind, str) or kind not in known:
         raise InputError(f"{folder / PEFT_CONFIG}: peft_type is {shown(kind)}; PEFT has {', '.join(sorted(known))}")
+    for each in fields(known[kind]):
+        value = config.get(each.name)
+        where = f"{folder / PEFT_CONFIG}: {each.name} is {shown(value)}"
+        if value is not None and each.type in ("bool", bool) and not isinstance(value, bool):
+            raise InputError(f"{where}, not true or false")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
+        if value is not None and each.type in ("int", int, "float", float) and not number:
+            raise InputError(f"{where}, not a number of at most {MOST:,}")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise InputError(f"{folder / PEFT_CONFIG}: task_type is {shown(config['task_type'])}; only CAUSAL_LM is read")
     if issubclass(known[kind], PromptLearningConfig) or config.get("megatron_config"):
         raise InputError(f"{folder / PEFT_CONFIG}: a {kind} adapter of this kind is not supported; LoRA is")

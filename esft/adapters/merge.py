@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from esft.checkpoint.adapter_tensors import AdapterTensor
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.views import Link
 from esft.errors import DiskError, InputError
-from esft.storage.files import TensorInfo, write_json
+from esft.storage.files import FLOATS, TensorInfo, write_json
 from esft.storage.outputs import check_apart, check_new_folder, entries, new_folder
 from esft.storage.reading import read_json
 from esft.transformers_internals import CHAT_TEMPLATE_DIR
@@ -30,7 +31,7 @@ MERGED = f"esft_{MANIFEST}"  # in a merged checkpoint: the manifest of the adapt
 FILES = "files"  # there also: what the checkpoint consists of
 OTHER_FORMATS = ("pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*", "consolidated*", "*.gguf")
 CHUNK = 1 << 24  # bytes compared at a time
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = dict(zip(FLOATS, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
 @dataclass
@@ -66,9 +67,10 @@ def merge(
 
     The files are copied and then patched, so that all other bytes, headers and index included, are those of the base,
     and no more than one tensor of the adapter is in memory. Where the base stacks its experts, their slices are
-    replaced; it may hold its tensors in the original format or as the model does (``save_original_format=False``). The
-    result is read back and compared before it appears under its name. Left out is what has the base's weights in other
-    formats, as they would be loaded for the tuned ones, and subfolders but for that of chat templates.
+    replaced; it may hold its tensors in the original format or as the model does (``save_original_format=False``).
+    Values are rounded to the base's dtype; where that leaves nothing of the adapter, a warning says so. The result is
+    read back and compared before it appears under its name. Left out is what has the base's weights in other formats,
+    as they would be loaded for the tuned ones, and subfolders but for that of chat templates.
 
     Args:
         base: checkpoint folder.
@@ -96,8 +98,9 @@ def merge(
             target = folder / source.relative_to(base)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)  # the content of a link, and without its mode: it may be read-only
-        for file, patches in plan.items():
-            _apply(folder / file, patches, tuned)
+        changed = [_apply(folder / file, patches, tuned) for file, patches in plan.items()]
+        if not any(changed):
+            warnings.warn(f"{adapter}: changes nothing: in the dtype of {base} its values are the base's", stacklevel=2)
         for file, patches in plan.items():
             _verify(base / file, folder / file, patches, tuned)
         write_json(folder / MERGED, manifest | {FILES: sorted({*entries(folder), MERGED})})
@@ -153,13 +156,18 @@ def _validate(plan: dict[str, list[_Patch]], checkpoint: Checkpoint) -> None:
             raise InputError(f"{where} is {info.dtype}; only {', '.join(DTYPES)} can be merged into")
 
 
-def _apply(path: Path, patches: list[_Patch], tuned: AdapterWeights) -> None:
+def _apply(path: Path, patches: list[_Patch], tuned: AdapterWeights) -> bool:
+    """Write the tuned bytes. Returns whether any is another one than before."""
+    changed = False
     with open(path, "r+b") as handle:
         for patch in patches:
             handle.seek(patch.start)
-            content = patch.content(handle.read(patch.end - patch.start), tuned)
+            before = handle.read(patch.end - patch.start)
+            content = patch.content(before, tuned)
+            changed |= content != before
             handle.seek(patch.start)
             handle.write(content)
+    return changed
 
 
 def _verify(before: Path, after: Path, patches: list[_Patch], tuned: AdapterWeights) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from esft.checkpoint.digest import digest_of, forward_settings
 from esft.checkpoint.original_format import original_format
 from esft.checkpoint.packed_tensors import ENDS, PackedTensor, packed_format
-from esft.checkpoint.source import check_folder, open_config, weight_files
+from esft.checkpoint.source import check_dtypes, check_folder, open_config, weight_files
 from esft.errors import InputError, first_line
 from esft.experts.model_state import Base
 from esft.storage.files import TensorInfo, open_safetensors, safetensors_header
@@ -47,7 +47,9 @@ class Checkpoint:
         if check_folder(folder) is None:
             raise InputError(f"{folder}: no such folder")
         config = open_config(folder, trust_remote_code)
-        return cls(Path(folder), weight_files(folder), config, trust_remote_code)
+        files = weight_files(folder)
+        check_dtypes(folder, files, config)
+        return cls(Path(folder), files, config, trust_remote_code)
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -73,6 +75,18 @@ class Checkpoint:
         held = {(name, info.shape) for header in self._headers.values() for name, info in header.items()}
         matches = [{(name, tuple(t.shape)) for name, t in form.items()} & held for form in (own, original)]
         return len(matches[0]) > len(matches[1])
+
+    def misfit(self) -> str | None:
+        """The first tensor that the model has and the files lack, or have in another shape; None where all fit."""
+        own = self.skeleton.state_dict()
+        wanted = own if self.as_in_memory else dict(original_format(self.skeleton)(own, own.__getitem__))
+        for name, tensor in wanted.items():
+            held = next((own for own in self.names_of(name)), None)
+            if held is None:
+                return f"tensor {name} is missing"
+            if (shape := self.info(held).shape) != tensor.shape:
+                return f"tensor {held} has shape {shape}, and the configuration's model has {tuple(tensor.shape)}"
+        return None
 
     @cached_property
     def _headers(self) -> dict[str, dict[str, TensorInfo]]:

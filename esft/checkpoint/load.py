@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.checkpoint.device import compute_dtype, placement
+from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.source import check_dtypes, check_folder, open_config, weight_files
+from esft.checkpoint.tokenizer_files import check_tokenizer_files, flaw_of
 from esft.errors import InputError, first_line
 from esft.transformers_internals import load_in_part
 
@@ -28,8 +31,8 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
     Weights are read from safetensors files only. Raises InputError when the folder is not a checkpoint, lacks a tensor
     that the model has, or does not fit the GPUs.
     """
-    open_config(path, trust_remote_code)
-    return _loaded(path, AutoModelForCausalLM.from_pretrained, dtype, trust_remote_code)
+    config = open_config(path, trust_remote_code)
+    return _loaded(path, AutoModelForCausalLM.from_pretrained, config, dtype, trust_remote_code)
 
 
 def load_without(
@@ -41,11 +44,13 @@ def load_without(
     """``load_model`` of a part: ``take_out`` has the model before its weights are read; see ``load_in_part``."""
     config = open_config(path, trust_remote_code)
     read = partial(load_in_part, AutoModelForCausalLM, config=config, take_out=take_out)
-    return _loaded(path, read, dtype, trust_remote_code)
+    return _loaded(path, read, config, dtype, trust_remote_code)
 
 
-def _loaded(path: str, read: Callable[..., Any], dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    check_dtypes(path, weight_files(path))
+def _loaded(
+    path: str, read: Callable[..., Any], config: PreTrainedConfig, dtype: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    check_dtypes(path, weight_files(path), config)
     try:
         loaded = read(
             path, dtype=compute_dtype(dtype), output_loading_info=True, use_safetensors=True,
@@ -54,13 +59,26 @@ def _loaded(path: str, read: Callable[..., Any], dtype: str, trust_remote_code: 
     except InputError:
         raise
     except Exception as error:  # whatever a model's constructor, a quantiser or a reader of files says
-        raise InputError(f"{path}: cannot load a model ({first_line(error)})") from error
+        why = _misfit(path, trust_remote_code) or f"cannot load a model ({first_line(error)})"
+        raise InputError(f"{path}: {why}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
     if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise InputError(f"{path}: does not fit the memory of the GPUs ({away[0]} would be left outside)")
     return model.eval()
+
+
+def _misfit(path: str, trust_remote_code: bool) -> str | None:
+    """Which tensor of a folder is not what the configuration's model has there; None where that is not why."""
+    if not os.path.isdir(path):
+        return None
+    try:
+        checkpoint = Checkpoint.open(path, trust_remote_code)
+        quantized = getattr(checkpoint.config, "quantization_config", None) is not None
+        return None if quantized else checkpoint.misfit()
+    except Exception:  # of a model that cannot be made at all: what is known already tells more
+        return None
 
 
 def load_skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -84,10 +102,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     folder = check_folder(path)
     if folder is not None and not any((folder / name).exists() for name in _TOKENIZERS):
         raise InputError(f"{path}: holds no tokenizer (no {_TOKENIZERS[0]})")
+    if folder is not None:
+        check_tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file is an error of any kind there
-        raise InputError(f"{path}: cannot load a tokenizer ({first_line(error)})") from error
+        where, said = path, first_line(error)
+        if folder is not None and (broken := flaw_of(folder / _TOKENIZERS[0])) is not None:
+            where, said = str(folder / _TOKENIZERS[0]), broken
+        raise InputError(f"{where}: cannot load a tokenizer ({said})") from error
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: the tokenizer has no chat template")
     if tokenizer.pad_token_id is None:

@@ -5,34 +5,26 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from esft.checkpoint.configuration import check_model, check_numbers
 from esft.errors import InputError, first_line
-from esft.storage.files import open_safetensors, safetensors_header
-from esft.storage.limits import EXPERTS, EXPERTS_IN_ALL, LAYERS, SIZE
-from esft.storage.reading import check_regular, read_json, shown
+from esft.storage.files import FLOATS, open_safetensors, safetensors_header
+from esft.storage.reading import read_json, shown
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 LENGTH = 4096  # tokens of a record where nothing is said, the paper's
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_MOST = {"layers": LAYERS, "experts": EXPERTS, "size": SIZE}
-# What no model can have none of.
-_SOME = {
-    "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok",
-    "max_position_embeddings",
-}  # fmt: skip
-_ROUTED = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def check_folder(path: str | Path) -> Path | None:
@@ -65,71 +57,45 @@ def open_config(path: str | Path, trust_remote_code: bool = False) -> PreTrained
         path: folder or hub id.
         trust_remote_code: whether Python files that lie beside the configuration may be run where it names them.
 
-    Raises InputError where it is missing, is none, or has numbers that no model has.
+    Raises InputError where it is missing, is none, or says what no model has.
     """
     folder = check_folder(path)
     if folder is not None and not (folder / CONFIG).exists():
         raise InputError(f"{path}: not a checkpoint folder (no {CONFIG})")
+    if folder is not None:
+        _check_generation(folder / GENERATION)
     where = str(path if folder is None else folder / CONFIG)
     try:
         raw = read_json(folder / CONFIG) if folder is not None else PreTrainedConfig.get_config_dict(path)[0]
         check_numbers(raw, where)
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_model(config, where)
+        return config
     except InputError:
         raise
     except Exception as error:  # the configurations' validators raise errors of their own kinds
         raise _refused(path, folder, where, error, trust_remote_code) from error
 
 
+def _check_generation(path: Path) -> None:
+    """Raise InputError for generation settings that are none; transformers passes over what it cannot read."""
+    if not os.path.lexists(path):
+        return
+    if not isinstance(values := read_json(path), dict):
+        raise InputError(f"{path}: not a mapping of settings")
+    try:
+        GenerationConfig.from_dict(values)
+    except Exception as error:  # whatever is said of values of other types
+        raise InputError(f"{path}: not settings of a generation ({first_line(error)})") from error
+
+
 def _refused(path: str | Path, folder: Path | None, where: str, error: Exception, trusted: bool) -> InputError:
     said = first_line(error)
     if not trusted and "trust_remote_code" in str(error):
-        return InputError(f"{where}: names Python code of its own; read it, and allow it with --trust-remote-code")
+        return InputError(f"{where}: names Python code of its own; read it, and allow it: `trust_remote_code=True`")
     if folder is None and isinstance(error, OSError):
         return InputError(f"{path}: no such folder, and no model of that name can be had from the hub ({said})")
     return InputError(f"{where}: not a model's configuration ({said})")
-
-
-def check_numbers(raw: Any, where: str) -> None:
-    """Raise InputError for a configuration that is no mapping, and for numbers beyond ``storage/limits.py``."""
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: not a model's configuration, which is a mapping")
-    if (named := raw.get("architectures")) is not None and not _is_names(named):
-        raise InputError(f"{where}: architectures is {shown(named)}, not a list of names")
-    routed = [raw[name] for name in _ROUTED if type(raw.get(name)) is int]
-    if type(chosen := raw.get("num_experts_per_tok")) is int and routed and chosen > max(routed):
-        raise InputError(f"{where}: num_experts_per_tok is {chosen}, of {max(routed)} experts")
-    largest = {"layers": 1, "experts": 1}
-    for name, value in _numbers(raw):
-        kind = _kind(name)
-        if kind is not None and value > _MOST[kind]:
-            raise InputError(f"{where}: {name} is {shown(value)}; at most {_MOST[kind]:,} are supported")
-        if name in _SOME and value < 1:
-            raise InputError(f"{where}: {name} is {shown(value)}, which no model has")
-        if kind in largest:
-            largest[kind] = max(largest[kind], int(value))
-    if (total := largest["layers"] * largest["experts"]) > EXPERTS_IN_ALL:
-        raise InputError(f"{where}: says {total:,} experts in all; at most {EXPERTS_IN_ALL:,} are supported")
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _kind(name: str) -> str | None:
-    """Which limit a number of this name has."""
-    if name.endswith(("_size", "_dim", "_heads", "_rank", "n_embd", "n_head", "d_model", "d_ff")):
-        return "size"
-    return next((kind for kind in ("layers", "experts") if kind in name or name.endswith(f"_{kind[:-1]}")), None)
-
-
-def _numbers(raw: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """All numbers of a configuration by name, those of its parts too."""
-    for name, value in raw.items():
-        if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, value
 
 
 def weight_files(path: str | Path) -> dict[str, str]:
@@ -147,7 +113,10 @@ def weight_files(path: str | Path) -> dict[str, str]:
         if (folder / WEIGHTS).exists() and set(files.values()) != {WEIGHTS}:  # libraries differ in which they read
             raise InputError(f"{folder}: holds {WEIGHTS} and an index of other files; take out what is not the model")
         for file in sorted(set(files.values())):
-            check_regular(folder / file)
+            with open_safetensors(folder / file) as handle:
+                held = set(handle.keys())
+            if absent := sorted(name for name, its in files.items() if its == file and name not in held):
+                raise InputError(f"{folder / file}: holds no tensor {absent[0]}, as the index says it does")
         return files
     if not (folder / WEIGHTS).exists():
         raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX}{_pickled(folder)}")
@@ -165,10 +134,11 @@ def downloaded(path: str | Path) -> Path:
         raise InputError(f"{path}: cannot be had from the hub ({first_line(error)})") from error
 
 
-def check_dtypes(path: str | Path, files: dict[str, str]) -> None:
-    """Raise InputError for a checkpoint folder whose matrices are complex or are all whole numbers.
+def check_dtypes(path: str | Path, files: dict[str, str], config: PreTrainedConfig) -> None:
+    """Raise InputError for a checkpoint folder whose tensors are of no dtypes that its configuration allows.
 
     Some of a model's tensors are whole numbers (tables of tokens, packed weights beside their scales); all cannot be.
+    Where the configuration says how the weights are quantized, some of them have to be.
     """
     folder = check_folder(path)
     headers = {} if folder is None else {file: safetensors_header(folder / file) for file in set(files.values())}
@@ -176,9 +146,12 @@ def check_dtypes(path: str | Path, files: dict[str, str]) -> None:
     for file, name, info in tensors:
         if info.dtype.startswith("C"):
             raise InputError(f"{path}/{file}: tensor {name} is {info.dtype}, which no model computes in")
-    if tensors and not any(info.dtype.startswith(("F", "BF")) for _, _, info in tensors):
+    if tensors and not any(info.dtype in FLOATS for _, _, info in tensors):
         file, name, info = tensors[0]
         raise InputError(f"{path}/{file}: tensor {name} is {info.dtype}, and none is of floating point")
+    quantized = getattr(config, "quantization_config", None) is not None
+    if tensors and quantized and all(info.dtype in FLOATS for _, _, info in tensors):
+        raise InputError(f"{path}/{CONFIG}: has a quantization_config, and no tensor is quantized; take it out")
 
 
 def _from_hub(model: str, name: str) -> Path | None:
@@ -209,6 +182,8 @@ def _indexed(path: Path) -> dict[str, str]:
     for file in files.values():
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", file):
             raise InputError(f"{path}: {shown(file)} is not the name of a safetensors file in this folder")
+    if not isinstance(index.get("metadata"), dict):  # transformers reads it, and needs no more of it
+        raise InputError(f"{path}: has no metadata, which is a mapping that may be empty")
     return files
 
 
@@ -230,5 +205,5 @@ class Reach:
         if asked is None:
             return min(LENGTH, self.positions or LENGTH)
         if self.positions is not None and asked > self.positions:
-            raise InputError(f"--max-length {asked} is beyond the model's {self.positions} positions")
+            raise InputError(f"`max_length={asked}` is beyond the model's {self.positions} positions")
         return asked

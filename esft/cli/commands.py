@@ -47,16 +47,16 @@ def _score(args: argparse.Namespace) -> None:
 def _select(args: argparse.Namespace) -> None:
     inputs = [args.scores, args.model]
     check_new_file(args.out, ExpertSelection.load if args.overwrite else None, [*inputs, args.plot])
-    if args.plot:
+    if args.plot is not None:
         check_new_file(args.plot, _check_plot if args.overwrite else None, [*inputs, args.out])
     from esft.scoring.select import select_experts
 
     scores = ExpertScores.load(args.scores)
-    if args.model:
+    if args.model is not None:
         _check_model(args, scores)
     chosen = select_experts(scores, args.by, args.top_p)
     selection = replace(chosen, shared_experts=args.shared_experts, non_expert_modules=args.non_expert_modules)
-    if args.plot:
+    if args.plot is not None:
         from esft.scoring.plot import plot_scores
 
         plot_scores(scores, selection, args.plot, by=args.by)
@@ -89,11 +89,12 @@ def _train(args: argparse.Namespace) -> None:
         begun = latest(args.out).path / "config.yaml"
         settings = begun if begun.is_file() else None
     config = TrainConfig.load(settings, **overrides)
-    selection = ExpertSelection.load(args.experts) if args.experts else None
+    selection = ExpertSelection.load(args.experts) if args.experts is not None else None
     if selection is None and config.method == "esft" and not args.resume:
         raise InputError("--method esft needs an expert selection: --experts")
-    for data in filter(None, (args.data, args.eval_data)):
-        check_regular(data)
+    for data in (args.data, args.eval_data):
+        if data is not None:
+            check_regular(data)
     from esft.training.loop import train
 
     with reading(args.model):
@@ -108,7 +109,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    if args.out:
+    if args.out is not None:
         inputs = [args.model, args.adapter, args.data]
         check_new_file(args.out, _check_result if args.overwrite else None, inputs)
     check_regular(args.data)
@@ -126,13 +127,14 @@ def _eval(args: argparse.Namespace) -> None:
         model = _model_with_adapter(args, adapter)
         loss = mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)
         if not math.isfinite(loss):
-            raise InputError(f"{args.model}: its loss on {args.data} is {loss}: the weights hold what is no number")
+            source = args.model if adapter is None else f"{args.model} with {adapter}"
+            raise InputError(f"{source}: loss on {args.data} is {loss}: weights hold what is no number, or too much")
         result: dict[str, Any] = {"records": len(records), "loss": loss}
         outcomes = []
         if not args.loss_only:
             result["exact_match"], outcomes = exact_match(model, tokenizer, records, args.batch_size, not args.quiet)
     say(json.dumps(result, allow_nan=False))
-    if args.out:
+    if args.out is not None:
         write_json(args.out, result | {"answers": outcomes})
 
 
@@ -149,7 +151,7 @@ def _generate(args: argparse.Namespace) -> None:
         encode_prompts(tokenizer, prompts, reach, reach.length(args.max_length))  # before the model is loaded
         replies = answer(_model_with_adapter(args, adapter), tokenizer, prompts, args.max_new_tokens)
     for text, reply in zip(args.prompt, replies, strict=True):
-        say(f"{text}\n    {reply}")
+        say(text, *f"    {reply}".split("\n"))
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -165,7 +167,7 @@ def _report(args: argparse.Namespace) -> None:
     from esft.runs.report import report
 
     with reading(args.run):
-        say(report(args.run))
+        say(*report(args.run).split("\n"))
 
 
 def _check_plot(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import unicodedata
@@ -17,6 +18,8 @@ from esft.errors import ESFTError, first_line, what_was_read
 DEBUG = "ESFT_DEBUG"
 # Characters that turn the direction of what follows: a name could be shown as another.
 _TURNS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# What messages call the arguments that are options here: they are made for callers from Python.
+_ARGUMENT = re.compile(r"`(overwrite|resume|trust_remote_code)=True`|`(max_length)=(\d+)`")
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")
 
 
@@ -29,9 +32,18 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def say(text: str) -> None:
+def as_options(text: str) -> str:
+    """A message with the options of the command line in the place of arguments from Python."""
+    return _ARGUMENT.sub(lambda found: _option(*found.groups()), text)
+
+
+def _option(flag: str | None, name: str | None, value: str | None) -> str:
+    return f"--{flag.replace('_', '-')}" if flag else f"--{str(name).replace('_', '-')} {value}"
+
+
+def say(*lines: str) -> None:
     """Lines on standard output."""
-    print("\n".join(printable(line) for line in text.split("\n")))
+    print("\n".join(map(printable, lines)))
 
 
 def complain(text: str, by: str = "esft") -> None:
@@ -47,8 +59,9 @@ def explain(error: Exception) -> None:
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     if isinstance(error, ESFTError):
-        return complain(str(error))
-    said = f"{type(error).__name__}: {first_line(error)}"
+        return complain(as_options(str(error)))
+    kind, said = type(error).__name__, first_line(error)
+    said = said if said.startswith(kind) else f"{kind}: {said}"
     if isinstance(error, OSError) and error.filename is not None:
         said = f"{error.filename}: {error.strerror}"
     what = what_was_read(error)

@@ -99,7 +99,7 @@ class Checkpoints:
                 warnings.warn(f"a checkpoint is damaged, the run goes on from {path.name}: {error}", stacklevel=2)
             return state
         if damaged:
-            raise InputError(f"{damaged[0]}; no other checkpoint is sound, begin the run again (overwrite)")
+            raise InputError(f"{damaged[0]}; no other checkpoint is sound, begin the run again (`overwrite=True`)")
         return None
 
     def _found(self) -> list[tuple[int, Path]]:

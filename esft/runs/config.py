@@ -46,7 +46,7 @@ class TrainConfig:
     """
 
     method: str = setting("esft", "what trains: the selected experts, everything, or LoRA (PEFT)", choices=METHODS)
-    lr: float | None = setting(None, "learning rate; where none is given, the paper's for the method", "(0, inf)")
+    lr: float | None = setting(None, "learning rate; where none is given, the paper's for the method", "[1e-30, 10]")
     steps: int = setting(500, "optimizer steps", "[1, inf)")
     batch_size: int = setting(32, "records of a step", "[1, inf)")
     micro_batch_size: int | None = setting(
@@ -66,15 +66,15 @@ class TrainConfig:
         "AdamW over float32 masters, its moments in float32 or in 8 bits: 8 or 2 bytes a trained parameter",
         choices=OPTIMIZERS,
     )
-    weight_decay: float = setting(0.1, "of AdamW, a share of the learning rate", "[0, inf)")
+    weight_decay: float = setting(0.1, "of AdamW, a share of the learning rate", "[0, 1000]")
     beta1: float = setting(0.9, "of AdamW, decay of the mean gradient a step", "[0, 1)")
     beta2: float = setting(0.95, "of AdamW, decay of the mean squared gradient a step", "[0, 1)")
-    clip: float = setting(1.0, "largest norm of the whole gradient", "(0, inf]")
+    clip: float = setting(1.0, "largest norm of the whole gradient", "[1e-8, inf]")
     aux_loss: float = setting(
-        0.0, "weight of the load-balancing loss, summed over layers; the router trains only where selected", "[0, inf)"
+        0.0, "weight of the load-balancing loss, summed over layers; the router trains only where selected", "[0, 1000]"
     )
     lora_rank: int = setting(8, "rank of LoRA's matrices", "[1, 65536]")
-    lora_alpha: int = setting(16, "LoRA's scaling times its rank", "[1, inf)")
+    lora_alpha: int = setting(16, "LoRA's scaling times its rank", "[1, 65536]")
     dtype: str = setting(
         "auto",
         "to compute in; auto: the checkpoint's, float32 on a CPU without bf16 arithmetic",
@@ -137,9 +137,15 @@ class TrainConfig:
 
 def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> None:
     """Raise InputError for two settings that contradict; ``called`` has other names that a user gave them."""
-    micro, batch, aux, recompute, frozen = (
-        called.get(name, name) for name in ("micro_batch_size", "batch_size", "aux_loss", "recompute", "frozen")
+    micro, batch, aux, recompute, lr, decay, frozen = (
+        called.get(name, name)
+        for name in ("micro_batch_size", "batch_size", "aux_loss", "recompute", "lr", "weight_decay", "frozen")
     )
+    rate = PAPER_LR[settings["method"]] if settings["lr"] is None else settings["lr"]
+    if rate * settings["weight_decay"] > 1:
+        raise InputError(
+            f"{lr} {rate} times {decay} {settings['weight_decay']} must be at most 1, a whole weight a step"
+        )
     if settings["micro_batch_size"] is not None and settings["micro_batch_size"] > settings["batch_size"]:
         most = f"{batch} {settings['batch_size']}"
         raise InputError(f"{micro} must be at most {most}, got {settings['micro_batch_size']}")
@@ -151,8 +157,13 @@ def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> N
         raise InputError(f"{frozen} {settings['frozen']} goes with the method esft, not with {settings['method']}")
 
 
-def _check(each: Field, value: Any, where: str) -> None:
-    """Raise InputError where a value is not one of its setting's choices, or outside its interval."""
+def _check(each: Field, value: Any, where: str, text: str | None = None) -> None:
+    """Raise InputError where a value is not one of its setting's choices, or outside its interval.
+
+    Args:
+        text: what a number was made of, where that was a text.
+    """
+    said = shown(value) if text is None else shown(text)[1:-1]
     choices, within = each.metadata["choices"], each.metadata["within"]
     if choices and value not in choices:
         raise InputError(f"{where} must be one of {', '.join(choices)}, got {shown(value)}")
@@ -161,9 +172,9 @@ def _check(each: Field, value: Any, where: str) -> None:
         above = value > low if within[0] == "(" else value >= low
         below = value < high if within[-1] == ")" else value <= high
         if not (above and below):
-            raise InputError(f"{where} must be in {within}, got {shown(value)}")
+            raise InputError(f"{where} must be in {within}, got {said}")
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise InputError(f"{where} must be below 2**63, got {shown(value)}")
+        raise InputError(f"{where} must be below 2**63, got {said}")
 
 
 def _converted(each: Field, value: Any, where: str) -> Any:
@@ -176,6 +187,8 @@ def _converted(each: Field, value: Any, where: str) -> Any:
             raise ValueError
         if "float" in kind:
             converted = float(value.replace(".inf", "inf") if isinstance(value, str) else value)
+            if converted == 0 and isinstance(value, str) and re.search("[1-9]", re.split("[eE]", value)[0]):
+                raise ValueError  # below the smallest number
         elif "int" in kind:
             if isinstance(value, float) and not value.is_integer():
                 raise ValueError
@@ -186,5 +199,5 @@ def _converted(each: Field, value: Any, where: str) -> Any:
             raise ValueError
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where} must be {kind}, got {shown(value)}") from error
-    _check(each, converted, where)
+    _check(each, converted, where, value if isinstance(value, str) else None)
     return converted

@@ -26,7 +26,7 @@ def opened(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder
     and where another process holds the run.
     """
     if resume and overwrite:
-        raise InputError("resume and overwrite exclude each other")
+        raise InputError("`resume=True` and `overwrite=True` exclude each other")
     run = RunFolder(resolved(out))
     check_new_folder(out, lambda path: list(entries(path)))
     if not _is_run(run):  # in what is not ours not even a lock is made
@@ -59,17 +59,18 @@ def _place(run: RunFolder, resume: bool, overwrite: bool) -> RunFolder:
     if resume:
         folder = latest(run.path)
         if not folder.begun:
-            hint = ", it was broken off before its first step: begin it again" if run.holds(MARKER) else ""
-            raise InputError(f"{run.path}: holds no run to resume{hint}")
+            raise InputError(f"{run.path}: holds no run to resume{run.why_not_begun}")
         folder.recover()
         folder.check_outcome()
         return folder
     if run.broken_off:
         return run
     if not overwrite:
-        raise InputError(f"{run.path}: holds something already (say overwrite to replace it, resume to go on with it)")
+        raise InputError(
+            f"{run.path}: holds something already (`overwrite=True` replaces it, `resume=True` goes on with it)"
+        )
     if not run.holds(MARKER):
-        hint = "; it may be a run of an earlier version: resume it first" if run.begun else ""
+        hint = "; it may be a run of an earlier version: `resume=True` first" if run.begun else ""
         raise InputError(f"{run.path}: holds no run (no {MARKER}), and is not overwritten{hint}")
     if following.path.is_dir():
         following.recover()
@@ -85,7 +86,7 @@ def _replace(run: RunFolder) -> None:
         try:
             run.check_ours()
         except InputError as error:
-            raise InputError(f"{error}, and resume: the new run is whole, in {following.path}") from error
+            raise InputError(f"{error}, and `resume=True`: the new run is whole, in {following.path}") from error
         replaced = following.path / REPLACED
         replaced.mkdir(exist_ok=True)
         for path in sorted(run.path.iterdir()):

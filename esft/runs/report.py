@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from esft.errors import LONGEST
 from esft.runs.run_folder import RunFolder
 from esft.storage.reading import shown
 
@@ -18,7 +19,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+def _plain(value: Any) -> str:
+    """A text as it is where that cannot be taken for another line, and anything else as Python writes it, cut."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= LONGEST else shown(value)
+
+
 def _cell(value: Any) -> str:
+    if isinstance(value, float) and abs(value) >= 1e6:
+        return f"{value:.3e}"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -49,7 +57,5 @@ def report(run: str | Path, rows: int = 12) -> str:
         )
     text = table(lines)
     if (summary := folder.summary()) is not None:
-        text += "\n\n" + "\n".join(
-            f"{name}: {value if isinstance(value, str) else shown(value)}" for name, value in summary.items()
-        )
+        text += "\n\n" + "\n".join(f"{_plain(name)}: {_plain(value)}" for name, value in summary.items())
     return text

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from esft.errors import DiskError, InputError
+from esft.errors import InputError
 from esft.runs.checkpoints import Checkpoints, digest_of
 from esft.runs.config import TrainConfig
+from esft.runs.metrics import logging, read_metrics
 from esft.selection import ExpertSelection
-from esft.storage.files import TEMPORARY, write_json, write_text, write_yaml
+from esft.storage.files import TEMPORARY, write_json, write_yaml
 from esft.storage.locks import locked
 from esft.storage.outputs import check_new_folder, entries, new_folder, recover
-from esft.storage.reading import parse_json, read_json, read_text, shown
+from esft.storage.reading import check_name, read_json, shown
 
 MARKER = "esft_run.json"
 FORMAT_VERSION = 1
-LARGEST = 1e300  # of a figure in the metrics, so that sums of some stay numbers
 CONFIG = "config.yaml"
 SELECTION = "experts.json"
 ORIGIN = "origin.json"
@@ -62,6 +59,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path):
+        """Raises InputError for what is no path."""
+        check_name(path)
         self.path = Path(path)
 
     def holds(self, name: str) -> bool:
@@ -74,6 +73,15 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether all is there that a run is begun with: the origin is written last."""
         return self.holds(CONFIG) and self.holds(ORIGIN)
+
+    @property
+    def why_not_begun(self) -> str:
+        """For the message about a run that cannot go on; empty where there is none at all."""
+        if not self.holds(MARKER):
+            return ""
+        if self.broken_off:
+            return ", it was broken off before its first step: begin it again"
+        return f", as it lacks {ORIGIN if self.holds(CONFIG) else CONFIG}"
 
     @property
     def broken_off(self) -> bool:
@@ -103,7 +111,7 @@ class RunFolder:
         files = marker.get("outcome") if isinstance(marker, dict) else None
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             raise InputError(f"{self.path / MARKER}: is no run's marker")
-        if marker.get("format_version") != FORMAT_VERSION:
+        if type(version := marker.get("format_version")) is not int or version != FORMAT_VERSION:
             raise InputError(f"{self.path / MARKER}: format_version must be {FORMAT_VERSION}")
         return set(files)
 
@@ -147,10 +155,14 @@ class RunFolder:
         """Base and data with their digests, and those of settings and selection. Raises InputError for another file."""
         path = self.path / ORIGIN
         origin = read_json(path)
-        digests = origin.get("digests") if isinstance(origin, dict) else None
-        if not isinstance(digests, dict) or not digests.keys() >= {"model", "data"}:
+        values = origin if isinstance(origin, dict) else {}
+        digests = values.get("digests")
+        texts = [values.get("model"), values.get("data"), *(digests.values() if isinstance(digests, dict) else [None])]
+        if not isinstance(digests, dict) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: does not say what the run was begun with")
-        return origin
+        if not digests.keys() >= {"model", "data"} or not isinstance(values.get("base_settings", {}), dict):
+            raise InputError(f"{path}: does not say what the run was begun with")
+        return values
 
     def begun_with(
         self, config: TrainConfig | None, selection: ExpertSelection | None
@@ -171,76 +183,52 @@ class RunFolder:
         if selection is not None and selection != chosen:
             raise InputError(f"cannot resume with another expert selection than {self.path / SELECTION}")
         config = config or begun
+        if self.holds(METRICS):
+            self.metrics(torn=True)
         done = max(self.checkpoints().last_step(), (self.summary() or {}).get("steps", 0))
         if config.steps < done:
             raise InputError(f"cannot resume with steps {config.steps}: {self.path} has done {done}")
         return config, chosen
 
-    def check_origin(self, digests: Mapping[str, str], paths: Mapping[str, str | Path]) -> None:
-        """Raise InputError where the run was begun with another model or other data than these."""
-        begun = self.origin()["digests"]
+    def check_origin(
+        self, digests: Mapping[str, str], settings: Mapping[str, Any], paths: Mapping[str, str | Path]
+    ) -> None:
+        """Raise InputError where the run was begun with another model or other data than these.
+
+        Args:
+            digests: of the model's weights and of the data.
+            settings: what the model's forward pass depends on; one that only one of the two has is passed over.
+            paths: of both, for the message.
+        """
+        origin = self.origin()
+        begun, theirs = origin["digests"], origin.get("base_settings", {})
         for name, path in paths.items():
             # Runs of before have the first part of the model's digest alone.
             if begun[name] not in (digests[name], digests[name].partition("-")[0]):
                 raise InputError(f"cannot resume with {name} {path}: the run was begun with another")
+        for name, value in settings.items():
+            if (before := theirs.get(name, value)) != value:
+                said = f"its {name} is {shown(value)}, and was {shown(before)} when the run was begun"
+                raise InputError(f"cannot resume with model {paths['model']}: {said}")
 
     def checkpoints(self) -> Checkpoints:
         """What the run resumes from."""
         return Checkpoints(self.path / _CHECKPOINTS, self.origin()["digests"])
 
-    @contextmanager
-    def log(self, done: int) -> Iterator[Callable[..., None]]:
-        """A function ``log(step, **values)`` that adds a line to the metrics and points to TensorBoard's events.
-
-        Args:
-            done: steps that the run has done; metrics and TensorBoard forget what they have of later ones.
-        """
-        lines = [line for line in self.metrics(torn=True) if line["step"] <= done] if self.holds(METRICS) else []
-        write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
-        with (
-            open(self.path / METRICS, "a", encoding="utf-8") as metrics,
-            SummaryWriter(str(self.path / _BOARD), purge_step=done + 1) as board,
-        ):
-
-            def log(step: int, **values: float) -> None:
-                try:
-                    print(json.dumps({"step": step, **values}), file=metrics, flush=True)
-                except OSError as error:
-                    raise DiskError(f"{self.path / METRICS}: {error.strerror or error}") from error
-                for name, value in values.items():
-                    board.add_scalar(name, value, step)
-
-            yield log
+    def log(self, done: int) -> AbstractContextManager[Callable[..., None]]:
+        """``logging`` of this run, which has done so many steps."""
+        return logging(self.path / METRICS, self.path / _BOARD, done)
 
     def metrics(self, torn: bool = False) -> list[dict[str, Any]]:
-        """The lines of the metrics file.
-
-        Args:
-            torn: leave out a last line that a kill has cut short.
-
-        Raises InputError naming file and line.
-        """
-        path = self.path / METRICS
-        if not path.is_file():
+        """``read_metrics`` of this run. Raises InputError for a folder that is none of a run, too."""
+        if not (self.path / METRICS).is_file():
             raise InputError(f"{self.path}: not a run folder (no {METRICS})")
-        text, lines = read_text(path), []
-        for number, line in enumerate(text.splitlines(), 1):
-            where = f"{path}: line {number}"
-            try:
-                values = parse_json(line, where, lines=False)
-            except InputError:
-                if torn and not text.endswith("\n") and number == len(text.splitlines()):
-                    break
-                raise
-            if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 1:
-                raise InputError(f"{where}: names no step")
-            for name, value in values.items():
-                if type(value) not in (int, float) or not abs(value) <= LARGEST:
-                    raise InputError(f"{where}: {name} is {shown(value)}, no number")
-            if "loss" in values and not {"lr", "tokens_per_second"} <= values.keys():
-                raise InputError(f"{where}: a loss without lr and tokens_per_second")
-            lines.append(values)
-        return lines
+        return read_metrics(self.path / METRICS, torn)
+
+    def last_step(self) -> int:
+        """The last step in the metrics, 0 without any."""
+        lines = self.metrics(torn=True) if self.holds(METRICS) else []
+        return lines[-1]["step"] if lines else 0
 
     @contextmanager
     def outcome(self, name: str) -> Iterator[Path]:
@@ -252,6 +240,8 @@ class RunFolder:
     def check_outcome(self) -> None:
         """Raise InputError where the outcome of a run that goes on holds what is no part of it."""
         for name in (ADAPTER, MODEL):
+            if (self.path / name).is_symlink():
+                raise InputError(f"{self.path / name}: is a link, where a run has a folder of its own")
             check_new_folder(self.path / name, lambda _, name=name: self._outcome_in(name))
 
     def _outcome_in(self, name: str) -> set[str]:
@@ -275,9 +265,13 @@ class RunFolder:
         """What the run measured, None before its end. Raises InputError for a file that is no summary."""
         path = self.path / SUMMARY
         values = read_json(path) if self.holds(SUMMARY) else None
-        if values is not None and (not isinstance(values, dict) or type(values.get("steps", 0)) is not int):
+        if values is not None and (not isinstance(values, dict) or not _is_count(values.get("steps", 0))):
             raise InputError(f"{path}: not a run's summary")
         return values
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 _FILES = {"settings": CONFIG, "selection": SELECTION}

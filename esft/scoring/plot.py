@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
-from esft.errors import DiskError, InputError, first_line
+from esft.errors import InputError, first_line
 from esft.scoring.expert_scores import ExpertScores
 from esft.selection import ExpertSelection
+from esft.storage.files import whole_file
 
 MOST_LAYERS = 500
 
@@ -55,17 +55,13 @@ def plot_scores(
     axes.set_xlabel("experts by falling score (the number is the expert's id; framed: chosen)")
     axes.set_title(title or f"{by} scores, {selection.num_experts} experts chosen")
     figure.colorbar(image, ax=axes, label=f"{by} score")
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, dpi=130, format=path.suffix[1:].lower())
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=130, format=path.suffix[1:].lower())
     except ValueError as error:
         raise InputError(f"{path}: cannot be drawn ({first_line(error)})") from error
-    except OSError as error:
-        raise DiskError(f"{path}: {error.strerror or error}") from error
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not on Windows: there, what a dead writer has left stays
+    fcntl = None
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -18,22 +24,37 @@ from safetensors import SafetensorError, safe_open
 from esft.errors import DiskError, InputError
 from esft.storage.reading import check_regular
 
-TEMPORARY = re.compile(r"\.esft-[0-9a-f]{8}\.tmp")  # what ``write_text`` calls a file that is not whole yet
+TEMPORARY = re.compile(r"\.esft-[0-9a-f]{8}(-[0-9a-f]{8})?\.tmp")  # what a file is called that is not whole yet
+FLOATS = ("F64", "F32", "F16", "BF16")  # a safetensors file's names of the dtypes that are computed in
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write through a temporary name and a rename: the file is the old one or the new one, whole.
+    """``whole_file`` with this text in UTF-8."""
+    with whole_file(path) as file:
+        file.write(text.encode())
 
-    Of a link to a file, that file is replaced. Raises DiskError when the file cannot be written.
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which has its name when the block has ended without an error and its bytes are on the disk.
+
+    Until then it has a temporary name in the same folder: the named file is the old one or the new one, whole, after a
+    power cut too. Of a link to a file, that file is replaced. What writers of this file have left that were killed is
+    cleared away. Raises DiskError when the file cannot be written.
     """
     path = Path(path)
     try:
         target = path.resolve()
-        temporary = temporary_beside(target)
+        _clear(target)
+        temporary, file = _begin(target)
         try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, target)
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is None:
+                    file.close()  # Windows renames nothing that is open
+                os.replace(temporary, target)  # while it is held: nobody takes it for a dead writer's
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -41,9 +62,42 @@ def write_text(path: str | Path, text: str) -> None:
         raise DiskError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def temporary_beside(path: Path) -> Path:
-    """A name in the same folder that no user's file has, and by which a crash's remains are known (``TEMPORARY``)."""
-    return path.with_name(f".esft-{secrets.token_hex(4)}.tmp")
+def _begin(target: Path) -> tuple[Path, BinaryIO]:
+    """A temporary file for this one, held by this process until it is closed."""
+    while True:
+        temporary = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 (closed by who writes it)
+        # Another writer may have found it in the moment before it was held.
+        if _hold(file) is not False and temporary.exists():
+            return temporary, file
+        file.close()
+
+
+def _prefix(target: Path) -> str:
+    """How the temporary names of this file begin; its own name may be as long as names can be."""
+    return f".esft-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}-"
+
+
+def _clear(target: Path) -> None:
+    """Remove what writers of this file have left that live no more: the system lets go of what a process held."""
+    for left in target.parent.glob(f"{_prefix(target)}*.tmp"):
+        if TEMPORARY.fullmatch(left.name) and left.is_file() and not left.is_symlink():
+            with suppress(OSError), open(left, "rb") as file:
+                if _hold(file):
+                    left.unlink()
+
+
+def _hold(file: BinaryIO) -> bool | None:
+    """Hold a file against every other opening of it. False where another one does, None where the system cannot."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -6,4 +6,6 @@ LAYERS = 10_000
 EXPERTS = 65_536  # of a layer
 EXPERTS_IN_ALL = 1 << 20
 SIZE = 1 << 24  # of one dimension of a model: hidden size, vocabulary, heads
+TEXT = 1 << 25  # characters of a conversation
+DEPTH = 256  # folders of a path
 SHOWN = 80  # characters of a bad value in a message

@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 
 from esft.errors import DiskError, ESFTError, InputError
 from esft.storage.locks import locked
+from esft.storage.reading import check_name
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"  # what is beside a folder while it is written
 
 
 def resolved(path: str | Path) -> Path:
-    """The path without links. Raises InputError for links that go in a circle."""
+    """The path without links. Raises InputError for links that go in a circle, and for what is no path."""
+    check_name(path)
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError) as error:
@@ -63,7 +65,7 @@ def check_new_file(
             raise InputError(f"{path}: lies in {folder}, which is read")
     if place.exists():
         if overwrite is None:
-            raise InputError(f"{path}: exists already (say overwrite to replace it)")
+            raise InputError(f"{path}: exists already (`overwrite=True` replaces it)")
         if not place.is_file():
             raise InputError(f"{path}: is no ordinary file, and is not overwritten")
         if place.stat().st_size:
@@ -90,7 +92,7 @@ def check_new_folder(path: str | Path, earlier: Earlier | None = None) -> None:
         raise InputError(f"{path}: is a file, not a folder")
     if place.exists() and any(place.iterdir()):
         if earlier is None:
-            raise InputError(f"{path}: holds something already (say overwrite to replace it)")
+            raise InputError(f"{path}: holds something already (`overwrite=True` replaces it)")
         check_all_ours(place, earlier(place))
     _check_parent(Path(path))
 
@@ -111,7 +113,11 @@ def entries(folder: Path) -> Iterator[str]:
 
 
 def _check_parent(path: Path) -> None:
-    """Raise InputError unless the nearest folder above that exists is one, and can be written to."""
+    """Raise InputError unless the nearest folder above that exists is one, can be written to, and the name is text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # libraries that write there take text only
+        raise InputError(f"{path}: is no name in UTF-8") from error
     parent = next(p for p in resolved(path).parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"{path}: {parent} is not a folder")
@@ -148,6 +154,7 @@ def new_folder(path: str | Path, earlier: Earlier | None = None) -> Iterator[Pat
                     check_new_folder(path, earlier)
                     new.mkdir()
                     yield new
+                    _to_disk(new)
                     check_new_folder(path, earlier)  # again, as the block may have taken hours
                     if path.exists():
                         os.replace(path, old)
@@ -163,6 +170,14 @@ def new_folder(path: str | Path, earlier: Earlier | None = None) -> Iterator[Pat
         finally:
             with suppress(OSError):  # another process may be there by now
                 beside.rmdir()
+
+
+def _to_disk(folder: Path) -> None:
+    """Wait until the files below a folder are on the disk: a name without its bytes is what a power cut leaves else."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def recover(folder: Path, names: re.Pattern[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import reprlib
 import stat
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
-from esft.storage.limits import JSON_BYTES, SETTINGS_BYTES, SHOWN
+from esft.storage.limits import DEPTH, JSON_BYTES, SETTINGS_BYTES, SHOWN
 
 _NULL, _TEXT = "tag:yaml.org,2002:null", re.compile(r"tag:yaml\.org,2002:(null|str|int|float|bool)")
 _brief = reprlib.Repr()
@@ -25,6 +26,20 @@ _brief.maxstring = _brief.maxother = _brief.maxlong = SHOWN
 def shown(value: Any) -> str:
     """A bad value for a message: its repr, cut where it is long."""
     return _brief.repr(value)
+
+
+def check_name(path: str | Path) -> None:
+    """Raise InputError for what is no path: a name that is empty, too long, too deep or holds a null byte."""
+    if not str(path):
+        raise InputError("'': is no path")
+    if len(Path(path).parts) > DEPTH:
+        raise InputError(f"{shown(str(path))}: lies more than {DEPTH} folders deep")
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shown(str(path))}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_regular(path: str | Path) -> int:

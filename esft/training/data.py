@@ -15,12 +15,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from esft.errors import InputError, first_line
+from esft.storage.limits import TEXT
 from esft.storage.reading import parse_json, read_text
 
 logger = logging.getLogger("esft")
 
 IGNORE = -100  # label of a position without loss
 ROLES = ("system", "user", "assistant")
+
+_WANTED = 'a record is a line of its own: {"messages": [{"role": "user", "content": ...}, ...]}'
 
 Messages = list[dict[str, str]]
 
@@ -32,18 +35,38 @@ def read_records(path: str | Path) -> list[Messages]:
     file without records.
     """
     # Not splitlines(): it would also cut at separators that JSON strings may hold.
-    lines = read_text(path, "utf-8-sig").split("\n")
-    records = [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    text = read_text(path, "utf-8-sig")
+    try:
+        lines = enumerate(text.split("\n"), 1)
+        records = [_parse(line, f"{path}: line {number}") for number, line in lines if line.strip()]
+    except InputError as error:
+        if _is_json(text):
+            raise InputError(f"{path}: one JSON value over several lines; {_WANTED}") from error
+        raise
     if not records:
         raise InputError(f"{path}: holds no records")
     return records
 
 
+def _is_json(text: str) -> bool:
+    """Whether a text of several lines is one JSON value."""
+    if len(text.split("\n", 2)) < 2 or text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        parse_json(text, "")
+    except InputError:
+        return False
+    return True
+
+
 def _parse(line: str, where: str) -> Messages:
-    record = parse_json(line, where, lines=False)
+    try:
+        record = parse_json(line, where, lines=False)
+    except InputError as error:
+        raise InputError(f"{error}; {_WANTED}") from error
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise InputError(f'{where}: no "messages" list')
+        raise InputError(f'{where}: no "messages" list; {_WANTED}')
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise InputError(f"{where}: a message's role must be one of {', '.join(ROLES)}")
@@ -87,7 +110,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generatio
     """Raises InputError for whatever a template or a tokenizer, both read from files, makes of it."""
     try:
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        if len(text) > TEXT:
+            raise InputError(f"the chat template makes {len(text):,} characters of it; at most {TEXT:,} are read")
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"the chat template cannot render it ({first_line(error)})") from error
 

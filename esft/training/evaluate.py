@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from esft.checkpoint.source import Reach
 from esft.errors import InputError
@@ -113,8 +114,9 @@ def answer(
 ) -> list[str]:
     """Greedy answers to conversations that end with a user turn, in the given order.
 
-    None goes beyond the model's positions. Raises InputError, before any work, for a prompt that the model has no
-    positions or tokens for.
+    None goes beyond the model's positions, and nothing else that its generation settings say is used. Raises
+    InputError, before any work, for a prompt that the model has no positions or tokens for; and for a model whose
+    logits are no numbers.
     """
     model.eval()
     reach = Reach.of(_causal_lm(model).config)
@@ -127,17 +129,39 @@ def answer(
         batch = collate([encoded[i] for i in part], pad, left=True)
         prompt_length = batch["input_ids"].shape[1]
         left = (reach.positions or math.inf) - max(len(encoded[i].ids) for i in part)
-        out = model.generate(
-            input_ids=batch["input_ids"].to(_causal_lm(model).device),
-            attention_mask=batch["attention_mask"].to(_causal_lm(model).device),
-            max_new_tokens=int(min(max_new_tokens, left)),
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        with _plain_settings(_causal_lm(model)):
+            out = model.generate(
+                input_ids=batch["input_ids"].to(_causal_lm(model).device),
+                attention_mask=batch["attention_mask"].to(_causal_lm(model).device),
+                max_new_tokens=int(min(max_new_tokens, left)),
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+                logits_processor=[_check_logits],
+            )
         for i, row in zip(part, out, strict=True):
             answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
     return answers
+
+
+@contextmanager
+def _plain_settings(causal_lm: Any) -> Iterator[None]:
+    """Without the model's own generation settings: some of them do more than to choose the likeliest token."""
+    own = causal_lm.generation_config
+    causal_lm.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        causal_lm.generation_config = own
+
+
+def _check_logits(input_ids: Tensor, logits_BV: Tensor) -> Tensor:
+    """The logits of the next tokens. Raises InputError where a row has no largest one; one alone may be -inf."""
+    if not bool(logits_BV.amax(dim=-1).isfinite().all()):
+        raise InputError(
+            "the model's logits are no numbers: its weights or the adapter's hold what is none, or too much"
+        )
+    return logits_BV
 
 
 def encode_prompts(
@@ -158,7 +182,7 @@ def encode_prompts(
         except InputError as error:
             raise InputError(f"prompt {number}: {error}") from error
         if longest is not None and len(ids) > longest:
-            raise InputError(f"prompt {number}: has {len(ids)} tokens, more than --max-length {longest}")
+            raise InputError(f"prompt {number}: has {len(ids)} tokens, more than `max_length={longest}`")
         if reach.positions is not None and len(ids) >= reach.positions:
             raise InputError(f"prompt {number}: has {len(ids)} tokens, and the model {reach.positions} positions")
         if reach.vocabulary is not None and max(ids) >= reach.vocabulary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -102,16 +103,18 @@ def train(
             return encode_all(tokenizer, read_records(path), length, path, reach.vocabulary, progress)
 
         examples = encoded(data)
-        held_out = encoded(eval_data) if eval_data else []
+        held_out = encoded(eval_data) if eval_data is not None else []
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
         model, base = METHODS[config.method].prepare(source, config, selection)
         digests = {"model": base.digest, "data": file_digest(Path(data))}
         if resume:
-            folder.check_origin(digests, {"model": model_path, "data": data})
+            folder.check_origin(digests, base.settings, {"model": model_path, "data": data})
         loop = _Loop(model, tokenizer, config, progress)
         state = folder.checkpoints().restore(loop.load) if resume else None
-        origin = {"model": model_path, "data": str(data)}
+        if resume and state is None and folder.last_step() > config.save_every:
+            warnings.warn(f"{folder.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
+        origin = {"model": model_path, "data": str(data), "base_settings": base.settings}
         folder.begin(config, origin | {"digests": digests}, selection)
         measured = loop.run(folder, examples, held_out, 0 if state is None else state.step)
         METHODS[config.method].save(loop.model.eval(), tokenizer, config, base, folder)
@@ -150,6 +153,7 @@ class _Loop:
         bar = tqdm(total=config.steps, initial=first, desc=config.method, disable=not self.progress, unit="step")
 
         def save(step: int) -> None:
+            self._check_weights(step)
             checkpoints.save(State(step, self.losses[-RECENT:], self.optimizer.state()))
 
         def leave_if_asked(step: int) -> None:
@@ -185,6 +189,7 @@ class _Loop:
                 if (found := evaluation(step)) is not None:
                     eval_loss = found
             leave_if_asked(step)
+        self._check_weights(step)
         seconds = time.monotonic() - started
         return {
             "steps": config.steps,
@@ -196,6 +201,11 @@ class _Loop:
             "peak_rss": peak_rss(),
             "peak_gpu_memory": peak_memory(),
         }
+
+    def _check_weights(self, step: int) -> None:
+        """Before they are stored: the gradients of the next step would show it too, but the last one has none."""
+        if (name := self.optimizer.overflowed()) is not None:
+            raise DivergenceError(f"step {step}: {name} holds what is no finite number; lower the learning rate")
 
     def _recent_loss(self) -> float:
         recent = self.losses[-RECENT:]

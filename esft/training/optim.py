@@ -107,6 +107,10 @@ class MasterAdamW:
             if span.stop == self.params[name].numel():
                 self.params[name].grad = None
 
+    def overflowed(self) -> str | None:
+        """The first parameter that holds what is no finite number; None where all are."""
+        return next((name for name, p in self.params.items() if not bool(p.isfinite().all())), None)
+
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, to resume from; no copies."""
         tensors = {f"{part}/{name}": t for name, m in self.masters.items() for part, t in m.tensors().items()}

@@ -19,7 +19,9 @@ def test_every_error_is_the_packages_and_a_standard_one_with_its_message(kind: t
     ("error", "line"),
     [
         (ValueError("one\ntwo"), "one"),
-        (ValueError("\n  one  \ntwo"), "one  "),
+        (ValueError("\n  one  \ntwo"), "one"),
+        (ValueError("of field 'a':\n   is wrong\nthird"), "of field 'a': is wrong"),
+        (KeyError("a"), "KeyError 'a'"),
         (ValueError(" \n"), "ValueError"),
         (KeyError(), "KeyError"),
     ],

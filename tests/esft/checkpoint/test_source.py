@@ -20,7 +20,6 @@ from esft.checkpoint.source import (
     Reach,
     check_dtypes,
     check_folder,
-    check_numbers,
     open_config,
     weight_files,
 )
@@ -87,7 +86,11 @@ def test_what_is_sound_is_read(read, base, shards):
         (INDEX, "[]", r"index\.json: has no weight_map"),
         (INDEX, '{"weight_map": {}}', r"index\.json: has no weight_map"),
         (INDEX, '{"weight_map": ["model.safetensors"]}', r"index\.json: has no weight_map"),
-        (INDEX, '{"weight_map": {"a": "absent.safetensors"}}', "holds model.safetensors and an index of other files"),
+        (
+            INDEX,
+            '{"metadata": {}, "weight_map": {"a": "absent.safetensors"}}',
+            "holds model.safetensors and an index of other files",
+        ),
         (WEIGHTS, "nonsense", r"model\.safetensors: not a readable safetensors file"),
     ],
     ids=range(16),
@@ -163,7 +166,9 @@ def test_code_of_a_checkpoint_is_not_run_and_nobody_is_asked(read, base, monkeyp
     (base / "code.py").write_text(CODE.format(str(base / "mark")))
     change = {"model_type": "of_their_own", "auto_map": {"AutoConfig": "code.C"}}
     rewrite_json(base / "config.json", lambda config: config.update(change))
-    with pytest.raises(esft.InputError, match=r"config\.json: names Python code of its own; .* --trust-remote-code$"):
+    with pytest.raises(
+        esft.InputError, match=r"config\.json: names Python code of its own; .* `trust_remote_code=True`$"
+    ):
         read(base)
     assert not (base / "mark").exists()
     assert type(open_config(base, trust_remote_code=True)).__name__ == "C"
@@ -209,35 +214,6 @@ def test_a_file_is_no_checkpoint_folder(tmp_path):
             check_folder(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"num_hidden_layers": 10_001}, "num_hidden_layers"),
-        ({"n_layer": 10_001}, "n_layer"),
-        ({"text_config": {"num_local_experts": 65_537}}, "num_local_experts"),
-        ({"n_routed_experts": 1e30}, "n_routed_experts"),
-        ({"hidden_size": 2**24 + 1}, "hidden_size"),
-        ({"head_dim": 2**30}, "head_dim"),
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"hidden_size": -1}, "hidden_size"),
-    ],
-    ids=str,
-)
-def test_a_number_that_no_model_has_is_named(config: dict, name: str):
-    with pytest.raises(esft.InputError, match=f"^here: {name} is "):
-        check_numbers(config, "here")
-
-
-def test_experts_are_counted_over_the_layers():
-    check_numbers({"num_hidden_layers": 1024, "num_experts": 1024}, "here")
-    with pytest.raises(esft.InputError, match="^here: says 1,049,600 experts in all; at most 1,048,576 are supported"):
-        check_numbers({"num_hidden_layers": 1025, "num_experts": 1024}, "here")
-
-
-def test_what_is_no_size_has_no_limit():
-    check_numbers({"pad_token_id": -1, "max_position_embeddings": 2**40, "use_cache": True, "num_experts": 0}, "here")
-
-
 def config(**more: object) -> PreTrainedConfig:
     return PreTrainedConfig(**more)
 
@@ -252,7 +228,7 @@ def test_a_model_reaches_as_far_as_its_text_model_says():
 def test_a_length_is_at_most_the_positions_and_4096_or_these_where_none_is_asked_for():
     assert [Reach(p, None).length(None) for p in (None, 100, 8192)] == [4096, 100, 4096]
     assert [Reach(p, None).length(100) for p in (None, 100, 8192)] == [100] * 3
-    with pytest.raises(esft.InputError, match="^--max-length 101 is beyond the model's 100 positions$"):
+    with pytest.raises(esft.InputError, match="^`max_length=101` is beyond the model's 100 positions$"):
         Reach(100, None).length(101)
 
 
@@ -261,23 +237,65 @@ def test_a_length_is_at_most_the_positions_and_4096_or_these_where_none_is_asked
 )
 def test_weights_that_no_model_computes_in_are_refused(tmp_path, dtype: torch.dtype, said: str):
     base = save_tiny(tmp_path / "base")
-    files = weight_files(base)
-    check_dtypes(base, files)
+    files, plain = weight_files(base), PreTrainedConfig()
+    check_dtypes(base, files, plain)
     rewrite(base, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
     with pytest.raises(esft.InputError, match=f"base/model.safetensors: tensor .* {said}"):
-        check_dtypes(base, files)
+        check_dtypes(base, files, plain)
+
+
+def test_weights_are_quantized_where_the_configuration_says_so(read, base):
+    for settings in ({"quant_method": "fp8"}, {}):
+        rewrite_json(base / "config.json", lambda config, new=settings: config.update(quantization_config=new))
+        with pytest.raises(
+            esft.InputError, match=r"config\.json: has a quantization_config, and no tensor is quantized"
+        ):
+            read(base)
+    rewrite_json(base / "config.json", lambda config: config.update(quantization_config=None))
+    read(base)
+    quantized = PreTrainedConfig(quantization_config={"quant_method": "fp8"})
+    rewrite(base, lambda tensors: tensors.update({HEAD: tensors[HEAD].to(torch.float8_e4m3fn)}))
+    check_dtypes(base, weight_files(base), quantized)
+
+
+def test_weights_all_in_few_bits_are_none_of_floating_point(base):
+    few = torch.float8_e4m3fn
+    rewrite(base, lambda tensors: tensors.update({name: tensor.to(few) for name, tensor in tensors.items()}))
+    with pytest.raises(esft.InputError, match="is F8_E4M3, and none is of floating point$"):
+        check_dtypes(base, weight_files(base), PreTrainedConfig())
+
+
+@pytest.mark.parametrize("metadata", [None, "x", 5])
+def test_an_index_without_metadata_is_refused(read, shards, metadata):
+    rewrite_json(shards / INDEX, lambda index: index.update(metadata=metadata))
+    with pytest.raises(esft.InputError, match=r"index\.json: has no metadata, which is a mapping"):
+        read(shards)
+
+
+def test_an_index_that_is_wrong_about_a_file_is_refused(read, shards):
+    first, other = sorted(set(weight_files(shards).values()))[:2]
+    name = next(name for name, file in weight_files(shards).items() if file == first)
+    rewrite_json(shards / INDEX, lambda index: index["weight_map"].update({name: other}))
+    with pytest.raises(esft.InputError, match=f"{other}: holds no tensor {name}, as the index says it does$"):
+        read(shards)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("text", "said"),
     [
-        ({"num_experts_per_tok": 100, "num_experts": 8}, "num_experts_per_tok is 100, of 8 experts"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0, which no model has"),
-        ({"max_position_embeddings": -5}, "max_position_embeddings is -5, which no model has"),
-        ({"architectures": "x"}, "architectures is 'x', not a list of names"),
-        ({"architectures": [7]}, r"architectures is \[7\], not a list of names"),
+        ("{", r"line 1: not JSON \(."),
+        ("[]", "not a mapping of settings"),
+        ('{"max_new_tokens": -5}', r"not settings of a generation \(.*max_new_tokens"),
+        ('{"cache_implementation": "x"}', r"not settings of a generation \(.*cache_implementation"),
+        (None, "Is a directory"),
     ],
 )
-def test_numbers_that_do_not_fit_each_other_and_names_that_are_none_are_refused(change: dict, said: str):
-    with pytest.raises(esft.InputError, match=f"^c: {said}$"):
-        check_numbers(change, "c")
+def test_generation_settings_that_are_none_are_refused_and_not_passed_over(read, base, text, said: str):
+    (base / "generation_config.json").unlink()
+    read(base)
+    if text is None:
+        (base / "generation_config.json").mkdir()
+    else:
+        (base / "generation_config.json").write_text(text)
+    with pytest.raises(esft.InputError, match=rf"base/generation_config\.json: {said}"):
+        read(base)

@@ -25,10 +25,19 @@ def test_what_would_move_the_cursor_is_escaped(text: str, shown: str):
 
 
 def test_lines_of_ours_stay_lines(capsys):
-    say("a\x07\nb")
+    say("a\x07", "b\nc")
     complain("a\nb", by="tool")
     printed = capsys.readouterr()
-    assert printed.out == "a\\x07\nb\n" and printed.err == "tool: a\\nb\n"
+    assert printed.out == "a\\x07\nb\\nc\n" and printed.err == "tool: a\\nb\n"
+
+
+def test_an_argument_from_python_is_an_option_on_the_command_line(capsys):
+    text = "a: exists already (`overwrite=True` replaces it, `resume=True` goes on), `max_length=257` is beyond"
+    explain(failed(esft.InputError(f"{text}; `trust_remote_code=True`, `overwrite`, `max_length=x`, `steps=3`")))
+    assert capsys.readouterr().err == (
+        "esft: a: exists already (--overwrite replaces it, --resume goes on), --max-length 257 is beyond; "
+        "--trust-remote-code, `overwrite`, `max_length=x`, `steps=3`\n"
+    )
 
 
 def failed(error: Exception, what: str | None = None) -> Exception:
@@ -45,9 +54,9 @@ def failed(error: Exception, what: str | None = None) -> Exception:
     [
         (esft.InputError("a: no"), "b", "a: no"),
         (RuntimeError("x\ny"), "b", "b: cannot be used (RuntimeError: x)"),
-        (KeyError("k"), None, "KeyError: 'k' (ESFT_DEBUG=1 shows where)"),
+        (KeyError("k"), None, "KeyError 'k' (ESFT_DEBUG=1 shows where)"),
         (OSError(28, "No space left on device", "f"), "b", "b: cannot be used (f: No space left on device)"),
-        (MemoryError(), None, "MemoryError: MemoryError (ESFT_DEBUG=1 shows where)"),
+        (MemoryError(), None, "MemoryError (ESFT_DEBUG=1 shows where)"),
     ],
 )
 def test_an_error_is_one_line_and_its_traceback_is_there_for_who_asks(capsys, monkeypatch, error, what, line):

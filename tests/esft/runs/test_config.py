@@ -82,6 +82,8 @@ def test_whole_numbers_are_read_as_the_kind_of_their_setting(tmp_path):
         {"seed": 2**63 - 1},
         {"clip": math.inf},
         {"lr": 1e-30},
+        {"lr": 10.0},
+        {"lr": 2.0, "weight_decay": 0.5},
         {"method": "lora", "recompute": "layers"},
         {"aux_loss": 0.1, "recompute": "frozen"},
         {"aux_loss": 0.1, "method": "full"},
@@ -149,6 +151,12 @@ def test_an_argument_is_named_as_the_flag_that_it_came_by():
         ({"stepz": 1}, r"no setting 'stepz' \(is 'steps' meant\?\)"),
         ({"micro_batch_size": "9", "batch_size": "8"}, "--micro-batch-size must be at most --batch-size 8, got 9"),
         ({"micro_batch_size": "99"}, "--micro-batch-size must be at most batch_size 32, got 99"),
+        ({"lr": "1e-400"}, r"--lr must be float \| None, got '1e-400'$"),
+        ({"lr": "0.0e5"}, r"--lr must be in \[1e-30, 10\], got 0\.0e5$"),
+        ({"lr": "1e400"}, r"--lr must be in \[1e-30, 10\], got 1e400$"),
+        ({"decay": "1e-400"}, "--decay must be float, got '1e-400'$"),
+        ({"lr": "9", "weight_decay": "1"}, "--lr 9.0 times --weight-decay 1.0 must be at most 1"),
+        ({"weight_decay": "1e3", "method": "full", "lr": "2e-3"}, "--lr 0.002 times --weight-decay 1000.0 must be"),
         ({"aux_loss": "1", "recompute": "layers"}, "--aux-loss and --recompute layers do not go together"),
         ({"aux_loss": "1", "method": "lora"}, "--aux-loss goes with the methods esft and full"),
     ):
@@ -169,7 +177,7 @@ def test_the_choices_are_those_of_the_kernels_and_the_training():
     ("settings", "message"),
     [
         *(
-            ({name: 0}, rf"{name} must be in \[1, inf\), got 0")
+            ({name: 0}, rf"{name} must be in \[1, (inf\)|65536\]), got 0")
             for name in ("steps", "batch_size", "max_length", "eval_every", "save_every", "lora_alpha")
         ),
         *(({"lora_rank": rank}, rf"lora_rank must be in \[1, 65536\], got {rank}") for rank in (0, 65537)),
@@ -180,7 +188,10 @@ def test_the_choices_are_those_of_the_kernels_and_the_training():
         ({"recompute": "all"}, "recompute must be one of none, frozen, layers, got 'all'"),
         ({"micro_batch_size": 0}, r"micro_batch_size must be in \[1, inf\), got 0"),
         ({"micro_batch_size": 9, "batch_size": 8}, "micro_batch_size must be at most batch_size 8, got 9"),
-        *(({"lr": lr}, rf"lr must be in \(0, inf\), got {lr}") for lr in (-1.0, 0.0, math.inf, math.nan)),
+        *(
+            ({"lr": lr}, rf"lr must be in \[1e-30, 10\], got {lr}")
+            for lr in (-1.0, 0.0, 1e-31, 11.0, math.inf, math.nan)
+        ),
         *(({"decay": decay}, f"decay must be in .0, 1., got {decay}") for decay in (-0.1, 1.1, math.nan)),
         *(
             ({name: value}, f"{name} must be in .0, 1., got {value}")
@@ -188,13 +199,15 @@ def test_the_choices_are_those_of_the_kernels_and_the_training():
             for value in (1.0, -0.1, math.nan)
         ),
         *(
-            ({name: value}, rf"{name} must be in \[0, inf\), got {value}")
+            ({name: value}, rf"{name} must be in \[0, 1000\], got {value}")
             for name in ("weight_decay", "aux_loss")
-            for value in (-0.1, math.inf, math.nan)
+            for value in (-0.1, 1001.0, math.inf, math.nan)
         ),
+        ({"lora_alpha": 65537}, r"lora_alpha must be in \[1, 65536\], got 65537"),
+        ({"lr": 2.0, "weight_decay": 0.6}, "lr 2.0 times weight_decay 0.6 must be at most 1"),
         ({"aux_loss": 0.1, "recompute": "layers"}, "aux_loss and recompute layers do not go together"),
         ({"aux_loss": 0.1, "method": "lora"}, "aux_loss goes with the methods esft and full, not with lora"),
-        *(({"clip": clip}, rf"clip must be in \(0, inf\], got {clip}") for clip in (0.0, -1.0, math.nan)),
+        *(({"clip": clip}, rf"clip must be in \[1e-8, inf\], got {clip}") for clip in (0.0, 1e-9, -1.0, math.nan)),
         ({"warmup_steps": -1}, r"warmup_steps must be in \[0, inf\), got -1"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
         ({"seed": 2**63}, r"seed must be in \[0, 2\*\*63\), got 9223372036854775808"),

@@ -70,7 +70,7 @@ def test_a_link_to_a_run_is_the_run(tmp_path, run):
 @pytest.mark.parametrize(
     ("held", "resume", "overwrite", "message"),
     [
-        (["thesis"], False, False, r"holds something already \(say overwrite"),
+        (["thesis"], False, False, r"holds something already \(`overwrite=True`"),
         (["thesis"], True, False, "holds no run to resume$"),
         (["thesis"], False, True, r"holds no run \(no esft_run.json\), and is not overwritten$"),
         (["config.yaml", "thesis"], False, True, r"holds no run \(no esft_run.json\), and is not overwritten$"),
@@ -145,7 +145,7 @@ def test_a_run_with_what_it_has_not_written_is_not_overwritten(run, mine: str):
 
 
 def test_what_comes_while_the_other_run_is_made_is_left_alone_and_so_is_that_run(run, two):
-    match = "holds thesis, which no run has written; move it elsewhere first, and resume: the new run is whole, in .*"
+    match = "move it elsewhere first, and `resume=True`: the new run is whole, in .*"
     with pytest.raises(InputError, match=match), opened(run, False, True) as folder:
         fill(folder, "two")
         (run / "thesis").write_text("mine")

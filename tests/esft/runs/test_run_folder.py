@@ -4,12 +4,14 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoConfig
 
 import esft
-from esft.checkpoint.digest import model_digest
+from esft.checkpoint.digest import forward_settings, model_digest
 from esft.checkpoint.load import load_model
 from esft.runs.config import TrainConfig
 from esft.runs.run_folder import RunFolder
@@ -89,7 +91,8 @@ def test_the_run_folder_says_what_was_trained_from_what(base, out, fake):
     origin = {"model": str(base), "data": str(base.parent / "d.jsonl")}
     written = json.loads((out / "origin.json").read_text())
     own = {name: written["digests"].pop(name) for name in ("settings", "selection")}
-    assert written == {**origin, "digests": digests}
+    settings_of_base = forward_settings(AutoConfig.from_pretrained(base))
+    assert written == {**origin, "base_settings": settings_of_base, "digests": digests}
     assert all(len(digest) == 64 for digest in own.values())
     marker = json.loads((out / "esft_run.json").read_text())
     names = ("adapter.safetensors", "expert_cfg.json", "manifest.json")
@@ -182,7 +185,7 @@ def test_a_run_of_before_there_were_digests_goes_on(base, out, fake):
     origin["digests"] = {name: origin["digests"][name] for name in ("model", "data")}
     (out / "origin.json").write_text(json.dumps(origin))
     (out / "checkpoints" / "step-000002" / "state.json").write_text('{"step": 2}')
-    with pytest.raises(esft.InputError, match="it may be a run of an earlier version: resume it first"):
+    with pytest.raises(esft.InputError, match="it may be a run of an earlier version: `resume=True` first"):
         run(base, "run", settings(), overwrite=True)
     fake.before = lambda: None
     run(base, "run", settings(steps=4, save_every=2), resume=True, eval_data=None)
@@ -204,71 +207,72 @@ def test_a_run_goes_on_with_what_it_was_begun_with_unless_told_for_how_long(tmp_
 
 def test_the_base_and_the_data_are_told_by_their_digests_and_named_by_their_paths(tmp_path):
     folder = begun(tmp_path / "run")
-    folder.check_origin({"model": "1", "data": "2"}, {"model": "elsewhere", "data": "d"})
+    folder.check_origin({"model": "1", "data": "2"}, {"top_k": 3}, {"model": "elsewhere", "data": "d"})
     with pytest.raises(esft.InputError, match=r"^cannot resume with data e\.jsonl: the run was begun with another$"):
-        folder.check_origin({"model": "1", "data": "3"}, {"model": "m", "data": "e.jsonl"})
+        folder.check_origin({"model": "1", "data": "3"}, {}, {"model": "m", "data": "e.jsonl"})
 
 
-def write_metrics(folder, lines: list[dict]):
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def test_metrics_are_read_line_by_line(tmp_path):
-    lines = [{"step": 1, "loss": 2.0, "lr": 0.1, "tokens_per_second": 3.0}, {"step": 1, "eval_loss": 4.0}, {"step": 2}]
-    assert RunFolder(write_metrics(tmp_path, lines)).metrics() == lines
+def test_a_model_of_another_configuration_is_not_the_one_of_the_run(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(settings(), ORIGIN | {"base_settings": {"top_k": 3, "theta": 1e4}}, SELECTION)
+    digests, paths = ORIGIN["digests"], {"model": "m", "data": "d"}
+    folder.check_origin(digests, {"top_k": 3, "of a later version": 1}, paths)
+    with pytest.raises(
+        esft.InputError, match="^cannot resume with model m: its top_k is 2, and was 3 when the run was"
+    ):
+        folder.check_origin(digests, {"top_k": 2, "theta": 1e4}, paths)
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    "change",
     [
-        ("{", r"not JSON \(Expecting property name"),
-        ("[]", "names no step"),
-        ("{}", "names no step"),
-        ('{"step": "2"}', "names no step"),
-        ('{"step": 0}', "names no step"),
-        ('{"step": true}', "names no step"),
-        ('{"step": 2, "loss": NaN}', "NaN is no JSON number"),
-        ('{"step": 2, "lr": "1"}', "lr is '1', no number"),
-        ('{"step": 2, "lr": null}', "lr is None, no number"),
-        ('{"step": 2, "loss": 1.0}', "a loss without lr and tokens_per_second"),
-        ('{"step": 2, "loss": 1.0, "lr": 1.0}', "a loss without lr and tokens_per_second"),
-        ('{"step": 2, "loss": 1.0, "tokens_per_second": 1.0}', "a loss without lr and tokens_per_second"),
+        {"model": 5}, {"data": None}, {"digests": None}, {"digests": {"model": "1"}}, {"base_settings": []},
+        {"digests": {"model": 1, "data": "2"}}, {"digests": {"model": "1", "data": "2", "settings": 5}},
     ],
-)
-def test_a_bad_line_of_the_metrics_is_named(tmp_path, bad: str, message: str):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad)
-    with pytest.raises(esft.InputError, match=f"metrics.jsonl: line 2: {message}"):
-        RunFolder(tmp_path).metrics()
-
-
-def test_the_last_line_that_a_kill_has_torn_is_left_out_and_no_other(tmp_path):
-    folder = RunFolder(write_metrics(tmp_path, [{"step": 1}, {"step": 2}]))
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 3, "lo')
-    assert folder.metrics(torn=True) == [{"step": 1}, {"step": 2}]
-    for text in ('{"st\n{"step": 2}', '{"step": 1}\n{"st\n'):
-        path.write_text(text)
-        with pytest.raises(esft.InputError, match=r"line \d: not JSON"):
-            folder.metrics(torn=True)
-
-
-def test_a_disk_that_is_full_is_named_when_a_step_is_logged(tmp_path, monkeypatch):
+    ids=str,
+)  # fmt: skip
+def test_an_origin_of_other_types_is_none(tmp_path, change: dict):
     folder = begun(tmp_path / "run")
+    (tmp_path / "run" / "origin.json").write_text(json.dumps(ORIGIN | change))
+    with pytest.raises(esft.InputError, match=r"origin\.json: does not say what the run was begun with$"):
+        folder.origin()
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
 
-    with folder.log(0) as log:
-        monkeypatch.setattr("builtins.print", full)
-        with pytest.raises(esft.DiskError, match=r"metrics\.jsonl: No space left on device$"):
-            log(1, loss=1.0)
+def test_a_link_in_the_place_of_the_outcome_is_not_followed(tmp_path):
+    folder = begun(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run" / "adapter").symlink_to(tmp_path / "mine")
+    with pytest.raises(esft.InputError, match="run/adapter: is a link, where a run has a folder of its own$"):
+        folder.check_outcome()
+
+
+def test_bad_metrics_are_told_of_before_a_run_that_goes_on_writes_anything(tmp_path):
+    folder = begun(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": "x"}\n')
+    with pytest.raises(esft.InputError, match=r"metrics\.jsonl: line 1: names no step"):
+        folder.begun_with(None, None)
+
+
+def test_a_run_that_lacks_what_it_was_begun_with_is_said_to(tmp_path):
+    folder = begun(tmp_path / "run")
+    assert RunFolder(tmp_path).why_not_begun == ""
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    for name in ("origin.json", "config.yaml"):
+        (tmp_path / "run" / name).unlink()
+        assert folder.why_not_begun == f", as it lacks {name}"
+
+
+def test_checkpoints_that_are_gone_are_told_of(base, out, fake):
+    run(base, "run", settings(steps=4, save_every=2), eval_data=None)
+    shutil.rmtree(out / "checkpoints")
+    with pytest.warns(UserWarning, match="run: its checkpoints are gone; the run begins at its first step"):
+        run(base, "run", settings(steps=5, save_every=2), eval_data=None, resume=True)
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4, 5]
 
 
 def test_a_summary_that_is_none_is_named(tmp_path):
     assert RunFolder(tmp_path).summary() is None
-    for text in ("[]", '{"steps": "6"}'):
+    for text in ("[]", '{"steps": "6"}', '{"steps": -1}', '{"steps": true}'):
         (tmp_path / "summary.json").write_text(text)
         with pytest.raises(esft.InputError, match=r"summary\.json: not a run's summary"):
             RunFolder(tmp_path).summary()

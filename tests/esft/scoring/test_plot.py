@@ -94,8 +94,8 @@ def test_a_picture_that_cannot_be_written_leaves_what_was_there(tmp_path, monkey
     figure = pytest.importorskip("matplotlib.figure")
     (tmp_path / "a.png").write_text("old")
 
-    def full(self, path, **_):
-        path.write_text("half")
+    def full(self, file, **_):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(figure.Figure, "savefig", full)

@@ -1,6 +1,7 @@
 import builtins
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 import esft
+from esft.storage import files
 from esft.storage.files import (
     TEMPORARY,
     open_safetensors,
     safetensors_header,
+    whole_file,
     write_json,
     write_text,
     write_yaml,
 )
+from tests.esft.processes import forked, status
 
 
 def test_an_error_of_the_system_without_a_text_of_its_own_is_said_in_full(tmp_path, monkeypatch):
@@ -118,3 +122,83 @@ def test_a_disk_without_room_for_the_first_byte_is_named_too(tmp_path, monkeypat
 def test_settings_are_written_in_their_order(tmp_path):
     write_yaml(tmp_path / "x.yaml", {"steps": 3, "lr": 0.5, "name": None})
     assert (tmp_path / "x.yaml").read_text() == "steps: 3\nlr: 0.5\nname: null\n"
+
+
+def written_by_one_that_is_killed(path: Path) -> None:
+    """Leave what a writer of this file leaves that is killed in the middle."""
+
+    def child() -> None:
+        with whole_file(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert status(forked(child)) == -signal.SIGKILL
+
+
+def test_what_a_killed_writer_has_left_is_cleared_away_by_the_next_of_the_same_file(tmp_path):
+    written_by_one_that_is_killed(tmp_path / "x")
+    written_by_one_that_is_killed(tmp_path / "y")
+    mine = {".esft-0123abcd.tmp", ".esft-x.tmp", "x.tmp"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    assert len([p for p in tmp_path.iterdir() if TEMPORARY.fullmatch(p.name)]) == 3
+    write_text(tmp_path / "x", "new")
+    left = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert left.pop("x") == "new" and all(left.pop(name) == "mine" for name in mine)
+    assert list(left.values()) == ["half"]  # of the other file
+    write_text(tmp_path / "y", "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"x", "y", *mine}
+
+
+def test_what_a_living_writer_has_begun_is_left_to_it(tmp_path):
+    with whole_file(tmp_path / "x") as file:
+        file.write(b"first")
+        write_text(tmp_path / "x", "second")
+        assert (tmp_path / "x").read_text() == "second"
+    assert (tmp_path / "x").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_link_under_a_temporary_name_is_no_file_of_ours(tmp_path):
+    written_by_one_that_is_killed(tmp_path / "x")
+    (left,) = tmp_path.iterdir()
+    left.rename(tmp_path / "mine")
+    left.symlink_to(tmp_path / "mine")
+    write_text(tmp_path / "x", "new")
+    assert (tmp_path / "mine").read_text() == "half" and left.is_symlink()
+
+
+def test_a_writer_whose_file_is_taken_for_a_dead_ones_before_it_holds_it_begins_another(tmp_path, monkeypatch):
+    """Another writer's clearing may come between the making of the file and the holding of it."""
+    held, real = [], files._hold
+
+    def late(file):
+        if not held:
+            Path(file.name).unlink()
+        held.append(file.name)
+        return real(file)
+
+    monkeypatch.setattr(files, "_hold", late)
+    write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new" and len(set(held)) == 2
+
+
+def test_where_nothing_can_be_held_files_are_written_and_nothing_is_cleared_away(tmp_path, monkeypatch):
+    written_by_one_that_is_killed(tmp_path / "x")
+    monkeypatch.setattr(files, "fcntl", None)
+    write_text(tmp_path / "x", "new")
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["half", "new"]
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    done, replace, sync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: done.append("sync") or sync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    write_text(tmp_path / "x", "new")
+    assert done == ["sync", "replace"]
+
+
+def test_a_name_as_long_as_names_can_be_is_written(tmp_path):
+    write_text(tmp_path / ("x" * 255), "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x" * 255]

@@ -261,7 +261,7 @@ def test_a_new_file_may_be_anywhere_but_on_another_unless_said_so(tmp_path):
     with pytest.raises(esft.InputError, match=rf"/er/y\.json: {tmp_path}/er is not a folder$"):
         check_new_file(tmp_path / "er" / "y.json")
     check_new_file(str(tmp_path / "x.json"), read_json)
-    with pytest.raises(esft.InputError, match=r"/x\.json: exists already \(say overwrite"):
+    with pytest.raises(esft.InputError, match=r"/x\.json: exists already \(`overwrite=True`"):
         check_new_file(tmp_path / "x.json")
     with pytest.raises(esft.InputError, match=r": is a folder$"):
         check_new_file(tmp_path)
@@ -311,7 +311,7 @@ def test_a_new_folder_may_be_anywhere_but_on_another_that_holds_something_unless
     for path in ("empty", "deep/er"):
         check_new_folder(str(tmp_path / path))
     check_new_folder(tmp_path / "full", ours(".hidden"))
-    with pytest.raises(esft.InputError, match=r"/full: holds something already \(say overwrite"):
+    with pytest.raises(esft.InputError, match=r"/full: holds something already \(`overwrite=True`"):
         check_new_folder(tmp_path / "full")
     with pytest.raises(esft.InputError, match=r"/\.hidden: is a file, not a folder"):
         check_new_folder(tmp_path / "full" / ".hidden", ours())

@@ -1,0 +1,76 @@
+"""The figures of a run, a line a step: written as it goes, and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from esft.errors import DiskError, InputError
+from esft.storage.files import write_text
+from esft.storage.reading import parse_json, read_text, shown
+
+LARGEST = 1e300  # of a figure, so that sums of some stay numbers
+
+
+@contextmanager
+def logging(path: Path, board: Path, done: int) -> Iterator[Callable[..., None]]:
+    """A function ``log(step, **values)`` that adds a line to a file and points to TensorBoard's events.
+
+    Args:
+        path: the file.
+        board: the folder of the events.
+        done: steps that the run has done; both forget what they have of later ones.
+    """
+    lines = [line for line in read_metrics(path, torn=True) if line["step"] <= done] if path.is_file() else []
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    with open(path, "a", encoding="utf-8") as file, SummaryWriter(str(board), purge_step=done + 1) as events:
+
+        def log(step: int, **values: float) -> None:
+            try:
+                print(json.dumps({"step": step, **values}), file=file, flush=True)
+            except OSError as error:
+                raise DiskError(f"{path}: {error.strerror or error}") from error
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
+        yield log
+
+
+def read_metrics(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """The lines of a run's figures, in the order of their steps.
+
+    Args:
+        torn: leave out a last line that a kill has cut short.
+
+    Raises InputError naming file and line.
+    """
+    text, lines = read_text(path), []
+    for number, line in enumerate(text.splitlines(), 1):
+        where = f"{path}: line {number}"
+        try:
+            values = parse_json(line, where, lines=False)
+        except InputError:
+            if torn and not text.endswith("\n") and number == len(text.splitlines()):
+                break
+            raise
+        _check(values, where)
+        if lines and values["step"] < lines[-1]["step"]:
+            raise InputError(f"{where}: step {values['step']} comes after step {lines[-1]['step']}")
+        lines.append(values)
+    return lines
+
+
+def _check(values: Any, where: str) -> None:
+    """Raise InputError for a line that is no step's figures."""
+    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 1:
+        raise InputError(f"{where}: names no step")
+    for name, value in values.items():
+        if type(value) not in (int, float) or not abs(value) <= LARGEST:
+            raise InputError(f"{where}: {name} is {shown(value)}, no number")
+    if "loss" in values and not {"lr", "tokens_per_second"} <= values.keys():
+        raise InputError(f"{where}: a loss without lr and tokens_per_second")

@@ -1,0 +1,60 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+import esft
+from esft.checkpoint.load import load_tokenizer
+from esft.checkpoint.tokenizer_files import check_tokenizer_files, flaw_of
+from tests.esft.models import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "base"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "line 1: not JSON"), ("[]", "not a mapping"), ("null", "not a mapping"), ('{"a": 1, "a": 2}', "twice")],
+)
+def test_a_file_that_is_no_json_mapping_is_named(folder, name: str, text: str, said: str):
+    check_tokenizer_files(folder)
+    (folder / name).write_text(text)
+    with pytest.raises(esft.InputError, match=f"base/{name}: .*{said}"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("text", ['{"version": "1.0"}', '{"added_tokens": [], "model": {"type": "BPE"}}'])
+def test_a_tokenizer_that_lacks_a_part_is_named(folder, text: str):
+    assert flaw_of(folder / "tokenizer.json") is None and flaw_of(folder / "absent.json") is None
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(esft.InputError, match=r"base/tokenizer\.json: cannot load a tokenizer \(."):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tools.jinja"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\xef\xbb\xbf{{ x }}", "begins with a byte order mark, .*take it out"), (b"\xff\xfe{", "not UTF-8 text")],
+)
+def test_a_template_that_would_render_otherwise_than_it_looks_is_named(folder, name: str, content: bytes, said: str):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    with pytest.raises(esft.InputError, match=f"base/{name}: {said}"):
+        load_tokenizer(str(folder))
+
+
+def test_a_link_that_leads_nowhere_is_named(folder):
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").symlink_to("nowhere")
+    with pytest.raises(esft.InputError, match=r"base/tokenizer_config\.json: No such file"):
+        check_tokenizer_files(folder)
