@@ -19,6 +19,7 @@ METHODS = tuple(PAPER_LR)
 BACKENDS = ("auto", "triton", "cpu", "cpu_packed", "reference")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 RECOMPUTES = ("none", "frozen", "layers")
+FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
 DTYPES = ("auto", "bfloat16", "float32")
 
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d*)?([eE][+-]?\d{1,4})?|\.\d+([eE][+-]?\d{1,4})?|\.?inf)", re.ASCII)
