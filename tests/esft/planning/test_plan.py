@@ -93,7 +93,11 @@ def test_without_a_selection_the_number_of_experts_is_assumed_and_said(folder):
     assert 0 < ROW_SHARE < 1
 
 
-def test_less_memory_is_planned_where_the_training_takes_less(folder):
+def test_less_memory_is_planned_where_the_training_takes_less(tmp_path):
+    model = tiny_model(hidden_size=64, moe_intermediate_size=64, num_hidden_layers=8)
+    model.config.save_pretrained(tmp_path)
+    folder = str(tmp_path)
+
     def taken(tokens: int = 1024, **more):
         return plan(folder, SELECTION, config(**({"batch_size": 8} | more)), tokens=tokens)
 
