@@ -37,6 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]
+            del log_probs, grad_logits  # before the next chunk's are made
         ctx.save_for_backward(*(g for g in (grad_hidden, grad_weight) if g is not None))
         ctx.need, ctx.weight_dtype = (need_hidden, need_weight), weight.dtype
         return total
