@@ -4,13 +4,15 @@
     python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
     python -m benchmarks tune     --out tiles.json [--shapes deepseek-v2-lite] [--tokens 4096]
     python -m benchmarks scale    --model deepseek-v2-lite --frozen nf4 [--optimizer adamw_8bit] [--memory-gb 24]
+    python -m benchmarks plan     [--models olmoe-1b-7b,deepseek-v2-lite] [--experts-per-layer 1]
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
 model, on the GPU where there is one. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage
 on it. ``tune`` tries other tiles on this machine's GPU and writes the fastest into a file for ESFT_TILES to name.
-``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be here: nothing in it is measured.
-Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
+``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be here,
+``plan`` what training known models takes: nothing in them is measured. Without a name, ``layer`` runs. Each prints a
+table for people and one JSON line for machines.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import layer, random_checkpoint, roofline, scale, step, tune
+from benchmarks import layer, plan, random_checkpoint, roofline, scale, step, tune
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.runs.config import FROZEN
 from esft.runs.report import table
@@ -76,6 +78,20 @@ def _roofline(argv: list[str]) -> None:
     print(f"Computed, not measured: bf16, {args.tokens} tokens, {layer.SHARE:.0%} of the rows on trained experts")
     print(table(rows))
     print(json.dumps({"dtype": "bfloat16", "tokens": args.tokens, "computed": rows}))
+
+
+def _plan(argv: list[str]) -> None:
+    names = sorted(folder.name for folder in plan.MODELS.iterdir())
+    parser = argparse.ArgumentParser(prog="benchmarks plan", description="memory of ESFT on known models, computed")
+    parser.add_argument("--models", default=",".join(names), help=f"comma-separated, of {', '.join(names)}")
+    parser.add_argument("--experts-per-layer", type=int, help="the paper's share where not given")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.models.split(",") if name not in names]:
+        parser.error(f"no model {unknown[0]!r}; there are {', '.join(names)}")
+    rows = plan.run(args.models.split(","), args.experts_per_layer)
+    print("Computed, not measured: peak memory in GB of ESFT on a CPU, 2,048 tokens together")
+    print(table(rows))
+    print(json.dumps({"computed": rows}))
 
 
 def _step(argv: list[str]) -> None:
@@ -132,7 +148,7 @@ def _scale(argv: list[str]) -> None:
     print(json.dumps(settings | {"measured": rows}))
 
 
-COMMANDS = {"scale": _scale, "tune": _tune, "layer": _layer, "step": _step, "roofline": _roofline}
+COMMANDS = {"plan": _plan, "scale": _scale, "tune": _tune, "layer": _layer, "step": _step, "roofline": _roofline}
 
 
 def main(argv: list[str]) -> None:

@@ -54,7 +54,8 @@ def _values(name: str, shape: torch.Size, normal: torch.Tensor, number: int) -> 
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("bias"):
         return torch.zeros(shape, dtype=torch.bfloat16)
-    shift = (sum(name.encode()) * 7919 + number * 104_729) % DRAWN
-    pieces, missing = [normal[shift:]], shape.numel() - (DRAWN - shift)
-    pieces += [normal] * -(-max(missing, 0) // DRAWN)
-    return torch.cat(pieces)[: shape.numel()].view(shape).clone()
+    count, seed = shape.numel(), sum(name.encode()) * 7919 + number * 104_729
+    if count > DRAWN // 2:
+        return normal.roll(seed % DRAWN).repeat(-(-count // DRAWN))[:count].view(shape)
+    shift = seed % (DRAWN - count)
+    return normal[shift : shift + count].view(shape).clone()  # a file holds no tensor twice

@@ -2,6 +2,7 @@ from .adapters.load import load_adapter, set_adapter
 from .adapters.merge import merge
 from .adapters.save import save_adapter
 from .errors import DiskError, DivergenceError, ESFTError, InputError
+from .planning.plan import Plan, plan
 from .runs.config import TrainConfig
 from .scoring.expert_scores import ExpertScores
 from .scoring.score import score_experts
@@ -18,10 +19,12 @@ __all__ = [
     "ExpertScores",
     "ExpertSelection",
     "InputError",
+    "Plan",
     "TrainConfig",
     "load",
     "load_adapter",
     "merge",
+    "plan",
     "save_adapter",
     "score_experts",
     "select_experts",

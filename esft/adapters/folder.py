@@ -88,7 +88,7 @@ def difference(manifest: dict[str, Any], base: FindBase) -> str | None:
             hint = f"; it was trained in {trained} and these are in {_name(found.dtype)}: load its base in {trained}"
         theirs, ours = _differing(str(manifest.get("base_digest")), _comparable(manifest, found))
         return (
-            f"made from another base ({shown(manifest.get('base_model'))[1:-1]}, digest {theirs}), "
+            f"made from another base ({shown(str(manifest.get('base_model')))[1:-1]}, digest {theirs}), "
             f"not from these weights ({ours}){hint}"
         )
     for name, theirs in manifest.get("base_settings", {}).items():

@@ -54,6 +54,18 @@ def share(text: str) -> float:
 share.__name__ = "number"
 
 
+def gigabytes(text: str) -> float:
+    """An argument that is a number of 10^9 bytes above 0."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text[:40]}")
+    return value
+
+
+gigabytes.__name__ = "number"
+
+
 def picture(text: str) -> str:
     """An argument that names a picture's file."""
     if not text.lower().endswith((".png", ".pdf", ".svg")):

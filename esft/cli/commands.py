@@ -170,6 +170,33 @@ def _report(args: argparse.Namespace) -> None:
         say(*report(args.run).split("\n"))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    selection = ExpertSelection.load(args.experts) if args.experts else None
+    names = {each.name for each in fields(TrainConfig)} & vars(args).keys() - {"frozen"}
+    config = TrainConfig.load(None, **{name: getattr(args, name) for name in names})
+    from esft.planning.advice import GB, advice, described, fitting
+    from esft.planning.plan import FORMATS, Plan, plan
+
+    def planned(config: TrainConfig, frozen: str, tokens: int) -> Plan:
+        return plan(
+            args.model, selection, config, frozen=frozen, tokens=tokens, top_p=args.top_p,
+            experts=args.experts_per_layer, trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+
+    with reading(args.model):
+        for frozen in FORMATS if args.frozen == "all" else (args.frozen,):
+            found, changes = planned(config, frozen, args.tokens), None
+            if args.memory_gb and found.peak > args.memory_gb * GB:
+                changes = advice(planned, config, found.frozen, args.tokens, args.memory_gb * GB)
+            if args.json:
+                fits = {"fits": changes is None, "change": changes} if args.memory_gb else {}
+                say(json.dumps(vars(found) | fits))
+            else:
+                say(described(found))
+                if args.memory_gb:
+                    say(fitting(args.memory_gb, changes))
+
+
 def _check_plot(path: Path) -> None:
     """Raise InputError for a file that is no picture of ``plot_scores``."""
     content = path.read_bytes()
@@ -209,6 +236,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "score": _score,
     "select": _select,
     "train": _train,
+    "plan": _plan,
     "eval": _eval,
     "generate": _generate,
     "merge": _merge,

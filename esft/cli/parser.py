@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from esft.cli.arguments import Parser, count, picture, resuming, share
+from esft.cli.arguments import Parser, count, gigabytes, picture, resuming, share
 from esft.cli.commands import run_stage
 from esft.cli.output import complain, explain, listen
 from esft.errors import Interrupted
-from esft.runs.config import TrainConfig
+from esft.runs.config import FROZEN, TrainConfig
 
 
 def keep_memory() -> None:
@@ -122,6 +122,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
     trust(sub)
     quiet(sub)
+
+    sub = stage("plan", "what a training would take, from the model's configuration alone")
+    sub.add_argument("--model", required=True, help="folder with a configuration, or hub id; no weights are read")
+    chosen = sub.add_mutually_exclusive_group()
+    chosen.add_argument("--experts", help="selection file, for method esft")
+    chosen.add_argument("--top-p", type=share, default=0.2, help="assume as many as the paper's at p (default 0.2)")
+    chosen.add_argument("--experts-per-layer", type=count, metavar="N", help="assume so many")
+    sub.add_argument("--tokens", type=count, default=2048, help="of a micro batch's records in all (default 2048)")
+    sub.add_argument("--frozen", choices=(*FROZEN, "all"), default="auto", help="what frozen experts are kept in")
+    sub.add_argument("--memory-gb", type=gigabytes, metavar="GB", help="say what to change so that it fits")
+    sub.add_argument("--json", action="store_true", help="print one line for machines")
+    planned = ("method", "optimizer", "recompute", "batch_size", "micro_batch_size", "lora_rank", "dtype")
+    add_settings(sub, *planned)
+    sub.set_defaults(batch_size="1")
+    trust(sub)
 
     sub = stage("eval", "loss and exact match on chat records")
     inference(sub, "tokens of a record; longer ones are cut")

@@ -350,7 +350,10 @@ print(status, heavy, file=sys.stderr)
     ("arguments", "status"),
     [
         (["--help"], 0),
-        *(([name, "--help"], 0) for name in ("score", "select", "train", "eval", "generate", "merge", "report")),
+        *(
+            ([name, "--help"], 0)
+            for name in ("score", "select", "plan", "train", "eval", "generate", "merge", "report")
+        ),
         (["train", "--help-config"], 0),
         (["score", "--model", "m", "--data", "d", "--out", "o", "--batch-size", "0"], 2),
         (["score", "--model", "m", "--data", "absent", "--out", "o", "--quiet"], 2),

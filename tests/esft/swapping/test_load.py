@@ -214,6 +214,7 @@ def test_a_tensor_that_does_not_fit_is_named(make, damage, frozen: str, message:
 def test_a_quantization_that_is_not_known_is_named(said: dict, message: str, tmp_path):
     base = save_tiny(tmp_path / "base")
     rewrite_json(base / "config.json", lambda config: config.update(quantization_config=said))
+    rewrite(base, lambda tensors: tensors.update(qweight=torch.zeros(2, dtype=torch.int32)))
     with pytest.raises(esft.InputError, match=message):
         esft.load(str(base), SELECTION)
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from esft.training import loss
-from esft.training.loss import linear_cross_entropy
+from esft.training.loss import CHUNK_LOGITS, CHUNK_ROWS, FEWEST_ROWS, chunk_rows, linear_cross_entropy
 
 
 def case(rows: int, train_hidden: bool = True, train_head: bool = True, dtype: torch.dtype = torch.float32):
@@ -86,3 +86,9 @@ def test_a_gradient_of_the_gradient_is_refused():
     (grad,) = torch.autograd.grad(total, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_of_a_large_vocabulary_fewer_rows_are_taken_together_but_never_too_few_to_multiply():
+    assert chunk_rows(8192) == chunk_rows(11) == CHUNK_ROWS
+    assert CHUNK_LOGITS - 102_400 < chunk_rows(102_400) * 102_400 <= CHUNK_LOGITS
+    assert chunk_rows(10**9) == FEWEST_ROWS

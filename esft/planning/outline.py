@@ -1,0 +1,103 @@
+"""What a plan has to know of a model: numbers, read off its modules on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from esft.checkpoint.device import compute_dtype
+from esft.checkpoint.load import load_skeleton
+from esft.errors import InputError
+from esft.experts.moe_layers import moe_layers
+from esft.experts.stock_layout import stacked_weights
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The routed experts of one layer.
+
+    Attributes:
+        index: of the layer, as selections have it.
+        name: path of the experts' module.
+        experts: E.
+        shape: (G, D, F) of one expert.
+        biased: whether they have biases.
+    """
+
+    index: int
+    name: str
+    experts: int
+    shape: tuple[int, int, int]
+    biased: bool
+
+    @property
+    def expert_size(self) -> int:
+        """Parameters of one expert."""
+        g, d, f = self.shape
+        return g * d + d * f + (g + d) * self.biased
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model in numbers.
+
+    Attributes:
+        layers: those with routed experts.
+        shared: parameters of shared experts.
+        others: parameters of all that is no expert; a tensor of two names counts once.
+        dtype: that is computed in.
+    """
+
+    layers: tuple[ExpertLayer, ...]
+    shared: int
+    others: int
+    dtype: torch.dtype
+
+    @property
+    def routed(self) -> int:
+        return sum(layer.experts * layer.expert_size for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return self.routed + self.shared + self.others
+
+
+def skeleton_of(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device, in the dtype that it would be computed in on this machine."""
+    skeleton = load_skeleton(model, trust_remote_code)
+    wanted = compute_dtype(dtype)
+    return skeleton if wanted == "auto" else skeleton.to(getattr(torch, wanted))
+
+
+@cache
+def outline(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Outline:
+    """Raises InputError for a configuration that makes no model with stacked experts."""
+    skeleton, found = skeleton_of(model, dtype, trust_remote_code), []
+    for layer in moe_layers(skeleton):
+        if isinstance(layer.experts, nn.ModuleList):
+            raise InputError(f"{layer.name}: experts that are a ModuleList cannot be planned with")
+        up, down, *biases = stacked_weights(layer.experts, layer.name).values()
+        rows, columns = up.shape[1:]
+        shape = (columns, rows, down.shape[1]) if layer.transposed else (rows, columns, down.shape[2])
+        found.append(ExpertLayer(layer.index, layer.name, layer.num_experts, shape, bool(biases)))
+    routed, shared = _of_experts(skeleton)
+    others = set(skeleton.parameters()) - routed - shared
+    return Outline(tuple(found), sum(p.numel() for p in shared), sum(p.numel() for p in others), skeleton.dtype)
+
+
+def require_beside(skeleton: PreTrainedModel, shared_experts: bool, non_expert_modules: bool) -> None:
+    """Let these parts require gradients, and nothing else."""
+    routed, shared = _of_experts(skeleton)
+    for p in skeleton.parameters():
+        p.requires_grad_(p not in routed and (shared_experts if p in shared else non_expert_modules))
+
+
+def _of_experts(skeleton: PreTrainedModel) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """The parameters of routed experts, and those of shared ones."""
+    layers = moe_layers(skeleton)
+    routed = {p for layer in layers for p in layer.parameters}
+    return routed, {p for layer in layers for module in layer.shared_experts for p in module.parameters()}

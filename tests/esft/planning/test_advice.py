@@ -1,0 +1,56 @@
+from dataclasses import replace
+
+from esft.planning.advice import advice, described, fitting
+from esft.planning.plan import Plan
+from esft.runs.config import TrainConfig
+
+GIB = 10**9
+SOME = Plan(
+    method="esft", frozen="bf16", optimizer="adamw", recompute="none", records=8, tokens=2048, assumed=5,
+    parameters=1000, trained_parameters=50, trained_experts=1, frozen_experts=2, other_weights=3, masters=4, moments=5,
+    gradients=6, activations=7, step=8, base=9, peak=32, stored=11,
+)  # fmt: skip
+
+
+def planned(config: TrainConfig, frozen: str, tokens: int) -> Plan:
+    """10 of weights, 8 of moments and 6 of activations, in GB, in round numbers."""
+    weights = {"bf16": 10, "int8": 5, "nf4": 3}[frozen]
+    moments = {"adamw": 8, "adamw_8bit": 2}[config.optimizer]
+    step = 6 * tokens / 2048 * (0.5 if config.recompute == "layers" else 1)
+    return replace(SOME, peak=int((weights + moments + step) * GIB))
+
+
+def asked(memory: float, **settings) -> list[str]:
+    return advice(planned, TrainConfig(**settings), "bf16", 2048, memory * GIB)
+
+
+TOKENS = "fewer tokens together, 256 (--micro-batch-size, --max-length)"
+
+
+def test_the_advice_is_what_costs_least_and_nothing_that_is_not_needed():
+    assert asked(23) == ["--optimizer adamw_8bit"]
+    assert asked(23, optimizer="adamw_8bit") == [TOKENS]
+    assert asked(13) == ["--optimizer adamw_8bit", TOKENS]
+    assert asked(14, optimizer="adamw_8bit", recompute="layers") == [TOKENS]
+    assert asked(7.8) == ["--optimizer adamw_8bit", TOKENS, "--frozen int8"]
+    assert asked(5.8) == ["--optimizer adamw_8bit", TOKENS, "--frozen nf4"]
+    assert asked(4) == []
+
+
+def test_no_format_is_advised_to_a_method_that_freezes_no_experts_of_ours():
+    assert asked(15, method="full") == ["--optimizer adamw_8bit", TOKENS]
+    assert asked(12, method="full") == []
+
+
+def test_a_plan_is_told_in_lines_that_say_what_is_assumed_and_that_nothing_is_measured():
+    text = described(SOME)
+    for part in ("50 (5.0%)", "frozen experts, bf16", "moments, adamw", "Computed, not measured", "Assumed: 5 experts"):
+        assert part in text
+    assert "Assumed" not in described(replace(SOME, assumed=None))
+    assert "12.500 GB" in described(replace(SOME, peak=12_500_000_000))
+
+
+def test_whether_it_fits_is_a_line():
+    assert fitting(16, None) == "Fits 16 GB."
+    assert fitting(7.5, ["--a", "--b"]) == "Does not fit 7.5 GB; it does with --a and --b."
+    assert fitting(1, []) == "Does not fit 1 GB; nor with any setting: train fewer experts."

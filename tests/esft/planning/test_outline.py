@@ -1,0 +1,63 @@
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import esft
+from esft.experts.moe_layers import stock_weights
+from esft.planning.outline import outline, require_beside, skeleton_of
+from tests.esft.models import FAMILIES, tiny_model
+
+
+@pytest.fixture(params=["deepseek_v2", "qwen2_moe", "mixtral", "gpt_oss"])
+def folder(request, tmp_path):
+    """A folder with a configuration alone, and the model of it."""
+    if request.param in FAMILIES:
+        model = tiny_model(request.param)
+    else:
+        from tests.esft.zoo import tiny
+
+        model = tiny(request.param)
+    model.config.save_pretrained(tmp_path)
+    return str(tmp_path), model
+
+
+def test_a_model_is_counted_without_its_weights(folder):
+    path, model = folder
+    found, weights = outline(path), stock_weights(model)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.shared == sum(w.numel() for w in weights.shared.values())
+    assert found.others == sum(w.numel() for w in weights.others.values())
+    assert {layer.index: layer.experts for layer in found.layers} == weights.num_experts
+    for layer in found.layers:
+        one = weights.experts[layer.index].weights[0].values()
+        assert layer.expert_size == sum(w.numel() for w in one) and layer.biased == (len(one) > 2)
+        g, d, f = layer.shape
+        assert (d, g) == (32, 2 * f) and model.get_submodule(layer.name) is not None
+
+
+def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(tmp_path):
+    config = tiny_model().config
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    assert skeleton_of(str(tmp_path), "float32").dtype == outline(str(tmp_path), "float32").dtype == torch.float32
+    assert outline(str(tmp_path), "bfloat16").dtype == torch.bfloat16
+
+
+def test_what_is_beside_routed_experts_requires_gradients_as_asked(tmp_path):
+    tiny_model().config.save_pretrained(tmp_path)
+    found = outline(str(tmp_path))
+    for shared in (False, True):
+        for others in (False, True):
+            skeleton = skeleton_of(str(tmp_path))
+            require_beside(skeleton, shared, others)
+            trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+            assert trained == found.shared * shared + found.others * others
+
+
+def test_a_folder_without_a_model_of_experts_is_named(tmp_path):
+    with pytest.raises(esft.InputError, match="no config.json"):
+        outline(str(tmp_path))
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(**sizes).save_pretrained(tmp_path)
+    with pytest.raises(esft.InputError, match="has no MoE layers"):
+        outline(str(tmp_path))

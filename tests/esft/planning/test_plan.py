@@ -1,0 +1,132 @@
+import json
+
+import pytest
+import torch
+
+import esft
+from esft.planning.plan import BASE, FORMATS, ROW_SHARE, plan
+from esft.runs.config import TrainConfig
+from esft.selection import ExpertSelection
+from esft.training.methods import prepare
+from esft.training.optim import MasterAdamW
+from esft_kernels.formats.resolve import resolve_format
+from tests.esft.models import tiny_model
+
+SELECTION = ExpertSelection({1: [2, 7], 2: [0]})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = tiny_model(dtype=torch.bfloat16, hidden_size=64, moe_intermediate_size=64)
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def config(**more) -> TrainConfig:
+    return TrainConfig(**({"batch_size": 2} | more))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize(
+    ("method", "selection"),
+    [
+        ("esft", SELECTION),
+        ("esft", ExpertSelection({1: [3]}, shared_experts=True)),
+        ("esft", ExpertSelection({}, non_expert_modules=True)),
+        ("full", None),
+        ("lora", None),
+    ],
+    ids=str,
+)
+def test_parameters_weights_and_state_are_those_of_the_training(folder, method: str, selection, optimizer: str):
+    if method == "lora":
+        pytest.importorskip("peft")
+    settings = config(method=method, optimizer=optimizer)
+    found = plan(folder, selection, settings, tokens=64)
+    model = tiny_model(dtype=torch.bfloat16, hidden_size=64, moe_intermediate_size=64)
+    total, size = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
+    trained = prepare(model, settings, selection)
+    parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    assert found.parameters == total
+    assert found.trained_parameters == sum(p.numel() for p in parameters.values())
+    assert found.gradients == sum(p.nbytes for p in parameters.values())
+    weights = found.trained_experts + found.frozen_experts + found.other_weights
+    assert weights == size + (found.gradients if method == "lora" else 0)
+    optimizer_ = MasterAdamW(parameters.items(), settings)
+    for p in parameters.values():
+        p.grad = torch.zeros_like(p)
+    optimizer_.step(1e-3)
+    own = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    state = {n: t for n, t in optimizer_.state().items() if t.untyped_storage().data_ptr() not in own}
+    beside = sum(t.nbytes for n, t in state.items() if n.startswith(("master/", "low_bits/")))
+    moments = sum(t.nbytes for n, t in state.items() if n.startswith("exp_avg"))
+    assert (found.masters, found.moments) == (beside, moments)
+    assert found.peak == BASE + weights + beside + moments + found.step
+    assert found.step >= max(found.gradients, found.activations)
+    assert found.stored == (size if method == "full" else found.gradients)
+
+
+def test_frozen_experts_are_counted_in_their_format_and_nothing_else_changes(folder):
+    plans = {name: plan(folder, SELECTION, config(), frozen=name, tokens=64) for name in FORMATS}
+    g, d, f, frozen = 128, 64, 64, 8 + 8 - SELECTION.num_experts
+    assert plans["bf16"].frozen_experts == 2 * frozen * (g * d + d * f)
+    for name in FORMATS[1:]:
+        kind = resolve_format(name)
+        bytes_ = sum(
+            kind.nbytes(8 - len(ids), *size) for ids in SELECTION.experts.values() for size in ((g, d), (d, f))
+        )
+        assert plans[name].frozen_experts == bytes_
+    same = {name: {**vars(p), "frozen": 0, "frozen_experts": 0, "peak": 0, "step": 0} for name, p in plans.items()}
+    assert all(each == same["bf16"] for each in same.values())
+    assert plans["nf4"].peak < plans["int8"].peak < plans["bf16"].peak
+    assert plan(folder, SELECTION, config(), tokens=64) == plans["bf16"]
+
+
+def test_without_a_selection_the_number_of_experts_is_assumed_and_said(folder):
+    assert plan(folder, config=config(), tokens=64).assumed == 1  # 5 of 64
+    assert plan(folder, config=config(), tokens=64, top_p=0.8).assumed == 2
+    many = plan(folder, config=config(), tokens=64, experts=5)
+    assert many.assumed == 5
+    assert many.trained_parameters == 2 * 5 * 3 * 64 * 64
+    assert plan(folder, SELECTION, config(), tokens=64).assumed is None
+    assert 0 < ROW_SHARE < 1
+
+
+def test_less_memory_is_planned_where_the_training_takes_less(tmp_path):
+    model = tiny_model(hidden_size=64, moe_intermediate_size=64, num_hidden_layers=8)
+    model.config.save_pretrained(tmp_path)
+    folder = str(tmp_path)
+
+    def taken(tokens: int = 1024, **more):
+        return plan(folder, SELECTION, config(**({"batch_size": 8} | more)), tokens=tokens)
+
+    usual = taken()
+    assert taken(recompute="layers").activations < taken(recompute="frozen").activations < usual.activations
+    assert taken(recompute="layers").step < usual.step
+    assert taken(512).step < usual.step
+    assert taken(micro_batch_size=4).step > usual.step  # as many tokens, and the gradients of others wait
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"frozen": "nf4", "config": config(method="full")}, "^frozen nf4 goes with the method esft, not with full"),
+        ({"selection": SELECTION, "config": config(method="full")}, "^method full takes no expert selection"),
+        ({"experts": 2, "config": config(method="lora")}, "^method lora takes no expert selection"),
+        ({"experts": 9}, "^9 experts a layer: the model's layers have 8"),
+        ({"selection": ExpertSelection({5: [1]})}, "^selection names layer 5"),
+        ({"selection": ExpertSelection({})}, "^the expert selection is empty"),
+        ({"tokens": 1}, "^1 tokens cannot be those of 2 records"),
+        ({"frozen": "nf8"}, "^frozen must be one of auto, bf16, .*, got 'nf8'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(folder, how: dict, message: str):
+    with pytest.raises(esft.InputError, match=message):
+        plan(folder, **({"config": config()} | how))
+
+
+def test_a_plan_is_numbers_and_words_that_json_has(folder):
+    found = plan(folder, SELECTION, config(), tokens=64)
+    assert json.loads(json.dumps(vars(found))) == vars(found)

@@ -1,0 +1,73 @@
+"""Experts that take memory only, beside those that compute."""
+
+import pytest
+import torch
+
+from esft.experts.pooled_experts import Experts
+from esft.planning.live_bytes import LiveBytes
+from esft.planning.stand_in import Sizes, StandIn
+
+E, D, F, T, K = 8, 64, 48, 512, 2
+
+
+def routed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs of which every expert gets as many rows."""
+    index = torch.stack([torch.arange(T) % E, (torch.arange(T) + 1) % E], dim=1)
+    return torch.randn(T, D).bfloat16(), index, torch.rand(T, K)
+
+
+def taken(experts: torch.nn.Module, needs_x: bool) -> tuple[int, int, int]:
+    """Bytes kept for the backward, at most, and left as gradients."""
+    x, index, weights = routed()
+    x.requires_grad_(needs_x)
+    weights.requires_grad_(needs_x)
+    with LiveBytes([*experts.parameters(), *experts.buffers(), x, index, weights]) as live:
+        out = experts(x, index, weights)
+        kept = live.now
+        if out.requires_grad:
+            out.sum().backward()
+        del out
+    return kept, live.peak, live.now
+
+
+@pytest.mark.parametrize("recompute", ["none", "frozen"])
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("trained", [0, 3, 8])
+def test_it_takes_the_memory_of_the_experts_in_whose_place_it_is(trained: int, needs_x: bool, recompute: str):
+    torch.manual_seed(0)
+    weights = torch.randn(E, 2 * F, D).bfloat16(), torch.randn(E, D, F).bfloat16()
+    real = Experts(*weights, list(range(trained)), "cpu", recompute)
+    sizes = Sizes(E, trained, (2 * F, D, F), trained / E, recompute)
+    kept, most, left = taken(real, needs_x)
+    found_kept, found_most, found_left = taken(StandIn(sizes, torch.bfloat16), needs_x)
+    assert found_left == left
+    assert found_kept == pytest.approx(kept, rel=0.05, abs=4096)
+    assert found_most == pytest.approx(most, rel=0.1)
+
+
+def test_its_trained_pool_is_that_of_the_experts():
+    stand_in = StandIn(Sizes(E, 3, (2 * F, D, F), 0.2, biased=True), torch.bfloat16)
+    shapes = [tuple(p.shape) for p in stand_in.parameters()]
+    assert shapes == [(3, 2 * F, D), (3, D, F), (3, 2 * F), (3, D)]
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in stand_in.parameters())
+    none = StandIn(Sizes(E, 0, (2 * F, D, F), 0.2), torch.bfloat16)
+    assert not any(p.requires_grad for p in none.parameters())
+
+
+def test_low_rank_additions_take_sums_with_all_weights_and_every_row_of_every_step():
+    plain, adapted = (
+        taken(StandIn(Sizes(E, 0, (2 * F, D, F), 0.0, adapted=adapted), torch.bfloat16), True)
+        for adapted in (False, True)
+    )
+    weights = 2 * E * 3 * D * F
+    rows = 2 * T * K * (2 * D + 4 * F)
+    assert adapted[0] - plain[0] == weights + rows - 2 * T * K * 2 * F
+    assert adapted[1] >= plain[1] + 2 * weights
+
+
+def test_no_tokens_take_nothing_but_gradients():
+    stand_in = StandIn(Sizes(E, 3, (2 * F, D, F), 0.2), torch.bfloat16)
+    empty = torch.empty(0, D, dtype=torch.bfloat16, requires_grad=True)
+    out = stand_in(empty, torch.empty(0, K, dtype=torch.int64), torch.empty(0, K))
+    out.sum().backward()
+    assert out.shape == (0, D) and all(p.grad.shape == p.shape for p in stand_in.parameters())

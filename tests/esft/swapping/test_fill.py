@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+import esft
+from esft.checkpoint.folder import Checkpoint
+from esft.experts.moe_layers import moe_layers
+from esft.selection import ExpertSelection
+from esft.swapping.fill import Filling, expert_places
+from tests.esft.experts.test_stock_layout import listed
+from tests.esft.models import save_tiny, tiny_model
+
+UP = "model.layers.2.mlp.experts.7.up_proj.weight"
+
+
+def blank(frozen: str):
+    """A swapped model whose pools are zeros, and the places of its experts."""
+    model = tiny_model()
+    places = expert_places(model)
+    esft.swap(model, ExpertSelection({1: [5, 2]}), frozen=frozen)
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            for p in layer.experts.parameters():
+                p.zero_()
+    return model, places
+
+
+def test_every_expert_has_its_places_by_the_names_of_the_files():
+    places = expert_places(tiny_model())
+    assert len(places) == 2 * 8 * 3
+    ((layer, expert, stored),) = places[UP]
+    assert (layer, expert, stored.name) == (2, 7, UP)
+    assert expert_places(listed(tiny_model())) == {}
+
+
+@pytest.mark.parametrize("frozen", ["bf16", "nf4"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_tensors_may_come_in_any_order_and_are_handed_on(frozen: str, backwards: bool, tmp_path):
+    base = save_tiny(tmp_path / "base")
+    model, places = blank(frozen)
+    tensors = list(Checkpoint.open(base).tensors())
+    given = tensors[::-1] if backwards else tensors
+    handed_on = list(Filling(model, places, "base").through(given))
+    assert all(a is b for a, b in zip(handed_on, given, strict=True))
+    wanted = esft.swap(tiny_model(), ExpertSelection({1: [5, 2]}), frozen=frozen).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("frozen", ["bf16", "nf4"])
+def test_a_missing_tensor_is_named_at_the_end(frozen: str, tmp_path):
+    base = save_tiny(tmp_path / "base")
+    model, places = blank(frozen)
+    with pytest.raises(esft.InputError, match=f"^base: tensor {UP.replace('up', '(gate|up)')} is missing$"):
+        list(Filling(model, places, "base").through(t for t in Checkpoint.open(base).tensors() if t[0] != UP))
+
+
+def test_a_tensor_of_another_shape_is_named():
+    model, places = blank("bf16")
+    with pytest.raises(esft.InputError, match=rf"^base: tensor {UP}: has shape \(2,\), the model's has \(20, 32\)$"):
+        list(Filling(model, places, "base").through([(UP, torch.zeros(2))]))
+
+
+def test_weights_that_a_format_cannot_hold_are_named():
+    model, places = blank("int8")
+    down = UP.replace("up", "down")
+    with pytest.raises(esft.InputError, match=f"^base: tensor {down}: int8: weights .* not finite"):
+        list(Filling(model, places, "base").through([(down, torch.full((32, 20), torch.inf))]))
