@@ -421,3 +421,12 @@ def test_the_routing_is_for_these_pools():
 def test_settings_that_do_not_exist_are_refused():
     refused(arguments(), "^recompute must be one of none, frozen, got 'all'$", recompute="all")
     refused(arguments(), "^backend must be one of .*, got 'cuda'$", backend="cuda")
+
+
+@pytest.mark.parametrize("moved", [shifted, transposed])
+def test_without_gradients_too_the_backend_gets_contiguous_tensors_at_even_addresses(moved, calls):
+    layer = small(dtype=torch.float32)
+    with torch.no_grad():
+        expert_mlp(moved(layer.x_TD), moved(layer.weights_TK), layer.pools, layer.routing, "reference")
+    for seen, value in zip(calls["forward"][0][:2], (layer.x_TD, layer.weights_TK), strict=True):
+        assert seen.is_contiguous() and seen.data_ptr() % 16 == 0 and torch.equal(seen, value)

@@ -21,7 +21,9 @@ root = Path(sys.argv[1])
 found = mutants("pack/sign.py", (root / "pack/sign.py").read_text())
 with runner.Runner(root, 1, 100, whole=True) as run:
     for outcome in run.run([(mutant, "tests/pack/test_sign.py") for mutant in found]):
-        print(outcome.killed_by, "|", outcome.mutant.after)
+        print(outcome.killed_by, "hung |" if outcome.hung else "|", outcome.mutant.after)
+runner._tree = root
+print(runner._tests_fail(["tests/waits.py"], 5), runner._tests_fail(["tests/fails.py"], 60))
 """
 
 
@@ -91,6 +93,8 @@ def test_mutants_are_killed_by_the_mirror_or_by_the_rest_or_survive(tmp_path: Pa
         "pack/__init__.py": "",
         "pack/sign.py": "def sign(x):\n    return -1 if x < 0 else 1\n",
         "tests/pack/test_sign.py": "from pack.sign import sign\n\ndef test_one():\n    assert sign(5) == 1\n",
+        "tests/waits.py": "import time\n\ndef test_three():\n    time.sleep(60)\n",
+        "tests/fails.py": "def test_four():\n    assert False\n",
         "tests/test_other.py": "from pack.sign import sign\n\ndef test_two():\n    assert sign(-5) == -1\n",
     }
     for name, text in files.items():
@@ -109,5 +113,6 @@ def test_mutants_are_killed_by_the_mirror_or_by_the_rest_or_survive(tmp_path: Pa
         "None | return -1 if x <= 0 else 1",
         "None | return -1 if x < 1 else 1",
         "mirror | return -1 if x < 0 else 2",
+        "hung failed",
     }
     assert (tmp_path / "pack/sign.py").read_text() == files["pack/sign.py"]

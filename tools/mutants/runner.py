@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tools.mutants.operators import Mutant
 
@@ -27,10 +28,11 @@ SUITE_LIMIT = 1800  # seconds of the whole suite
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant; ``killed_by`` is "mirror", "rest" or None."""
+    """What became of a mutant; ``killed_by`` is "mirror", "rest" or None, and ``hung`` that it was for want of time."""
 
     mutant: Mutant
     killed_by: str | None
+    hung: bool = False
 
 
 class Runner:
@@ -104,10 +106,10 @@ def _meet(pair: tuple[Mutant, str]) -> Outcome | None:
     source = path.read_text(encoding="utf-8")
     try:
         path.write_text(mutant.apply(source), encoding="utf-8")
-        if has_mirror and _tests_fail([mirror], SLOWER * _usual[mirror] + SPARE):
-            return Outcome(mutant, "mirror")
-        if _whole and _tests_fail(_rest(mutant, mirror), SUITE_LIMIT):
-            return Outcome(mutant, "rest")
+        if has_mirror and (how := _tests_fail([mirror], SLOWER * _usual[mirror] + SPARE)):
+            return Outcome(mutant, "mirror", how == "hung")
+        if _whole and (how := _tests_fail(_rest(mutant, mirror), SUITE_LIMIT)):
+            return Outcome(mutant, "rest", how == "hung")
     finally:
         path.write_text(source, encoding="utf-8")
     return Outcome(mutant, None)
@@ -120,8 +122,8 @@ def _rest(mutant: Mutant, mirror: str) -> list[str]:
     return sorted((file for file in files if file != mirror), key=lambda file: not file.startswith(near))
 
 
-def _tests_fail(tests: list[str], limit: float) -> bool:
-    """Whether one of these test files fails or hangs, in a fork of this process."""
+def _tests_fail(tests: list[str], limit: float) -> Literal["failed", "hung"] | None:
+    """Whether one of these test files fails, or takes longer than so many seconds, in a fork of this process."""
     child = os.fork()
     if not child:
         status = 1
@@ -145,6 +147,6 @@ def _tests_fail(tests: list[str], limit: float) -> bool:
         if time.monotonic() > until:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return True
+            return "hung"
         time.sleep(0.05)
-    return done[1] != 0
+    return "failed" if done[1] else None

@@ -55,6 +55,7 @@ def test_good_arguments_are_parsed():
         ("train --res --out run", "train --res --out run"),
         ("train --overwrite --out run --quiet", "train --out run --quiet --resume"),
         ("train --ov --out overwrite --recompute none", "train --out overwrite --recompute none --resume"),
+        ("train --data - --out run", "train --data - --out run --resume"),
     ],
 )
 def test_the_command_that_goes_on_is_the_one_that_was_given_and_resumes(monkeypatch, given: str, expected: str):

@@ -458,3 +458,18 @@ def test_a_training_that_is_told_to_stop_says_the_command_that_goes_on_and_it_do
     words = [str(done + 2) if word == "99999" else word for word in shlex.split(goes_on)]
     assert subprocess.run(words, env=environment, capture_output=True).returncode == 0
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == done + 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [
+        ("score", "--max-tokens"), ("score", "--batch-size"), ("score", "--max-length"), ("select", "--top-p"),
+        ("eval", "--batch-size"), ("eval", "--max-length"), ("eval", "--limit"),
+        ("generate", "--max-new-tokens"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_a_number_that_is_none_is_refused_with_its_option(capsys, stage: str, option: str, value: str):
+    with pytest.raises(SystemExit, match="2"):
+        main([stage, *REQUIRED[stage].split(), option, value])
+    assert f"argument {option}: " in capsys.readouterr().err

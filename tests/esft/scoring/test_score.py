@@ -205,3 +205,12 @@ def test_nothing_after_the_last_router_runs_from_the_second_batch_on():
         for expert, score in scores.items():
             mean = sum(n * one.token_scores[layer][expert] for n, one in zip(tokens, apart, strict=True)) / sum(tokens)
             assert score == pytest.approx(mean, abs=1e-12)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_bar_counts_the_tokens_where_progress_is_to_be_seen(capsys, progress: bool):
+    batch = token_batch()
+    limit = int(batch["attention_mask"].sum()) + 5
+    esft.score_experts(tiny_model(), [batch, batch], max_tokens=limit, progress=progress)
+    shown = capsys.readouterr().err
+    assert (f"{limit}/{limit}" in shown and "100%" in shown) if progress else not shown

@@ -57,3 +57,10 @@ def test_nothing_leaves_the_device():
     parts = Fp8().encode(torch.empty(4, 96, device="meta"))
     assert {part.device.type for part in parts} == {"meta"}
     assert Fp8().decode(parts, 4, 96, torch.empty(384, device="meta")).device.type == "meta"
+
+
+def test_rows_of_an_odd_number_of_weights_are_read_like_others():
+    for columns in (3, 33, 131):
+        codes, scales = Fp8().quantize(torch.randn(1, 5, columns))
+        expected = codes[0].float() * scales[0].repeat_interleave(128, 1)[:, :columns]
+        assert torch.equal(Fp8().decode([codes[0], scales[0]], 5, columns, torch.empty(5 * columns)), expected)

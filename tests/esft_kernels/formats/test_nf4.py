@@ -107,3 +107,19 @@ def test_nothing_leaves_the_device(kind):
     parts = kind.encode(torch.empty(4, 96, device="meta"))
     assert {part.device.type for part in parts} == {"meta"}
     assert kind.decode(parts, 4, 96, torch.empty(384, device="meta")).device.type == "meta"
+
+
+def test_bitsandbytes_decodes_on_a_cpu_and_in_the_dtypes_that_it_has(monkeypatch):
+    asked = []
+
+    def zeros(codes, absmax, dtype):
+        asked.append(dtype)
+        return torch.zeros(2 * codes.numel(), dtype=dtype)
+
+    monkeypatch.setattr(nf4, "bitsandbytes", lambda: zeros)
+    tensors = Nf4().quantize(torch.ones(1, 4, 64))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not decoded(tensors, 4, 64, dtype).any()
+    assert decoded(tensors, 4, 64, torch.float64).all()
+    Nf4().decode([t[0].to("meta") for t in tensors], 4, 64, torch.empty(256, device="meta"))
+    assert asked == [torch.float32, torch.bfloat16]

@@ -99,3 +99,12 @@ def test_a_scratch_holds_one_expert_at_least(monkeypatch):
     monkeypatch.setattr(module, "SCRATCH", 1)
     pools, routing = layer()
     assert len(list(parts(pools, replace(routing), "down"))) == 1 + R
+
+
+def test_what_has_no_biases_has_none_in_its_parts(monkeypatch):
+    trained, frozen = (ExpertWeights(torch.randn(n, 2 * F, D), torch.randn(n, D, F)) for n in (S, R))
+    pools = ExpertPools(trained, quantize(frozen, "int8"))
+    for rows in (0, 128):
+        monkeypatch.setattr(module, "FEW_ROWS", rows)
+        for part in parts(pools, layer()[1], "down"):
+            assert part.pools.frozen.gate_up_bias_EG is None and part.pools.frozen.down_bias_ED is None
