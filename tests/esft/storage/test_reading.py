@@ -1,5 +1,7 @@
 import os
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import esft
 from esft.storage.files import write_json
 from esft.storage.reading import (
     check_keys,
+    check_name,
     check_regular,
     key_number,
     parse_json,
@@ -157,3 +160,40 @@ def test_an_unknown_key_is_named_with_the_one_that_is_meant():
     for key, said in (("stepz", "'stepz' (is 'steps' meant?)"), ("q", "'q'; there are steps, lr")):
         with pytest.raises(esft.InputError, match=f"^{re.escape(said)}$"):
             check_keys(["lr", key], ["steps", "lr"], esft.InputError)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "'': is no path"),
+        ("x" * 300, r"'x+\.\.\.x+': File name too long"),
+        ("x" * 300 + "/y", r"'x+\.\.\.x+/y': File name too long"),
+        ("a\0b", r"'a\\x00b': embedded null byte"),
+        ("d/" * 300, r"'d/.*d/': lies more than 256 folders deep"),
+    ],
+    ids=["empty", "long", "long above", "null", "deep"],
+)
+def test_what_no_file_can_be_called_is_told(name: str, said: str):
+    with pytest.raises(esft.InputError, match=f"^{said}$") as raised:
+        check_name(name)
+    assert len(str(raised.value)) < 200
+
+
+def test_what_a_file_can_be_called_passes_whether_it_is_there_or_not(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "absent", "absent/x", "file/x", "x" * 255, "a\nb", "-x", " ", "\udcff"):
+        check_name(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[" * 60_000, "{" * 60_000, "- " * 30_000, "? " * 30_000, "a: " + "[" * 3000 + "\n"])
+def test_settings_of_many_levels_are_told_of_at_once(tmp_path, text: str):
+    """Not only where Python's own limit ends it, which is another one in every program."""
+    (tmp_path / "x.yaml").write_text(text)
+    before, started = sys.getrecursionlimit(), time.monotonic()
+    sys.setrecursionlimit(100_000)
+    try:
+        with pytest.raises(esft.InputError, match=r"/x\.yaml: (line 1: )?(YAML that is nested too deeply|not YAML)"):
+            read_settings(tmp_path / "x.yaml")
+    finally:
+        sys.setrecursionlimit(before)
+    assert time.monotonic() - started < 5
