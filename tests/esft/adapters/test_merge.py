@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from esft.errors import DiskError, InputError
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
 from esft.storage.files import TensorInfo
-from tests.esft.checkpoint.files import WEIGHTS, rewrite
+from tests.esft.checkpoint.files import rewrite
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
 
@@ -445,22 +444,6 @@ def test_in_a_base_that_stacks_its_experts_only_the_slices_change(tmp_path, expe
             i for i, (new, old) in enumerate(zip(tensor, before[name], strict=True)) if not torch.equal(new, old)
         ]
         assert changed == (sorted(experts) if "layers.1.mlp.experts." in name else [])
-
-
-def test_an_adapter_of_which_rounding_leaves_nothing_is_told_of(tmp_path):
-    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
-    model = esft.swap(load_model(str(base), "bfloat16"), ExpertSelection({1: [0]}))
-    esft.save_adapter(model, tmp_path / "a")
-    with pytest.warns(UserWarning, match="/a: changes nothing: in the dtype of .*/base its values are the base's$"):
-        esft.merge(base, tmp_path / "a", tmp_path / "same")
-    assert (tmp_path / "same" / WEIGHTS).read_bytes() == (base / WEIGHTS).read_bytes()
-    tensors = load_file(tmp_path / "a" / "adapter.safetensors")
-    next(iter(tensors.values())).view(-1)[:1].add_(1)
-    save_file(tensors, tmp_path / "a" / "adapter.safetensors", {"format": "pt"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        esft.merge(base, tmp_path / "a", tmp_path / "other")
-    assert (tmp_path / "other" / WEIGHTS).read_bytes() != (base / WEIGHTS).read_bytes()
 
 
 def test_the_manifest_of_the_adapter_stays_with_the_result(tmp_path):
