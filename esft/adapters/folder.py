@@ -26,6 +26,7 @@ SELECTION = "expert_cfg.json"
 MANIFEST = "manifest.json"
 PEFT_CONFIG = "adapter_config.json"  # of an adapter that PEFT wrote
 FORMAT_VERSION = 2
+_QUOTES = "'\""  # around a name that is shown
 _SHOWN = 12  # characters of a digest
 READABLE = (1, 2)  # version 1 has the first part of the digest alone, and no settings
 
@@ -88,7 +89,7 @@ def difference(manifest: dict[str, Any], base: FindBase) -> str | None:
             hint = f"; it was trained in {trained} and these are in {_name(found.dtype)}: load its base in {trained}"
         theirs, ours = _differing(str(manifest.get("base_digest")), _comparable(manifest, found))
         return (
-            f"made from another base ({shown(str(manifest.get('base_model')))[1:-1]}, digest {theirs}), "
+            f"made from another base ({shown(manifest.get('base_model')).strip(_QUOTES)}, digest {theirs}), "
             f"not from these weights ({ours}){hint}"
         )
     for name, theirs in manifest.get("base_settings", {}).items():
@@ -205,7 +206,9 @@ def adapter_weights(path: Path, tensors: dict[str, AdapterTensor]) -> Iterator[A
             handle, own = found[name]
             stored = handle.get_slice(own)
             if stored.get_dtype() not in FLOATS:
-                raise InputError(f"{path}: tensor {own} is {stored.get_dtype()}, none of {', '.join(FLOATS)}")
+                raise InputError(
+                    f"{path}: tensor {own} is {stored.get_dtype()}, not floating point as {', '.join(FLOATS)} are"
+                )
             shape, wanted = tuple(stored.get_shape()), tensor.shape
             if shape != wanted:
                 raise InputError(f"{path}: tensor {own} has shape {shape}, the base has {wanted}")

@@ -81,7 +81,7 @@ class Checkpoint:
         own = self.skeleton.state_dict()
         wanted = own if self.as_in_memory else dict(original_format(self.skeleton)(own, own.__getitem__))
         for name, tensor in wanted.items():
-            held = next((own for own in self.names_of(name)), None)
+            held = next(iter(self.names_of(self.tied.get(name, name))), None)
             if held is None:
                 return f"tensor {name} is missing"
             if (shape := self.info(held).shape) != tensor.shape:

@@ -114,10 +114,10 @@ class _Watcher:
         index_TK, weights_TK = index_TK[keep_T], weights_TK.detach()[keep_T]
         if not index_TK.numel():
             return
-        if not bool(weights_TK.isfinite().all()):
-            raise InputError(f"{self.layer.name}: the router's weights are no numbers: the model's hold what is none")
         gate = self.gate or gate_of(logits_TE.detach(), index_TK, weights_TK)
         if gate is None and index_TK.shape[1] > 1:
+            if not bool(weights_TK.isfinite().all()):
+                raise InputError(f"{self.layer.name}: the router decides by what is no number; the weights hold such")
             raise InputError(f"{self.layer.name}: the router makes of its logits none of {', '.join(GATES)}")
         gates_TE = None if gate is None else GATES[gate](logits_TE.float())
         self.then(self.layer, Choice(gates_TE, index_TK, weights_TK != 0))

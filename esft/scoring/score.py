@@ -95,6 +95,8 @@ def score_experts(
         raise InputError("no tokens to score: the data set is empty")
     counts = {index: c for index, c in counts.items() if c.rows_E.any()}  # without a tower that saw no token
     token_scores = {index: _by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
+    if wrong := [i for i, c in counts.items() if c.gates_E is not None and not bool(c.gates_E.isfinite().all())]:
+        raise InputError(f"layer {wrong[0]}: its router's gate values are no numbers; the weights hold such")
     gates = {index: c.gates_E for index, c in counts.items() if c.gates_E is not None}
     gate_scores = {index: _by_expert(gates_E / seen) for index, gates_E in gates.items()}
     return ExpertScores(token_scores, gate_scores)

@@ -2,6 +2,7 @@
 
 JSON_BYTES = 1 << 28  # of a JSON file; the index of a checkpoint with a million tensors has half
 SETTINGS_BYTES = 1 << 16  # of a YAML file of settings, whose parser is slow
+NESTED = 20  # levels of YAML; settings have one
 LAYERS = 10_000
 EXPERTS = 65_536  # of a layer
 EXPERTS_IN_ALL = 1 << 20

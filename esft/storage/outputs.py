@@ -53,8 +53,7 @@ def check_new_file(
             or an empty file, is replaced. None where nothing is.
         inputs: files and folders that are read; see ``check_apart``. The file may not lie in one of the folders.
     """
-    path = Path(path)
-    place = resolved(path)
+    place, path = resolved(path), Path(path)
     if place.is_dir():
         raise InputError(f"{path}: is a folder")
     if not place.parent.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from esft.errors import InputError
-from esft.storage.limits import DEPTH, JSON_BYTES, SETTINGS_BYTES, SHOWN
+from esft.storage.limits import DEPTH, JSON_BYTES, NESTED, SETTINGS_BYTES, SHOWN
 
 _NULL, _TEXT = "tag:yaml.org,2002:null", re.compile(r"tag:yaml\.org,2002:(null|str|int|float|bool)")
 _brief = reprlib.Repr()
@@ -36,10 +37,11 @@ def check_name(path: str | Path) -> None:
         raise InputError(f"{shown(str(path))}: lies more than {DEPTH} folders deep")
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass
-    except (OSError, ValueError) as error:
-        raise InputError(f"{shown(str(path))}: {getattr(error, 'strerror', None) or error}") from error
+    except ValueError as error:
+        raise InputError(f"{shown(str(path))}: {error}") from error
+    except OSError as error:  # any other is told by who opens it
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{shown(str(path))}: {error.strerror}") from error
 
 
 def check_regular(path: str | Path) -> int:
@@ -149,13 +151,23 @@ def read_settings(path: str | Path) -> dict[str, tuple[str | None, int]]:
 
 
 class _Plain(yaml.SafeLoader):
-    """Nodes without anchors: a few lines of those unfold to gigabytes."""
+    """Nodes without anchors, of which a few lines unfold to gigabytes, and not in many levels.
+
+    Each open bracket is looked at again at every further one: thousands take minutes.
+    """
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if event.anchor is not None:
             raise yaml.composer.ComposerError(None, None, "anchors are not supported", event.start_mark)
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > NESTED:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def key_number(text: Any, below: int) -> int | None:

@@ -53,6 +53,27 @@ def test_another_base_is_named_and_the_dtype_where_that_may_be_why(manifest, dty
     assert str(raised.value) == expected
 
 
+@pytest.mark.parametrize(
+    ("version", "theirs", "ours", "shown"),
+    [
+        (2, "a" * 64 + "-" + "b" * 32, "a" * 64 + "-" + "c" * 32, ("b" * 12, "c" * 12)),
+        (2, "a" * 64, "a" * 64 + "-" + "c" * 32, ("none", "c" * 12)),
+        (1, "a" * 64 + "-" + "b" * 32, "a" * 64 + "-" + "c" * 32, ("b" * 12, "none")),
+        (2, "d" * 64 + "-" + "b" * 32, "a" * 64 + "-" + "b" * 32, ("d" * 12, "a" * 12)),
+    ],
+)
+def test_of_two_digests_the_part_is_shown_that_differs(version: int, theirs: str, ours: str, shown: tuple[str, str]):
+    why = difference({"format_version": version, "base_digest": theirs, "base_model": "m"}, lambda _: base_of(ours))
+    assert why == f"made from another base (m, digest {shown[0]}), not from these weights ({shown[1]})"
+
+
+def test_a_message_does_not_grow_with_the_manifest(tmp_path):
+    manifest = {"base_digest": "x" * 9000, "base_model": "y" * 9000, "base_settings": {"a": "z" * 9000}}
+    assert len(difference(manifest, lambda _: base_of("a")) or "") < 300
+    named = manifest | {"base_digest": "a"}
+    assert len(difference(named, lambda _: base_of("a", settings={"a": 1})) or "") < 300
+
+
 def test_a_manifest_without_a_digest_is_of_another_base():
     with pytest.raises(esft.InputError, match=r"another base \(None, digest None\)"):
         check_base({}, lambda rounded: base_of("0123456789abcdef"), "a")

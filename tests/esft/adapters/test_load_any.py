@@ -126,7 +126,13 @@ def test_a_peft_adapter_has_its_own_tensors_and_no_others(tmp_path, damage, mess
         ({"peft_type": ["LORA"]}, r"adapter_config\.json: peft_type is \['LORA'\]"),
         ({"peft_type": "PROMPT_TUNING"}, "a PROMPT_TUNING adapter of this kind is not supported; LoRA is"),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "a LORA adapter of this kind is not supported"),
-        ({"r": "many"}, r"cannot load this PEFT adapter \(."),
+        ({"r": "many"}, r"adapter_config\.json: r is 'many', not a number of at most 1,048,576"),
+        ({"r": 10**9}, r"adapter_config\.json: r is 1000000000, not a number of at most"),
+        ({"lora_alpha": 1e308}, r"adapter_config\.json: lora_alpha is 1e\+308, not a number of at most"),
+        ({"lora_alpha": True}, r"adapter_config\.json: lora_alpha is True, not a number of at most"),
+        ({"use_rslora": "x"}, r"adapter_config\.json: use_rslora is 'x', not true or false"),
+        ({"fan_in_fan_out": 1}, r"adapter_config\.json: fan_in_fan_out is 1, not true or false"),
+        ({"task_type": "SEQ_CLS"}, r"adapter_config\.json: task_type is 'SEQ_CLS'; only CAUSAL_LM is read"),
         ({"target_modules": ["absent"]}, r"cannot load this PEFT adapter \(."),
     ],
     ids=str,
@@ -183,3 +189,15 @@ def test_the_manifest_beside_a_peft_adapter_is_read_strictly(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format_version": True}))
     with pytest.raises(esft.InputError, match=r"manifest\.json: format_version must be 1 or 2, got True$"):
         load_any_adapter(tiny_model(), tmp_path)
+
+
+def test_a_scale_may_be_a_fraction(tmp_path):
+    save_lora(tmp_path)
+    rewrite_json(tmp_path / "adapter_config.json", lambda whole: whole.update(lora_alpha=2.5, task_type=None))
+    load_any_adapter(tiny_model(), tmp_path)
+
+
+def test_a_name_that_no_folder_can_have_is_refused():
+    for name in ("", "x" * 300, "a\0b"):
+        with pytest.raises(esft.InputError, match="^[^\n]{0,200}$"):
+            adapter_folder(name)

@@ -76,7 +76,7 @@ def test_tied_weights_are_compared_over_two_files(tmp_path):
     (tmp_path / WEIGHTS).unlink()
     save_file(tensors, tmp_path / "one.safetensors")
     files = dict.fromkeys(tensors, "one.safetensors") | {HEAD: "two.safetensors"}
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": files}))
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     for factor in (1, 2):
         save_file({HEAD: tensors[EMBEDDING] * factor}, tmp_path / "two.safetensors")
         assert Checkpoint.open(tmp_path).tied == ({HEAD: EMBEDDING} if factor == 1 else {})
@@ -130,13 +130,31 @@ def test_the_skeleton_is_of_the_class_that_the_configuration_names(tmp_path, arc
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_act", "foo"), ("num_hidden_layers", "x"), ("architectures", ["BertModel"])],
+    [("hidden_act", "foo"), ("num_hidden_layers", "x")],
 )
 def test_a_configuration_that_makes_no_model_is_named(tmp_path, key, value):
     tiny_model().save_pretrained(tmp_path)
     rewrite_json(tmp_path / "config.json", lambda config: config.update({key: value}))
     with pytest.raises(esft.InputError, match=r"config\.json: (makes no model|not a model's configuration) \(."):
         _ = Checkpoint.open(tmp_path).skeleton
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_the_tensor_that_does_not_fit_the_model_is_found(tmp_path, original: bool):
+    tiny_model().save_pretrained(tmp_path, save_original_format=original)
+    assert Checkpoint.open(tmp_path).misfit() is None
+    name = "model.norm.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.ones(7)}))
+    said = rf"tensor {name} has shape (7,), and the configuration's model has (32,)"
+    assert Checkpoint.open(tmp_path).misfit() == said
+    rewrite(tmp_path, lambda tensors: tensors.pop(name))
+    assert Checkpoint.open(tmp_path).misfit() == f"tensor {name} is missing"
+
+
+def test_a_tied_head_need_not_be_there_to_fit(tmp_path):
+    tiny_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert HEAD not in checkpoint.files and checkpoint.misfit() is None
 
 
 def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path):

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +19,11 @@ def quantised(base):
     rewrite_json(base / "config.json", lambda config: config.update(change))
 
 
+def misshape(name: str):
+    return lambda base: rewrite(base, lambda tensors: tensors.update({name: torch.ones(3, 5)}))
+
+
+EXPERT = "model.layers.1.mlp.experts.0.up_proj.weight"
 OUTPUTS = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(3)]
 
 
@@ -26,9 +32,12 @@ OUTPUTS = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(3)
     [
         (lose(OUTPUTS[0]), rf"base: tensor {OUTPUTS[0]} is missing \(1 missing in all\)$"),
         (lose(*reversed(OUTPUTS)), rf"base: tensor {OUTPUTS[0]} is missing \(3 missing in all\)$"),
-        (quantised, r"base: cannot load a model \(."),
+        (lose(EXPERT), rf"base: tensor {EXPERT} is missing$"),
+        (misshape(EXPERT), rf"base: tensor {EXPERT} has shape \(3, 5\), and the configuration's model has \(20, 32\)$"),
+        (misshape("model.norm.weight"), r"base: tensor model\.norm\.weight has shape \(3, 5\), .* has \(32,\)$"),
+        (quantised, r"config\.json: has a quantization_config, and no tensor is quantized; take it out$"),
     ],
-    ids=["missing tensor", "missing tensors", "a quantisation that is not installed"],
+    ids=["missing tensor", "missing tensors", "missing expert", "shape of an expert", "shape", "quantisation"],
 )
 def test_a_damaged_model_is_refused(tmp_path, damage, message: str):
     base = save_tiny(tmp_path / "base")
@@ -40,7 +49,7 @@ def test_a_damaged_model_is_refused(tmp_path, damage, message: str):
 @pytest.fixture
 def anywhere(monkeypatch):
     """Whatever a path names passes for a checkpoint."""
-    for check in ("open_config", "weight_files", "check_folder"):
+    for check in ("open_config", "weight_files", "check_folder", "check_dtypes"):
         monkeypatch.setattr(loading, check, lambda *_: None)
 
 
@@ -50,7 +59,7 @@ def test_whatever_transformers_says_of_a_model_is_said_in_one_line(anywhere, mon
         raise kind("\nno good\nand here is why") if kind is not KeyError else KeyError("no good")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
-    with pytest.raises(esft.InputError, match=r"^some/where: cannot load a model \('?no good'?\)$"):
+    with pytest.raises(esft.InputError, match=r"^some/where: cannot load a model \((KeyError ')?no good'?\)$"):
         load_model("some/where")
 
 
@@ -102,7 +111,7 @@ def test_a_folder_without_a_tokenizer_or_with_half_of_one_is_named(tmp_path):
     for name, text in (("tokenizer.json", "{}"), ("tokenizer.json", "["), ("tokenizer_config.json", "[]")):
         base = save_tiny(tmp_path / "base")
         (base / name).write_text(text)
-        with pytest.raises(esft.InputError, match=r"base: cannot load a tokenizer \(."):
+        with pytest.raises(esft.InputError, match=f"base/{name}: ."):
             load_tokenizer(str(base))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
@@ -134,7 +143,7 @@ def test_whatever_transformers_says_of_a_tokenizer_is_said_in_one_line(anywhere,
         raise kind("no good\nand here is why")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fails)
-    with pytest.raises(esft.InputError, match=r"^some/where: cannot load a tokenizer \('?no good"):
+    with pytest.raises(esft.InputError, match=r"^some/where: cannot load a tokenizer \((KeyError ')?no good"):
         load_tokenizer("some/where")
 
 

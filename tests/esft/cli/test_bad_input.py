@@ -133,6 +133,15 @@ MODELS = {
     "pickles": (pickled, "pickled weights are never loaded"),
     "a billion experts": (config(n_routed_experts=10**9), "at most 65,536"),
     "ten million layers": (config(num_hidden_layers=10**7), "at most 10,000"),
+    "null experts a token": (config(num_experts_per_tok=None), "num_experts_per_tok is None, not a number of the 8"),
+    "groups that do not divide": (config(n_group=3), "n_group is 3, which does not divide the 8 experts"),
+    "a quantisation of plain weights": (config(quantization_config={"quant_method": "fp8"}), "no tensor is quantized"),
+    "a model of another type": (config(architectures=["BertModel"]), "architectures names BertModel, which"),
+    "rotary parameters that are none": (config(rope_parameters={"rope_theta": "x"}), "rope_theta is 'x', not a"),
+    "a rotary embedding that is none": (config(rope_parameters={"rope_type": "x"}), "rope_type is 'x', which"),
+    "tuples for outputs": (config(return_dict=False), "return_dict is False"),
+    "generation settings that are none": (put("base/generation_config.json", "{"), "generation_config.json: line 1"),
+    "an index without metadata": (index({"weight_map": {"a": "b.safetensors"}}), "has no metadata"),
     "no heads": (config(num_attention_heads=0), "which no model has"),
     "a list for a size": (config(hidden_size=[1]), ""),
     "a text for the layers": (config(num_hidden_layers="many"), ""),
@@ -170,9 +179,12 @@ def one_line_with_a_pipe(command: str, capsys: pytest.CaptureFixture[str]) -> st
 
 TOKENIZERS = {
     "none": (lambda work: [p.unlink() for p in (work / "base").glob("tok*")], "holds no tokenizer"),
-    "an empty one": (put("base/tokenizer.json", "{}"), "cannot load a tokenizer"),
+    "an empty one": (put("base/tokenizer.json", "{}"), "base/tokenizer.json: cannot load a tokenizer"),
     "no template": (lambda work: (work / "base" / "chat_template.jinja").unlink(), "no chat template"),
     "an empty template": (put("base/chat_template.jinja", ""), ""),
+    "a mark before the template": (put("base/chat_template.jinja", "\ufeff{{ 1 }}"), "begins with a byte order mark"),
+    "a template of gigabytes": (put("base/chat_template.jinja", "{{ 'x' * 10**8 }}"), "makes 100,000,000 characters"),
+    "a list": (put("base/tokenizer_config.json", "[]"), "tokenizer_config.json: not a mapping"),
     "a template that raises": (put("base/chat_template.jinja", "{{ raise_exception('x') }}"), "cannot render it"),
     "a template that divides": (put("base/chat_template.jinja", "{{ 1 / 0 }}"), "cannot render it"),
     "a template without end": (
@@ -322,7 +334,22 @@ ARGUMENTS = {
     f"{EVAL} --max-length 257": "--max-length 257 is beyond the model's 256 positions",
     f"{GENERATE} --max-length 4": "more than --max-length 4",
     f"{GENERATE} --prompt {'x' * 200_000}": "more than --max-length 256",
-    f"{TRAIN} --lr -1": "--lr must be in (0, inf)",
+    f"{TRAIN} --lr -1": "--lr must be in [1e-30, 10]",
+    f"{TRAIN} --lr 1e-400": "--lr must be float | None, got '1e-400'",
+    f"{TRAIN} --lr 1e300": "--lr must be in [1e-30, 10], got 1e300",
+    f"{TRAIN} --weight-decay 1e300": "--weight-decay must be in [0, 1000], got 1e300",
+    f"{TRAIN} --clip 1e-300": "--clip must be in [1e-8, inf], got 1e-300",
+    f"select --scores s.json --out {'x' * 300}": "File name too long",
+    f"merge --model base --adapter a --out {'x' * 300}": "File name too long",
+    f"merge --model base --adapter {'x' * 300} --out m2": "File name too long",
+    f"{TRAIN.replace('run2', 'd/' * 300)}": "lies more than 256 folders deep",
+    f"report {'x' * 300}": "File name too long",
+    f"{SELECT} --plot {'x' * 300}.png": "File name too long",
+    "select --scores s.json --out e.json": "e.json: exists already (--overwrite replaces it)",
+    "merge --model base --adapter a --out run": "run: holds something already (--overwrite replaces it)",
+    TRAIN.replace("run2", "run"): "holds something already (--overwrite replaces it, --resume goes on with it)",
+    f"{EVAL} --out=": "'': is no path",
+    f"{SELECT} --plot=": "--plot: must end in",
     f"{TRAIN} --steps {LONG}": "--steps must be",
     f"{SELECT} --plot x.xyz": "--plot: must end in",
     f"{SELECT} --top-p 7": "--top-p: must be in (0, 1]",
@@ -345,6 +372,36 @@ def test_bad_arguments(work, capsys, command: str):
     refused(command, capsys, work, ARGUMENTS[command])
 
 
-def test_weights_that_are_no_numbers_give_no_json(work, capsys):
+def test_weights_that_are_no_numbers_give_no_json_and_no_answer(work, capsys):
     rewrite(work / "base", lambda tensors: tensors["lm_head.weight"].fill_(torch.nan))
-    refused(EVAL, capsys, work, "base: its loss on d.jsonl is nan")
+    refused(EVAL, capsys, work, "base: loss on d.jsonl is nan")
+    refused(GENERATE, capsys, work, "the model's logits are no numbers")
+
+
+def test_routers_that_decide_by_no_number_give_no_scores(work, capsys):
+    rewrite(work / "base", lambda tensors: tensors["model.embed_tokens.weight"].fill_(torch.nan))
+    refused(SCORE, capsys, work, "the router decides by what is no number")
+
+
+def test_an_adapter_of_absurd_values_gives_no_answer(work, capsys):
+    tensors = load_file(work / "run" / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {name: torch.full_like(tensor, 3e38) for name, tensor in tensors.items()},
+        work / "run" / "adapter" / "adapter_model.safetensors",
+    )
+    refused(f"{GENERATE} --adapter run", capsys, work, "the model's logits are no numbers")
+    refused(f"{EVAL} --adapter run", capsys, work, "base with run/adapter: loss on d.jsonl is nan")
+
+
+@pytest.mark.parametrize("command", [SCORE, TRAIN, EVAL], ids=lambda command: command.split()[0])
+def test_json_of_several_lines_is_no_jsonl(work, capsys, command: str):
+    records = [json.loads(line) for line in (work / "d.jsonl").read_text().splitlines()]
+    for value in (records, records[0]):
+        (work / "d.jsonl").write_text(json.dumps(value, indent=1))
+        refused(command, capsys, work, "d.jsonl: one JSON value over several lines; a record is a line of its own")
+
+
+def test_a_picture_leaves_a_users_file_of_a_likely_name(work):
+    (work / ".p.png.tmp").write_text("mine")
+    assert main([*SELECT.split(), "--plot", "p.png"]) == 0
+    assert (work / ".p.png.tmp").read_text() == "mine" and (work / "p.png").stat().st_size

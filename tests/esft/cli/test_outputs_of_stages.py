@@ -1,12 +1,18 @@
 """No stage replaces a file that it has not written, whatever an output is called."""
 
 import os
+import warnings
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import esft
+from esft.checkpoint.load import load_model
 from esft.cli.parser import main
-from tests.esft.models import write_records
+from esft.selection import ExpertSelection
+from tests.esft.checkpoint.files import WEIGHTS
+from tests.esft.models import save_tiny, write_records
 
 FOREIGN = [
     ("score --model base --data g.jsonl --out g.jsonl --overwrite", "would replace g.jsonl, which is read"),
@@ -92,3 +98,19 @@ def test_outputs_of_their_kind_are_replaced_where_one_says_so(precious, capsys):
             capsys.readouterr().err
         )
     assert (precious / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_adapter_of_which_rounding_leaves_nothing_is_told_of(tmp_path):
+    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    model = esft.swap(load_model(str(base), "bfloat16"), ExpertSelection({1: [0]}))
+    esft.save_adapter(model, tmp_path / "a")
+    with pytest.warns(UserWarning, match="/a: changes nothing: in the dtype of .*/base its values are the base's$"):
+        esft.merge(base, tmp_path / "a", tmp_path / "same")
+    assert (tmp_path / "same" / WEIGHTS).read_bytes() == (base / WEIGHTS).read_bytes()
+    tensors = load_file(tmp_path / "a" / "adapter.safetensors")
+    next(iter(tensors.values())).view(-1)[:1].add_(1)
+    save_file(tensors, tmp_path / "a" / "adapter.safetensors", {"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        esft.merge(base, tmp_path / "a", tmp_path / "other")
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != (base / WEIGHTS).read_bytes()

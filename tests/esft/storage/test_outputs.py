@@ -366,3 +366,21 @@ def test_an_empty_folder_is_no_reason_to_drop_what_was_whole(tmp_path):
     (tmp_path / "x").mkdir()
     recover(tmp_path, re.compile("x"))
     assert (tmp_path / "x" / "file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_bytes_of_a_folder_are_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    done, replace, sync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_size) or sync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "sub").mkdir()
+        (folder / "a").write_bytes(b"123")
+        (folder / "sub" / "b").write_bytes(b"12345")
+    assert sorted(done[:-1]) == [3, 5] and done[-1] == "replace"
+
+
+@pytest.mark.parametrize("check", [check_new_file, check_new_folder])
+def test_a_name_that_cannot_be_given_is_refused_before_any_work(tmp_path, check):
+    for name, said in (("x" * 300, "File name too long"), ("", "is no path"), ("\udcff", "is no name in UTF-8")):
+        with pytest.raises(esft.InputError, match=said):
+            check(tmp_path / name if name else name)

@@ -1,5 +1,7 @@
 import os
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import esft
 from esft.storage.files import write_json
 from esft.storage.reading import (
     check_keys,
+    check_name,
     check_regular,
     key_number,
     parse_json,
@@ -177,3 +180,40 @@ def test_yaml_that_is_no_mapping_of_names_to_single_values_is_refused(tmp_path, 
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(esft.InputError, match=f"c\\.yaml: {re.escape(said)}$"):
         read_settings(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "'': is no path"),
+        ("x" * 300, r"'x+\.\.\.x+': File name too long"),
+        ("x" * 300 + "/y", r"'x+\.\.\.x+/y': File name too long"),
+        ("a\0b", r"'a\\x00b': embedded null byte"),
+        ("d/" * 300, r"'d/.*d/': lies more than 256 folders deep"),
+    ],
+    ids=["empty", "long", "long above", "null", "deep"],
+)
+def test_what_no_file_can_be_called_is_told(name: str, said: str):
+    with pytest.raises(esft.InputError, match=f"^{said}$") as raised:
+        check_name(name)
+    assert len(str(raised.value)) < 200
+
+
+def test_what_a_file_can_be_called_passes_whether_it_is_there_or_not(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "absent", "absent/x", "file/x", "x" * 255, "a\nb", "-x", " ", "\udcff"):
+        check_name(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[" * 60_000, "{" * 60_000, "- " * 30_000, "? " * 30_000, "a: " + "[" * 3000 + "\n"])
+def test_settings_of_many_levels_are_told_of_at_once(tmp_path, text: str):
+    """Not only where Python's own limit ends it, which is another one in every program."""
+    (tmp_path / "x.yaml").write_text(text)
+    before, started = sys.getrecursionlimit(), time.monotonic()
+    sys.setrecursionlimit(100_000)
+    try:
+        with pytest.raises(esft.InputError, match=r"/x\.yaml: (line 1: )?(YAML that is nested too deeply|not YAML)"):
+            read_settings(tmp_path / "x.yaml")
+    finally:
+        sys.setrecursionlimit(before)
+    assert time.monotonic() - started < 5

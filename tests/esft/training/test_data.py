@@ -18,6 +18,31 @@ from esft.training.data import (
 )
 from tests.esft.models import chat, tiny_tokenizer, write_records
 
+RECORD = {"messages": chat("a", "b")}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("whole", [RECORD, [RECORD, RECORD]])
+def test_json_that_is_no_jsonl_is_told_what_is_expected(tmp_path, indent, whole):
+    (tmp_path / "d.jsonl").write_text(json.dumps(whole, indent=indent))
+    if isinstance(whole, dict) and indent is None:
+        assert len(read_records(tmp_path / "d.jsonl")) == 1
+        return
+    said = "one JSON value over several lines" if indent else 'line 1: no "messages" list'
+    wanted = 'a record is a line of its own: {"messages": [{"role": "user", "content": ...}, ...]}'
+    with pytest.raises(esft.InputError) as raised:
+        read_records(tmp_path / "d.jsonl")
+    assert str(raised.value) == f"{tmp_path / 'd.jsonl'}: {said}; {wanted}"
+
+
+def test_a_template_that_makes_a_text_of_gigabytes_is_refused(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'x' * 33554433 }}"
+    with pytest.raises(
+        esft.InputError, match="^the chat template makes 33,554,433 characters of it; at most 33,554,432"
+    ):
+        encode(tokenizer, chat("a", "b"), 99)
+
 
 def test_the_loss_covers_every_assistant_turn_and_its_end_and_nothing_else():
     tokenizer = tiny_tokenizer()

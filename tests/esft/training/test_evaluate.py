@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import GenerationConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+import esft
 from esft.experts.model_state import model_state
 from esft.training.data import IGNORE, Example, collate, encode_all
 from esft.training.evaluate import (
@@ -422,3 +424,42 @@ def test_the_last_assistant_turn_is_the_one_to_answer():
     before = [*chat("a", "b"), {"role": "user", "content": "c"}]
     after = [{"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]
     assert split_prompt([*before, *after]) == (before, "d")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("spoilt", ["lm_head.weight", "model.norm.weight"])
+def test_a_model_whose_logits_are_no_numbers_answers_nothing(value: float, spoilt: str):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(spoilt).fill_(value)
+    with pytest.raises(esft.InputError, match="^the model's logits are no numbers: "):
+        answer(model, tiny_tokenizer(), [chat("say a", "")[:1]], 3)
+
+
+def test_tokens_that_a_model_rules_out_are_no_fault():
+    model = tiny_model()
+    expected = answer(model, tiny_tokenizer(), [chat("say a", "")[:1]], 3)
+    first = torch.arange(300) == 299
+
+    def rule_out(module, args, out):
+        return out.masked_fill(first, -torch.inf)
+
+    model.lm_head.register_forward_hook(rule_out)
+    assert answer(model, tiny_tokenizer(), [chat("say a", "")[:1]], 3) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 0}, {"repetition_penalty": 0}, {"return_dict_in_generate": True}, {"stop_strings": ["a"]},
+        {"sequence_bias": {"x": 1}}, {"penalty_alpha": 0.5, "top_k": 4}, {"prompt_lookup_num_tokens": 3},
+        {"suppress_tokens": list(range(250))}, {"max_time": 0}, {"custom_generate": "some/where"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_models_generation_settings_say_is_not_used_and_is_left_as_it_is(settings: dict):
+    model, prompts = tiny_model(), [chat("say a", "")[:1], chat("say bcd", "")[:1]]
+    expected = answer(model, tiny_tokenizer(), prompts, 4)
+    model.generation_config = own = GenerationConfig(**settings)
+    assert answer(model, tiny_tokenizer(), prompts, 4) == expected
+    assert model.generation_config is own and own.to_diff_dict().items() >= settings.items()

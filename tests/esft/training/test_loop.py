@@ -164,7 +164,7 @@ def test_bad_input_leaves_nothing_behind(base):
         ({"resume": True}, "x: holds no run to resume"),
         ({"resume": True, "out": "half"}, "half: holds no run to resume"),
         ({"resume": True, "out": "rest"}, "rest: holds no run to resume"),
-        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"resume": True, "overwrite": True}, "`resume=True` and `overwrite=True` exclude each other"),
         ({"out": "other"}, "other: holds something already"),
         ({"out": "file", "overwrite": True}, "file: is a file"),
         ({"out": "other", "overwrite": True}, r"other: holds no run \(no esft_run.json\), and is not overwritten"),
@@ -281,6 +281,20 @@ def test_a_diverged_or_broken_run_takes_nothing_from_the_one_that_it_was_to_repl
     run(base, "run", settings(steps=8, save_every=2, lr=0.5), resume=True, eval_data=None)
     assert column(out, "step") == list(range(1, 9)) and not (out / "overwriting").exists()
     assert not list(out.rglob(".*"))
+
+
+@pytest.mark.parametrize("at", [3, 5])
+def test_weights_that_are_no_numbers_are_not_stored(base, out, fake, monkeypatch, at: int):
+    """After the last step no gradient is left to show it; before, a checkpoint would hold them."""
+    monkeypatch.setattr(
+        train_module.MasterAdamW, "overflowed", lambda self: "some.weight" if len(fake.batches) == at else None
+    )
+    with pytest.raises(
+        esft.DivergenceError, match=f"^step {at}: some.weight holds what is no finite number; lower the"
+    ):
+        run(base, "run", settings(steps=5, save_every=3), eval_data=None)
+    assert not (out / "adapter").exists()
+    assert [p.name for p in (out / "checkpoints").glob("*")] == ([] if at == 3 else ["step-000003"])
 
 
 def test_two_trainings_in_one_folder_are_refused_and_the_first_goes_on(base, out, fake):

@@ -320,3 +320,13 @@ def test_a_state_that_is_none_of_these_parameters_is_named_and_changes_nothing(c
     with pytest.raises(InputError, match=message):
         fresh.load_state(state)
     assert all(torch.equal(p, torch.ones_like(p)) for p in fresh.params.values()) and not fresh.moments
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_that_is_no_longer_finite_is_named(dtype: torch.dtype):
+    named = [(name, nn.Parameter(torch.ones(3, dtype=dtype))) for name in ("a", "b")]
+    optimizer = MasterAdamW(named, TrainConfig())
+    assert optimizer.overflowed() is None
+    for value in (torch.nan, torch.inf):
+        named[1][1].data[2] = value
+        assert optimizer.overflowed() == "b"
