@@ -50,7 +50,7 @@ def read_records(path: str | Path) -> list[Messages]:
 
 def _is_json(text: str) -> bool:
     """Whether a text of several lines is one JSON value."""
-    if len(text.split("\n", 2)) < 2 or text.lstrip()[:1] not in ("{", "["):
+    if "\n" not in text.strip() or text.lstrip()[:1] not in ("{", "["):
         return False
     try:
         parse_json(text, "")

@@ -275,7 +275,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_no_json(work, calls, capsys):
     calls.watch("mean_loss", float("nan"))
     assert main("eval --model m --data d.jsonl --loss-only --out o.json".split()) == 2
     printed = capsys.readouterr()
-    assert printed.err == "esft: m: its loss on d.jsonl is nan: the weights hold what is no number\n"
+    assert printed.err == "esft: m: loss on d.jsonl is nan: weights hold what is no number, or too much\n"
     assert printed.out == "" and not (work / "o.json").exists()
 
 

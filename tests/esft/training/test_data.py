@@ -35,6 +35,12 @@ def test_json_that_is_no_jsonl_is_told_what_is_expected(tmp_path, indent, whole)
     assert str(raised.value) == f"{tmp_path / 'd.jsonl'}: {said}; {wanted}"
 
 
+def test_what_is_wrong_with_the_only_record_is_told_whatever_comes_after_it(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": chat("a", "b")[:1]}) + "\n\n")
+    with pytest.raises(esft.InputError, match=r"d\.jsonl: line 1: no assistant turn$"):
+        read_records(tmp_path / "d.jsonl")
+
+
 def test_a_template_that_makes_a_text_of_gigabytes_is_refused(monkeypatch):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ 'x' * 33554433 }}"
