@@ -15,6 +15,7 @@ import torch
 from benchmarks import peers
 from benchmarks.peers import Problem, Step
 from benchmarks.shapes import LayerShape, skewed_top_k
+from esft_kernels.formats.resolve import FORMATS
 
 SHARE = 0.22  # of the rows on chosen experts, as in the published routing logs
 CHOSEN = 5  # experts of 64
@@ -74,6 +75,8 @@ def peers_of(problem: Problem, backend: str) -> dict[str, Callable[[], Step]]:
     made: dict[str, Callable[[], Step]] = {"esft, all trained": lambda: peers.ours(problem, every, backend)}
     if problem.x_TD.device.type == "cpu":
         made["esft, frozen packed"] = lambda: peers.ours(problem, problem.chosen, "cpu_packed")
+    for name in FORMATS:
+        made[f"esft, frozen in {name}"] = lambda name=name: peers.ours(problem, problem.chosen, backend, name)
     if problem.shape.activation == LayerShape.activation:
         made |= {
             "grouped_mm, all trained": lambda: peers.stock(problem, "grouped_mm", True),
@@ -123,8 +126,10 @@ def run(
     for name, make in peers_of(problem, backend).items():
         if only is not None and name not in only:
             continue
-        peer = make()
-        for result, expected in zip(peer.run(problem)[:2], results, strict=True):
+        peer, wanted = make(), results
+        if name.startswith("esft, frozen in "):  # other weights, and so other results than ours
+            wanted = peers.decoded(problem, problem.chosen, peer, backend).run(problem)[:2]
+        for result, expected in zip(peer.run(problem)[:2], wanted, strict=True):
             # LoRA's matrices begin at a product of zero, so it too computes the layer as it is.
             if not (off := relative_error(result, expected)) <= 2 * TOLERANCE[dtype]:
                 raise RuntimeError(f"{name}: off from esft by {off:.2e} of the largest value; not timed")

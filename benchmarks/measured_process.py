@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,20 +23,15 @@ def run(command: Sequence[str], memory_gb: float | None = None) -> dict[str, Any
     system takes back when it needs them.
     """
     begun, peak = time.monotonic(), 0
-    with _limited(memory_gb) as enter:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=enter, errors="replace"
-        )
-        pipe, output, resident = process.stdout, "", 0
-        assert pipe is not None
-        os.set_blocking(pipe.fileno(), False)
+    with _limited(memory_gb) as enter, tempfile.TemporaryFile() as output:
+        process, resident = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=enter), 0
         while process.poll() is None:
             anonymous, most = _memory(process.pid)
             peak, resident = max(peak, anonymous), max(resident, most)
-            output = (output + (pipe.read() or ""))[-4000:]
             time.sleep(EVERY)
-        output += pipe.read() or ""
-    lines = [line for line in output.replace("\r", "\n").splitlines() if line.strip()]
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
     return {
         "status": process.returncode,
         "seconds": time.monotonic() - begun,
@@ -83,7 +79,16 @@ def _limited(memory_gb: float | None) -> Iterator[Any]:
     try:
         yield enter
     finally:
-        group.rmdir()
+        _remove(group)
+
+
+def _remove(group: Path) -> None:
+    for _ in range(100):
+        try:
+            return group.rmdir()
+        except OSError:  # the last process is on its way out
+            time.sleep(EVERY)
+    return None
 
 
 def python(*arguments: str) -> list[str]:

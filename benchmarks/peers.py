@@ -18,7 +18,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Exper
 
 from benchmarks.shapes import LayerShape
 from esft_kernels.autograd_op import expert_mlp
-from esft_kernels.pools import ExpertPools, ExpertWeights, split_pools
+from esft_kernels.pools import PLAIN, ExpertPools, ExpertWeights, dequantize, quantize, split_pools
 from esft_kernels.routing import expert_order, route
 
 
@@ -93,21 +93,38 @@ class PoolStep(Step):
         return {t.untyped_storage().data_ptr() for t in tensors if t is not None}
 
 
-def ours(problem: Problem, trained: list[int], backend: str) -> Step:
-    """This project's experts with ``trained`` of them trained."""
+def ours(problem: Problem, trained: list[int], backend: str, frozen: str = PLAIN) -> PoolStep:
+    """This project's experts with ``trained`` of them trained, and the others in a format where one is named."""
     shape, s = problem.shape, len(trained)
-    position = torch.argsort(torch.tensor(expert_order(trained, shape.experts))).to(problem.x_TD.device)
     gate_up, down = problem.gate_up_EGD, problem.down_EDF
     if shape.gpt_oss_layout:  # stored as [E, D, G] and [E, F, D]
         gate_up, down = gate_up.mT.contiguous().mT, down.mT.contiguous().mT
     weights = ExpertWeights(gate_up, down, *problem.biases)
     pools = split_pools(weights, trained, shape.activation, shape.gpt_oss_layout)
-    parameters = [t.requires_grad_() for t in pools.trained.tensors() if t is not None] if s else []
+    for tensor in pools.trained.tensors() if s else ():
+        if tensor is not None:
+            tensor.requires_grad_()
+    if isinstance(pools.frozen, ExpertWeights) and frozen != PLAIN:
+        pools = replace(pools, frozen=quantize(pools.frozen, frozen))
+    return _of_pools(problem, trained, pools, backend)
+
+
+def decoded(problem: Problem, trained: list[int], step: PoolStep, backend: str) -> PoolStep:
+    """The same step with the frozen experts written out, where they are in a format."""
+    frozen = step.pools.frozen
+    if isinstance(frozen, ExpertWeights):
+        return step
+    plain = replace(step.pools, frozen=dequantize(frozen, problem.x_TD.dtype))
+    return _of_pools(problem, trained, plain, backend)
+
+
+def _of_pools(problem: Problem, trained: list[int], pools: ExpertPools, backend: str) -> PoolStep:
+    position = torch.argsort(torch.tensor(expert_order(trained, pools.num_experts))).to(problem.x_TD.device)
 
     def forward(x: Tensor, weights: Tensor) -> Tensor:
-        return expert_mlp(x, weights, pools, route(problem.index_TK, position, s), backend)
+        return expert_mlp(x, weights, pools, route(problem.index_TK, position, len(trained)), backend)
 
-    return PoolStep(forward, parameters, pools)
+    return PoolStep(forward, [t for t in pools.trained.tensors() if t is not None and t.requires_grad], pools)
 
 
 def _stock_experts(problem: Problem, implementation: str, trains: bool) -> DeepseekV2Experts:

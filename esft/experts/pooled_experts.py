@@ -79,9 +79,9 @@ class Experts(nn.Module):
             # An empty pool that required a gradient would drag the backward through all layers below.
             self._add(f"trained_{name}", plain, device, trains=s > 0)
             for part, stored in self.stored.get(name, {}).items():
-                self._add(f"frozen_{name}_{part}", stored._replace(dtype=_bits(stored.dtype)), device)
+                self._add(f"frozen_{name}_{part}", Stored(stored.shape, _bits(stored.dtype)), device)
             if not self.stored.get(name):
-                self._add(f"frozen_{name}", plain and plain._replace(shape=(r, *plain.shape[1:])), device)
+                self._add(f"frozen_{name}", plain and Stored((r, *plain.shape[1:]), plain.dtype), device)
         self.register_buffer("position", torch.tensor(self.place, device=device), persistent=False)
         if not gate_up.is_meta:
             for expert in range(len(order)):

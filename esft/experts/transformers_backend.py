@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esft.experts import stock_layout  # not what is in it: that may be what imports transformers, and so this
 from esft.experts.plain_experts import plain_mlp
-from esft.experts.stock_layout import read_layout
 from esft.transformers_internals import ALL_EXPERTS_FUNCTIONS, is_expert_parallel
 from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.pools import ExpertPools, ExpertWeights
@@ -47,7 +47,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 def _keep_layout(stock: nn.Module) -> None:
     """Read the module's layout the first time, and keep it there."""
     if "esft_layout" not in vars(stock):
-        stock.esft_layout = read_layout(stock, type(stock).__name__)
+        stock.esft_layout = stock_layout.read_layout(stock, type(stock).__name__)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

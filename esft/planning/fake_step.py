@@ -68,14 +68,14 @@ def _materialise(model: nn.Module) -> None:
     """Fake tensors on the CPU for what is on the meta device; a tensor of two names stays one."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
+        alone = {"recurse": False, "remove_duplicate": False}
+        for name, tensor in [*module.named_parameters(**alone), *module.named_buffers(**alone)]:
+            if tensor.is_meta:
                 if id(tensor) not in made:
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if held is module._parameters else new
-                held[name] = made[id(tensor)]
+                    parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new
+                setattr(module, name, made[id(tensor)])
 
 
 def _measured(causal_lm: Any, batch: Batch, recompute_layers: bool) -> StepBytes:

@@ -14,7 +14,7 @@ from esft.planning.stand_in import Sizes
 from esft.runs.config import FROZEN, TrainConfig
 from esft.selection import ExpertSelection
 from esft.training.masters import master_type
-from esft.training.methods import METHODS
+from esft.training.methods import add_lora
 from esft.training.moments import MOMENTS
 from esft.training.optim import PIECE
 from esft_kernels.formats.resolve import resolve_format
@@ -177,7 +177,7 @@ def _step(
         for layer, count in zip(whole.layers, chosen.experts, strict=True)
     }
     if lora:
-        skeleton = METHODS["lora"].prepare(skeleton, config, None)
+        skeleton = add_lora(skeleton, config)
         tensors = [(p.numel(), p.dtype) for p in skeleton.parameters() if p.requires_grad]
     else:
         require_beside(skeleton, chosen.shared, chosen.others)

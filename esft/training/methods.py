@@ -5,6 +5,7 @@ A method is a class with what ``Method`` names, and its name in ``METHODS``.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -105,20 +106,10 @@ class LoRA:
 
     @staticmethod
     def prepare(source: Source, config: TrainConfig, selection: ExpertSelection | None) -> tuple[nn.Module, Base]:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ModuleNotFoundError as error:
-            raise InputError("method lora needs the peft package: pip install 'esft[lora]'") from error
+        _peft()  # before minutes of loading
         model = _recomputed(source.stock(config), config)
-        base, head = model_base(model), model.get_output_embeddings()
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            target_modules=[n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head],
-            target_parameters=list(_stacked_projections(model)),
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, lora), base
+        base = model_base(model)
+        return add_lora(model, config), base
 
     @staticmethod
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
@@ -132,6 +123,27 @@ class LoRA:
 
 
 METHODS: dict[str, type[Method]] = {"esft": ESFT, "full": Full, "lora": LoRA}
+
+
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ModuleNotFoundError as error:
+        raise InputError("method lora needs the peft package: pip install 'esft[lora]'") from error
+
+
+def add_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
+    """PEFT's model around this one, with what ``LoRA`` trains. Raises InputError where PEFT is not installed."""
+    peft = _peft()
+    head = model.get_output_embeddings()
+    lora = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=[n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head],
+        target_parameters=list(_stacked_projections(model)),
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, lora)
 
 
 def _recomputed(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:

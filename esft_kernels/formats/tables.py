@@ -68,7 +68,7 @@ def bins_of(edges: tuple[float, ...], device: torch.device) -> Bins:
     edge[held] = numbers
     below = torch.zeros(_BINS, dtype=torch.uint8)
     below[1:] = edge.isfinite().cumsum(0)[:-1]
-    return bins._replace(below=below.to(device), edge=edge.to(device))
+    return Bins(bins.low, bins.per_unit, below.to(device), edge.to(device))
 
 
 def count_below(x_N: Tensor, bins: Bins) -> Tensor:

@@ -44,3 +44,9 @@ def test_esft_is_an_experts_backend_of_transformers_whichever_is_imported_first(
     model = "transformers.OlmoeConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=9)"
     code = f"{imports}\nm = transformers.OlmoeForCausalLM({model})\nm.set_experts_implementation('esft')\nprint('set')"
     assert ran(code) == "set"
+
+
+@pytest.mark.parametrize("first", ["esft.experts.moe_layers", "esft.transformers_internals"])
+def test_whatever_module_comes_first_is_whole_and_the_backend_is_there(first: str):
+    code = f"import {first}; from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as A; print('esft' in A)"
+    assert ran(code) == "True"

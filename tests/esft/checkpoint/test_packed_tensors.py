@@ -45,7 +45,7 @@ def test_other_quantizations_are_refused(said: dict, message: str):
 
 
 def matrix() -> PackedTensor:
-    return PackedTensor("fp8", resolve_format("fp8").encode(torch.randn(200, 130)))
+    return PackedTensor("fp8", tuple(p.contiguous() for p in resolve_format("fp8").encode(torch.randn(200, 130))))
 
 
 def stack() -> PackedTensor:

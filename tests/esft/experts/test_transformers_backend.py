@@ -92,13 +92,13 @@ def test_without_expert_parallelism_ids_out_of_range_are_errors():
 
 
 def test_the_layout_is_read_once_and_an_error_names_the_class(monkeypatch):
-    experts, seen, real = experts_of("mixtral"), [], interface.read_layout
+    experts, seen, real = experts_of("mixtral"), [], interface.stock_layout.read_layout
 
     def spy(stock: nn.Module, name: str):
         seen.append((stock, name))
         return real(stock, name)
 
-    monkeypatch.setattr(interface, "read_layout", spy)
+    monkeypatch.setattr(interface.stock_layout, "read_layout", spy)
     for _ in range(3):
         experts(*batch(experts))
     assert seen == [(experts, "MixtralExperts")]

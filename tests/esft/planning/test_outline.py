@@ -29,7 +29,7 @@ def test_a_model_is_counted_without_its_weights(folder):
     assert found.others == sum(w.numel() for w in weights.others.values())
     assert {layer.index: layer.experts for layer in found.layers} == weights.num_experts
     for layer in found.layers:
-        one = weights.experts[layer.index].weights[0].values()
+        one = weights.experts[layer.index].weights(0).values()
         assert layer.expert_size == sum(w.numel() for w in one) and layer.biased == (len(one) > 2)
         g, d, f = layer.shape
         assert (d, g) == (32, 2 * f) and model.get_submodule(layer.name) is not None

@@ -7,7 +7,7 @@ import esft
 from esft.planning.plan import BASE, FORMATS, ROW_SHARE, plan
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.methods import prepare
+from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft_kernels.formats.resolve import resolve_format
 from tests.esft.models import tiny_model
@@ -46,7 +46,8 @@ def test_parameters_weights_and_state_are_those_of_the_training(folder, method: 
     found = plan(folder, selection, settings, tokens=64)
     model = tiny_model(dtype=torch.bfloat16, hidden_size=64, moe_intermediate_size=64)
     total, size = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
-    trained = prepare(model, settings, selection)
+    model.save_pretrained(folder)
+    trained, _ = METHODS[method].prepare(Source(folder), settings, selection)
     parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     assert found.parameters == total
     assert found.trained_parameters == sum(p.numel() for p in parameters.values())
