@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measured_process import python, run
-from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.random_checkpoint import MODELS, write_checkpoint
 from esft.checkpoint.load import load_skeleton, load_tokenizer
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
@@ -59,6 +59,13 @@ def measure(
             rows[-1]["disk_gb"] = _size(merged)
             shutil.rmtree(merged)
     return rows
+
+
+def first_experts(model: str, count: int, path: Path) -> Path:
+    """A selection of so many experts in each MoE layer: random weights make no choice that says anything."""
+    layers = moe_layers(load_skeleton(str(MODELS / model)))
+    ExpertSelection({layer.index: list(range(count)) for layer in layers}).save(path)
+    return path
 
 
 def _of_training(run_folder: Path, base: Path, experts: Path) -> dict:

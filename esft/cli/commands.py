@@ -192,7 +192,7 @@ def _plan(args: argparse.Namespace) -> None:
                 fits = {"fits": changes is None, "change": changes} if args.memory_gb else {}
                 say(json.dumps(vars(found) | fits))
             else:
-                say(described(found))
+                say(*described(found).split("\n"))
                 if args.memory_gb:
                     say(fitting(args.memory_gb, changes))
 

@@ -32,6 +32,8 @@ class MasterAdamW:
         self.config = config
         self.masters: dict[str, Master] = {name: master_type(p.dtype)(p) for name, p in self.params.items()}
         self.moments: dict[str, Moments] = {}  # none before a parameter's first gradient, and no step
+        # Made now: among what a step makes and frees, they would keep an allocator from using that memory again.
+        self._unused = {name: MOMENTS[config.optimizer](p.detach()) for name, p in self.params.items()}
         self.steps: dict[str, int] = {}
         self._buffers: dict[torch.device, Tensor] = {}
 
@@ -52,7 +54,8 @@ class MasterAdamW:
         return float(norm)
 
     def _begin(self, name: str, step: int) -> None:
-        self.moments[name], self.steps[name] = MOMENTS[self.config.optimizer](self.params[name].detach()), step
+        made = self._unused.pop(name, None) or MOMENTS[self.config.optimizer](self.params[name].detach())
+        self.moments[name], self.steps[name] = made, step
 
     def _groups(self) -> Iterator[list[tuple[str, slice]]]:
         """All that has a gradient: names with spans of elements, at most a piece of one device together."""

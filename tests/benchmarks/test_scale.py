@@ -36,3 +36,10 @@ def test_every_stage_runs_at_small_sizes(tmp_path, monkeypatch):
     assert merge["disk_gb"] > 0 and not (tmp_path / "work" / "small.merged").exists()
     stopped = measure("small", "nf3", None, "adamw", tmp_path / "work", None, {"score", "train"})
     assert [row["stage"] for row in stopped] == ["score"] and "nf3" in stopped[0]["said"]
+
+
+def test_so_many_experts_of_every_layer_can_be_named(tmp_path, monkeypatch):
+    small(tmp_path, monkeypatch)
+    monkeypatch.setattr(scale, "MODELS", tmp_path / "models")
+    found = ExpertSelection.load(scale.first_experts("small", 2, tmp_path / "e.json"))
+    assert found.experts == {1: [0, 1], 2: [0, 1]}
