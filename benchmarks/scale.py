@@ -28,6 +28,7 @@ def measure(
     frozen: str,
     experts: Path | None,
     optimizer: str,
+    recompute: str,
     folder: Path,
     memory_gb: float | None,
     stages: set[str],
@@ -44,6 +45,7 @@ def measure(
         "select": ["select", "--scores", scores, "--out", chosen, "--overwrite"],
         "train": ["train", *common, "--data", data, "--out", adapter, "--overwrite", "--experts", experts or chosen,
                   "--steps", STEPS, "--batch-size", RECORDS, "--frozen", frozen, "--optimizer", optimizer,
+                  "--recompute", recompute,
                   "--max-length", TOKENS // RECORDS],
         "merge": ["merge", "--model", base, "--adapter", adapter, "--out", merged, "--overwrite"],
     }  # fmt: skip

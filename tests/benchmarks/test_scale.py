@@ -28,13 +28,13 @@ def test_a_dense_rate_is_of_products():
 def test_every_stage_runs_at_small_sizes(tmp_path, monkeypatch):
     small(tmp_path, monkeypatch)
     monkeypatch.setattr(scale, "TOKENS", 128)
-    rows = measure("small", "nf4", None, "adamw_8bit", tmp_path / "work", None, set(scale.STAGES))
+    rows = measure("small", "nf4", None, "adamw_8bit", "layers", tmp_path / "work", None, set(scale.STAGES))
     assert [(row["stage"], row["status"]) for row in rows] == [(stage, 0) for stage in scale.STAGES], rows
     assert all(row["anonymous_gb"] > 0.01 and row["seconds"] > 0 for row in rows)
     train, merge = rows[2], rows[3]
     assert train["tokens_per_second"] > 0 and 0 < train["share_of_dense"] < 1 and train["disk_gb"] > 0
     assert merge["disk_gb"] > 0 and not (tmp_path / "work" / "small.merged").exists()
-    stopped = measure("small", "nf3", None, "adamw", tmp_path / "work", None, {"score", "train"})
+    stopped = measure("small", "nf3", None, "adamw", "none", tmp_path / "work", None, {"score", "train"})
     assert [row["stage"] for row in stopped] == ["score"] and "nf3" in stopped[0]["said"]
 
 
