@@ -151,7 +151,7 @@ def _scale(argv: list[str]) -> None:
     rows = scale.measure(
         args.model, args.frozen, args.experts, args.optimizer, args.recompute, args.folder, args.memory_gb, stages
     )
-    print(table([{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]))
+    print(table(scale.shown(rows)))
     names = ("model", "frozen", "optimizer", "recompute", "memory_gb")
     settings = {name: getattr(args, name) for name in names}
     print(json.dumps(settings | {"measured": rows}))

@@ -63,6 +63,12 @@ def measure(
     return rows
 
 
+def shown(rows: list[dict]) -> list[dict]:
+    """The rows for a table: three digits, and nothing where a stage has no such figure."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{n: f"{v:.3g}" if isinstance(v := row.get(n, ""), float) else v for n in names} for row in rows]
+
+
 def first_experts(model: str, count: int, path: Path) -> Path:
     """A selection of so many experts in each MoE layer: random weights make no choice that says anything."""
     layers = moe_layers(load_skeleton(str(MODELS / model)))

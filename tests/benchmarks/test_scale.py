@@ -43,3 +43,11 @@ def test_so_many_experts_of_every_layer_can_be_named(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "MODELS", tmp_path / "models")
     found = ExpertSelection.load(scale.first_experts("small", 2, tmp_path / "e.json"))
     assert found.experts == {1: [0, 1], 2: [0, 1]}
+
+
+def test_a_table_has_every_figure_that_a_stage_has():
+    rows = scale.shown([{"stage": "train", "seconds": 12.345, "disk_gb": 0.5}, {"stage": "merge", "said": "done"}])
+    assert rows == [
+        {"stage": "train", "seconds": "12.3", "disk_gb": "0.5", "said": ""},
+        {"stage": "merge", "seconds": "", "disk_gb": "", "said": "done"},
+    ]
