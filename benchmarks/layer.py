@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import peers
-from benchmarks.peers import Problem, Step
+from benchmarks.peers import PoolStep, Problem, Step
 from benchmarks.shapes import LayerShape, skewed_top_k
 from esft_kernels.formats.resolve import FORMATS
+from esft_kernels.pools import PLAIN
 
 SHARE = 0.22  # of the rows on chosen experts, as in the published routing logs
 CHOSEN = 5  # experts of 64
@@ -127,7 +128,7 @@ def run(
         if only is not None and name not in only:
             continue
         peer, wanted = make(), results
-        if name.startswith("esft, frozen in "):  # other weights, and so other results than ours
+        if isinstance(peer, PoolStep) and peer.pools.format != PLAIN:  # other weights, and so other results than ours
             wanted = peers.decoded(problem, problem.chosen, peer, backend).run(problem)[:2]
         for result, expected in zip(peer.run(problem)[:2], wanted, strict=True):
             # LoRA's matrices begin at a product of zero, so it too computes the layer as it is.

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from benchmarks.plan import MODELS
 from esft.checkpoint.load import load_skeleton
 from esft.checkpoint.original_format import by_layer, original_format
 
-MODELS = Path(__file__).with_name("models")
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-moe"
 DRAWN = 1 << 26  # values that are drawn once; every tensor is a piece of them
 

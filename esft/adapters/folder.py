@@ -152,7 +152,7 @@ def selection_for(path: Path, model: PreTrainedModel) -> ExpertSelection:
 
 def selected_tensors(path: Path, model: PreTrainedModel) -> tuple[ExpertSelection, dict[str, AdapterTensor]]:
     """An adapter's selection, and what of the model it trains. Raises InputError where it does not fit the model."""
-    selection = selection_for(path, model)
+    selection = ExpertSelection.load(path / SELECTION)
     try:
         return selection, adapter_tensors(model, selection)
     except InputError as error:

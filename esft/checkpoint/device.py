@@ -20,7 +20,7 @@ def placement() -> dict[str, Any]:
 
 def on_one_device() -> bool:
     """Whether ``placement`` puts all of a model in one place."""
-    return not torch.cuda.is_available() or torch.cuda.device_count() == 1
+    return placement().get("device_map") != "auto"
 
 
 def first_device() -> torch.device:

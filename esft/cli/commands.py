@@ -26,17 +26,12 @@ from esft.storage.reading import check_regular, read_json
 def _score(args: argparse.Namespace) -> None:
     check_new_file(args.out, ExpertScores.load if args.overwrite else None, [args.model, args.data])
     check_regular(args.data)
-    from esft.checkpoint.load import load_tokenizer
-    from esft.checkpoint.source import Reach, open_config
     from esft.scoring.score import score_experts
-    from esft.training.data import encode_all, read_records, windows
+    from esft.training.data import read_records, windows
 
     records = read_records(args.data)
     with reading(args.model):
-        reach = Reach.of(open_config(args.model, args.trust_remote_code))
-        length = reach.length(args.max_length)
-        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-        examples = encode_all(tokenizer, records, length, args.data, reach.vocabulary, not args.quiet)
+        _, length, examples = _encoded(args, records)
         model = _model_with_adapter(args, None)
         batches = windows(examples, length, args.batch_size)
         scores = score_experts(model, batches, args.max_tokens, progress=not args.quiet)
@@ -113,17 +108,12 @@ def _eval(args: argparse.Namespace) -> None:
         inputs = [args.model, args.adapter, args.data]
         check_new_file(args.out, _check_result if args.overwrite else None, inputs)
     check_regular(args.data)
-    from esft.checkpoint.load import load_tokenizer
-    from esft.checkpoint.source import Reach, open_config
-    from esft.training.data import encode_all, read_records
+    from esft.training.data import read_records
     from esft.training.evaluate import exact_match, mean_loss
 
     adapter, records = _adapter(args), read_records(args.data)[: args.limit]
     with reading(args.model):
-        reach = Reach.of(open_config(args.model, args.trust_remote_code))
-        length = reach.length(args.max_length)
-        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-        examples = encode_all(tokenizer, records, length, args.data, reach.vocabulary, not args.quiet)
+        tokenizer, _, examples = _encoded(args, records)
         model = _model_with_adapter(args, adapter)
         loss = mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)
         if not math.isfinite(loss):
@@ -215,6 +205,18 @@ def _adapter(args: argparse.Namespace) -> Path | None:
     from esft.adapters.load_any import adapter_folder
 
     return adapter_folder(args.adapter) if args.adapter is not None else None
+
+
+def _encoded(args: argparse.Namespace, records: list[Any]) -> tuple[Any, int, list[Any]]:
+    """The model's tokenizer, the tokens of a record, and the records of ``--data`` as tokens."""
+    from esft.checkpoint.load import load_tokenizer
+    from esft.checkpoint.source import Reach, open_config
+    from esft.training.data import encode_all
+
+    reach = Reach.of(open_config(args.model, args.trust_remote_code))
+    length = reach.length(args.max_length)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    return tokenizer, length, encode_all(tokenizer, records, length, args.data, reach.vocabulary, not args.quiet)
 
 
 def _model_with_adapter(args: argparse.Namespace, adapter: Path | None) -> Any:

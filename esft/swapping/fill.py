@@ -86,20 +86,24 @@ class Filling:
         if isinstance(value, PackedTensor) and experts.is_packed(expert) and experts.frozen == value.format:
             self._put_packed(layer, expert, stored, value.matrices()[stored.expert or 0])
             return
-        tensor = value.read(stored.expert) if isinstance(value, PackedTensor) else value
-        if stored.expert is not None and not isinstance(value, PackedTensor):
-            tensor = value[stored.expert]
+        if isinstance(value, PackedTensor):
+            tensor = value.read(stored.expert)
+        else:
+            tensor = value if stored.expert is None else value[stored.expert]
         for link in stored.links:
             key = (layer, expert, link.parameter)
-            own = self._buffers.get(key)
-            if own is None:
-                own = self._layers[layer].weights(expert)[link.parameter]
-            if experts.is_packed(expert):
-                self._buffers[key] = own
+            own = self._buffer(key) if experts.is_packed(expert) else self._layers[layer].weights(expert)[key[2]]
             link.load(own, tensor)
             self._came(key, link.inside.read(own).numel())
             if experts.is_packed(expert) and key not in self._missing:
                 experts.write_one(expert, self._projection(*key), self._buffers.pop(key))
+
+    def _buffer(self, key: tuple[int, int, str]) -> Tensor:
+        """What has come of a weight that will be packed, and room for the rest."""
+        if key not in self._buffers:
+            like = getattr(self._experts(key[0]), f"trained_{self._projection(*key)}").detach()
+            self._buffers[key] = like.new_empty(like.shape[1:])
+        return self._buffers[key]
 
     def _put_packed(self, layer: int, expert: int, stored: StoredTensor, parts: tuple[Tensor, ...]) -> None:
         """Put a matrix where it belongs without reading it; one of two halves waits for the other."""

@@ -21,9 +21,9 @@ from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.pooled_experts import BF16
 from esft.experts.stock_layout import Layout
 from esft.selection import ExpertSelection
-from esft.swapping.fill import Filling, expert_places
+from esft.swapping.fill import Filling, Places, expert_places
 from esft.swapping.load_state import is_pool
-from esft.swapping.swap import begin, check, emptied, swap, thaw, warn_where_slow
+from esft.swapping.swap import begin, check, emptied, swap, thaw
 from esft.transformers_internals import base_name
 
 AUTO = "auto"  # in place of a format: what the checkpoint has
@@ -61,7 +61,7 @@ def load(
     checkpoint = Checkpoint.open(downloaded(path), trust_remote_code)
     shipped = packed_format(checkpoint.config, path)
     frozen = (shipped or BF16) if frozen == AUTO else frozen
-    if not _is_streamed(checkpoint, selection, backend, recompute, frozen):
+    if (places := _places(checkpoint, selection, backend, recompute, frozen)) is None:
         return swap(load_model(path, dtype, trust_remote_code), selection, backend, recompute, frozen)
     taken: list[MoELayer] = []
     layouts: dict[str, Layout] = {}
@@ -70,7 +70,6 @@ def load(
         layers = moe_layers(model)
         with torch.device("cpu"):  # where layouts are tried out
             layouts.update(check(layers, selection, first_device(), backend, recompute, frozen))
-        warn_where_slow(layers, layouts)
         for layer in layers:
             taken.append(layer)
             setattr(layer.block, layer.attribute, nn.Module())
@@ -84,8 +83,8 @@ def load(
         experts = layout.swapped(meta, ids, backend, recompute, frozen, device)
         setattr(layer.block, layer.attribute, experts.eval())
         stock[layer.name] = emptied(meta, layout)
-    bar = tqdm(checkpoint.tensors(), total=len(checkpoint.files), desc="loading", unit="tensor", disable=not progress)
-    digest = digest_of(Filling(model, expert_places(checkpoint.skeleton), path).through(bar))
+    bar = tqdm(checkpoint.tensors(), total=len(checkpoint.names()), desc="loading", unit="tensor", disable=not progress)
+    digest = digest_of(Filling(model, places, path).through(bar))
     base = Base(base_name(model), digest, model.dtype, forward_settings(model.config))
     flags = {name: p.requires_grad for name, p in model.named_parameters() if not is_pool(name)}
     flags |= {f"{name}.{own}": True for name in stock for own in layouts[name].names}  # as the stock model's would be
@@ -93,12 +92,17 @@ def load(
     return thaw(model)
 
 
-def _is_streamed(checkpoint: Checkpoint, selection: ExpertSelection, backend: str, recompute: str, frozen: str) -> bool:
-    """Whether the experts can go from the files to their pools. Raises what ``check`` does, before anything is read."""
+def _places(
+    checkpoint: Checkpoint, selection: ExpertSelection, backend: str, recompute: str, frozen: str
+) -> Places | None:
+    """Where the experts' tensors belong; None where they cannot go from the files to their pools.
+
+    Raises what ``check`` does, before anything is read.
+    """
     layers, device = moe_layers(checkpoint.skeleton), first_device()
     layouts = check(layers, selection, device, backend, recompute, frozen)
     fused = all(layer.name in layouts and layouts[layer.name].is_fused for layer in layers)
-    needed = expert_places(checkpoint.skeleton).keys()
-    if (missing := needed - checkpoint.names()) and missing != needed:
+    places = expert_places(checkpoint.skeleton)
+    if (missing := places.keys() - checkpoint.names()) and missing != places.keys():
         raise InputError(f"{checkpoint.folder}: tensor {min(missing)} is missing ({len(missing)} missing in all)")
-    return on_one_device() and fused and not missing
+    return places if on_one_device() and fused and not missing else None

@@ -74,7 +74,7 @@ def swap(
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     base = model_base(model)
-    warn_where_slow(layers, layouts)
+    _warn_where_slow(layers, layouts)
     settle_adapter(model)
     stock: dict[str, nn.Module] = {}
     begin(model, Swapped(selection, base, required_grad, frozen, frozen == BF16, stock))
@@ -159,7 +159,7 @@ def thaw(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None:
+def _warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None:
     """Say once which experts train more slowly than the others, and why."""
     reasons: dict[str, str] = {}
     for layer in layers:

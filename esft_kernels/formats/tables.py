@@ -2,7 +2,7 @@
 
 To values, two codes are one index into a table of pairs: half as many lookups as codes. A pair of float32 is moved as
 one int64, which is copied bit by bit. Back, ``torch.bucketize`` would search for each value; a table of narrow bins
-knows the answer but for one comparison, which is ten times as fast on a CPU.
+knows the answer but for one comparison, which is several times as fast on a CPU.
 """
 
 from __future__ import annotations
