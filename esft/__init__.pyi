@@ -1,7 +1,7 @@
 from .adapters.load import load_adapter, set_adapter
 from .adapters.merge import merge
 from .adapters.save import save_adapter
-from .errors import DiskError, DivergenceError, ESFTError, InputError
+from .errors import DiskError, DivergenceError, ESFTError, InputError, OutOfMemory
 from .planning.plan import Plan, plan
 from .runs.config import TrainConfig
 from .scoring.expert_scores import ExpertScores
@@ -19,6 +19,7 @@ __all__ = [
     "ExpertScores",
     "ExpertSelection",
     "InputError",
+    "OutOfMemory",
     "Plan",
     "TrainConfig",
     "load",

@@ -21,6 +21,10 @@ class DiskError(ESFTError, OSError):
     """A disk that is full, or that fails; names the file or folder. Nothing half-written is left."""
 
 
+class OutOfMemory(ESFTError, MemoryError):
+    """A model that the memory has no room for; names it, what is missing, and what would say how to make it fit."""
+
+
 class DivergenceError(ESFTError, ArithmeticError):
     """A training whose loss or gradient is no longer a number; names the step."""
 

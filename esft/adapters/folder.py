@@ -39,8 +39,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise InputError(f"{type(model).__name__} is no transformers model; one that is wrapped has to be unwrapped")
 
 
-def write_manifest(folder: Path, base: Base, chosen_by: dict[str, Any], frozen: str | None = None) -> None:
-    """What an adapter was trained from, how its experts were chosen, and what the frozen ones were kept in."""
+def write_manifest(folder: Path, base: Base, chosen_by: dict[str, Any], kept_in: dict[str, str]) -> None:
+    """What an adapter was trained from, how its experts were chosen, and what its frozen weights were kept in."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "base_model": base.name,
@@ -48,9 +48,8 @@ def write_manifest(folder: Path, base: Base, chosen_by: dict[str, Any], frozen: 
         "base_dtype": _name(base.dtype),
         "base_settings": base.settings,
         "chosen_by": chosen_by,
+        **kept_in,
     }
-    if frozen is not None:
-        manifest["frozen"] = frozen
     write_json(folder / MANIFEST, manifest)
 
 

@@ -87,6 +87,7 @@ def load_with_adapter(
     backend: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = False,
+    frozen_linear: str = BF16,
 ) -> Any:
     """A checkpoint's model with an adapter of either kind, on our experts where nothing but ESFT has touched them.
 
@@ -96,7 +97,7 @@ def load_with_adapter(
 
     Raises what ``esft.load`` and ``load_any_adapter`` raise.
     """
-    options = frozen, dtype, backend, "none", trust_remote_code, progress
+    options = frozen, dtype, backend, "none", trust_remote_code, progress, frozen_linear
     if adapter is None:
         return load(path, ExpertSelection({}), *options)
     folder = adapter_folder(adapter)
@@ -105,8 +106,8 @@ def load_with_adapter(
             chosen = selection_for(folder, load_skeleton(path, trust_remote_code))
             # The adapter's experts are in the trained pool: what is in few bits cannot be written.
             return load_adapter(load(path, ExpertSelection(chosen.experts), *options), folder)
-        if frozen not in (AUTO, BF16):
-            raise InputError(f"{folder}: a PEFT adapter changes all experts, so none can be frozen in {frozen}")
+        if few_bits := {frozen, frozen_linear} - {AUTO, BF16}:
+            raise InputError(f"{folder}: a PEFT adapter changes all experts, so none can be frozen in {min(few_bits)}")
         return load_any_adapter(load_model(path, dtype, trust_remote_code), folder)
 
 

@@ -63,4 +63,5 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
     swapped.selection.save(folder / SELECTION)
     values = {name: tensor.read().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(values, folder / WEIGHTS, {"format": "pt"})
-    write_manifest(folder, swapped.base, swapped.selection.chosen_by, swapped.frozen)
+    kept_in = {"frozen": swapped.frozen, "frozen_linear": swapped.frozen_linear}
+    write_manifest(folder, swapped.base, swapped.selection.chosen_by, kept_in)

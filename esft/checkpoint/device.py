@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -41,20 +40,3 @@ def compute_dtype(dtype: str) -> str:
 def _has_bf16() -> bool:
     """Whether the CPU multiplies bf16: amx_bf16, avx512_bf16, and Arm's extensions end alike."""
     return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
-
-
-def peak_memory() -> int:
-    """Largest memory that tensors took on the GPUs so far, bytes in all; 0 without one."""
-    if not torch.cuda.is_available():
-        return 0
-    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
-
-
-def peak_rss() -> int:
-    """The process's largest resident memory so far, bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.original_format import original_format
-from esft.checkpoint.packed_tensors import PackedTensor
+from esft.checkpoint.packed_tensors import Named, PackedTensor
 from esft.errors import InputError
 from esft.experts.model_state import Base, known_state
 from esft.transformers_internals import base_name, tied_names
@@ -64,7 +64,7 @@ def base_below(model: PreTrainedModel, rounded: torch.dtype | None = None) -> Ba
     return model_base(model, rounded) if state.swapped is None else state.swapped.base
 
 
-def digest_of(tensors: Iterable[tuple[str, Tensor | PackedTensor]], rounded: torch.dtype | None = None) -> str:
+def digest_of(tensors: Iterable[Named], rounded: torch.dtype | None = None) -> str:
     """The digest of these tensors by their names in the original format, in whatever order they come."""
     found = {name: (f"{name} {tuple(tensor.shape)} ", *_read(tensor, rounded)) for name, tensor in tensors}
     sampled, whole = hashlib.sha256(), xxhash.xxh3_128()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.digest import digest_of, forward_settings
 from esft.checkpoint.original_format import original_format
-from esft.checkpoint.packed_tensors import ENDS, PackedTensor, packed_format
+from esft.checkpoint.packed_tensors import ENDS, Named, PackedTensor, packed_format
 from esft.checkpoint.source import check_dtypes, check_folder, open_config, weight_files
 from esft.errors import InputError, first_line
 from esft.experts.model_state import Base
@@ -122,7 +122,7 @@ class Checkpoint:
         """What tells these weights from other bases; ``model_base`` of the model loaded from them."""
         return Base(str(self.folder), self.digest(rounded), self.dtype, forward_settings(self.config))
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | PackedTensor]]:
+    def tensors(self) -> Iterator[Named]:
         """The model's weights in the files, under the names of the original format, layer by layer.
 
         What is not converted stays in the files until it is looked at. Raises InputError for one that cannot be read.
@@ -139,7 +139,7 @@ class Checkpoint:
             else:
                 yield from self._packed(held)
 
-    def _packed(self, held: dict[str, Callable[[], Tensor]]) -> Iterator[tuple[str, Tensor | PackedTensor]]:
+    def _packed(self, held: dict[str, Callable[[], Tensor]]) -> Iterator[Named]:
         """The same tensors; where the checkpoint keeps a weight as codes and scales, these two as one."""
         format = packed_format(self.config, str(self.folder / "config.json"))
         codes, scales = ENDS.get(format or "", ("", None))

@@ -14,7 +14,8 @@ from esft.checkpoint.device import compute_dtype, placement
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.source import check_dtypes, check_folder, open_config, weight_files
 from esft.checkpoint.tokenizer_files import check_tokenizer_files, flaw_of
-from esft.errors import InputError, first_line
+from esft.errors import ESFTError, InputError, first_line
+from esft.memory import check_fits, memory_watched
 from esft.transformers_internals import load_in_part
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -29,9 +30,11 @@ def load_model(path: str, dtype: str = "auto", trust_remote_code: bool = False) 
         trust_remote_code: whether Python files of the checkpoint may be run.
 
     Weights are read from safetensors files only. Raises InputError when the folder is not a checkpoint, lacks a tensor
-    that the model has, or does not fit the GPUs.
+    that the model has, or does not fit the GPUs; OutOfMemory where it does not fit the machine's memory.
     """
     config = open_config(path, trust_remote_code)
+    if not placement() and (folder := check_folder(path)) is not None:
+        check_fits(path, sum((folder / name).stat().st_size for name in set(weight_files(folder).values())))
     return _loaded(path, AutoModelForCausalLM.from_pretrained, config, dtype, trust_remote_code)
 
 
@@ -52,11 +55,12 @@ def _loaded(
 ) -> PreTrainedModel:
     check_dtypes(path, weight_files(path), config)
     try:
-        loaded = read(
-            path, dtype=compute_dtype(dtype), output_loading_info=True, use_safetensors=True,
-            trust_remote_code=trust_remote_code, **placement(),
-        )  # fmt: skip
-    except InputError:
+        with memory_watched(path):
+            loaded = read(
+                path, dtype=compute_dtype(dtype), output_loading_info=True, use_safetensors=True,
+                trust_remote_code=trust_remote_code, **placement(),
+            )  # fmt: skip
+    except ESFTError:
         raise
     except Exception as error:  # whatever a model's constructor, a quantiser or a reader of files says
         why = _misfit(path, trust_remote_code) or f"cannot load a model ({first_line(error)})"

@@ -90,3 +90,6 @@ class PackedTensor:
             kind.check_values(stack, name)
         except ValueError as error:
             raise InputError(str(error)) from error
+
+
+Named = tuple[str, Tensor | PackedTensor]  # a checkpoint's tensor

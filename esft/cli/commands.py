@@ -223,8 +223,9 @@ def _model_with_adapter(args: argparse.Namespace, adapter: Path | None) -> Any:
     from esft.adapters.load_any import load_with_adapter
 
     return load_with_adapter(
-        args.model, adapter, args.frozen, args.dtype, args.backend, args.trust_remote_code, not args.quiet
-    )
+        args.model, adapter, args.frozen, args.dtype, args.backend, args.trust_remote_code, not args.quiet,
+        args.frozen_linear,
+    )  # fmt: skip
 
 
 def run_stage(args: argparse.Namespace) -> None:

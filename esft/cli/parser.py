@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def common(sub: argparse.ArgumentParser, batch_size: int, length: str) -> None:
         sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
-        add_settings(sub, "dtype", "backend", "frozen")
-        sub.set_defaults(dtype="auto", backend="auto", frozen="auto")
+        add_settings(sub, "dtype", "backend", "frozen", "frozen_linear")
+        sub.set_defaults(dtype="auto", backend="auto", frozen="auto", frozen_linear="bf16")
         text = f"{length} (default 4096, or the model's positions where these are fewer)"
         sub.add_argument("--max-length", type=count, metavar="TOKENS", help=text)
         sub.add_argument("--batch-size", type=count, default=batch_size, metavar="RECORDS")
@@ -133,7 +133,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--frozen", choices=(*FROZEN, "all"), default="auto", help="what frozen experts are kept in")
     sub.add_argument("--memory-gb", type=gigabytes, metavar="GB", help="say what to change so that it fits")
     sub.add_argument("--json", action="store_true", help="print one line for machines")
-    planned = ("method", "optimizer", "recompute", "batch_size", "micro_batch_size", "lora_rank", "dtype")
+    planned = (
+        "method",
+        "optimizer",
+        "recompute",
+        "batch_size",
+        "micro_batch_size",
+        "lora_rank",
+        "dtype",
+        "frozen_linear",
+    )
     add_settings(sub, *planned)
     sub.set_defaults(batch_size="1")
     trust(sub)

@@ -45,7 +45,8 @@ class Swapped:
         base: the weights that the model had when it was swapped.
         required_grad: the stock model's ``requires_grad``, by parameter name.
         frozen: what the frozen experts are kept in.
-        lossless: whether they are exactly what the base's are.
+        frozen_linear: what other frozen linear layers and embeddings are kept in.
+        lossless: whether all of them are exactly what the base's are.
         stock: module path of a layer's experts -> the stock module, its weights taken out.
         load_hook: what lets ``load_state_dict`` read a checkpoint's names.
     """
@@ -54,6 +55,7 @@ class Swapped:
     base: Base
     required_grad: dict[str, bool]
     frozen: str
+    frozen_linear: str
     lossless: bool
     stock: dict[str, nn.Module] = field(default_factory=dict)
     load_hook: RemovableHandle | None = None
@@ -116,10 +118,11 @@ def swapped_state(model: nn.Module) -> Swapped:
 
 
 def check_lossless(model: nn.Module, what: str) -> None:
-    """Raise InputError where a swapped model's frozen experts have lost precision, so that ``what`` cannot be done."""
+    """Raise InputError where a swapped model's frozen weights have lost precision, so that ``what`` cannot be done."""
     if not (swapped := swapped_state(model)).lossless:
+        packed = f"experts are in {swapped.frozen} and the frozen linear layers in {swapped.frozen_linear}"
         raise InputError(
-            f"{what} needs the stock model's weights, and the frozen experts are in {swapped.frozen}, which has cost "
+            f"{what} needs the stock model's weights, and the frozen {packed}, which has cost "
             "some of their precision: save an adapter, and merge it into the checkpoint"
         )
 

@@ -79,7 +79,7 @@ class Experts(nn.Module):
             # An empty pool that required a gradient would drag the backward through all layers below.
             self._add(f"trained_{name}", plain, device, trains=s > 0)
             for part, stored in self.stored.get(name, {}).items():
-                self._add(f"frozen_{name}_{part}", Stored(stored.shape, _bits(stored.dtype)), device)
+                self._add(f"frozen_{name}_{part}", Stored(stored.shape, bits_of(stored.dtype)), device)
             if not self.stored.get(name):
                 self._add(f"frozen_{name}", plain and Stored((r, *plain.shape[1:]), plain.dtype), device)
         self.register_buffer("position", torch.tensor(self.place, device=device), persistent=False)
@@ -199,6 +199,6 @@ class Experts(nn.Module):
         return f"num_experts={self.num_experts}, trained={list(self.trained)}, backend={self.backend!r}{frozen}"
 
 
-def _bits(dtype: torch.dtype) -> torch.dtype:
+def bits_of(dtype: torch.dtype) -> torch.dtype:
     """An integer type of as many bits."""
     return {1: torch.uint8, 4: torch.int32}[dtype.itemsize]

@@ -58,6 +58,8 @@ def _changes(config: TrainConfig, frozen: str, tokens: int) -> Iterator[Change]:
         yield "--recompute layers", lambda c, f, t: (replace(c, recompute="layers"), f, t)
     if config.method == "esft" and frozen == PLAIN:
         yield "--frozen int8", lambda c, f, t: (c, "int8", t)
+    if config.method == "esft" and config.frozen_linear == PLAIN:
+        yield "--frozen-linear int8", lambda c, f, t: (replace(c, frozen_linear="int8"), f, t)
     if config.method == "esft" and frozen not in ("nf4", "nf4_double", "mxfp4"):
         yield "--frozen nf4", lambda c, f, t: (c, "nf4", t)
 
@@ -69,7 +71,7 @@ def described(plan: Plan) -> str:
         ("trained", f"{plan.trained_parameters:,} ({plan.trained_parameters / plan.parameters:.1%})"),
         ("weights: trained experts", _gb(plan.trained_experts)),
         (f"weights: frozen experts, {plan.frozen}", _gb(plan.frozen_experts)),
-        ("weights: all else", _gb(plan.other_weights)),
+        (f"weights: all else, linear layers {plan.frozen_linear}", _gb(plan.other_weights)),
         ("masters, beside the weights", _gb(plan.masters)),
         (f"moments, {plan.optimizer}", _gb(plan.moments)),
         ("a step, at the most", _gb(plan.step)),

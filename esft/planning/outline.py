@@ -14,6 +14,8 @@ from esft.checkpoint.load import load_skeleton
 from esft.errors import InputError
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import stacked_weights
+from esft.selection import ExpertSelection
+from esft.swapping.packed_modules import packable
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Outline:
         layers: those with routed experts.
         shared: parameters of shared experts.
         others: parameters of all that is no expert; a tensor of two names counts once.
+        linear: (rows, columns, whether it is of a shared expert) of each matrix that could be kept in few bits.
         dtype: that is computed in.
     """
 
     layers: tuple[ExpertLayer, ...]
     shared: int
     others: int
+    linear: tuple[tuple[int, int, bool], ...]
     dtype: torch.dtype
 
     @property
@@ -86,7 +90,10 @@ def outline(model: str, dtype: str = "auto", trust_remote_code: bool = False) ->
         found.append(ExpertLayer(layer.index, layer.name, layer.num_experts, shape, bool(biases)))
     routed, shared = _of_experts(skeleton)
     others = set(skeleton.parameters()) - routed - shared
-    return Outline(tuple(found), sum(p.numel() for p in shared), sum(p.numel() for p in others), skeleton.dtype)
+    weights = [module.weight for module in packable(skeleton, ExpertSelection({})).values()]
+    linear = tuple((*weight.shape, weight in shared) for weight in weights)
+    counts = sum(p.numel() for p in shared), sum(p.numel() for p in others)
+    return Outline(tuple(found), *counts, linear, skeleton.dtype)
 
 
 def require_beside(skeleton: PreTrainedModel, shared_experts: bool, non_expert_modules: bool) -> None:

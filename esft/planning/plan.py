@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 from esft.errors import InputError
@@ -17,6 +17,7 @@ from esft.training.masters import master_type
 from esft.training.methods import add_lora
 from esft.training.moments import MOMENTS
 from esft.training.optim import PIECE
+from esft_kernels.formats.packed_matrix import layout
 from esft_kernels.formats.resolve import resolve_format
 
 # Python and the libraries, with what oneDNN makes and keeps for the shapes of a few steps: measured, docs/planning.md.
@@ -32,7 +33,8 @@ class Plan:
     """Bytes, but for what is said to be something else.
 
     Attributes:
-        method, frozen, optimizer, recompute: the settings; ``frozen`` is what frozen experts are kept in.
+        method, frozen, frozen_linear, optimizer, recompute: the settings; ``frozen`` is what frozen experts are kept
+            in, and ``frozen_linear`` what other frozen matrices are.
         records, tokens: numbers that go through the model together; ``tokens`` is of all records.
         assumed: number of experts a layer that train, where it is an assumption.
         parameters, trained_parameters: numbers.
@@ -49,6 +51,7 @@ class Plan:
 
     method: str
     frozen: str
+    frozen_linear: str
     optimizer: str
     recompute: str
     records: int
@@ -203,19 +206,32 @@ def _summed(
     trained_experts = sum(n * layer.expert_size for n, layer in zip(chosen.experts, whole.layers, strict=True)) * size
     frozen_experts, scratch = _frozen(whole, chosen, frozen)
     additions = trained.nbytes if config.method == "lora" else 0
-    other_weights = (whole.shared + whole.others) * size + additions
+    saved, linear_scratch = _packed_linear(whole, chosen, config.frozen_linear)
+    other_weights = (whole.shared + whole.others) * size + additions - saved
     masters = sum(n * master_type(dtype).bytes_beside(dtype) for n, dtype in trained.tensors)
     moments = sum(MOMENTS[config.optimizer].count_bytes(n) for n, _ in trained.tensors)
     weights = trained_experts + frozen_experts + other_weights
     # The update follows when all activations are gone; it has two buffers of a piece, and as many for every moment.
     update = trained.nbytes + 4 * 4 * min(PIECE, trained.count)
-    most = max(step.peak + scratch, update)
+    most = max(step.peak + max(scratch, linear_scratch), update)
     return Plan(
-        config.method, frozen, config.optimizer, config.recompute, batch.records, batch.tokens, assumed,
-        whole.parameters, trained.count, trained_experts, frozen_experts, other_weights, masters, moments,
+        config.method, frozen, config.frozen_linear, config.optimizer, config.recompute, batch.records,
+        batch.tokens, assumed, whole.parameters, trained.count, trained_experts, frozen_experts, other_weights,
+        masters, moments,
         trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most,
         weights if config.method == "full" else trained.nbytes,
     )  # fmt: skip
+
+
+def _packed_linear(whole: Outline, chosen: _Chosen, format_name: str) -> tuple[int, int]:
+    """Bytes that few bits save in frozen matrices beside the experts, and the room in which the largest is decoded."""
+    saved, scratch, size = 0, 0, whole.dtype.itemsize
+    for rows, columns, of_shared in whole.linear if format_name != PLAIN else ():
+        if not (chosen.shared if of_shared else chosen.others):
+            plain, stored = rows * columns * size, layout(format_name, rows, columns).values()
+            saved += plain - sum(prod(part.shape) * part.dtype.itemsize for part in stored)
+            scratch = max(scratch, plain)
+    return saved, scratch
 
 
 def _frozen(whole: Outline, chosen: _Chosen, frozen: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ BACKENDS = ("auto", "triton", "cpu", "cpu_packed", "reference")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 RECOMPUTES = ("none", "frozen", "layers")
 FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
+FROZEN_LINEAR = ("bf16", "int8", "nf4")
 DTYPES = ("auto", "bfloat16", "float32")
 
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d*)?([eE][+-]?\d{1,4})?|\.\d+([eE][+-]?\d{1,4})?|\.?inf)", re.ASCII)
@@ -85,6 +86,11 @@ class TrainConfig:
         "what frozen experts are kept in; auto: as the checkpoint has them, bf16: in the dtype that is computed in",
         choices=FROZEN,
     )
+    frozen_linear: str = setting(
+        "bf16",
+        "what other frozen linear layers and embeddings are kept in; bf16: in the dtype that is computed in",
+        choices=FROZEN_LINEAR,
+    )
     seed: int = setting(0, "of the data order, and of what a model or LoRA draws", "[0, 2**63)")
     backend: str = setting("auto", "of the experts", choices=BACKENDS)
     recompute: str = setting(
@@ -137,9 +143,9 @@ class TrainConfig:
 
 def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> None:
     """Raise InputError for two settings that contradict; ``called`` has other names that a user gave them."""
-    micro, batch, aux, recompute, lr, decay, frozen = (
+    micro, batch, aux, recompute, lr, decay = (
         called.get(name, name)
-        for name in ("micro_batch_size", "batch_size", "aux_loss", "recompute", "lr", "weight_decay", "frozen")
+        for name in ("micro_batch_size", "batch_size", "aux_loss", "recompute", "lr", "weight_decay")
     )
     rate = PAPER_LR[settings["method"]] if settings["lr"] is None else settings["lr"]
     if rate * settings["weight_decay"] > 1:
@@ -153,8 +159,10 @@ def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> N
         raise InputError(f"{aux} and {recompute} layers do not go together: the second pass routes again")
     if settings["aux_loss"] and settings["method"] == "lora":
         raise InputError(f"{aux} goes with the methods esft and full, not with lora")
-    if settings["frozen"] not in ("auto", "bf16") and settings["method"] != "esft":
-        raise InputError(f"{frozen} {settings['frozen']} goes with the method esft, not with {settings['method']}")
+    for name in ("frozen", "frozen_linear"):
+        if settings[name] not in ("auto", "bf16") and settings["method"] != "esft":
+            option, value = called.get(name, name), settings[name]
+            raise InputError(f"{option} {value} goes with the method esft, not with {settings['method']}")
 
 
 def _check(each: Field, value: Any, where: str, text: str | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.checkpoint.original_format import original_format
-from esft.checkpoint.packed_tensors import PackedTensor
+from esft.checkpoint.packed_tensors import Named, PackedTensor
 from esft.checkpoint.tensor_names import expert_tensors, other_tensors
 from esft.checkpoint.views import WHOLE, Part, StoredTensor
 from esft.errors import InputError
@@ -23,7 +23,6 @@ from esft_kernels.formats.fp8 import BLOCK
 HALVES = ("first half", "second half")
 
 Places = dict[str, list[tuple[int, int, StoredTensor]]]  # a stored tensor -> layer, expert, and what of it that has
-Named = tuple[str, Tensor | PackedTensor]
 
 
 def expert_places(model: PreTrainedModel) -> Places:

@@ -24,6 +24,7 @@ from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.pooled_experts import BF16, FROZEN, Experts
 from esft.experts.stock_layout import Layout, read_layout
 from esft.selection import ExpertSelection
+from esft.swapping.packed_modules import FROZEN_LINEAR, check_finite, pack, packable
 from esft.swapping.save_pretrained import attach, detach
 from esft.transformers_internals import is_expert_parallel
 from esft_kernels.autograd_op import RECOMPUTE
@@ -36,6 +37,7 @@ def swap(
     backend: str = "auto",
     recompute: str = "none",
     frozen: str = BF16,
+    frozen_linear: str = BF16,
 ) -> PreTrainedModel:
     """Exchange the experts of every MoE layer, in place, so that only what is selected trains.
 
@@ -57,6 +59,8 @@ def swap(
             backward: less memory for one more up projection.
         frozen: what the frozen experts are kept in: "bf16" (the model's dtype) or a format of ``esft_kernels.formats``,
             which costs some of their precision. ``esft.load`` does that without the stock model in memory.
+        frozen_linear: what all other linear layers and embeddings that do not train are kept in, "bf16" (the model's
+            dtype), "int8" or "nf4". The head and the routers stay as they are.
 
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
     selection that does not fit the model, a backend that cannot run here or a format that cannot hold the experts, and
@@ -69,15 +73,18 @@ def swap(
     if adapters is not None and adapters.active is not None and adapters.held.keys() != {DEFAULT_ADAPTER}:
         raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
     layers = moe_layers(model)
-    layouts = check(layers, selection, model.device, backend, recompute, frozen)
+    layouts = check(layers, selection, model.device, backend, recompute, frozen, frozen_linear)
     if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    to_pack = packable(model, selection) if frozen_linear != BF16 else {}
+    check_finite(to_pack, frozen_linear)
     base = model_base(model)
     _warn_where_slow(layers, layouts)
     settle_adapter(model)
     stock: dict[str, nn.Module] = {}
-    begin(model, Swapped(selection, base, required_grad, frozen, frozen == BF16, stock))
+    lossless = frozen == frozen_linear == BF16
+    begin(model, Swapped(selection, base, required_grad, frozen, frozen_linear, lossless, stock))
     try:
         for layer in layers:
             if (layout := layouts.get(layer.name)) is not None:
@@ -91,6 +98,7 @@ def swap(
         if isinstance(error, ValueError):  # of a format
             raise InputError(str(error)) from error
         raise
+    pack(model, to_pack, frozen_linear)
     return thaw(model)
 
 
@@ -101,6 +109,7 @@ def check(
     backend: str,
     recompute: str,
     frozen: str,
+    frozen_linear: str,
 ) -> dict[str, Layout]:
     """The layouts of a stock model's stacked experts, by the layers' names. Raises what ``swap`` raises."""
     selection.check({layer.index: layer.num_experts for layer in layers}, any(layer.shared_experts for layer in layers))
@@ -112,6 +121,8 @@ def check(
         raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     if frozen not in FROZEN:
         raise InputError(f"frozen must be one of {', '.join(FROZEN)}, got {frozen!r}")
+    if frozen_linear not in FROZEN_LINEAR:
+        raise InputError(f"frozen_linear must be one of {', '.join(FROZEN_LINEAR)}, got {frozen_linear!r}")
     if frozen != BF16 and (plain := [layer.name for layer in layers if not _is_fused(layouts.get(layer.name))]):
         raise InputError(f"{plain[0]}: the kernels do not compute these experts, so they cannot be frozen in {frozen}")
     try:

@@ -16,10 +16,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from esft.checkpoint.device import peak_memory, peak_rss
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.errors import DivergenceError, InputError, Interrupted
+from esft.memory import peak_memory, peak_rss
 from esft.runs.checkpoints import RECENT, State, file_digest
 from esft.runs.config import TrainConfig
 from esft.runs.opened import opened

@@ -51,7 +51,7 @@ class Source:
         recompute = "frozen" if config.recompute == "frozen" else "none"
         return load(
             self.path, selection, config.frozen, config.dtype, config.backend, recompute, self.trust_remote_code,
-            self.progress,
+            self.progress, config.frozen_linear,
         )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ class LoRA:
             written = read_json(config_file)
             # PEFT keeps the modules in a set, whose order is another one in every process.
             write_json(config_file, written | {"target_modules": sorted(written["target_modules"])})
-            write_manifest(folder, base, {"lora_rank": config.lora_rank})
+            write_manifest(folder, base, {"lora_rank": config.lora_rank}, {})
 
 
 METHODS: dict[str, type[Method]] = {"esft": ESFT, "full": Full, "lora": LoRA}

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esft_kernels.backend import Gradients, Needs
+from esft_kernels.backends.cpu_memory import take
 from esft_kernels.pools import ExpertPools, ExpertWeights, Projection, QuantizedWeights
 from esft_kernels.routing import Routing
 
@@ -158,9 +159,9 @@ def forward(
     groups = _groups(offsets, 0, s, most) + _groups(offsets, s, routing.num_experts, most)
     longest, written = _rows_needed(groups, routing.num_rows)
     weight_N1 = weights_TK.reshape(-1)[routing.slot_N, None].to(x_TD.dtype)
-    h_XG, y_XD = x_TD.new_empty(keep_rows, g), x_TD.new_empty(written, d)
+    h_XG, y_XD = take(x_TD, keep_rows, g), take(x_TD, written, d)
     # Zeros, because the surplus rows are multiplied too, and what lies in fresh memory may be slow or not a number.
-    x_buf, a_buf, h_buf = x_TD.new_zeros(longest, d), x_TD.new_zeros(longest, f), x_TD.new_empty(longest, g)
+    x_buf, a_buf, h_buf = take(x_TD, longest, d).zero_(), take(x_TD, longest, f).zero_(), take(x_TD, longest, g)
     for group in groups:
         rows, n = group.rows, group.size
         fits = rows.start + group.rounded_size <= keep_rows  # with its surplus rows
@@ -185,8 +186,8 @@ def rebuild(
     most = _most_rows(pools, x_TD.dtype)
     groups = _groups(routing.offsets_E1.tolist(), routing.num_trained, routing.num_experts, most)
     longest, written = _rows_needed(groups, routing.num_rows)
-    h_NG = x_TD.new_empty(written, pools.gate_up_size)
-    x_buf = x_TD.new_zeros(longest, pools.hidden_size)
+    h_NG = take(x_TD, written, pools.gate_up_size)
+    x_buf = take(x_TD, longest, pools.hidden_size).zero_()
     for group in groups:
         _write_h(h_NG[group.rows.start :], x_TD, x_buf, product, routing, group)
     h_NG[: h_prefix.shape[0]] = h_prefix
@@ -220,10 +221,10 @@ def backward(
             for grad in grads.tensors():
                 if grad is not None:
                     grad[e].zero_()
-    grad_rows = x_TD.new_empty(written, d) if needs.x else None
+    grad_rows = take(x_TD, written, d) if needs.x else None
     grad_weight_N = weights_TK.new_zeros(routing.num_rows) if needs.weights else None
-    do_buf, x_buf, dh_buf = x_TD.new_empty(longest, d), x_TD.new_empty(longest, d), x_TD.new_empty(longest, g)
-    da_buf, a_buf = x_TD.new_empty(longest, f), x_TD.new_empty(longest, f)
+    do_buf, x_buf, dh_buf = take(x_TD, longest, d), take(x_TD, longest, d), take(x_TD, longest, g)
+    da_buf, a_buf = take(x_TD, longest, f), take(x_TD, longest, f)
     for group in groups:
         rows, n, m = group.rows, group.size, group.rounded_size
         weight, (gate, up) = weight_N1[rows], pools.split(h_NG[rows])

@@ -42,4 +42,4 @@ class Int8(Format):
         pieces = zip(codes.split(PIECE), scales.split(PIECE // GROUP), out.split(PIECE), strict=True)
         for code, scale, piece in pieces:
             scale_into(piece, code.float(), scale, GROUP)
-        return out.view(rows, -1)[:, :columns]
+        return out.view(rows, blocks_of(columns, GROUP) * GROUP)[:, :columns]

@@ -56,7 +56,7 @@ class Mxfp4(Format):
         pieces = zip(codes.split(PIECE // 2), scales.split(PIECE // BLOCK), out.split(PIECE), strict=True)
         for code, scale, piece in pieces:
             scale_into(piece, look_up(code, table), _powers(scale), BLOCK)
-        return out.view(rows, -1)[:, :columns]
+        return out.view(rows, blocks_of(columns, BLOCK) * BLOCK)[:, :columns]
 
     def check_values(self, tensors: Sequence[Tensor], name: str) -> None:
         if (tensors[1] == NAN).any():

@@ -1,14 +1,13 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import esft
 from esft.checkpoint import load as loading
-from esft.checkpoint.device import compute_dtype, peak_memory, peak_rss, placement
+from esft.checkpoint.device import compute_dtype, placement
 from esft.checkpoint.load import load_model
 from tests.esft.models import save_tiny
 
@@ -69,24 +68,6 @@ def test_load_model_asks_for_both(gpus, monkeypatch, tmp_path):
     model.lm_head.to("meta")  # as where accelerate leaves to the disk what the GPUs do not hold
     with pytest.raises(esft.InputError, match=r"base: does not fit the memory of the GPUs \(lm_head.weight"):
         load_model(str(base))
-
-
-def test_the_memory_of_all_gpus_counts_and_no_gpu_has_none(gpus, monkeypatch):
-    taken = {0: 5, 1: 100, 2: 30}
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: taken[device])
-    for count, usable, memory in ((0, True, 0), (1, True, 5), (3, True, 135), (3, False, 0)):
-        gpus(count, usable)
-        assert peak_memory() == memory
-
-
-@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
-def test_the_largest_resident_memory_is_in_bytes_on_every_system(monkeypatch, system: str, unit: int):
-    used = SimpleNamespace(RUSAGE_SELF=5, getrusage=lambda who: SimpleNamespace(ru_maxrss=300 + who))
-    monkeypatch.setitem(sys.modules, "resource", used)
-    monkeypatch.setattr(sys, "platform", system)
-    assert peak_rss() == 305 * unit
-    monkeypatch.setitem(sys.modules, "resource", None)  # Windows
-    assert peak_rss() == 0
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_the_state_of_a_swap_is_there_for_swapped_models_only():
     model = nn.Linear(2, 2)
     with pytest.raises(esft.InputError, match="^the model is not swapped$"):
         swapped_state(model)
-    swapped = Swapped(ExpertSelection({}), BASE, {}, "bf16", True, {})
+    swapped = Swapped(ExpertSelection({}), BASE, {}, "bf16", "bf16", True, {})
     assert swapped.stock == {} and swapped.load_hook is None
     model_state(model).swapped = swapped
     assert swapped_state(model) is swapped

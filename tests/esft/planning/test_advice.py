@@ -6,16 +6,18 @@ from esft.runs.config import TrainConfig
 
 GIB = 10**9
 SOME = Plan(
-    method="esft", frozen="bf16", optimizer="adamw", recompute="none", records=8, tokens=2048, assumed=5,
-    parameters=1000, trained_parameters=50, trained_experts=1, frozen_experts=2, other_weights=3, masters=4, moments=5,
+    method="esft", frozen="bf16", frozen_linear="bf16", optimizer="adamw", recompute="none", records=8,
+    tokens=2048, assumed=5, parameters=1000, trained_parameters=50, trained_experts=1, frozen_experts=2,
+    other_weights=3, masters=4, moments=5,
     gradients=6, activations=7, step=8, base=9, peak=32, stored=11,
 )  # fmt: skip
 
 
 def planned(config: TrainConfig, frozen: str, tokens: int) -> Plan:
-    """10 of weights, 8 of moments and 6 of activations, in GB, in round numbers."""
+    """10 of weights (linear layers in int8 save 1), 8 of moments and 6 of activations, in GB, in round numbers."""
     weights = {"bf16": 10, "int8": 5, "nf4": 3}[frozen]
     moments = {"adamw": 8, "adamw_8bit": 2}[config.optimizer]
+    weights -= config.frozen_linear == "int8"
     step = 6 * tokens / 2048 * (0.5 if config.recompute == "layers" else 1)
     return replace(SOME, peak=int((weights + moments + step) * GIB))
 
@@ -33,6 +35,7 @@ def test_the_advice_is_what_costs_least_and_nothing_that_is_not_needed():
     assert asked(13) == ["--optimizer adamw_8bit", TOKENS]
     assert asked(14, optimizer="adamw_8bit", recompute="layers") == [TOKENS]
     assert asked(7.8) == ["--optimizer adamw_8bit", TOKENS, "--frozen int8"]
+    assert asked(6.8) == ["--optimizer adamw_8bit", TOKENS, "--frozen int8", "--frozen-linear int8"]
     assert asked(5.8) == ["--optimizer adamw_8bit", TOKENS, "--frozen nf4"]
     assert asked(4) == []
 

@@ -7,10 +7,11 @@ import esft
 from esft.planning.plan import BASE, FORMATS, ROW_SHARE, plan
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
+from esft.swapping.load_state import is_pool
 from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft_kernels.formats.resolve import resolve_format
-from tests.esft.models import tiny_model
+from tests.esft.models import save_tiny, tiny_model
 
 SELECTION = ExpertSelection({1: [2, 7], 2: [0]})
 
@@ -82,6 +83,18 @@ def test_frozen_experts_are_counted_in_their_format_and_nothing_else_changes(fol
     assert all(each == same["bf16"] for each in same.values())
     assert plans["nf4"].peak < plans["int8"].peak < plans["bf16"].peak
     assert plan(folder, SELECTION, config(), tokens=64) == plans["bf16"]
+
+
+@pytest.mark.parametrize("selection", [SELECTION, ExpertSelection({1: [3]}, shared_experts=True)], ids=["", "shared"])
+@pytest.mark.parametrize("linear", ["int8", "nf4"])
+def test_frozen_linear_layers_are_counted_in_their_format(linear, selection, tmp_path):
+    base = save_tiny(tmp_path)
+    plain, small = (plan(str(base), selection, config(frozen_linear=kind), tokens=64) for kind in ("bf16", linear))
+    model = esft.load(str(base), selection, frozen_linear=linear)
+    beside = sum(p.nbytes for name, p in model.named_parameters() if not is_pool(name))
+    assert small.other_weights == beside < plain.other_weights
+    assert small.frozen_experts == plain.frozen_experts and small.peak < plain.peak
+    assert small.step >= plain.step and small.frozen_linear == linear
 
 
 def test_without_a_selection_the_number_of_experts_is_assumed_and_said(folder):

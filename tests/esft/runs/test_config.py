@@ -7,9 +7,10 @@ import yaml
 import esft
 import esft_kernels
 from esft.experts.pooled_experts import FROZEN as POOLS_FROZEN
-from esft.runs.config import BACKENDS, FROZEN, METHODS, OPTIMIZERS, RECOMPUTES, TrainConfig
+from esft.runs.config import BACKENDS, FROZEN, FROZEN_LINEAR, METHODS, OPTIMIZERS, RECOMPUTES, TrainConfig
 from esft.selection import ExpertSelection
 from esft.storage.files import write_yaml
+from esft.swapping.packed_modules import FROZEN_LINEAR as MODULES_FROZEN
 from esft.training.moments import MOMENTS
 
 
@@ -48,12 +49,13 @@ OTHER = {
     "method": "full", "lr": 0.5, "steps": 2, "batch_size": 3, "micro_batch_size": 2, "max_length": 4, "warmup_steps": 5,
     "decay": 0.25, "eval_every": 6, "save_every": 7, "weight_decay": 0.75, "beta1": 0.5, "beta2": 0.625, "clip": 8.0,
     "aux_loss": 0.125, "lora_rank": 9, "lora_alpha": 10, "dtype": "bfloat16", "seed": 11, "backend": "reference",
-    "recompute": "frozen", "frozen": "bf16", "optimizer": "adamw_8bit",
+    "recompute": "frozen", "frozen": "bf16", "frozen_linear": "int8", "optimizer": "adamw_8bit",
 }  # fmt: skip
+ESFT = {"method": "esft"}  # what few bits go with
 
 
 def test_a_saved_config_loads_again_and_lists_every_setting(tmp_path):
-    config = TrainConfig(**OTHER)
+    config = TrainConfig(**(OTHER | ESFT))
     write_yaml(tmp_path / "c.yaml", asdict(config))
     assert TrainConfig.load(tmp_path / "c.yaml") == config
     assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == [f.name for f in fields(TrainConfig)]
@@ -159,6 +161,8 @@ def test_an_argument_is_named_as_the_flag_that_it_came_by():
         ({"weight_decay": "1e3", "method": "full", "lr": "2e-3"}, "--lr 0.002 times --weight-decay 1000.0 must be"),
         ({"aux_loss": "1", "recompute": "layers"}, "--aux-loss and --recompute layers do not go together"),
         ({"aux_loss": "1", "method": "lora"}, "--aux-loss goes with the methods esft and full"),
+        ({"frozen": "nf4", "method": "lora"}, "--frozen nf4 goes with the method esft, not with lora"),
+        ({"frozen_linear": "int8", "method": "full"}, "--frozen-linear int8 goes with the method esft, not with full"),
     ):
         with pytest.raises(esft.InputError, match=f"^{message}"):
             TrainConfig.load(None, **arguments)
@@ -166,6 +170,7 @@ def test_an_argument_is_named_as_the_flag_that_it_came_by():
 
 def test_the_choices_are_those_of_the_kernels():
     assert ("auto", *POOLS_FROZEN) == FROZEN
+    assert MODULES_FROZEN == FROZEN_LINEAR
 
 
 def test_the_choices_are_those_of_the_kernels_and_the_training():

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esft
-from esft.checkpoint.device import peak_rss
 from esft.checkpoint.load import load_model
+from esft.memory import peak_rss
 from esft.selection import ExpertSelection
 from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
 from esft.training.load_balancing import balance_losses

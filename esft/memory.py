@@ -1,0 +1,93 @@
+"""What memory was taken and is free, and one clear error where a model does not fit."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from esft.errors import OutOfMemory
+
+Named = TypeVar("Named", bound=tuple[str, Any])
+_CGROUP = Path("/sys/fs/cgroup")  # of a container's own, in version 2
+_ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", re.IGNORECASE)  # both allocators say it so
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def peak_memory() -> int:
+    """Largest memory that tensors took on the GPUs so far, bytes in all; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+
+
+def peak_rss() -> int:
+    """The process's largest resident memory so far, bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Bytes that this process could take yet: what is free or can be freed, swap included, within its control group."""
+    system = psutil.virtual_memory().available + psutil.swap_memory().free
+    try:
+        limit, taken = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(system, int(limit) - int(taken))
+    except (OSError, ValueError):  # no control group, or "max"
+        return system
+
+
+def check_fits(path: str, needed: int) -> None:
+    """Raise OutOfMemory where a model's weights, of so many bytes, cannot be in the memory that is free."""
+    if needed > (free := free_memory()):
+        raise OutOfMemory(f"{path}: its weights take {_gb(needed)}, and {_gb(free)} are free; {_advice(path, free)}")
+
+
+@contextmanager
+def memory_watched(path: str) -> Iterator[Callable[[Iterable[Named]], Iterator[Named]]]:
+    """Inside, an allocation that fails becomes one error that says what would fit.
+
+    What is handed out passes tensors on and remembers the last one, which the error then names.
+    """
+    last: list[str] = []
+
+    def reads(tensors: Iterable[Named]) -> Iterator[Named]:
+        for tensor in tensors:
+            last[:] = [tensor[0]]
+            yield tensor
+
+    try:
+        yield reads
+    except OutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError
+        asked = asked_for(error)
+        if asked is None and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        what = f"memory ran out at tensor {last[0]}" if last else "memory ran out"
+        more = "" if asked is None else f": {asked:,} bytes more were asked for"
+        raise OutOfMemory(f"{path}: {what}{more}; {_advice(path, free_memory())}") from error
+
+
+def asked_for(error: Exception) -> int | None:
+    """The bytes that an allocator was asked for in vain; None for an error of another kind."""
+    found = _ASKED.search(str(error))
+    return round(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def _advice(path: str, free: int) -> str:
+    return f"esft plan --model {path} --memory-gb {max(1, free // 10**9)} says what to change"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
