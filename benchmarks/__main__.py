@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import layer, plan, random_checkpoint, roofline, scale, step, tune
 from benchmarks.shapes import SHAPES, LayerShape
-from esft.runs.config import FROZEN, OPTIMIZERS, RECOMPUTES
+from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
 from esft.runs.report import table
 
 
@@ -137,10 +137,12 @@ def _scale(argv: list[str]) -> None:
     parser.add_argument("--frozen", choices=FROZEN, default="auto", help="what frozen experts are kept in")
     parser.add_argument("--experts", type=Path, help="selection file; what scoring chooses where it is left out")
     parser.add_argument("--experts-per-layer", type=int, help="train so many of each layer, in the place of a file")
+    parser.add_argument("--frozen-linear", choices=FROZEN_LINEAR, default="bf16", help="and other frozen layers")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--recompute", choices=RECOMPUTES, default="none")
     parser.add_argument("--memory-gb", type=float, help="hold every stage to this, in a control group")
-    parser.add_argument("--stages", default=",".join(scale.STAGES), help="comma-separated")
+    every = f"{', '.join(scale.STAGES)}; and of others {', '.join(scale.PEERS)}"
+    parser.add_argument("--stages", default=",".join(scale.STAGES), help=f"comma-separated: {every}")
     parser.add_argument("--folder", type=Path, default=Path("build/scale"), help="of checkpoint, runs and results")
     args = parser.parse_args(argv)
     stages = set(args.stages.split(","))
@@ -148,13 +150,10 @@ def _scale(argv: list[str]) -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         file = args.folder / f"{args.model}.{args.experts_per_layer}.json"
         args.experts = scale.first_experts(args.model, args.experts_per_layer, file)
-    rows = scale.measure(
-        args.model, args.frozen, args.experts, args.optimizer, args.recompute, args.folder, args.memory_gb, stages
-    )
+    settings = {name: getattr(args, name) for name in ("frozen", "frozen_linear", "optimizer", "recompute")}
+    rows = scale.measure(args.model, settings, args.experts, args.folder, args.memory_gb, stages)
     print(table(scale.shown(rows)))
-    names = ("model", "frozen", "optimizer", "recompute", "memory_gb")
-    settings = {name: getattr(args, name) for name in names}
-    print(json.dumps(settings | {"measured": rows}))
+    print(json.dumps({"model": args.model, "memory_gb": args.memory_gb, **settings, "measured": rows}))
 
 
 COMMANDS = {"plan": _plan, "scale": _scale, "tune": _tune, "layer": _layer, "step": _step, "roofline": _roofline}

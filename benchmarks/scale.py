@@ -21,36 +21,48 @@ from esft.selection import ExpertSelection
 
 STEPS, TOKENS, RECORDS = 4, 2048, 4  # of training: steps, tokens of one, records of one
 STAGES = ("score", "select", "train", "merge")
+PEERS = ("stock full", "stock lora")  # what a user would take instead
 
 
 def measure(
     name: str,
-    frozen: str,
+    settings: dict[str, str],
     experts: Path | None,
-    optimizer: str,
-    recompute: str,
     folder: Path,
     memory_gb: float | None,
     stages: set[str],
 ) -> list[dict]:
-    """A row for each stage; what a stage needs of those before it must be there."""
+    """A row for each stage; what a stage needs of those before it must be there.
+
+    Args:
+        name: of a folder in ``MODELS``.
+        settings: of the training, as its options are called; those that begin with ``frozen`` are scoring's as well.
+        experts: selection file; None for what scoring chooses.
+        folder: of everything that is written.
+        memory_gb: what every stage is held to.
+        stages: some of ``STAGES`` and ``PEERS``.
+    """
     base = write_checkpoint(name, folder / name)
     data, scores, chosen = folder / "data.jsonl", folder / f"{name}.scores.json", folder / f"{name}.experts.json"
     adapter, merged = folder / f"{name}.run", folder / f"{name}.merged"
     _write_records(data, base)
     common = ["--model", str(base), "--quiet"]
+    options = {key: ["--" + key.replace("_", "-"), value] for key, value in settings.items()}
+    frozen = [each for key, option in options.items() if key.startswith("frozen") for each in option]
     commands = {
         "score": ["score", *common, "--data", data, "--out", scores, "--overwrite", "--max-tokens", 2 * TOKENS,
-                  "--frozen", frozen, "--max-length", TOKENS],
+                  "--max-length", TOKENS, *frozen],
         "select": ["select", "--scores", scores, "--out", chosen, "--overwrite"],
         "train": ["train", *common, "--data", data, "--out", adapter, "--overwrite", "--experts", experts or chosen,
-                  "--steps", STEPS, "--batch-size", RECORDS, "--frozen", frozen, "--optimizer", optimizer,
-                  "--recompute", recompute,
-                  "--max-length", TOKENS // RECORDS],
+                  "--steps", STEPS, "--batch-size", RECORDS, "--max-length", TOKENS // RECORDS,
+                  *(each for option in options.values() for each in option)],
         "merge": ["merge", "--model", base, "--adapter", adapter, "--out", merged, "--overwrite"],
     }  # fmt: skip
     rows = []
-    for stage in [stage for stage in STAGES if stage in stages]:
+    for stage in [stage for stage in (*PEERS, *STAGES) if stage in stages]:
+        if stage in PEERS:
+            rows.append({"stage": stage, **_peer(stage, base, data, memory_gb)})
+            continue
         found = run(python("-m", "esft", *map(str, commands[stage])), memory_gb)
         rows.append({"stage": stage, **found})
         if found["status"]:
@@ -61,6 +73,15 @@ def measure(
             rows[-1]["disk_gb"] = _size(merged)
             shutil.rmtree(merged)
     return rows
+
+
+def _peer(stage: str, base: Path, data: Path, memory_gb: float | None) -> dict:
+    """What a training without this project takes; one that dies ends no other stage."""
+    method = stage.removeprefix("stock ")
+    sizes = ["--steps", STEPS, "--records", RECORDS, "--length", TOKENS // RECORDS]
+    command = ["-m", "benchmarks.stock_training", "--model", base, "--data", data, "--method", method, *sizes]
+    found = run(python(*map(str, command)), memory_gb)
+    return found if found["status"] else found | {"tokens_per_second": float(found.pop("said"))}
 
 
 def shown(rows: list[dict]) -> list[dict]:

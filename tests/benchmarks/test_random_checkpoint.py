@@ -10,9 +10,9 @@ from esft.checkpoint.load import load_model, load_tokenizer
 from tests.esft.models import tiny_model
 
 
-def small(tmp_path, monkeypatch) -> None:
+def small(tmp_path, monkeypatch, **sizes) -> None:
     """A model of the name "small" to write."""
-    config = tiny_model(vocab_size=8192).config
+    config = tiny_model(vocab_size=8192, **sizes).config
     config.architectures, config.dtype = ["DeepseekV2ForCausalLM"], "bfloat16"
     config.save_pretrained(tmp_path / "models" / "small")
     monkeypatch.setattr(random_checkpoint, "MODELS", tmp_path / "models")
