@@ -61,6 +61,6 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
             "take out what another library has put in (PEFT: merge_and_unload or unload) before saving the adapter"
         )
     swapped.selection.save(folder / SELECTION)
-    values = {name: tensor.read().contiguous().cpu() for name, tensor in tensors.items()}
+    values = {name: tensor.read().contiguous() for name, tensor in tensors.items()}
     save_file(values, folder / WEIGHTS, {"format": "pt"})
     write_manifest(folder, swapped.base, swapped.selection.chosen_by, swapped.frozen)

@@ -46,6 +46,13 @@ def test_shared_experts_and_non_expert_modules_are_saved_when_selected(tmp_path)
     torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
 
 
+def test_a_trained_weight_that_lies_transposed_in_memory_is_saved_as_it_reads(tmp_path):
+    model = tuned(non_expert_modules=True)
+    model.lm_head.weight.data = model.lm_head.weight.data.T.contiguous().T
+    esft.save_adapter(model, tmp_path / "a")
+    assert torch.equal(load_file(tmp_path / "a" / "adapter.safetensors")["lm_head.weight"], model.lm_head.weight)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_folder_says_what_was_trained_from_what_and_how_it_was_chosen(tmp_path, dtype: str):
     base = save_tiny(tmp_path / "base")

@@ -100,8 +100,20 @@ def test_in_pieces_or_whole_masters_are_those_of_plain_adamw_bit_for_bit(monkeyp
             assert torch.equal(ours[name].detach()[~ties], p.detach().to(dtype)[~ties])
 
 
+def test_as_many_tensors_as_fill_a_piece_are_stepped_at_once(monkeypatch):
+    monkeypatch.setattr(optim, "PIECE", 8)
+    sizes, real = [], optim.adamw
+    monkeypatch.setattr(optim, "adamw", lambda ps, *a, **k: sizes.append([len(p) for p in ps]) or real(ps, *a, **k))
+    named = [(str(i), nn.Parameter(torch.ones(size))) for i, size in enumerate((4, 4, 4, 4, 9, 2))]
+    optimizer = MasterAdamW(named, TrainConfig())
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    optimizer.step(0.1)
+    assert sizes == [[4, 4], [4, 4], [8], [1, 2]]
+
+
 def test_a_step_makes_nothing_of_the_size_of_a_tensor(monkeypatch):
-    monkeypatch.setattr(optim, "PIECE", BLOCK)
+    monkeypatch.setattr(optim, "PIECE", 4 * BLOCK)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -114,6 +126,12 @@ def test_a_step_makes_nothing_of_the_size_of_a_tensor(monkeypatch):
                     largest = max(largest, tensor.untyped_storage().nbytes())
             return out
 
+    small = nn.Parameter(torch.randn(2, BLOCK).bfloat16())
+    small.grad = torch.randn_like(small)
+    with Watch():
+        MasterAdamW([("w", small)], TrainConfig()).step(1e-3)
+    assert largest == 2 * small.numel() * 4  # the buffers, which hold no more than all that trains
+    largest = 0
     for name in ("adamw", "adamw_8bit"):
         weight = nn.Parameter(torch.randn(64, 4 * BLOCK).bfloat16())
         optimizer = MasterAdamW([("w", weight)], TrainConfig(optimizer=name))
@@ -124,7 +142,7 @@ def test_a_step_makes_nothing_of_the_size_of_a_tensor(monkeypatch):
                     optimizer.step(1e-3)
             else:
                 optimizer.step(1e-3)
-    assert 0 < largest <= 8 * BLOCK * 4 < weight.nbytes
+    assert 0 < largest <= 8 * BLOCK * 4 * 4 < weight.nbytes
 
 
 def test_moments_in_8_bits_are_adamws_with_both_rounded_after_every_step():
@@ -241,6 +259,23 @@ def test_state_restores_the_same_course(dtype: torch.dtype, done: int, name: str
     assert whole.state().keys() == resumed.state().keys()
     for key, tensor in whole.state().items():
         assert torch.equal(tensor, resumed.state()[key]), key
+
+
+def test_a_state_takes_the_place_of_all_that_was_stepped_before():
+    def made() -> MasterAdamW:
+        return MasterAdamW([(name, nn.Parameter(torch.ones(2))) for name in ("a", "b")], TrainConfig())
+
+    early, late = made(), made()
+    early.params["a"].grad = torch.ones(2)
+    early.step(0.1)
+    state = {name: tensor.clone() for name, tensor in early.state().items()}
+    for _ in range(3):
+        for p in late.params.values():
+            p.grad = torch.ones(2)
+        late.step(0.1)
+    late.load_state(state)
+    assert late.steps == {"a": 1} and late.state().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in late.state().items())
 
 
 def test_a_state_with_whole_masters_of_bf16_is_gone_on_with():
