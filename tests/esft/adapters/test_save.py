@@ -183,6 +183,10 @@ def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
     with pytest.raises(esft.InputError, match="c: holds precious, which is no part of what is overwritten; move it"):
         esft.save_adapter(tuned(), tmp_path / "c", overwrite=True)
     assert (tmp_path / "c" / "precious").read_text() == "keep"
+    (tmp_path / "c" / "precious").unlink()
+    (tmp_path / "c" / "manifest.json").write_text('{"format_version": 3}')
+    with pytest.raises(esft.InputError, match=r"c/manifest.json: format_version must be 1 or 2, got 3"):
+        esft.save_adapter(tuned(), tmp_path / "c", overwrite=True)
     with pytest.raises(esft.InputError, match="only a swapped model"):
         esft.save_adapter(tiny_model(), tmp_path / "b")
 
