@@ -213,8 +213,7 @@ def _summed(
     return Plan(
         config.method, frozen, config.optimizer, config.recompute, batch.records, batch.tokens, assumed,
         whole.parameters, trained.count, trained_experts, frozen_experts, other_weights, masters, moments,
-        trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most,
-        weights if config.method == "full" else trained.nbytes,
+        trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most, trained.nbytes,
     )  # fmt: skip
 
 

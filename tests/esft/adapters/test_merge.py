@@ -350,6 +350,19 @@ def test_the_adapters_values_take_the_bases_dtype(tmp_path, dtype: torch.dtype):
         assert torch.equal(tensor, expected)
 
 
+@pytest.mark.filterwarnings("error:.*changes nothing")
+def test_an_adapter_changes_something_as_soon_as_one_tensor_is_another(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    for changed in ("gate_up", "down"):
+        model = esft.swap(load_model(str(base)), ExpertSelection({1: [3]}))
+        with torch.no_grad():
+            getattr(moe_layers(model)[0].experts, f"trained_{changed}_proj").mul_(2)
+        esft.merge(base, esft.save_adapter(model, tmp_path / f"a {changed}"), tmp_path / f"with {changed}")
+    unchanged = esft.save_adapter(esft.swap(load_model(str(base)), ExpertSelection({1: [3]})), tmp_path / "a")
+    with pytest.raises(UserWarning, match="changes nothing"):
+        esft.merge(base, unchanged, tmp_path / "with nothing")
+
+
 @pytest.mark.parametrize("experts", [[0], [3], [7, 0]])
 def test_in_a_base_that_stacks_its_experts_only_the_slices_change(tmp_path, experts: list[int]):
     base = tmp_path / "base"
