@@ -108,6 +108,13 @@ def test_an_update_has_buffers_for_gradient_master_and_moments_and_can_be_the_mo
     assert found.step == found.trained_parameters * (2 + 4 * 4)
 
 
+def test_without_settings_one_record_is_planned_with_and_lora_as_it_is_set(folder):
+    assert plan(folder, SELECTION, tokens=64).records == 1
+    pytest.importorskip("peft")
+    few, many = (plan(folder, None, config(method="lora", lora_rank=rank), tokens=8) for rank in (4, 8))
+    assert many.trained_parameters == 2 * few.trained_parameters
+
+
 def test_without_a_selection_the_number_of_experts_is_assumed_and_said(folder):
     assert plan(folder, config=config(), tokens=64).assumed == 1  # 5 of 64
     assert plan(folder, config=config(), tokens=64, top_p=0.8).assumed == 2

@@ -121,7 +121,8 @@ def test_a_model_that_cannot_make_its_layers_again_is_refused(base, monkeypatch)
     assert asked == [{"use_reentrant": False}]
 
 
-def test_lora_without_peft_says_what_to_install(base, monkeypatch):
+def test_lora_without_peft_says_what_to_install_before_it_loads_the_model(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("esft.training.methods.load_model", None)
     with pytest.raises(esft.InputError, match="method lora needs the peft package: pip install 'esft\\[lora\\]'"):
         prepared(base, TrainConfig(method="lora"))
