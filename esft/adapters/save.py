@@ -61,7 +61,7 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
             "take out what another library has put in (PEFT: merge_and_unload or unload) before saving the adapter"
         )
     swapped.selection.save(folder / SELECTION)
-    values = {name: tensor.read().contiguous().cpu() for name, tensor in tensors.items()}
+    values = {name: tensor.read().contiguous() for name, tensor in tensors.items()}
     save_file(values, folder / WEIGHTS, {"format": "pt"})
     kept_in = {"frozen": swapped.frozen, "frozen_linear": swapped.frozen_linear}
     write_manifest(folder, swapped.base, swapped.selection.chosen_by, kept_in)

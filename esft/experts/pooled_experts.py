@@ -136,8 +136,8 @@ class Experts(nn.Module):
             matrices = (found.gate_up_EGD, found.down_EDF)
             biases = (getattr(self, f"frozen_{name}") for name in PROJECTIONS[2:])
             return [
-                *(matrix.mT.contiguous() if self.transposed else matrix for matrix in matrices),
-                *(bias.detach()[place - s] for bias in biases if bias is not None),
+                *(matrix.mT if self.transposed else matrix for matrix in matrices),
+                *(bias[place - s] for bias in biases if bias is not None),
             ]
         pool, row = ("trained", place) if place < s else ("frozen", place - s)
         parts = [getattr(self, f"{pool}_{name}") for name in PROJECTIONS]
@@ -155,11 +155,11 @@ class Experts(nn.Module):
     @torch.no_grad()
     def write_one(self, expert: int, name: str, weight: Tensor) -> None:
         """``write`` of one of an expert's weights, by its name in ``PROJECTIONS``."""
-        if self.format is not None and self.is_packed(expert) and self.stored.get(name):
+        place, s = self.place[expert], len(self.trained)
+        if self.format is not None and place >= s and self.stored.get(name):
             matrix = (weight.mT if self.transposed else weight).to(self.position.device)
             self.write_stored(expert, name, [part[0] for part in self.format.quantize(matrix[None])])
             return
-        place, s = self.place[expert], len(self.trained)
         pool, row = ("trained", place) if place < s else ("frozen", place - s)
         getattr(self, f"{pool}_{name}").detach()[row].copy_(weight)
 

@@ -215,11 +215,9 @@ def _summed(
     update = trained.nbytes + 4 * 4 * min(PIECE, trained.count)
     most = max(step.peak + max(scratch, linear_scratch), update)
     return Plan(
-        config.method, frozen, config.frozen_linear, config.optimizer, config.recompute, batch.records,
-        batch.tokens, assumed, whole.parameters, trained.count, trained_experts, frozen_experts, other_weights,
-        masters, moments,
-        trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most,
-        weights if config.method == "full" else trained.nbytes,
+        config.method, frozen, config.frozen_linear, config.optimizer, config.recompute, batch.records, batch.tokens,
+        assumed, whole.parameters, trained.count, trained_experts, frozen_experts, other_weights, masters, moments,
+        trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most, trained.nbytes,
     )  # fmt: skip
 
 

@@ -181,7 +181,7 @@ def _check(each: Field, value: Any, where: str, text: str | None = None) -> None
         below = value < high if within[-1] == ")" else value <= high
         if not (above and below):
             raise InputError(f"{where} must be in {within}, got {said}")
-    if isinstance(value, int) and abs(value) >= 2**63:
+    if isinstance(value, int) and value >= 2**63:
         raise InputError(f"{where} must be below 2**63, got {said}")
 
 

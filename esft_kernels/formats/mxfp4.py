@@ -41,7 +41,7 @@ class Mxfp4(Format):
         blocks = padded(weight_OI, BLOCK)
         # frexp gives 2**e > |w| >= 2**(e - 1); the largest code, 6, is of exponent 2.
         exponent = torch.frexp(blocks.abs().amax(dim=-1)).exponent - 1 - 2
-        scales = (exponent + BIAS).clamp_(0, NAN - 1).to(torch.uint8)
+        scales = (exponent + BIAS).clamp_min_(0).to(torch.uint8)
         scaled = (blocks / _powers(scales)[..., None]).contiguous()
         codes = count_below(scaled.abs().view(-1), bins_of(_EDGES, scaled.device)).view(scaled.shape)
         codes |= scaled.signbit().view(torch.uint8) << 3

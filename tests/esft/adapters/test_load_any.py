@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.adapters.load_any import PEFT_WEIGHTS, adapter_folder, load_any_adapter
+from esft.adapters.load_any import PEFT_WEIGHTS, adapter_folder, load_any_adapter, load_with_adapter
 from esft.adapters.merge import merge
 from esft.checkpoint.load import load_model
+from esft.experts.moe_layers import moe_layers
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from tests.esft.checkpoint.files import rewrite_json
@@ -43,6 +44,30 @@ def save_lora(folder):
     model = peft.get_peft_model(tiny_model(), config)
     model.save_pretrained(folder)
     return model
+
+
+def test_an_adapters_experts_stay_exact_where_the_frozen_ones_are_in_few_bits(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    tuned = esft.swap(load_model(str(base)), ExpertSelection({1: [0, 3]}))
+    with torch.no_grad():
+        moe_layers(tuned)[0].experts.trained_down_proj.mul_(1.5)
+    esft.save_adapter(tuned, tmp_path / "a")
+    loaded = load_with_adapter(str(base), tmp_path / "a", "int8")
+    experts, wanted = (moe_layers(model)[0].experts for model in (loaded, tuned))
+    assert [expert for expert in range(8) if not experts.is_packed(expert)] == [0, 3]
+    for expert in (0, 3):
+        assert all(map(torch.equal, experts.weights_of(expert), wanted.weights_of(expert)))
+    alone = moe_layers(load_with_adapter(str(base), None, "int8"))[0].experts
+    assert all(map(alone.is_packed, range(8)))
+
+
+def test_a_peft_adapter_is_loaded_over_the_stock_model_of_which_no_expert_can_be_in_few_bits(tmp_path):
+    base, lora = save_tiny(tmp_path / "base"), save_lora(tmp_path / "lora")
+    for frozen in ("auto", "bf16"):
+        loaded = load_with_adapter(str(base), tmp_path / "lora", frozen)
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, lora.eval()(input_ids=IDS).logits)
+    with pytest.raises(esft.InputError, match="/lora: a PEFT adapter changes all experts, .* frozen in int8$"):
+        load_with_adapter(str(base), tmp_path / "lora", "int8")
 
 
 def test_lora_adapters_load_through_peft(tmp_path):

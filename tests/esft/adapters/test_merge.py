@@ -1,10 +1,6 @@
 import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +15,7 @@ from esft.errors import DiskError, InputError
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
 from esft.storage.files import TensorInfo
+from tests.esft.adapters.tuned import tune
 from tests.esft.checkpoint.files import rewrite
 from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 
@@ -26,15 +23,6 @@ from tests.esft.models import FAMILIES, save_tiny, tiny_model, token_batch
 @pytest.fixture(params=["float32", "bfloat16"])
 def dtype(request) -> torch.dtype:
     return getattr(torch, request.param)
-
-
-def tune(base, selection: ExpertSelection, dtype: str = "auto"):
-    model = esft.swap(load_model(str(base), dtype), selection)
-    with torch.no_grad():
-        for layer in moe_layers(model):
-            layer.experts.trained_gate_up_proj.mul_(1.25)
-            layer.experts.trained_down_proj.mul_(-0.5)
-    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,73 +149,6 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path, lacks: str):
     with pytest.raises(esft.InputError, match=f"tensor {gone} is missing"):
         esft.merge(base, tmp_path / "a", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-
-
-@pytest.mark.parametrize("place", ["first copy", "last copy", "patch", "manifest", "rename"])
-def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_path, monkeypatch, place: str):
-    base = save_tiny(tmp_path / "base")
-    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
-    esft.merge(base, tmp_path / "a", tmp_path / "out")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    # ``esft.merge`` names the function; its module is found by import.
-    module = importlib.import_module("esft.adapters.merge")
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", str(base / "model.safetensors"))
-
-    def last(copyfile, source, target):
-        copyfile(source, target)
-        if len(list(target.parent.iterdir())) == len(list(base.iterdir())):
-            full()
-
-    def second(replace, source, target):  # puts the old output aside, and then fails to set the new one
-        full() if str(source).endswith("/.out.esft/new") else replace(source, target)
-
-    if place in ("first copy", "last copy"):
-        monkeypatch.setattr(module.shutil, "copyfile", full if place[0] == "f" else partial(last, shutil.copyfile))
-    elif place == "patch":
-        monkeypatch.setattr(module._Patch, "content", full)
-    elif place == "manifest":
-        monkeypatch.setattr(module, "write_json", full)
-    else:
-        monkeypatch.setattr("esft.storage.outputs.os.replace", partial(second, os.replace))
-    with pytest.raises(esft.DiskError, match=r"/out(/esft_manifest.json)?: No space left on device$"):
-        esft.merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import esft
-from esft.checkpoint.load import load_model
-from esft.selection import ExpertSelection
-
-base, adapter, out = map(Path, sys.argv[1:])
-model = esft.swap(load_model(str(base)), ExpertSelection({1: [3]}))
-for limit, write in (
-    ((base / "model.safetensors").stat().st_size - 1, lambda: esft.merge(base, adapter, out)),
-    (5000, lambda: esft.save_adapter(model, out)),
-):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        write()
-    except esft.DiskError as error:
-        print(error)
-"""
-
-
-@pytest.mark.slow
-def test_the_systems_own_limit_on_a_file_is_one_error_for_merged_checkpoints_and_adapters(tmp_path):
-    base = save_tiny(tmp_path / "base")
-    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
-    before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, "-c", LIMITED, base, tmp_path / "a", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    merged, saved = done.stdout.splitlines()
-    assert merged == f"{tmp_path / 'out'}: File too large"
-    assert saved.startswith(f"{tmp_path / 'out'}: ") and "File too large" in saved
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def flip(place: int):
@@ -427,6 +348,19 @@ def test_the_adapters_values_take_the_bases_dtype(tmp_path, dtype: torch.dtype):
         expected = tuned[name].to(dtype) if name in tuned else before[name]
         assert tensor.dtype == dtype
         assert torch.equal(tensor, expected)
+
+
+@pytest.mark.filterwarnings("error:.*changes nothing")
+def test_an_adapter_changes_something_as_soon_as_one_tensor_is_another(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    for changed in ("gate_up", "down"):
+        model = esft.swap(load_model(str(base)), ExpertSelection({1: [3]}))
+        with torch.no_grad():
+            getattr(moe_layers(model)[0].experts, f"trained_{changed}_proj").mul_(2)
+        esft.merge(base, esft.save_adapter(model, tmp_path / f"a {changed}"), tmp_path / f"with {changed}")
+    unchanged = esft.save_adapter(esft.swap(load_model(str(base)), ExpertSelection({1: [3]})), tmp_path / "a")
+    with pytest.raises(UserWarning, match="changes nothing"):
+        esft.merge(base, unchanged, tmp_path / "with nothing")
 
 
 @pytest.mark.parametrize("experts", [[0], [3], [7, 0]])

@@ -46,6 +46,13 @@ def test_shared_experts_and_non_expert_modules_are_saved_when_selected(tmp_path)
     torch.testing.assert_close(logits(esft.load_adapter(tiny_model(), tmp_path / "a")), logits(model))
 
 
+def test_a_trained_weight_that_lies_transposed_in_memory_is_saved_as_it_reads(tmp_path):
+    model = tuned(non_expert_modules=True)
+    model.lm_head.weight.data = model.lm_head.weight.data.T.contiguous().T
+    esft.save_adapter(model, tmp_path / "a")
+    assert torch.equal(load_file(tmp_path / "a" / "adapter.safetensors")["lm_head.weight"], model.lm_head.weight)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_folder_says_what_was_trained_from_what_and_how_it_was_chosen(tmp_path, dtype: str):
     base = save_tiny(tmp_path / "base")
@@ -62,6 +69,7 @@ def test_the_folder_says_what_was_trained_from_what_and_how_it_was_chosen(tmp_pa
         "base_settings": forward_settings(model.config),
         "chosen_by": {"by": "gate", "top_p": 0.25},
         "frozen": "bf16",
+        "frozen_linear": "bf16",
     }
     assert ExpertSelection.load(folder / "expert_cfg.json") == chosen
     with safe_open(folder / "adapter.safetensors", framework="pt") as handle:
@@ -176,6 +184,10 @@ def test_a_folder_in_use_and_a_stock_model_are_refused(tmp_path):
     with pytest.raises(esft.InputError, match="c: holds precious, which is no part of what is overwritten; move it"):
         esft.save_adapter(tuned(), tmp_path / "c", overwrite=True)
     assert (tmp_path / "c" / "precious").read_text() == "keep"
+    (tmp_path / "c" / "precious").unlink()
+    (tmp_path / "c" / "manifest.json").write_text('{"format_version": 3}')
+    with pytest.raises(esft.InputError, match=r"c/manifest.json: format_version must be 1 or 2, got 3"):
+        esft.save_adapter(tuned(), tmp_path / "c", overwrite=True)
     with pytest.raises(esft.InputError, match="only a swapped model"):
         esft.save_adapter(tiny_model(), tmp_path / "b")
 

@@ -91,9 +91,14 @@ def test_what_is_sound_is_read(read, base, shards):
             '{"metadata": {}, "weight_map": {"a": "absent.safetensors"}}',
             "holds model.safetensors and an index of other files",
         ),
+        (
+            INDEX,
+            '{"metadata": {}, "weight_map": {"a": "absent.safetensors", "b": "model.safetensors"}}',
+            "holds model.safetensors and an index of other files",
+        ),
         (WEIGHTS, "nonsense", r"model\.safetensors: not a readable safetensors file"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_a_damaged_folder_is_refused(read, base, file: str, text: str, message: str):
     (base / file).write_text(text)

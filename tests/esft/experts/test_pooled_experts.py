@@ -3,8 +3,18 @@ import torch
 
 from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft_kernels.activation import Activation
+from esft_kernels.formats.resolve import FORMATS
 from tests.esft.experts.test_stock_layout import LAYOUTS, Flagged
 from tests.esft.experts.test_stock_layout import batch as batch_for_flagged
+
+
+def made(weights: list[torch.Tensor], flags: dict, trained: tuple[int, ...], frozen: str = "bf16") -> Experts:
+    """Experts of stacked weights that lie as the flags of ``Flagged`` say."""
+    biases = dict(zip(("gate_up_bias", "down_bias"), weights[2:], strict=False))
+    layout = {"transposed": flags["transposed"], "interleaved": flags["interleaved"]}
+    return Experts(
+        *weights[:2], trained, activation=Activation(gated=flags["gated"]), frozen=frozen, **layout, **biases
+    )
 
 
 def test_stacked_gives_the_weights_back_in_expert_order():
@@ -20,15 +30,12 @@ def test_stacked_gives_the_weights_back_in_expert_order():
 def test_experts_compute_and_hold_what_they_were_given_whatever_the_layout(flags: dict, trained: list[int]):
     stock = Flagged(**flags)
     weights = [p.detach().clone() for p in stock.parameters()]
-    names = dict(zip(("gate_up_bias", "down_bias"), weights[2:], strict=False))
-    activation = Activation(gated=flags["gated"])
-    settings = {"transposed": flags["transposed"], "interleaved": flags["interleaved"], "activation": activation}
-    experts = Experts(*weights[:2], tuple(trained), **settings, **names)
+    experts = made(weights, flags, tuple(trained))
     args = batch_for_flagged()
     torch.testing.assert_close(experts(*args), stock(*args), atol=1e-12, rtol=1e-12)
     pools = experts.pools
     assert (experts.num_experts, pools.num_trained, pools.num_experts) == (5, len(trained), 5)
-    assert pools.activation == activation and pools.interleaved == flags["interleaved"]
+    assert pools.activation == Activation(gated=flags["gated"]) and pools.interleaved == flags["interleaved"]
     for whole, given in zip(experts.stacked(), weights, strict=True):
         assert torch.equal(whole, given) and not whole.requires_grad
     for e in range(5):
@@ -38,6 +45,57 @@ def test_experts_compute_and_hold_what_they_were_given_whatever_the_layout(flags
         parts[1].fill_(e)  # a view: what is written there is the experts'
     assert experts.stacked()[1].flatten(1).unique(dim=1).flatten().tolist() == [0, 1, 2, 3, 4]
     assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), weights, strict=True))  # copies, so left alone
+
+
+@pytest.mark.parametrize("flags", [LAYOUTS[0], LAYOUTS[7], LAYOUTS[10]])
+@pytest.mark.parametrize("frozen", FORMATS)
+def test_frozen_experts_in_a_format_are_what_that_keeps_of_their_matrices_and_no_others_are(flags: dict, frozen: str):
+    kind, weights = FORMATS[frozen], [p.detach() for p in Flagged(**flags).parameters()]
+    kept = [weight.clone() for weight in weights]
+    for expert in (1, 2, 4):
+        for stack in kept[:2]:
+            matrix = stack[expert].mT if flags["transposed"] else stack[expert]
+            parts = [part[0] for part in kind.quantize(matrix[None])]
+            matrix.copy_(kind.decode(parts, *matrix.shape, matrix.new_empty(kind.buffer_size(*matrix.shape))))
+    experts, plain = made(weights, flags, (3, 0), frozen), made(kept, flags, (3, 0))
+    assert [experts.is_packed(expert) for expert in range(5)] == [False, True, True, False, True]
+    assert not any(map(plain.is_packed, range(5)))
+    assert not torch.equal(kept[1], weights[1])
+    args = batch_for_flagged()
+    torch.testing.assert_close(experts(*args), plain(*args), atol=1e-12, rtol=1e-12)
+    for whole, expected in zip(experts.stacked(), kept, strict=True):
+        assert torch.equal(whole, expected)
+    for expert in range(5):
+        for part, expected in zip(experts.weights_of(expert), kept, strict=True):
+            assert torch.equal(part, expected[expert])
+
+
+def test_what_is_in_a_format_are_integers_of_its_bits_which_another_dtype_of_the_model_leaves_alone():
+    experts = Experts(torch.randn(4, 6, 8), torch.randn(4, 8, 3), [2], frozen="fp8")
+    before = {name: p.clone() for name, p in experts.named_parameters() if name.startswith("frozen")}
+    assert {name: p.dtype for name, p in before.items()} == {
+        f"frozen_{projection}_{part}": dtype
+        for projection in PROJECTIONS[:2]
+        for part, dtype in (("weight", torch.uint8), ("scale_inv", torch.int32))
+    }
+    experts.to(torch.bfloat16)
+    assert experts.trained_down_proj.dtype == torch.bfloat16
+    assert all(torch.equal(p, before[name]) for name, p in experts.named_parameters() if name in before)
+    assert repr(experts) == "Experts(num_experts=4, trained=[2], backend='auto', frozen='fp8')"
+
+
+@pytest.mark.parametrize("frozen", ["bf16", "nf4", "fp8"])
+def test_weights_that_are_written_take_the_place_of_one_experts_in_its_pool(frozen: str):
+    flags = {"gated": True, "transposed": True, "interleaved": False, "biased": True}
+    old, new, both = ([p.detach() for p in Flagged(**flags).parameters()] for _ in range(3))
+    for kept, given, changed in zip(both, old, new, strict=True):
+        kept.copy_(given)
+        kept[[1, 3]] = changed[[1, 3]]
+    experts = made(old, flags, (3, 0), frozen)
+    for expert in (1, 3):
+        experts.write(expert, [weight[expert] for weight in new])
+    wanted = made(both, flags, (3, 0), frozen).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in experts.state_dict().items())
 
 
 @pytest.mark.parametrize("biased", [False, True])

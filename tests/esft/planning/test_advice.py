@@ -22,8 +22,8 @@ def planned(config: TrainConfig, frozen: str, tokens: int) -> Plan:
     return replace(SOME, peak=int((weights + moments + step) * GIB))
 
 
-def asked(memory: float, **settings) -> list[str]:
-    return advice(planned, TrainConfig(**settings), "bf16", 2048, memory * GIB)
+def asked(memory: float, frozen: str = "bf16", tokens: int = 2048, **settings) -> list[str]:
+    return advice(planned, TrainConfig(**settings), frozen, tokens, memory * GIB)
 
 
 TOKENS = "fewer tokens together, 256 (--micro-batch-size, --max-length)"
@@ -40,6 +40,18 @@ def test_the_advice_is_what_costs_least_and_nothing_that_is_not_needed():
     assert asked(4) == []
 
 
+def test_what_is_done_already_is_not_advised():
+    assert asked(12.75, tokens=257) == ["--optimizer adamw_8bit", TOKENS]
+    assert asked(12.7, tokens=256) == ["--optimizer adamw_8bit", "--recompute layers"]
+    assert asked(5.8, frozen="int8") == ["--optimizer adamw_8bit", TOKENS, "--frozen nf4"]
+    assert asked(5.3, frozen="nf4")[-1] == "--frozen-linear int8"
+    assert asked(4.3, frozen="nf4") == []
+
+
+def test_what_just_fits_needs_no_change():
+    assert asked(12.75, tokens=256) == ["--optimizer adamw_8bit"]
+
+
 def test_no_format_is_advised_to_a_method_that_freezes_no_experts_of_ours():
     assert asked(15, method="full") == ["--optimizer adamw_8bit", TOKENS]
     assert asked(12, method="full") == []
@@ -51,6 +63,17 @@ def test_a_plan_is_told_in_lines_that_say_what_is_assumed_and_that_nothing_is_me
         assert part in text
     assert "Assumed" not in described(replace(SOME, assumed=None))
     assert "12.500 GB" in described(replace(SOME, peak=12_500_000_000))
+
+
+def test_every_size_of_a_plan_is_told_in_gigabytes_beside_its_name():
+    names = (
+        "trained_experts", "frozen_experts", "other_weights", "masters", "moments", "step", "gradients", "activations",
+        "base", "peak", "stored",
+    )  # fmt: skip
+    lines = described(replace(SOME, **{name: (n + 1) * GIB for n, name in enumerate(names)})).split("\n")
+    assert [line.split()[-2:] for line in lines[2:13]] == [[f"{n + 1}.000", "GB"] for n in range(11)]
+    assert len({line.index(".000") for line in lines[2:13]}) == 1  # one under the other
+    assert lines[13] == "Computed, not measured: esft, 2,048 tokens in 8 records together, recompute none."
 
 
 def test_whether_it_fits_is_a_line():

@@ -83,6 +83,15 @@ def test_more_tokens_keep_more_and_waiting_gradients_are_on_top(tmp_path):
     assert waiting.peak > planned(tmp_path, 8, Batch(2, 50)).peak
 
 
+def test_an_embedding_that_is_the_head_too_has_one_gradient(tmp_path):
+    peaks = {}
+    for tied in (False, True):
+        model = tiny_model("qwen3_moe", dtype=torch.bfloat16, tie_word_embeddings=tied, **WIDE)
+        save_config(model, tmp_path / str(tied))
+        peaks[tied] = planned(tmp_path / str(tied), 3, Batch(1, 8, accumulates=True), others=True).peak
+    assert peaks[False] - peaks[True] == pytest.approx(WIDE["vocab_size"] * WIDE["hidden_size"] * 2, rel=0.1)
+
+
 def test_a_model_that_asks_for_values_is_named(tmp_path, monkeypatch):
     save_config(tiny_model(), tmp_path)
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Model

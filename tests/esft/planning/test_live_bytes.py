@@ -20,6 +20,9 @@ def test_what_lives_and_what_lived_at_most_is_counted_and_views_are_not():
         b.add_(1)
         assert live.peak == 80
         del b, c
+        small = torch.zeros(2)
+        assert (live.now, live.peak) == (8, 80)
+        del small
     assert live.now == 0 and of_known.numel() == 50
 
 

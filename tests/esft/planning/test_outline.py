@@ -3,6 +3,7 @@ import torch
 from transformers import LlamaConfig
 
 import esft
+from esft.checkpoint.load import load_skeleton
 from esft.experts.moe_layers import stock_weights
 from esft.planning.outline import outline, require_beside, skeleton_of
 from tests.esft.models import FAMILIES, tiny_model
@@ -41,6 +42,25 @@ def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(tmp_path):
     config.save_pretrained(tmp_path)
     assert skeleton_of(str(tmp_path), "float32").dtype == outline(str(tmp_path), "float32").dtype == torch.float32
     assert outline(str(tmp_path), "bfloat16").dtype == torch.bfloat16
+
+
+def test_auto_is_what_this_machine_computes_the_checkpoint_in(tmp_path, monkeypatch):
+    config = tiny_model().config
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    for found, expected in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        monkeypatch.setattr("esft.planning.outline.compute_dtype", lambda asked, found=found: found)
+        assert skeleton_of(str(tmp_path)).dtype == expected
+
+
+def test_no_code_of_a_checkpoint_is_run_unless_that_is_allowed(tmp_path, monkeypatch):
+    tiny_model().config.save_pretrained(tmp_path)
+    asked, real = [], load_skeleton
+    monkeypatch.setattr("esft.planning.outline.load_skeleton", lambda *how: asked.append(how[1]) or real(*how))
+    skeleton_of(str(tmp_path))
+    outline(str(tmp_path))
+    outline(str(tmp_path), trust_remote_code=True)
+    assert asked == [False, False, True]
 
 
 def test_what_is_beside_routed_experts_requires_gradients_as_asked(tmp_path):

@@ -11,6 +11,7 @@ from esft.swapping.load_state import is_pool
 from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft_kernels.formats.resolve import resolve_format
+from tests.esft import zoo
 from tests.esft.models import save_tiny, tiny_model
 
 SELECTION = ExpertSelection({1: [2, 7], 2: [0]})
@@ -64,6 +65,7 @@ def test_parameters_weights_and_state_are_those_of_the_training(folder, method: 
     beside = sum(t.nbytes for n, t in state.items() if n.startswith(("master/", "low_bits/")))
     moments = sum(t.nbytes for n, t in state.items() if n.startswith("exp_avg"))
     assert (found.masters, found.moments) == (beside, moments)
+    assert found.base == BASE == 600 * 2**20
     assert found.peak == BASE + weights + beside + moments + found.step
     assert found.step >= max(found.gradients, found.activations)
     assert found.stored == (size if method == "full" else found.gradients)
@@ -95,6 +97,35 @@ def test_frozen_linear_layers_are_counted_in_their_format(linear, selection, tmp
     assert small.other_weights == beside < plain.other_weights
     assert small.frozen_experts == plain.frozen_experts and small.peak < plain.peak
     assert small.step >= plain.step and small.frozen_linear == linear
+
+
+def test_a_frozen_matrix_is_unpacked_into_twice_its_room_beside_all_that_a_step_takes(folder):
+    plain, packed = (plan(folder, SELECTION, config(), frozen=name, tokens=1024) for name in ("bf16", "int8"))
+    assert packed.step - plain.step == 2 * 128 * 64 * 2
+
+
+def test_biases_stay_as_they_are_beside_experts_in_a_format(tmp_path):
+    model = zoo.tiny("gpt_oss").bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(tmp_path)
+    experts = model.model.layers[0].mlp.experts
+    sizes = [tuple(matrix.mT.shape[1:]) for matrix in (experts.gate_up_proj, experts.down_proj)]
+    biases = experts.gate_up_proj_bias[0].nbytes + experts.down_proj_bias[0].nbytes
+    found = plan(str(tmp_path), ExpertSelection({0: [1, 2, 3]}), config(), frozen="int8", tokens=64)
+    kind, left = resolve_format("int8"), (8 - 3, 8)
+    assert found.frozen_experts == sum(kind.nbytes(n, *size) for n in left for size in sizes) + sum(left) * biases
+
+
+def test_an_update_has_buffers_for_gradient_master_and_moments_and_can_be_the_most_of_a_step(folder):
+    found = plan(folder, config=config(method="full"), tokens=2)
+    assert found.step == found.trained_parameters * (2 + 4 * 4)
+
+
+def test_without_settings_one_record_is_planned_with_and_lora_as_it_is_set(folder):
+    assert plan(folder, SELECTION, tokens=64).records == 1
+    pytest.importorskip("peft")
+    few, many = (plan(folder, None, config(method="lora", lora_rank=rank), tokens=8) for rank in (4, 8))
+    assert many.trained_parameters == 2 * few.trained_parameters
 
 
 def test_without_a_selection_the_number_of_experts_is_assumed_and_said(folder):

@@ -205,9 +205,23 @@ def test_a_run_goes_on_with_what_it_was_begun_with_unless_told_for_how_long(tmp_
             folder.begun_with(config, other)
 
 
+def test_a_run_that_has_ended_has_done_its_steps_though_its_checkpoints_are_gone(tmp_path):
+    folder = begun(tmp_path / "run")
+    folder.write_summary({"steps": 7})
+    assert folder.begun_with(settings(steps=7), None)[0].steps == 7
+    with pytest.raises(esft.InputError, match="^cannot resume with steps 6: .*run has done 7$"):
+        folder.begun_with(settings(steps=6), None)
+
+
+def test_a_run_that_is_begun_again_without_a_selection_has_none_of_before(tmp_path):
+    begun(tmp_path / "run")
+    assert begun(tmp_path / "run", None).begun_with(None, None) == (settings(), None)
+
+
 def test_the_base_and_the_data_are_told_by_their_digests_and_named_by_their_paths(tmp_path):
     folder = begun(tmp_path / "run")
     folder.check_origin({"model": "1", "data": "2"}, {"top_k": 3}, {"model": "elsewhere", "data": "d"})
+    folder.check_origin({"model": "1-9", "data": "2"}, {}, {"model": "m", "data": "d"})  # a run of before has a part
     with pytest.raises(esft.InputError, match=r"^cannot resume with data e\.jsonl: the run was begun with another$"):
         folder.check_origin({"model": "1", "data": "3"}, {}, {"model": "m", "data": "e.jsonl"})
 

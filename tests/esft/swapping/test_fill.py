@@ -3,24 +3,30 @@ import torch
 
 import esft
 from esft.checkpoint.folder import Checkpoint
+from esft.checkpoint.load import load_model
+from esft.checkpoint.packed_tensors import PackedTensor
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
 from esft.swapping.fill import Filling, expert_places
+from tests.esft.checkpoint.packed import fp8_checkpoint, mxfp4_checkpoint
 from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import save_tiny, tiny_model
 
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
 
 
-def blank(frozen: str):
-    """A swapped model whose pools are zeros, and the places of its experts."""
-    model = tiny_model()
+def swapped(model, frozen: str):
+    return esft.swap(model, ExpertSelection({1: [5, 2]}), frozen=frozen)
+
+
+def blank(frozen: str, model=None):
+    """A swapped model whose tensors are zeros, and the places of its experts."""
+    model = model or tiny_model()
     places = expert_places(model)
-    esft.swap(model, ExpertSelection({1: [5, 2]}), frozen=frozen)
+    swapped(model, frozen)
     with torch.no_grad():
-        for layer in moe_layers(model):
-            for p in layer.experts.parameters():
-                p.zero_()
+        for p in model.parameters():
+            p.zero_()
     return model, places
 
 
@@ -41,8 +47,27 @@ def test_tensors_may_come_in_any_order_and_are_handed_on(frozen: str, backwards:
     given = tensors[::-1] if backwards else tensors
     handed_on = list(Filling(model, places, "base").through(given))
     assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(handed_on, given, strict=True))
-    wanted = esft.swap(tiny_model(), ExpertSelection({1: [5, 2]}), frozen=frozen).state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    for layer, wanted in zip(moe_layers(model), moe_layers(swapped(tiny_model(), frozen)), strict=True):
+        assert all(
+            torch.equal(tensor, wanted.experts.state_dict()[n]) for n, tensor in layer.experts.state_dict().items()
+        )
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("frozen", "make"), [("fp8", fp8_checkpoint), ("mxfp4", mxfp4_checkpoint)])
+def test_experts_in_few_bits_stay_as_they_come_and_what_else_comes_so_is_read(frozen, make, backwards: bool, tmp_path):
+    base = make(tmp_path / "base")
+    stock = load_model(str(base))
+    model, places = blank(frozen, load_model(str(base)))
+    tensors = list(Checkpoint.open(base).tensors())
+    list(Filling(model, places, "base").through(tensors[::-1] if backwards else tensors))
+    for layer, wanted in zip(moe_layers(model), moe_layers(stock), strict=True):
+        held = dict(zip(layer.experts.stock_names, layer.experts.stacked(), strict=True))
+        matrices = [name for name in held if "bias" not in name]
+        assert len(matrices) == 2 and all(torch.equal(held[n], wanted.experts.get_parameter(n)) for n in matrices)
+    others = [name for name, value in tensors if isinstance(value, PackedTensor) and name not in places]
+    assert bool(others) == (frozen == "fp8")
+    assert all(torch.equal(model.get_parameter(name), stock.get_parameter(name)) for name in others)
 
 
 @pytest.mark.parametrize("frozen", ["bf16", "nf4"])

@@ -16,6 +16,7 @@ from esft.checkpoint.load import load_model
 from esft.experts.model_state import swapped_state
 from esft.experts.moe_layers import moe_layers
 from esft.experts.pooled_experts import FROZEN
+from esft.experts.stock_layout import Layout
 from esft.selection import ExpertSelection
 from esft.swapping import load as module
 from tests.esft import zoo
@@ -161,6 +162,21 @@ def test_where_experts_cannot_come_one_by_one_the_stock_model_is_swapped(tmp_pat
     monkeypatch.setattr(module, "on_one_device", lambda: False)  # several GPUs
     assert same(esft.load(str(base), SELECTION, "int8", "float32"), esft.load(str(base), SELECTION, "int8", "float32"))
     assert loaded == [(str(base), "float32", False)] * 2
+    monkeypatch.setattr(module, "on_one_device", lambda: True)
+    monkeypatch.setattr(Layout, "is_fused", False)  # experts that the kernels do not compute
+    with pytest.warns(UserWarning, match="the kernels do not compute these experts"):
+        esft.load(str(base), SELECTION)
+    assert len(loaded) == 3
+
+
+def test_a_hubs_checkpoint_is_the_folder_that_it_is_fetched_to(tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base")
+    real = module.load_without
+    monkeypatch.setattr(module, "load_without", lambda path, *more: real({"owner/name": str(base)}[path], *more))
+    monkeypatch.setattr(module, "downloaded", lambda path: {"owner/name": base}[path])
+    found = esft.load("owner/name", SELECTION)
+    monkeypatch.undo()
+    assert same(found, esft.load(str(base), SELECTION))
 
 
 def lose(name: str, tensors: dict) -> None:

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import esft
+from esft.checkpoint.load import load_model
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
 from esft.swapping.save_pretrained import detach, stock_state
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
+from tests.esft.checkpoint.packed import fp8_checkpoint
 from tests.esft.experts import test_moe_layers as families
 from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import FAMILIES, tiny_model, token_batch
@@ -124,6 +126,27 @@ def test_a_swapped_models_own_state_keeps_its_names_and_loads(tmp_path):
         moe_layers(other)[0].experts.trained_down_proj.zero_()
     accelerator.load_state(tmp_path / "state")
     assert same_weights(accelerator.unwrap_model(other), model)
+
+
+def test_frozen_experts_that_came_in_few_bits_are_saved_as_they_read(tmp_path):
+    base = fp8_checkpoint(tmp_path / "base")
+    model = esft.load(str(base), SELECTION)
+    model.save_pretrained(tmp_path / "saved")
+    stock = load_model(str(base)).state_dict()
+    saved = load_model(str(tmp_path / "saved")).state_dict()
+    assert saved.keys() == stock.keys() and all(torch.equal(tensor, stock[name]) for name, tensor in saved.items())
+
+
+def test_while_it_is_saved_a_model_has_the_stock_models_parameters_of_experts_their_shapes(tmp_path, monkeypatch):
+    model, seen = swapped(), {}
+    names = ("lm_head.weight", "model.layers.1.mlp.experts.down_proj")
+    monkeypatch.setattr(
+        type(model), "save_pretrained", lambda self, *_, **__: seen.update({n: self.get_parameter(n) for n in names})
+    )
+    model.save_pretrained(tmp_path)
+    assert seen[names[0]] is model.lm_head.weight and seen[names[1]].shape == (8, 32, 20)
+    with pytest.raises(AttributeError):
+        model.get_parameter(names[1])
 
 
 def test_a_copy_saves_itself_and_unswap_leaves_nothing_behind(tmp_path):

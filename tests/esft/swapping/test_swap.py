@@ -222,6 +222,24 @@ def test_the_experts_get_what_swap_was_told_and_each_layers_own_ids():
     assert [(e.backend, e.recompute, e.trained) for e in experts] == [("auto", "none", ()), ("auto", "none", (7,))]
 
 
+def test_frozen_experts_go_into_the_format_that_swap_was_told_which_the_model_remembers():
+    model = esft.swap(tiny_model(), ExpertSelection({1: TRAINED}), frozen="nf4")
+    packed = [[layer.experts.is_packed(expert) for expert in (5, 0)] for layer in moe_layers(model)]
+    assert packed == [[False, True], [True, True]]
+    assert (swapped_state(model).frozen, swapped_state(model).lossless) == ("nf4", False)
+    exact = swapped_state(esft.swap(tiny_model(), ExpertSelection({})))
+    assert (exact.frozen, exact.lossless) == ("bf16", True)
+
+
+@pytest.mark.parametrize("make", [lambda: listed(tiny_model()), lambda: zoo.tiny("inkling2")], ids=["list", "plain"])
+def test_experts_that_the_kernels_do_not_compute_cannot_be_frozen_in_a_format(make):
+    model = make()
+    before = touched(model)
+    with pytest.raises(esft.InputError, match="experts: the kernels do not compute these .* be frozen in int8$"):
+        esft.swap(model, ExpertSelection({}), frozen="int8")
+    assert touched(model) == before
+
+
 def test_each_layers_training_mode_is_kept_both_ways():
     model = tiny_model()
     moe_layers(model)[1].experts.train()

@@ -1,5 +1,6 @@
 import json
 import logging
+import sys
 
 import pytest
 import torch
@@ -279,6 +280,14 @@ def test_a_template_that_fails_or_says_nothing_is_named(template: str, message: 
     tokenizer.chat_template = template
     with pytest.raises(esft.InputError, match=f"^d.jsonl: {message}"):
         encode_all(tokenizer, [chat("a", "b")] * 2, 64, "d.jsonl")
+
+
+def test_a_bar_of_records_is_shown_on_a_terminal_where_it_is_asked_for(monkeypatch, capsys):
+    for terminal, progress in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        encode_all(tiny_tokenizer(), [chat("a", "b")], 64, "d", progress=progress)
+        shown = capsys.readouterr().err
+        assert ("encode: 100%" in shown and "record/s" in shown) if terminal and progress else not shown
 
 
 def test_a_token_that_the_model_does_not_have_is_named():

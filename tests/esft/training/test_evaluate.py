@@ -7,11 +7,13 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 import esft
+from esft.checkpoint.source import Reach
 from esft.experts.model_state import model_state
 from esft.training.data import IGNORE, Example, collate, encode_all
 from esft.training.evaluate import (
     answer,
     batch_loss,
+    encode_prompts,
     exact_match,
     has_plain_head,
     matches,
@@ -336,6 +338,20 @@ def test_prompts_go_where_the_model_is():
     calls = record_generate(model)
     answer(model, tiny_tokenizer(), [conversation("a")])
     assert {calls[0][name].device.type for name in ("input_ids", "attention_mask")} == {"meta"}
+
+
+def test_a_prompt_has_no_more_tokens_than_is_said_leaves_one_position_for_an_answer_and_has_known_tokens():
+    prompts, ids = [conversation("a"), conversation("hello")], [prompt_ids("a"), prompt_ids("hello")]
+    assert [len(each) for each in ids] == [5, 9] and max(max(each) for each in ids) == 260
+    assert [e.ids for e in encode_prompts(tiny_tokenizer(), prompts, Reach(10, 261), 9)] == ids
+    assert [e.ids for e in encode_prompts(tiny_tokenizer(), prompts, Reach(None, None))] == ids
+    for reach, longest, message in (
+        (Reach(10, 261), 8, "prompt 2: has 9 tokens, more than `max_length=8`"),
+        (Reach(9, 261), None, "prompt 2: has 9 tokens, and the model 9 positions"),
+        (Reach(10, 260), None, "prompt 1: has token 260; the model has 260 tokens"),
+    ):
+        with pytest.raises(esft.InputError, match=f"^{message}$"):
+            encode_prompts(tiny_tokenizer(), prompts, reach, longest)
 
 
 def test_64_prompts_are_answered_at_a_time_with_128_tokens_unless_told():

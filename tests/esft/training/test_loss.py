@@ -70,7 +70,8 @@ def test_16_bit_values_are_summed_in_float32(monkeypatch):
 
 
 def test_no_chunk_of_logits_is_larger_than_it_should_be(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 4 * 11)  # four rows of a vocabulary of eleven
+    monkeypatch.setattr(loss, "FEWEST_ROWS", 1)
     hidden, weight, labels = case(10)
     seen = []
     real = torch.Tensor.log_softmax

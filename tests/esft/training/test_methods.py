@@ -1,4 +1,4 @@
-"""What the loop computes, logs and stores, step by step; whole runs are in test_train_runs."""
+"""What each method trains of a model, and what it leaves on disk."""
 
 import json
 import sys
@@ -14,9 +14,24 @@ from esft.checkpoint.load import load_model, load_tokenizer
 from esft.experts.model_state import swapped_state
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.methods import METHODS, Source
+from esft.training.methods import METHODS, Source, add_lora
+from tests.esft import zoo
 from tests.esft.models import tiny_tokenizer
 from tests.esft.small_runs import SELECTION, column, run, settings
+
+
+def test_an_esft_run_stores_the_trained_experts_and_no_code_of_a_checkpoint_is_run_unasked(base, out):
+    result = run(base, "run", settings(steps=1))
+    tuned, stock = load_file(out / "adapter" / "adapter.safetensors"), load_file(base / "model.safetensors")
+    assert tuned.keys() == {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+        for layer, experts in SELECTION.experts.items()
+        for expert in experts
+        for part in ("gate", "up", "down")
+    }
+    assert not any(torch.equal(tensor, stock[name]) for name, tensor in tuned.items())
+    assert result.trained_parameters == sum(tensor.numel() for tensor in tuned.values())
+    assert (Source("m").trust_remote_code, Source("m").progress) == (False, False)
 
 
 def test_full_fine_tuning_stores_the_whole_model_and_its_tokenizer_in_the_dtype_of_the_run(base, out):
@@ -79,6 +94,12 @@ def test_lora_is_asked_for_on_every_linear_layer_but_the_head_and_on_every_exper
     assert set(lora.target_parameters) == experts
 
 
+def test_lora_adds_nothing_to_the_biases_of_stacked_experts(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("peft"), "get_peft_model", lambda *asked: asked)
+    _, lora = add_lora(zoo.tiny("gpt_oss"), TrainConfig(method="lora"))
+    assert {name.rpartition(".")[2] for name in lora.target_parameters} == {"gate_up_proj", "down_proj"}
+
+
 @pytest.mark.parametrize("recompute", ["none", "frozen", "layers"])
 def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(base, recompute: str):
     model = prepared(base, TrainConfig(recompute=recompute, backend="reference"), SELECTION)
@@ -100,7 +121,8 @@ def test_a_model_that_cannot_make_its_layers_again_is_refused(base, monkeypatch)
     assert asked == [{"use_reentrant": False}]
 
 
-def test_lora_without_peft_says_what_to_install(base, monkeypatch):
+def test_lora_without_peft_says_what_to_install_before_it_loads_the_model(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("esft.training.methods.load_model", None)
     with pytest.raises(esft.InputError, match="method lora needs the peft package: pip install 'esft\\[lora\\]'"):
         prepared(base, TrainConfig(method="lora"))

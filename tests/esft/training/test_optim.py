@@ -100,8 +100,20 @@ def test_in_pieces_or_whole_masters_are_those_of_plain_adamw_bit_for_bit(monkeyp
             assert torch.equal(ours[name].detach()[~ties], p.detach().to(dtype)[~ties])
 
 
+def test_as_many_tensors_as_fill_a_piece_are_stepped_at_once(monkeypatch):
+    monkeypatch.setattr(optim, "PIECE", 8)
+    sizes, real = [], optim.adamw
+    monkeypatch.setattr(optim, "adamw", lambda ps, *a, **k: sizes.append([len(p) for p in ps]) or real(ps, *a, **k))
+    named = [(str(i), nn.Parameter(torch.ones(size))) for i, size in enumerate((4, 4, 4, 4, 9, 2))]
+    optimizer = MasterAdamW(named, TrainConfig())
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    optimizer.step(0.1)
+    assert sizes == [[4, 4], [4, 4], [8], [1, 2]]
+
+
 def test_a_step_makes_nothing_of_the_size_of_a_tensor(monkeypatch):
-    monkeypatch.setattr(optim, "PIECE", BLOCK)
+    monkeypatch.setattr(optim, "PIECE", 4 * BLOCK)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -114,6 +126,12 @@ def test_a_step_makes_nothing_of_the_size_of_a_tensor(monkeypatch):
                     largest = max(largest, tensor.untyped_storage().nbytes())
             return out
 
+    small = nn.Parameter(torch.randn(2, BLOCK).bfloat16())
+    small.grad = torch.randn_like(small)
+    with Watch():
+        MasterAdamW([("w", small)], TrainConfig()).step(1e-3)
+    assert largest == 2 * small.numel() * 4  # the buffers, which hold no more than all that trains
+    largest = 0
     for name in ("adamw", "adamw_8bit"):
         weight = nn.Parameter(torch.randn(64, 4 * BLOCK).bfloat16())
         optimizer = MasterAdamW([("w", weight)], TrainConfig(optimizer=name))
@@ -124,7 +142,7 @@ def test_a_step_makes_nothing_of_the_size_of_a_tensor(monkeypatch):
                     optimizer.step(1e-3)
             else:
                 optimizer.step(1e-3)
-    assert 0 < largest <= 8 * BLOCK * 4 < weight.nbytes
+    assert 0 < largest <= 8 * BLOCK * 4 * 4 < weight.nbytes
 
 
 def test_moments_in_8_bits_are_adamws_with_both_rounded_after_every_step():
@@ -243,6 +261,26 @@ def test_state_restores_the_same_course(dtype: torch.dtype, done: int, name: str
         assert torch.equal(tensor, resumed.state()[key]), key
 
 
+def test_a_state_takes_the_place_of_all_that_was_stepped_before():
+    def made() -> MasterAdamW:
+        return MasterAdamW([(name, nn.Parameter(torch.ones(2))) for name in ("a", "b")], TrainConfig())
+
+    early, late = made(), made()
+    early.params["a"].grad = torch.ones(2)
+    early.step(0.1)
+    state = {name: tensor.clone() for name, tensor in early.state().items()}
+    for _ in range(3):
+        for p in late.params.values():
+            p.grad = torch.ones(2)
+        late.step(0.1)
+    late.load_state(state)
+    assert late.steps == {"a": 1} and late.state().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in late.state().items())
+    late.params["a"].grad = torch.ones(2)
+    late.step(0.1)  # what was loaded stays as it is
+    assert all(torch.equal(tensor, state[name]) for name, tensor in early.state().items())
+
+
 def test_a_state_with_whole_masters_of_bf16_is_gone_on_with():
     weight, values = nn.Parameter(torch.ones(5, dtype=torch.bfloat16)), torch.randn(5)
     optimizer = MasterAdamW([("w", weight)], TrainConfig())
@@ -262,7 +300,7 @@ def test_a_state_with_whole_masters_of_bf16_is_gone_on_with():
         (lambda s: s.update({"exp_avg_sq_codes/a": torch.zeros(6)}), r"codes/a is float32 \(6,\), not uint8 \(6,\)"),
         (lambda s: s.update({"exp_avg_absmax/a": torch.zeros(2)}), r"absmax/a is float32 \(2,\), not float32 \(1,\)"),
         (lambda s: s["exp_avg_sq_absmax/a"].fill_(torch.inf), "exp_avg_sq_absmax/a holds values that are not finite"),
-        (lambda s: s["weight/a"].fill_(torch.nan), "weight/a holds values that are not finite"),
+        (lambda s: s["weight/a"][0, 2].fill_(torch.nan), "weight/a holds values that are not finite"),
     ],
 )
 def test_a_state_in_fewer_bits_that_is_not_right_is_named_and_changes_nothing(change, message: str):
@@ -300,8 +338,8 @@ def test_without_parameters_there_is_nothing_to_step():
             lambda s: s.update({"master/a": torch.zeros(2, 3).half()}),
             r"master/a is float16 \(2, 3\), not",
         ),
-        (lambda s: s["exp_avg/a"].fill_(torch.nan), "exp_avg/a holds values that are not finite"),
-        (lambda s: s["master/b"].fill_(torch.inf), "master/b holds values that are not finite"),
+        (lambda s: s["exp_avg/a"][1].fill_(torch.nan), "exp_avg/a holds values that are not finite"),
+        (lambda s: s["master/b"][3:].fill_(torch.inf), "master/b holds values that are not finite"),
     ],
 )
 def test_a_state_that_is_none_of_these_parameters_is_named_and_changes_nothing(change, message: str):
