@@ -1,10 +1,12 @@
 import json
 import logging
+import sys
 
 import pytest
 import torch
 
 import esft
+from esft.training import data
 from esft.training.data import (
     IGNORE,
     Example,
@@ -279,6 +281,32 @@ def test_a_template_that_fails_or_says_nothing_is_named(template: str, message: 
     tokenizer.chat_template = template
     with pytest.raises(esft.InputError, match=f"^d.jsonl: {message}"):
         encode_all(tokenizer, [chat("a", "b")] * 2, 64, "d.jsonl")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ 10 ** (10 ** 9) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_broken_off(monkeypatch, template: str):
+    monkeypatch.setattr(data, "ENCODING", 0.1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(esft.InputError, match=r"^d.jsonl: record 1: it takes longer than 0\.1 seconds$"):
+        encode_all(tokenizer, [chat("a", "b")], 64, "d.jsonl")
+    with pytest.raises(esft.InputError, match=r"^it takes longer than 0\.1 seconds$"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process has")
+def test_a_template_that_takes_all_memory_is_broken_off():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ '%3000000000d' % 1 }}"
+    with pytest.raises(esft.InputError, match=r"record 1: the chat template cannot render it \(MemoryError\)$"):
+        encode_all(tokenizer, [chat("a", "b")], 64, "d.jsonl")
 
 
 def test_a_token_that_the_model_does_not_have_is_named():
