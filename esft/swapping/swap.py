@@ -114,6 +114,8 @@ def check(
         raise InputError(f"frozen must be one of {', '.join(FROZEN)}, got {frozen!r}")
     if frozen != BF16 and (plain := [layer.name for layer in layers if not _is_fused(layouts.get(layer.name))]):
         raise InputError(f"{plain[0]}: the kernels do not compute these experts, so they cannot be frozen in {frozen}")
+    if backend == "cpu_packed" and frozen != BF16:
+        raise InputError(f"backend cpu_packed packs plain weights, not frozen {frozen}; backend cpu computes these")
     try:
         resolve_backend(backend, device)
     except ValueError as error:
