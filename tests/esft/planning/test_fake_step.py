@@ -1,5 +1,7 @@
 """Steps without values, beside the same steps with them."""
 
+import logging
+
 import pytest
 import torch
 
@@ -81,6 +83,13 @@ def test_more_tokens_keep_more_and_waiting_gradients_are_on_top(tmp_path):
     assert 1.9 * short.kept < long.kept
     waiting = planned(tmp_path, 8, Batch(2, 50, accumulates=True))
     assert waiting.peak > planned(tmp_path, 8, Batch(2, 50)).peak
+
+
+def test_a_model_whose_tensors_do_not_fit_is_told_of_in_one_line(tmp_path, caplog):
+    save_config(tiny_model(), tmp_path)
+    with pytest.raises(esft.InputError, match=r"its step cannot be planned \(numel: integer multiplication overflow"):
+        planned(tmp_path, 8, Batch(1, 1 << 40))
+    assert not caplog.records and not logging.getLogger("torch._subclasses.fake_tensor").disabled
 
 
 def test_a_model_that_asks_for_values_is_named(tmp_path, monkeypatch):

@@ -79,6 +79,13 @@ def test_lora_is_asked_for_on_every_linear_layer_but_the_head_and_on_every_exper
     assert set(lora.target_parameters) == experts
 
 
+def test_a_rank_above_that_of_every_matrix_is_refused(base):
+    pytest.importorskip("peft")
+    assert prepared(base, TrainConfig(method="lora", lora_rank=32))  # query heads of 4 x 16 from 32 values
+    with pytest.raises(esft.InputError, match="^lora_rank 33: no matrix of the model has a rank above 32$"):
+        prepared(base, TrainConfig(method="lora", lora_rank=33))
+
+
 @pytest.mark.parametrize("recompute", ["none", "frozen", "layers"])
 def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(base, recompute: str):
     model = prepared(base, TrainConfig(recompute=recompute, backend="reference"), SELECTION)
