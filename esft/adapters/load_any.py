@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from esft.swapping.load import AUTO, load
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 MOST = 1 << 20  # of a number in a configuration: ranks and scales
+_RANKS = ("r", "init_r", "target_r")
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -57,11 +59,15 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
         from peft import PeftModel, get_peft_model_state_dict
     except ModuleNotFoundError as error:
         raise InputError(f"{folder}: a PEFT adapter needs the peft package: pip install 'esft[lora]'") from error
-    _check_config(folder)
+    config = _checked_config(folder)
     if not (folder / PEFT_WEIGHTS).exists():
         raise InputError(f"{folder}: holds no {PEFT_WEIGHTS} (pickled weights are never loaded)")
     with open_safetensors(folder / PEFT_WEIGHTS) as handle:
         names = set(handle.keys())
+        longest = max((side for name in names for side in handle.get_slice(name).get_shape()), default=0)
+        for rank in _ranks(config):
+            if rank > longest:
+                raise InputError(f"{folder / PEFT_CONFIG}: has a rank of {rank}, and no tensor has so many rows")
         for name in names:
             kind = handle.get_slice(name).get_dtype()
             if kind not in FLOATS:
@@ -111,8 +117,15 @@ def load_with_adapter(
         return load_any_adapter(load_model(path, dtype, trust_remote_code), folder)
 
 
-def _check_config(folder: Path) -> None:
-    """Raise InputError for a PEFT configuration of no known kind, or of one that reads more than its own weights."""
+def _ranks(config: dict[str, Any]) -> Iterator[float]:
+    """All ranks that a PEFT configuration says; matrices of such are made before they are compared with the tensors."""
+    pattern = config.get("rank_pattern")
+    said = [config.get(name) for name in _RANKS] + (list(pattern.values()) if isinstance(pattern, dict) else [])
+    yield from (rank for rank in said if isinstance(rank, int | float))
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """A PEFT configuration. Raises InputError for no known kind, and for one that reads more than its own weights."""
     from peft import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -133,3 +146,4 @@ def _check_config(folder: Path) -> None:
         raise InputError(f"{folder / PEFT_CONFIG}: task_type is {shown(config['task_type'])}; only CAUSAL_LM is read")
     if issubclass(known[kind], PromptLearningConfig) or config.get("megatron_config"):
         raise InputError(f"{folder / PEFT_CONFIG}: a {kind} adapter of this kind is not supported; LoRA is")
+    return config

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def merge(
     check_new_folder(out, earlier)
     checkpoint = Checkpoint.open(base, trust_remote_code)
     if manifest := open_adapter(adapter):
-        check_base(manifest, checkpoint.base, adapter)
+        _check_base(manifest, checkpoint, adapter)
     _, tensors = selected_tensors(adapter, checkpoint.skeleton)
     plan = _plan(checkpoint, tensors)
     _validate(plan, checkpoint)
@@ -105,6 +106,16 @@ def merge(
             _verify(base / file, folder / file, patches, tuned)
         write_json(folder / MERGED, manifest | {FILES: sorted({*entries(folder), MERGED})})
     return out
+
+
+def _check_base(manifest: dict[str, Any], checkpoint: Checkpoint, adapter: Path) -> None:
+    """Raise InputError unless the adapter is of this base; one that lacks a tensor is told of as such."""
+    try:
+        check_base(manifest, checkpoint.base, adapter)
+    except InputError as error:
+        if (why := checkpoint.misfit()) is not None:
+            raise InputError(f"{checkpoint.folder}: {why}") from error
+        raise
 
 
 def _earlier(out: Path) -> set[str]:

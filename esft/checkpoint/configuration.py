@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,10 +27,19 @@ _ROPE_NUMBERS = (
     "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
 )  # fmt: skip
 _ROPE_MOST = 1e12
+_IMPLEMENTATION = re.compile("_?(attn|experts)_implementation(_internal)?")
+_IMPLEMENTATIONS = {
+    "attn": ("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
+    "experts": ("eager", "batched_mm", "grouped_mm"),
+}
 
 
 def check_numbers(raw: Any, where: str) -> None:
-    """Raise InputError for a configuration that is no mapping, and for numbers beyond ``storage/limits.py``."""
+    """Raise InputError for what no model has, of any kind.
+
+    That is a configuration that is no mapping, numbers beyond ``storage/limits.py``, and implementations that would be
+    code from the hub, or cannot compute all that is done here.
+    """
     if not isinstance(raw, dict):
         raise InputError(f"{where}: not a model's configuration, which is a mapping")
     if (named := raw.get("architectures")) is not None and not _is_names(named):
@@ -37,6 +47,10 @@ def check_numbers(raw: Any, where: str) -> None:
     routed = [raw[name] for name in _ROUTED if type(raw.get(name)) is int]
     if type(chosen := raw.get("num_experts_per_tok")) is int and routed and chosen > max(routed):
         raise InputError(f"{where}: num_experts_per_tok is {chosen}, of {max(routed)} experts")
+    for part in (raw, *raw.values()):
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if (match := _IMPLEMENTATION.fullmatch(str(name))) and value not in (None, *_IMPLEMENTATIONS[match[1]]):
+                raise InputError(f"{where}: {name} is {shown(value)}, which is not supported; take it out")
     for part in (raw, raw.get("text_config")):
         if isinstance(part, dict):
             _check_rope(part, where)

@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from esft.checkpoint.digest import digest_of, forward_settings
 from esft.checkpoint.original_format import original_format
@@ -59,8 +65,11 @@ class Checkpoint:
         """
         try:
             named = getattr(transformers, (self.config.architectures or [""])[0], None)
+            # Of a bare model with a head for language, loading makes the one with the head.
+            has_head = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            bare = MODEL_MAPPING.get(type(self.config), None) if has_head else None
             with torch.device("meta"):
-                if isinstance(named, type) and issubclass(named, PreTrainedModel):
+                if isinstance(named, type) and issubclass(named, PreTrainedModel) and named is not bare:
                     return without_weights(named, self.config)
                 return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # whatever a model's constructor says of values that it cannot use
@@ -77,7 +86,12 @@ class Checkpoint:
         return len(matches[0]) > len(matches[1])
 
     def misfit(self) -> str | None:
-        """The first tensor that the model has and the files lack, or have in another shape; None where all fit."""
+        """The first tensor that the model has and the files lack, or have in another shape.
+
+        None where all fit, and where the files hold some in few bits, under names of their own.
+        """
+        if getattr(self.config, "quantization_config", None) is not None:
+            return None
         own = self.skeleton.state_dict()
         wanted = own if self.as_in_memory else dict(original_format(self.skeleton)(own, own.__getitem__))
         for name, tensor in wanted.items():

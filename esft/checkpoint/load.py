@@ -78,9 +78,7 @@ def _misfit(path: str, trust_remote_code: bool) -> str | None:
     if not os.path.isdir(path):
         return None
     try:
-        checkpoint = Checkpoint.open(path, trust_remote_code)
-        quantized = getattr(checkpoint.config, "quantization_config", None) is not None
-        return None if quantized else checkpoint.misfit()
+        return Checkpoint.open(path, trust_remote_code).misfit()
     except Exception:  # of a model that cannot be made at all: what is known already tells more
         return None
 

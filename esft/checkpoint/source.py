@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from esft.checkpoint.configuration import check_model, check_numbers
+from esft.checkpoint.packed_tensors import check_pairs
 from esft.errors import InputError, first_line
 from esft.storage.files import FLOATS, open_safetensors, safetensors_header
 from esft.storage.reading import read_json, shown
@@ -138,7 +139,7 @@ def check_dtypes(path: str | Path, files: dict[str, str], config: PreTrainedConf
     """Raise InputError for a checkpoint folder whose tensors are of no dtypes that its configuration allows.
 
     Some of a model's tensors are whole numbers (tables of tokens, packed weights beside their scales); all cannot be.
-    Where the configuration says how the weights are quantized, some of them have to be.
+    Where the configuration says how the weights are quantized, some of them have to be, with all that belongs to them.
     """
     folder = check_folder(path)
     headers = {} if folder is None else {file: safetensors_header(folder / file) for file in set(files.values())}
@@ -152,6 +153,7 @@ def check_dtypes(path: str | Path, files: dict[str, str], config: PreTrainedConf
     quantized = getattr(config, "quantization_config", None) is not None
     if tensors and quantized and all(info.dtype in FLOATS for _, _, info in tensors):
         raise InputError(f"{path}/{CONFIG}: has a quantization_config, and no tensor is quantized; take it out")
+    check_pairs(config, {name: info for _, name, info in tensors}, path)
 
 
 def _from_hub(model: str, name: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,8 @@ def fake_step(skeleton: Any, experts: Mapping[str, Sizes], batch: Batch, recompu
     """
     causal_lm = skeleton.get_base_model() if hasattr(skeleton, "get_base_model") else skeleton
     dtype = causal_lm.dtype
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # would print the traceback of what is told in one line
+    heard, log.disabled = log.disabled, True
     try:
         with FakeTensorMode():
             for name, sizes in experts.items():
@@ -62,6 +65,8 @@ def fake_step(skeleton: Any, experts: Mapping[str, Sizes], batch: Batch, recompu
         raise
     except Exception as error:  # whatever a model's code says of tensors without values
         raise InputError(f"{type(causal_lm).__name__}: its step cannot be planned ({first_line(error)})") from error
+    finally:
+        log.disabled = heard
 
 
 def _materialise(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from esft.checkpoint.device import compute_dtype
 from esft.checkpoint.load import load_skeleton
+from esft.checkpoint.packed_tensors import packed_format
 from esft.errors import InputError
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import stacked_weights
@@ -79,8 +80,10 @@ def skeleton_of(model: str, dtype: str = "auto", trust_remote_code: bool = False
 
 @cache
 def outline(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Outline:
-    """Raises InputError for a configuration that makes no model with stacked experts."""
+    """Raises InputError for a configuration that makes no model with stacked experts, or one quantized by a method that
+    is not read."""
     skeleton, found = skeleton_of(model, dtype, trust_remote_code), []
+    packed_format(skeleton.config, model)
     for layer in moe_layers(skeleton):
         if isinstance(layer.experts, nn.ModuleList):
             raise InputError(f"{layer.name}: experts that are a ModuleList cannot be planned with")

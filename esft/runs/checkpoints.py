@@ -120,7 +120,8 @@ class Checkpoints:
                 raise InputError(f"{file}: is not as it was written (digest)")
             if values.get("run") != self.run:
                 raise InputError(f"{file}: is of another run, or its settings or selection were changed")
-            if not isinstance(losses, list) or not all(type(x) is float and math.isfinite(x) for x in losses):
+            numbers = isinstance(losses, list) and all(type(x) is float for x in losses)
+            if not (numbers and math.isfinite(sum(losses))):
                 raise InputError(f"{file}: losses must be a list of numbers")
             if values.get("tensors") != _digest_or_none(path / _TENSORS):
                 raise InputError(f"{path / _TENSORS}: is not as it was written (digest)")

@@ -10,8 +10,6 @@ from esft.scoring.expert_scores import ExpertScores
 from esft.selection import ExpertSelection
 from esft.storage.files import whole_file
 
-MOST_LAYERS = 500
-
 
 def plot_scores(
     scores: ExpertScores, selection: ExpertSelection, path: str | Path, title: str = "", by: str = "token"
@@ -22,8 +20,6 @@ def plot_scores(
     DiskError when the file cannot be written, and then leaves what was there.
     """
     path = Path(path)
-    if (layers := len(scores.token_scores)) > MOST_LAYERS:
-        raise InputError(f"{path}: a picture has room for {MOST_LAYERS} layers, not for {layers:,}")
     try:
         import matplotlib
 

@@ -52,8 +52,9 @@ class Choice:
     """One layer's choice of experts for the tokens that count.
 
     Attributes:
-        gates_TE: float32 [T, E] gate values before any renormalisation or scaling; differentiable. None where each
-            token has one expert and the family is not in ``GATE``: then the weights do not tell the gate function.
+        gates_TE: float32 [T, E] gate values before any renormalisation or scaling; differentiable. NaN where the
+            router's weights are no numbers. None where each token has one expert and the family is not in ``GATE``:
+            then the weights do not tell the gate function.
         index_TK: [T, K] chosen experts.
         taken_TK: bool [T, K], false for an empty slot: some routers can skip the experts, with a weight of 0.
     """
@@ -115,9 +116,10 @@ class _Watcher:
         if not index_TK.numel():
             return
         gate = self.gate or gate_of(logits_TE.detach(), index_TK, weights_TK)
-        if gate is None and index_TK.shape[1] > 1:
-            if not bool(weights_TK.isfinite().all()):
-                raise InputError(f"{self.layer.name}: the router decides by what is no number; the weights hold such")
+        if gate is None and not bool(weights_TK.isfinite().all()):
+            gates_TE = torch.full_like(logits_TE, torch.nan, dtype=torch.float32)
+        elif gate is None and index_TK.shape[1] > 1:
             raise InputError(f"{self.layer.name}: the router makes of its logits none of {', '.join(GATES)}")
-        gates_TE = None if gate is None else GATES[gate](logits_TE.float())
+        else:
+            gates_TE = None if gate is None else GATES[gate](logits_TE.float())
         self.then(self.layer, Choice(gates_TE, index_TK, weights_TK != 0))

@@ -19,7 +19,8 @@ from esft.scoring.routers import Choice, watch_routers
 class _Counts:
     """Counts of one layer."""
 
-    def __init__(self, num_experts: int):
+    def __init__(self, layer: int, num_experts: int):
+        self.layer = layer
         self.rows_E = torch.zeros(num_experts, dtype=torch.float64)
         self.gates_E: Tensor | None = torch.zeros(num_experts, dtype=torch.float64)
 
@@ -31,6 +32,8 @@ class _Counts:
             self.gates_E = None
             return
         gates = choice.gates_TE.gather(1, choice.index_TK).flatten().double().cpu()
+        if not bool(gates.isfinite().all()):
+            raise InputError(f"layer {self.layer}: its router decides by what is no number; the weights hold such")
         self.gates_E.index_add_(0, chosen, gates[taken])
 
 
@@ -56,11 +59,11 @@ def score_experts(
     Scores are token means per layer, as in the published score files. What the router applies to its logits is told
     from the weights that it makes of them (see ``esft.routers``), or is known of the family; one expert a token tells
     nothing, so gate scores are left out there. Raises InputError when no token was seen, for a model without MoE
-    layers, and for routers of several experts a token whose gate values cannot be told.
+    layers, and for routers whose gate values are no numbers, or, of several experts a token, cannot be told.
 
     The LM head never runs, and from the second batch on nothing after the last router does.
     """
-    counts = {layer.index: _Counts(layer.num_experts) for layer in moe_layers(model)}
+    counts = {layer.index: _Counts(layer.index, layer.num_experts) for layer in moe_layers(model)}
     was_training = model.training
     model.eval()
     seen, calls, last = 0, 0, 0
@@ -95,8 +98,6 @@ def score_experts(
         raise InputError("no tokens to score: the data set is empty")
     counts = {index: c for index, c in counts.items() if c.rows_E.any()}  # without a tower that saw no token
     token_scores = {index: _by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
-    if wrong := [i for i, c in counts.items() if c.gates_E is not None and not bool(c.gates_E.isfinite().all())]:
-        raise InputError(f"layer {wrong[0]}: its router's gate values are no numbers; the weights hold such")
     gates = {index: c.gates_E for index, c in counts.items() if c.gates_E is not None}
     gate_scores = {index: _by_expert(gates_E / seen) for index, gates_E in gates.items()}
     return ExpertScores(token_scores, gate_scores)

@@ -3,10 +3,12 @@
 JSON_BYTES = 1 << 28  # of a JSON file; the index of a checkpoint with a million tensors has half
 SETTINGS_BYTES = 1 << 16  # of a YAML file of settings, whose parser is slow
 NESTED = 20  # levels of YAML; settings have one
-LAYERS = 10_000
+LAYERS = 500  # of which a step is planned within a minute
 EXPERTS = 65_536  # of a layer
 EXPERTS_IN_ALL = 1 << 20
 SIZE = 1 << 24  # of one dimension of a model: hidden size, vocabulary, heads
 TEXT = 1 << 25  # characters of a conversation
+RENDERED = 1 << 30  # bytes that a chat template may take for it
+ENCODING = 20  # seconds that template and tokenizer may take for it, which have it done in milliseconds
 DEPTH = 256  # folders of a path
 SHOWN = 80  # characters of a bad value in a message

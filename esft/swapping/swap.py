@@ -125,6 +125,8 @@ def check(
         raise InputError(f"frozen_linear must be one of {', '.join(FROZEN_LINEAR)}, got {frozen_linear!r}")
     if frozen != BF16 and (plain := [layer.name for layer in layers if not _is_fused(layouts.get(layer.name))]):
         raise InputError(f"{plain[0]}: the kernels do not compute these experts, so they cannot be frozen in {frozen}")
+    if backend == "cpu_packed" and frozen != BF16:
+        raise InputError(f"backend cpu_packed packs plain weights, not frozen {frozen}; backend cpu computes these")
     try:
         resolve_backend(backend, device)
     except ValueError as error:

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from esft.bounds import memory_within, within
 from esft.errors import InputError, first_line
-from esft.storage.limits import TEXT
+from esft.storage.limits import ENCODING, RENDERED, TEXT
 from esft.storage.reading import parse_json, read_text
 
 logger = logging.getLogger("esft")
@@ -93,23 +94,28 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: i
     """Apply the chat template; the loss covers assistant turns, their end marker included.
 
     Turn borders are found by rendering ever longer prefixes of the record, so any template works whose rendering of a
-    prefix is a prefix of the whole. Raises InputError where it is not. Longer records are cut at ``max_length`` tokens.
+    prefix is a prefix of the whole. Raises InputError where it is not, and where template and tokenizer come to no end.
+    Longer records are cut at ``max_length`` tokens.
     """
     ids: list[int] = []
     labels: list[int] = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            # Tokens up to the assistant's header belong to the prompt.
-            head = render(tokenizer, messages[:i], add_generation_prompt=True)
-            _extend(ids, labels, head, learn=False)
-        _extend(ids, labels, render(tokenizer, messages[: i + 1]), learn=message["role"] == "assistant")
+    with within(ENCODING):
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                # Tokens up to the assistant's header belong to the prompt.
+                head = render(tokenizer, messages[:i], add_generation_prompt=True)
+                _extend(ids, labels, head, learn=False)
+            _extend(ids, labels, render(tokenizer, messages[: i + 1]), learn=message["role"] == "assistant")
     return Example(ids[:max_length], labels[:max_length])
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
     """Raises InputError for whatever a template or a tokenizer, both read from files, makes of it."""
     try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        with memory_within(RENDERED):
+            text: Any = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         if len(text) > TEXT:
             raise InputError(f"the chat template makes {len(text):,} characters of it; at most {TEXT:,} are read")
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
@@ -121,7 +127,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generatio
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Token ids of a conversation up to where the answer begins. Raises InputError where there are none."""
-    if not (ids := render(tokenizer, messages, add_generation_prompt=True)):
+    with within(ENCODING):
+        ids = render(tokenizer, messages, add_generation_prompt=True)
+    if not ids:
         raise InputError("the chat template renders nothing of it")
     return ids
 

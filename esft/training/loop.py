@@ -219,8 +219,9 @@ class _Loop:
         loss, extra = self._gradients(records)
         rate = learning_rate(self.config, step - 1)
         norm = self.optimizer.step(rate)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise DivergenceError(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate")
+        if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
+            told = ", ".join(f"{name} {value}" for name, value in measured.items())
+            raise DivergenceError(f"step {step}: {told}; lower the learning rate")
         count = sum(len(record.ids) for record in records)
         self.losses.append(loss)
         self.tokens += count

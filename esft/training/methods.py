@@ -133,14 +133,22 @@ def _peft() -> Any:
 
 
 def add_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
-    """PEFT's model around this one, with what ``LoRA`` trains. Raises InputError where PEFT is not installed."""
+    """PEFT's model around this one, with what ``LoRA`` trains.
+
+    Raises InputError where PEFT is not installed, and for a rank above that of every matrix.
+    """
     peft = _peft()
     head = model.get_output_embeddings()
+    linear = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    stacked = {name: model.get_parameter(name) for name in _stacked_projections(model)}
+    most = max(min(weight.shape[-2:]) for weight in (*linear.values(), *stacked.values()))
+    if config.lora_rank > most:
+        raise InputError(f"lora_rank {config.lora_rank}: no matrix of the model has a rank above {most}")
     lora = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=[n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head],
-        target_parameters=list(_stacked_projections(model)),
+        target_modules=list(linear),
+        target_parameters=list(stacked),
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, lora)

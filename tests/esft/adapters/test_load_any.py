@@ -159,6 +159,8 @@ def test_a_peft_adapter_has_its_own_tensors_and_no_others(tmp_path, damage, mess
         ({"fan_in_fan_out": 1}, r"adapter_config\.json: fan_in_fan_out is 1, not true or false"),
         ({"task_type": "SEQ_CLS"}, r"adapter_config\.json: task_type is 'SEQ_CLS'; only CAUSAL_LM is read"),
         ({"target_modules": ["absent"]}, r"cannot load this PEFT adapter \(."),
+        ({"r": 500_000}, r"adapter_config\.json: has a rank of 500000, and no tensor has so many rows$"),
+        ({"rank_pattern": {"o_proj": 10**9}}, r"adapter_config\.json: has a rank of 1000000000, and no tensor"),
     ],
     ids=str,
 )

@@ -76,11 +76,18 @@ def test_other_tensors_and_files_stay_as_they_are_in_every_shard(tmp_path):
     assert changed == {f"model.layers.1.mlp.experts.3.{p}_proj.weight" for p in ("gate", "up", "down")}
 
 
-def test_an_adapter_of_another_base_is_refused_and_no_output_appears(tmp_path):
+def test_an_adapter_of_another_base_or_of_one_that_lacks_a_tensor_is_refused_and_no_output_appears(tmp_path):
     base, other = save_tiny(tmp_path / "base"), save_tiny(tmp_path / "other", seed=1)
+    half = save_tiny(tmp_path / "half", seed=1, dtype=torch.bfloat16)
     esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
-    with pytest.raises(esft.InputError, match="made from another base"):
-        esft.merge(other, tmp_path / "a", tmp_path / "merged")
+    rewrite(base, lambda tensors: tensors.pop("model.norm.weight"))
+    for model, said in (
+        (other, r"made from another base .*, not from these weights \(\w+\)$"),
+        (half, r"another base .*; it was trained in float32 and these are in bfloat16: load its base in float32$"),
+        (base, r"/base: tensor model\.norm\.weight is missing$"),
+    ):
+        with pytest.raises(esft.InputError, match=said):
+            esft.merge(model, tmp_path / "a", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -389,13 +396,6 @@ def test_the_manifest_of_the_adapter_stays_with_the_result(tmp_path):
     assert files == sorted(path.name for path in merged.iterdir())
     assert manifest == json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert manifest["base_digest"] == Checkpoint.open(base).digest()
-
-
-def test_of_another_base_in_another_dtype_the_error_says_so(tmp_path):
-    base, other = save_tiny(tmp_path / "base"), save_tiny(tmp_path / "other", seed=1, dtype=torch.bfloat16)
-    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
-    with pytest.raises(InputError, match=r"another base.*trained in float32 and these are in bfloat16"):
-        esft.merge(other, tmp_path / "a", tmp_path / "merged")
 
 
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"  # 20 times 32

@@ -10,8 +10,8 @@ from tests.esft.models import FAMILIES, tiny_model
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"num_hidden_layers": 10_001}, "num_hidden_layers"),
-        ({"n_layer": 10_001}, "n_layer"),
+        ({"num_hidden_layers": 501}, "num_hidden_layers"),
+        ({"n_layer": 501}, "n_layer"),
         ({"text_config": {"num_local_experts": 65_537}}, "num_local_experts"),
         ({"n_routed_experts": 1e30}, "n_routed_experts"),
         ({"hidden_size": 2**24 + 1}, "hidden_size"),
@@ -27,9 +27,15 @@ def test_a_number_that_no_model_has_is_named(config: dict, name: str):
 
 
 def test_experts_are_counted_over_the_layers():
-    check_numbers({"num_hidden_layers": 1024, "num_experts": 1024}, "here")
-    with pytest.raises(esft.InputError, match="^here: says 1,049,600 experts in all; at most 1,048,576 are supported"):
-        check_numbers({"num_hidden_layers": 1025, "num_experts": 1024}, "here")
+    check_numbers({"num_hidden_layers": 256, "num_experts": 4096}, "here")
+    with pytest.raises(esft.InputError, match="^here: says 1,052,672 experts in all; at most 1,048,576 are supported"):
+        check_numbers({"num_hidden_layers": 257, "num_experts": 4096}, "here")
+
+
+def test_implementations_that_are_no_code_from_the_hub_pass():
+    for name in ("eager", "sdpa", "flash_attention_2", None):
+        check_numbers({"_attn_implementation": name, "vision_config": {"attn_implementation": name}}, "here")
+    check_numbers({"experts_implementation": "grouped_mm", "implementation": "a/repo"}, "here")
 
 
 def test_what_is_no_size_has_no_limit():
@@ -44,6 +50,10 @@ def test_what_is_no_size_has_no_limit():
         ({"max_position_embeddings": -5}, "max_position_embeddings is -5, which no model has"),
         ({"architectures": "x"}, "architectures is 'x', not a list of names"),
         ({"architectures": [7]}, r"architectures is \[7\], not a list of names"),
+        ({"attn_implementation": "a/repo"}, "attn_implementation is 'a/repo', which is not supported; take it out"),
+        ({"_attn_implementation_internal": "a/repo"}, "_attn_implementation_internal is 'a/repo', which is .*"),
+        ({"attn_implementation": {"": "sdpa"}}, "attn_implementation is {'': 'sdpa'}, which is not supported; .*"),
+        ({"text_config": {"_experts_implementation": "sonicmoe"}}, "_experts_implementation is 'sonicmoe', which .*"),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_and_names_that_are_none_are_refused(change: dict, said: str):

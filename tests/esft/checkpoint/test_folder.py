@@ -113,6 +113,7 @@ def test_the_dtype_is_the_configurations_of_the_text_model(tmp_path):
     [
         (["DeepseekV2ForSequenceClassification"], "DeepseekV2ForSequenceClassification"),
         (["DeepseekV2ForCausalLM", "DeepseekV2Model"], "DeepseekV2ForCausalLM"),
+        (["DeepseekV2Model"], "DeepseekV2ForCausalLM"),  # which is what loading makes of it
         (["OfAnotherLibrary"], "DeepseekV2ForCausalLM"),
         (["DeepseekV2Config"], "DeepseekV2ForCausalLM"),  # a class, but no model
         (["pipeline"], "DeepseekV2ForCausalLM"),  # no class at all

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -6,7 +8,9 @@ import esft
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from esft.checkpoint.packed_tensors import PackedTensor, packed_format
+from esft.checkpoint.source import check_dtypes, weight_files
 from esft_kernels.formats.resolve import resolve_format
+from tests.esft.checkpoint.files import rewrite, rewrite_json
 from tests.esft.checkpoint.packed import fp8_checkpoint, mxfp4_checkpoint
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -35,6 +39,7 @@ def test_the_format_may_be_named_in_the_text_models_part_and_by_an_object():
     [
         ({"quant_method": "gptq"}, r"^c: weights quantized by 'gptq' are not supported; fp8 and mxfp4 are$"),
         ({"quant_method": 3}, r"^c: weights quantized by 3 are not supported"),
+        ({"quant_method": ["fp8"]}, r"^c: weights quantized by \['fp8'\] are not supported"),
         ({"bits": 4}, r"^c: weights quantized by None are not supported"),
         (FP8 | {"weight_block_size": [1, 32]}, r"^c: fp8 with weight_block_size \[1, 32\] is not supported"),
     ],
@@ -82,6 +87,42 @@ def test_parts_that_do_not_fit_or_hold_no_numbers_are_named(make):
     scales.view(-1)[-1] = 255 if packed.format == "mxfp4" else float("inf")
     with pytest.raises(esft.InputError, match=rf"^w: a scale of {packed.format} is not finite$"):
         packed.check("w")
+
+
+FP8_NAME, FP4_NAME = "model.layers.1.mlp.experts.0.up_proj.weight", "model.layers.1.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("make", "gone", "said"),
+    [
+        (fp8_checkpoint, f"{FP8_NAME}_scale_inv", f"tensor {FP8_NAME} has codes of fp8 and no scales"),
+        (fp8_checkpoint, FP8_NAME, f"tensor {FP8_NAME} has scales of fp8 and no codes in F8_E4M3"),
+        (mxfp4_checkpoint, f"{FP4_NAME}_scales", f"tensor {FP4_NAME} has codes of mxfp4 and no scales"),
+        (mxfp4_checkpoint, f"{FP4_NAME}_blocks", f"tensor {FP4_NAME} has scales of mxfp4 and no codes in U8"),
+    ],
+)
+def test_codes_without_scales_are_no_weights_and_scales_without_codes_neither(tmp_path, make, gone: str, said: str):
+    rewrite(make(tmp_path / "base"), lambda tensors: tensors.pop(gone))
+    with pytest.raises(esft.InputError, match=f"/base: {said}$"):
+        Checkpoint.open(tmp_path / "base")
+
+
+@pytest.mark.parametrize("make", [fp8_checkpoint, mxfp4_checkpoint])
+@pytest.mark.parametrize("said", [None, {"quant_method": "gptq"}])
+def test_weights_in_few_bits_that_the_configuration_does_not_tell_of_are_refused(tmp_path, make, said):
+    base = make(tmp_path / "base")
+    rewrite_json(base / "config.json", lambda config: config.update(quantization_config=said))
+    with pytest.raises(esft.InputError, match=r"/base: tensor \S+ is in (fp8|mxfp4), and config.json has no quant"):
+        check_dtypes(base, weight_files(base), AutoConfig.from_pretrained(base))
+
+
+@pytest.mark.parametrize("make", [matrix, stack])
+def test_codes_that_are_no_matrices_are_named(make):
+    codes, scales = make().parts
+    for wrong in (codes.reshape(-1), codes[None], codes[:0]):
+        message = rf"^w: codes of shape {re.escape(str(tuple(wrong.shape)))} are no weight in {make().format}$"
+        with pytest.raises(esft.InputError, match=message):
+            PackedTensor(make().format, (wrong, scales)).check("w")
 
 
 @pytest.mark.parametrize("make", [fp8_checkpoint, mxfp4_checkpoint])

@@ -1,5 +1,7 @@
 """Steps without values, beside the same steps with them."""
 
+import logging
+
 import pytest
 import torch
 
@@ -90,6 +92,13 @@ def test_an_embedding_that_is_the_head_too_has_one_gradient(tmp_path):
         save_config(model, tmp_path / str(tied))
         peaks[tied] = planned(tmp_path / str(tied), 3, Batch(1, 8, accumulates=True), others=True).peak
     assert peaks[False] - peaks[True] == pytest.approx(WIDE["vocab_size"] * WIDE["hidden_size"] * 2, rel=0.1)
+
+
+def test_a_model_whose_tensors_do_not_fit_is_told_of_in_one_line(tmp_path, caplog):
+    save_config(tiny_model(), tmp_path)
+    with pytest.raises(esft.InputError, match=r"its step cannot be planned \(numel: integer multiplication overflow"):
+        planned(tmp_path, 8, Batch(1, 1 << 40))
+    assert not caplog.records and not logging.getLogger("torch._subclasses.fake_tensor").disabled
 
 
 def test_a_model_that_asks_for_values_is_named(tmp_path, monkeypatch):

@@ -81,3 +81,13 @@ def test_a_folder_without_a_model_of_experts_is_named(tmp_path):
     LlamaConfig(**sizes).save_pretrained(tmp_path)
     with pytest.raises(esft.InputError, match="has no MoE layers"):
         outline(str(tmp_path))
+
+
+def test_weights_quantized_in_a_way_that_is_not_read_are_refused(tmp_path):
+    config = tiny_model().config
+    for method in ("fp8", "gptq"):
+        config.quantization_config = {"quant_method": method, "weight_block_size": [128, 128]}
+        config.save_pretrained(tmp_path / method)
+    assert outline(str(tmp_path / "fp8")).layers
+    with pytest.raises(esft.InputError, match="gptq: weights quantized by 'gptq' are not supported"):
+        outline(str(tmp_path / "gptq"))

@@ -119,6 +119,7 @@ DAMAGE = {
     ),
     "no digest": (rewritten(lambda v: {n: x for n, x in v.items() if n != "digest"}), "is not as it was written"),
     "a loss that is none": (rewritten(lambda v: signed(v | {"losses": ["a"]})), "losses must be a list of numbers"),
+    "losses that sum to none": (rewritten(lambda v: signed(v | {"losses": [1e308] * 4})), "losses must be a list of"),
     "losses that are none": (rewritten(lambda v: signed(v | {"losses": 1})), "losses must be a list of numbers"),
     "another run": (rewritten(lambda v: signed(v | {"run": RUN | {"settings": "5"}})), "is of another run"),
     "a list": (rewritten(lambda v: [v]), "is not the state after step 4"),

@@ -1,7 +1,18 @@
 import pytest
 
 from esft.checkpoint.source import check_numbers
-from esft.storage.limits import EXPERTS, EXPERTS_IN_ALL, JSON_BYTES, LAYERS, SETTINGS_BYTES, SHOWN, SIZE
+from esft.storage.limits import (
+    ENCODING,
+    EXPERTS,
+    EXPERTS_IN_ALL,
+    JSON_BYTES,
+    LAYERS,
+    RENDERED,
+    SETTINGS_BYTES,
+    SHOWN,
+    SIZE,
+    TEXT,
+)
 from esft.storage.reading import key_number
 
 LINE = '    "model.layers.60.mlp.experts.383.down_proj.weight_scale_inv": "model-00163-of-00163.safetensors",\n'
@@ -17,11 +28,13 @@ def test_what_exists_is_far_below():
     [
         (JSON_BYTES, len(LINE) * 10**6, 2),  # the index of a million tensors
         (SETTINGS_BYTES, 50 * 80, 16),  # a page of settings
-        (LAYERS, 126, 50),
+        (LAYERS, 126, 3),
         (EXPERTS, 512, 100),
         (EXPERTS_IN_ALL, 61 * 384, 40),
         (SIZE, 262_144, 50),
         (SHOWN, 40, 2),  # a long name
+        (ENCODING, 0.2, 100),  # a conversation of thousands of turns
+        (RENDERED, TEXT, 32),
     ],
 )
 def test_a_limit_leaves_room_and_not_twice_as_much(limit, largest, times):

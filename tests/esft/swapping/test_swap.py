@@ -77,6 +77,11 @@ def test_swapped_logits_equal_the_stock_models(family: str, backend: str):
     torch.testing.assert_close(logits(model), stock, atol=2e-6, rtol=1e-5)
 
 
+def test_the_backend_that_packs_plain_weights_takes_no_others():
+    with pytest.raises(esft.InputError, match="^backend cpu_packed packs plain weights, not frozen nf4; backend cpu"):
+        esft.swap(tiny_model(), ExpertSelection({}), backend="cpu_packed", frozen="nf4")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_those_of_the_stock_model_in_the_selected_experts_only(family: str):
     stock, swapped = tiny_model(family).double(), tiny_model(family).double()

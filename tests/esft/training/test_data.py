@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import esft
+from esft.training import data
 from esft.training.data import (
     IGNORE,
     Example,
@@ -288,6 +289,32 @@ def test_a_bar_of_records_is_shown_on_a_terminal_where_it_is_asked_for(monkeypat
         encode_all(tiny_tokenizer(), [chat("a", "b")], 64, "d", progress=progress)
         shown = capsys.readouterr().err
         assert ("encode: 100%" in shown and "record/s" in shown) if terminal and progress else not shown
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ 10 ** (10 ** 9) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_broken_off(monkeypatch, template: str):
+    monkeypatch.setattr(data, "ENCODING", 0.1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(esft.InputError, match=r"^d.jsonl: record 1: it takes longer than 0\.1 seconds$"):
+        encode_all(tokenizer, [chat("a", "b")], 64, "d.jsonl")
+    with pytest.raises(esft.InputError, match=r"^it takes longer than 0\.1 seconds$"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process has")
+def test_a_template_that_takes_all_memory_is_broken_off():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ '%3000000000d' % 1 }}"
+    with pytest.raises(esft.InputError, match=r"record 1: the chat template cannot render it \(MemoryError\)$"):
+        encode_all(tokenizer, [chat("a", "b")], 64, "d.jsonl")
 
 
 def test_a_token_that_the_model_does_not_have_is_named():

@@ -22,6 +22,7 @@ from esft.selection import ExpertSelection
 from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
 from esft.training.load_balancing import balance_losses
 from esft.training.schedule import learning_rate
+from tests.esft.checkpoint.files import rewrite
 from tests.esft.models import chat, save_tiny, tiny_tokenizer, write_records
 from tests.esft.small_runs import SELECTION, breaks, column, metrics, run, settings
 
@@ -200,6 +201,19 @@ def test_a_loss_or_a_gradient_that_is_not_finite_stops_the_run(base, out, monkey
         run(base, "run", settings(), eval_data=None)
     assert column(out, "step") == [1]
     assert not (out / "adapter").exists()
+
+
+@pytest.mark.parametrize("aux_loss", [0.0, 1.0])
+def test_a_router_that_decides_by_what_is_no_number_stops_the_run_like_any_other(base, out, aux_loss: float):
+    rewrite(base, lambda tensors: tensors["model.embed_tokens.weight"].fill_(math.nan))
+    with pytest.raises(esft.DivergenceError, match="step 1: loss nan, .*gradient norm nan; lower"):
+        run(base, "run", settings(aux_loss=aux_loss), eval_data=None)
+
+
+def test_an_auxiliary_loss_that_is_not_finite_stops_the_run(base, out, monkeypatch):
+    monkeypatch.setattr(train_module._Loop, "_gradients", lambda self, records: (1.0, {"aux_loss": math.inf}))
+    with pytest.raises(esft.DivergenceError, match="step 1: loss 1.0, aux_loss inf, gradient norm 0.0; lower"):
+        run(base, "run", settings(), eval_data=None)
 
 
 def test_a_loss_on_the_evaluation_data_that_is_not_finite_stops_the_run(base, out, fake, monkeypatch):

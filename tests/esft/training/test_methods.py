@@ -100,6 +100,13 @@ def test_lora_adds_nothing_to_the_biases_of_stacked_experts(monkeypatch):
     assert {name.rpartition(".")[2] for name in lora.target_parameters} == {"gate_up_proj", "down_proj"}
 
 
+def test_a_rank_above_that_of_every_matrix_is_refused(base):
+    pytest.importorskip("peft")
+    assert prepared(base, TrainConfig(method="lora", lora_rank=32))  # query heads of 4 x 16 from 32 values
+    with pytest.raises(esft.InputError, match="^lora_rank 33: no matrix of the model has a rank above 32$"):
+        prepared(base, TrainConfig(method="lora", lora_rank=33))
+
+
 @pytest.mark.parametrize("recompute", ["none", "frozen", "layers"])
 def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(base, recompute: str):
     model = prepared(base, TrainConfig(recompute=recompute, backend="reference"), SELECTION)
