@@ -82,9 +82,9 @@ def test_score_loads_the_model_and_scores_windows_of_the_data(work, calls, capsy
     calls.watch("windows", "batches")
     stage(
         "score --model m --data d.jsonl --out s.json --max-length 30 --batch-size 2 --max-tokens 77 --dtype float32 "
-        "--backend reference --frozen nf4"
+        "--backend reference --frozen nf4 --frozen-linear int8"
     )
-    assert calls.of["load_with_adapter"] == [(("m", None, "nf4", "float32", "reference", False, True), {})]
+    assert calls.of["load_with_adapter"] == [(("m", None, "nf4", "float32", "reference", False, True, "int8"), {})]
     assert calls.of["load_tokenizer"] == calls.of["open_config"] == [(("m", False), {})]
     (((examples, length, batch_size), _),) = calls.of["windows"]
     assert (len(examples), length, batch_size) == (6, 30, 2)
@@ -218,7 +218,7 @@ def test_eval_measures_the_first_records_and_writes_the_answers(work, measured, 
     assert (model, len(examples), pad, batch_size) == ("a model", 4, 258, 3)
     (((model, _, records, batch_size, progress), _),) = measured.of["exact_match"]
     assert (model, records, batch_size, progress) == ("a model", read_records("d.jsonl")[:4], 3, True)
-    assert measured.of["load_with_adapter"] == [(("m", None, "auto", "float32", "reference", False, True), {})]
+    assert measured.of["load_with_adapter"] == [(("m", None, "auto", "float32", "reference", False, True, "bf16"), {})]
 
 
 def test_eval_can_leave_the_answers_out_and_keeps_a_file_that_is_there(work, measured, capsys):
@@ -230,7 +230,7 @@ def test_eval_can_leave_the_answers_out_and_keeps_a_file_that_is_there(work, mea
     assert "o.json: exists already" in capsys.readouterr().err and len(measured.of["load_with_adapter"]) == 1
     stage("eval --model m --data d.jsonl --quiet --out o.json --overwrite")
     assert measured.of["exact_match"][0][0][-1] is False
-    assert measured.of["load_with_adapter"][-1][0][-1] is False
+    assert measured.of["load_with_adapter"][-1][0][-2:] == (False, "bf16")
 
 
 def test_eval_cuts_records_as_it_is_told(work, measured, capsys):
@@ -242,7 +242,7 @@ def test_generate_loads_an_adapter_and_answers_every_prompt(work, calls, capsys)
     adapter(work)
     calls.watch("answer", ["one", "two"])
     stage("generate --model m --adapter a --prompt x --prompt y --max-new-tokens 7")
-    assert calls.of["load_with_adapter"] == [(("m", Path("a"), "auto", "auto", "auto", False, True), {})]
+    assert calls.of["load_with_adapter"] == [(("m", Path("a"), "auto", "auto", "auto", False, True, "bf16"), {})]
     (((model, _, prompts, longest), _),) = calls.of["answer"]
     assert model == "a model" and longest == 7
     assert prompts == [[{"role": "user", "content": text}] for text in "xy"]
@@ -294,7 +294,7 @@ def test_a_model_is_trusted_only_where_that_is_said(work, calls):
     calls.watch("answer", ["one"])
     for flag, trusted in (("", False), ("--trust-remote-code", True)):
         stage(f"generate --model m --prompt x {flag}")
-        assert calls.of["load_with_adapter"][-1][0][-2:] == (trusted, True)
+        assert calls.of["load_with_adapter"][-1][0][-3:] == (trusted, True, "bf16")
         assert calls.of["load_tokenizer"][-1] == calls.of["open_config"][-1] == (("m", trusted), {})
 
 

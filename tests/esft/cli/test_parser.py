@@ -187,6 +187,7 @@ INFERENCE = {
     "dtype": "auto",
     "backend": "auto",
     "frozen": "auto",
+    "frozen_linear": "bf16",
     "max_length": None,
     "quiet": False,
     **TRUST,
