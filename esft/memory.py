@@ -15,7 +15,7 @@ import torch
 from esft.errors import OutOfMemory
 
 Named = TypeVar("Named", bound=tuple[str, Any])
-_CGROUP = Path("/sys/fs/cgroup")  # of a container's own, in version 2
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", re.IGNORECASE)  # both allocators say it so
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -40,11 +40,25 @@ def peak_rss() -> int:
 def free_memory() -> int:
     """Bytes that this process could take yet: what is free or can be freed, swap included, within its control group."""
     system = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min([system, *_left_of_groups()])
+
+
+def _left_of_groups() -> Iterator[int]:
+    """What the limits of this process's control groups leave, of either version; pages of files can be freed."""
     try:
-        limit, taken = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        return min(system, int(limit) - int(taken))
-    except (OSError, ValueError):  # no control group, or "max"
-        return system
+        groups = [line.split(":") for line in _OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        first = _GROUPS / "memory" if controllers == "memory" else _GROUPS
+        limit, used = ("memory.limit_in_bytes", "total_rss") if controllers == "memory" else ("memory.max", "anon")
+        # A container sees its own group as the root.
+        for folder in (first / path.lstrip("/"), first) if controllers in ("", "memory") else ():
+            try:
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield int((folder / limit).read_text()) - int(stat[used])
+            except (OSError, ValueError, KeyError):  # no such group, or "max"
+                continue
 
 
 def check_fits(path: str, needed: int) -> None:

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from esft.cli.allocator import settle_memory
 from esft.cli.arguments import Parser, count, gigabytes, picture, resuming, share
 from esft.cli.commands import run_stage
 from esft.cli.output import complain, explain, listen
 from esft.errors import Interrupted
 from esft.runs.config import FROZEN, TrainConfig
-
-
-def keep_memory() -> None:
-    """Make this process keep the memory that it has freed.
-
-    glibc gives large blocks back to the system and takes them anew at every step; on a virtual machine the page faults
-    of that can cost several times the arithmetic.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first allocation
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
 
 
 def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -172,13 +159,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage.
+def main(
+    arguments: Sequence[str] | None = None, prepare: Callable[[argparse.Namespace], None] = lambda args: None
+) -> int:
+    """Run one stage, after ``prepare`` has seen its arguments.
 
     Returns the exit status: 0, 2 after one line for bad input or for what a library made of it, 128 + N after signal N.
     """
     try:
-        run_stage(_parser().parse_args(arguments))
+        args = _parser().parse_args(arguments)
+        prepare(args)
+        run_stage(args)
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -196,13 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """What the installed ``esft`` script calls."""
-    keep_memory()
     signal.signal(signal.SIGTERM, _terminate)
     listen()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without these characters
-    sys.exit(main())
+    sys.exit(main(prepare=settle_memory))
 
 
 def _terminate(number: int, _) -> None:

@@ -24,21 +24,35 @@ CPU = (
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine with 30 bytes free and 12 of swap; files of its control group are made in the folder returned."""
+    """A machine with 30 bytes free and 12 of swap; the folder of its control groups, of which the process has none."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=30, free=1))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=12))
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
     return tmp_path
 
 
-def test_what_is_free_is_the_systems_or_what_the_control_group_has_left(machine):
+@pytest.mark.parametrize(
+    ("own", "folder", "limit", "used"),
+    [
+        ("0::/a/b", "a/b", "memory.max", "anon"),
+        ("0::/a/b", ".", "memory.max", "anon"),  # what a container sees as the root
+        ("9:cpu:/\n4:memory:/a\n0::/", "memory/a", "memory.limit_in_bytes", "total_rss"),
+        ("9:cpu:/\n4:memory:/a\n0::/", "memory", "memory.limit_in_bytes", "total_rss"),
+    ],
+)
+def test_what_is_free_is_the_systems_or_what_the_control_group_has_left(own, folder, limit, used, machine):
     assert free_memory() == 42
-    (machine / "memory.max").write_text("max\n")
-    (machine / "memory.current").write_text("5\n")
+    (machine / "own").write_text(f"{own}\n")
     assert free_memory() == 42
-    (machine / "memory.max").write_text("25\n")
-    assert free_memory() == 20
-    (machine / "memory.max").write_text("2500\n")
+    group = machine / folder
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.stat").write_text(f"cache 1000\n{used} 5\nfile 2000\n")
+    for text, free in (("max\n", 42), ("25\n", 20), ("2500\n", 42)):
+        (group / limit).write_text(text)
+        assert free_memory() == free
+    (group / "memory.stat").write_text("cache 1000\n")
+    (group / limit).write_text("25\n")
     assert free_memory() == 42
 
 

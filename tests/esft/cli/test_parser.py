@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -399,8 +398,7 @@ def test_a_signal_ends_a_stage_with_one_line_and_the_status_of_a_shell(monkeypat
 def test_the_script_turns_sigterm_into_an_interruption(monkeypatch):
     told = {}
     monkeypatch.setattr(command.signal, "signal", told.__setitem__)
-    monkeypatch.setattr(command, "keep_memory", lambda: None)
-    monkeypatch.setattr(command, "main", lambda: 7)
+    monkeypatch.setattr(command, "main", lambda **_: 7)
     with pytest.raises(SystemExit, match="7"):
         command.entry()
     with pytest.raises(Interrupted, match="terminated") as raised:
@@ -408,32 +406,15 @@ def test_the_script_turns_sigterm_into_an_interruption(monkeypatch):
     assert told.keys() == {signal.SIGTERM} and raised.value.signal == signal.SIGTERM
 
 
-def test_the_script_keeps_memory_and_ends_with_the_status_of_its_arguments(monkeypatch, capsys):
+def test_the_script_settles_its_memory_for_the_stage_and_ends_with_its_status(monkeypatch, capsys):
     done = []
-    monkeypatch.setattr(command, "keep_memory", lambda: done.append("kept"))
+    monkeypatch.setattr(command, "settle_memory", lambda args: done.append((args.stage, args.run)))
     monkeypatch.setattr(sys, "argv", ["esft", "report", "no/such/run"])
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         command.entry()
-    assert ended.value.code == 2 and done == ["kept"]
+    assert ended.value.code == 2 and done == [("report", "no/such/run")]
     assert "no/such/run: not a run folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("platform", "has", "asked"), [("linux", True, 2), ("linux", False, 0), ("win32", True, 0)])
-def test_freed_memory_is_kept_where_the_system_can_be_told(monkeypatch, platform: str, has: bool, asked: int):
-    told = []
-    libc = SimpleNamespace(mallopt=lambda *values: told.append(values)) if has else SimpleNamespace()
-    monkeypatch.setattr(command.ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setattr(command.sys, "platform", platform)
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    command.keep_memory()
-    # M_TRIM_THRESHOLD is -1 and M_MMAP_MAX is -4 in glibc's malloc.h: never trim, and map nothing on its own.
-    assert told == [(-1, -1), (-4, 0)][:asked]
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"  # what the user has set stays
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
-    command.keep_memory()
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
 
 
 @pytest.mark.slow
