@@ -1,4 +1,4 @@
-"""What the loop computes, logs and stores, step by step; whole runs are in test_train_runs."""
+"""What the loop computes, logs and stores, step by step; whole runs are in test_runs."""
 
 import importlib
 import itertools
