@@ -52,7 +52,7 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 def has_peft_adapter(model: PreTrainedModel) -> bool:
     """Whether transformers itself has put PEFT's weights into the model."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def is_spread(model: PreTrainedModel) -> bool:
@@ -123,7 +123,7 @@ def is_marked(experts: nn.Module) -> bool:
 
 def is_transposed(experts: nn.Module) -> bool:
     """Whether the weights are [E, in, out]."""
-    return bool(getattr(experts, "is_transposed", False))
+    return getattr(experts, "is_transposed", False)
 
 
 def has_gate(experts: nn.Module) -> bool:
@@ -131,7 +131,7 @@ def has_gate(experts: nn.Module) -> bool:
 
 
 def has_bias(experts: nn.Module) -> bool:
-    return bool(getattr(experts, "has_bias", False))
+    return getattr(experts, "has_bias", False)
 
 
 def between_projections(experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -146,7 +146,7 @@ def output_norm(experts: nn.Module) -> nn.Module | None:
 
 def is_expert_parallel(experts: nn.Module) -> bool:
     """Whether other ranks hold some of the experts."""
-    return bool(getattr(experts, "_is_expert_parallel", False))
+    return getattr(experts, "_is_expert_parallel", False)
 
 
 # The conversion between the original format of checkpoints and a model's own tensors.

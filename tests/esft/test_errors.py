@@ -1,7 +1,7 @@
 import pytest
 
 import esft
-from esft.errors import first_line, reading, what_was_read
+from esft.errors import Interrupted, first_line, reading, what_was_read
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,12 @@ def test_every_error_is_the_packages_and_a_standard_one_with_its_message(kind: t
         with pytest.raises(base, match=r"^a\.json: line 3: no$"):
             raise kind("a.json: line 3: no")
     assert not issubclass(esft.InputError, OSError) and not issubclass(esft.DiskError, ValueError)
+
+
+def test_an_interruption_says_its_message_and_knows_its_signal_and_whether_the_run_can_go_on():
+    stopped = Interrupted("stopped after step 3", 15, resumable=True)
+    assert (str(stopped), stopped.signal, stopped.resumable) == ("stopped after step 3", 15, True)
+    assert not Interrupted("interrupted", 2).resumable and isinstance(stopped, KeyboardInterrupt)
 
 
 @pytest.mark.parametrize(

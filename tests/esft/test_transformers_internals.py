@@ -2,11 +2,13 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import AutoConfig
 
 import esft
 from esft import transformers_internals as internals
@@ -83,6 +85,7 @@ def test_a_module_without_marks_is_told_by_its_parameters():
     module = nn.Module()
     assert not internals.is_marked(module) and not internals.has_gate(module) and not internals.is_transposed(module)
     assert internals.between_projections(module) is internals.output_norm(module) is None
+    assert internals.is_expert_parallel(module) is internals.has_bias(module) is False
     module.act_fn = nn.ReLU()
     assert internals.between_projections(module) is module.act_fn
     module.gate_up_proj = nn.Parameter(torch.zeros(1))
@@ -100,3 +103,41 @@ def test_conversions_turn_a_models_tensors_into_the_checkpoints_even_where_those
         found = internals.revert(model, internals.conversions(model), {name: value})
         assert found.keys() == expected
         assert torch.equal(torch.stack([found[key] for key in sorted(found)]), value)
+
+
+def test_a_model_is_loaded_but_for_what_is_taken_out_and_no_quantization_is_acted_on(tmp_path):
+    stock, path = tiny_model(), "model.layers.1.mlp.experts"
+    stock.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.quantization_config = {"quant_method": "fp8"}
+
+    def take_out(model: nn.Module) -> list[str]:
+        assert all(p.is_meta for p in model.parameters())
+        model.get_submodule("model.layers.1.mlp").experts = nn.Module()
+        return [path]
+
+    found = internals.load_in_part(type(stock), str(tmp_path), config, take_out)
+    expected = {name: tensor for name, tensor in stock.state_dict().items() if not name.startswith(f"{path}.")}
+    assert found.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    assert not {"quantization_config", "_is_quantized"} & vars(found.config).keys()
+    assert not hasattr(found, "hf_quantizer") and config.quantization_config == {"quant_method": "fp8"}
+
+
+def test_a_loaded_models_conversions_are_those_of_its_files_unless_they_held_its_own_tensors_or_few_bits(tmp_path):
+    def patterns(conversions: list) -> list[tuple]:
+        return [(list(c.source_patterns), list(c.target_patterns)) for c in conversions]
+
+    stock = zoo.tiny("mixtral")
+    family = patterns(internals.conversions(stock))
+    for original in (True, False):
+        stock.save_pretrained(tmp_path / str(original), save_original_format=original)
+        loaded = type(stock).from_pretrained(tmp_path / str(original))
+        found = internals.conversions(loaded)
+        assert (found is loaded._weight_conversions) is original
+        assert original or patterns(found) == family
+    few_bits = SimpleNamespace(
+        operations=[SimpleNamespace(hf_quantizer=None)], source_patterns=["a"], target_patterns=["b"]
+    )
+    loaded._weight_conversions = [few_bits]
+    assert patterns(internals.conversions(loaded)) == family

@@ -10,6 +10,7 @@ from esft.experts.model_state import (
     Base,
     ModelState,
     Swapped,
+    check_lossless,
     known_state,
     model_state,
     once_per_model,
@@ -93,6 +94,15 @@ def test_the_state_of_a_swap_is_there_for_swapped_models_only():
     assert swapped.stock == {} and swapped.load_hook is None
     model_state(model).swapped = swapped
     assert swapped_state(model) is swapped
+
+
+def test_what_needs_the_stock_models_weights_is_refused_where_some_have_lost_precision():
+    check_lossless(esft.swap(tiny_model(), ExpertSelection({})), "merging")
+    lossy = esft.swap(tiny_model(), ExpertSelection({}), frozen="int8")
+    with pytest.raises(esft.InputError, match="^merging needs the stock model's weights, .* are in int8, which has"):
+        check_lossless(lossy, "merging")
+    with pytest.raises(esft.InputError, match="^the model is not swapped$"):
+        check_lossless(tiny_model(), "merging")
 
 
 def test_a_set_adapter_becomes_a_part_of_the_base_and_one_that_is_only_held_stays():

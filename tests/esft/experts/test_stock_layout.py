@@ -95,8 +95,9 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("flags", LAYOUTS)
 def test_the_flags_are_read_and_our_experts_compute_what_the_stock_ones_do(flags: dict):
-    stock = Flagged(**flags)
+    stock, drawn = Flagged(**flags), torch.get_rng_state()
     layout = read_layout(stock, "experts")
+    assert torch.equal(torch.get_rng_state(), drawn)  # what a training draws does not hang on what was tried out
     up = "gate_up_proj" if flags["gated"] else "up_proj"
     names = (up, "down_proj", f"{up}_bias", "down_proj_bias")
     assert layout.names == names[: 4 if flags["biased"] else 2]

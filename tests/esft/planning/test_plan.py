@@ -121,6 +121,13 @@ def test_an_update_has_buffers_for_gradient_master_and_moments_and_can_be_the_mo
     assert found.step == found.trained_parameters * (2 + 4 * 4)
 
 
+def test_gradients_wait_where_a_batch_goes_through_in_parts_and_only_there(folder):
+    at_once = plan(folder, None, config(method="full"), tokens=1024)
+    in_parts = plan(folder, None, config(method="full", batch_size=4, micro_batch_size=2), tokens=1024)
+    assert (at_once.records, at_once.tokens) == (in_parts.records, in_parts.tokens) == (2, 1024)
+    assert in_parts.step - at_once.step > 0.3 * at_once.gradients
+
+
 def test_without_settings_one_record_is_planned_with_and_lora_as_it_is_set(folder):
     assert plan(folder, SELECTION, tokens=64).records == 1
     pytest.importorskip("peft")

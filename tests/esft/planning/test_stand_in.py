@@ -6,6 +6,7 @@ import torch
 from esft.experts.pooled_experts import Experts
 from esft.planning.live_bytes import LiveBytes
 from esft.planning.stand_in import Sizes, StandIn
+from esft_kernels.backends.cpu import CACHE, rounded
 
 E, D, F, T, K = 8, 64, 48, 512, 2
 
@@ -43,6 +44,16 @@ def test_it_takes_the_memory_of_the_experts_in_whose_place_it_is(trained: int, n
     assert found_left == left
     assert found_kept == pytest.approx(kept, rel=0.05, abs=4096)
     assert found_most == pytest.approx(most, rel=0.1)
+
+
+def test_buffers_are_as_long_as_the_largest_expert_or_as_many_together_as_the_cache_holds():
+    sizes = Sizes(8, 2, (2 * F, D, F), 0.25)
+    cache = CACHE // ((2 * F + D + F) * 2)
+    assert sizes.prefix(1004) == 251 < cache < 30_000
+    assert sizes.longest(1004, 2, backward=True, all_rows=False) == rounded(126)  # of one of two experts
+    assert sizes.longest(1004, 2, backward=False) == rounded(753)  # all that are frozen, together
+    assert sizes.longest(100_000, 2, backward=False) == rounded(max(cache, 12_500))
+    assert Sizes(8, 8, (2 * F, D, F), 0.25).prefix(100) == 100 and Sizes(8, 0, (2 * F, D, F), 0.25).prefix(100) == 0
 
 
 def test_its_trained_pool_is_that_of_the_experts():

@@ -1,4 +1,4 @@
-"""What the loop computes, logs and stores, step by step; whole runs are in test_train_runs."""
+"""What the loop computes, logs and stores, step by step; whole runs are in test_runs."""
 
 import importlib
 import itertools
@@ -18,12 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import esft
 from esft.checkpoint.load import load_model
 from esft.memory import peak_rss
+from esft.runs.checkpoints import State
 from esft.selection import ExpertSelection
 from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
 from esft.training.load_balancing import balance_losses
 from esft.training.schedule import learning_rate
 from tests.esft.checkpoint.files import rewrite
-from tests.esft.models import chat, save_tiny, tiny_tokenizer, write_records
+from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
 from tests.esft.small_runs import SELECTION, breaks, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
@@ -89,6 +90,25 @@ def test_what_a_step_draws_depends_on_the_seed_and_the_step_alone(base, fake):
     a, b, c = fake.drawn[:4], fake.drawn[4:6], fake.drawn[6:]
     assert a[:2] == b
     assert len({*a, *c}) == 6
+
+
+def test_what_a_model_draws_while_it_is_made_depends_on_the_seed(base, fake, monkeypatch):
+    seeds, real = [], train_module.METHODS["esft"].prepare
+    prepare = staticmethod(lambda *how: seeds.append(torch.initial_seed()) or real(*how))
+    monkeypatch.setattr(train_module.METHODS["esft"], "prepare", prepare)
+    for name, seed in (("a", 5), ("b", 6)):
+        run(base, name, settings(steps=1, seed=seed), eval_data=None)
+    assert seeds == [5, 6]
+
+
+def test_a_state_after_the_last_step_has_to_have_its_loss():
+    model = esft.swap(tiny_model(), SELECTION)
+    loop = train_module._Loop(model, tiny_tokenizer(), settings(steps=3), False)
+    for step, losses in ((2, []), (3, [1.5])):
+        loop.load(State(step, losses, loop.optimizer.state()))
+        assert loop.losses == losses
+    with pytest.raises(esft.InputError, match="^step 3 is the last one, and its loss is not kept: ask for more steps$"):
+        loop.load(State(3, [], loop.optimizer.state()))
 
 
 def test_the_loss_of_a_run_is_the_mean_of_its_last_twenty_steps(base, fake):
