@@ -10,3 +10,5 @@ SIZE = 1 << 24  # of one dimension of a model: hidden size, vocabulary, heads
 TEXT = 1 << 25  # characters of a conversation
 DEPTH = 256  # folders of a path
 SHOWN = 80  # characters of a bad value in a message
+UNFOLDED = 200  # times its size that compressed data may have; text has ten or twenty
+UNFOLDED_BYTES = 1 << 26  # and what it may have in any case

@@ -1,7 +1,7 @@
 import pytest
 
 from esft.checkpoint.source import check_numbers
-from esft.storage.limits import EXPERTS, EXPERTS_IN_ALL, JSON_BYTES, LAYERS, SETTINGS_BYTES, SHOWN, SIZE
+from esft.storage.limits import EXPERTS, EXPERTS_IN_ALL, JSON_BYTES, LAYERS, SETTINGS_BYTES, SHOWN, SIZE, UNFOLDED
 from esft.storage.reading import key_number
 
 LINE = '    "model.layers.60.mlp.experts.383.down_proj.weight_scale_inv": "model-00163-of-00163.safetensors",\n'
@@ -22,6 +22,7 @@ def test_what_exists_is_far_below():
         (EXPERTS_IN_ALL, 61 * 384, 40),
         (SIZE, 262_144, 50),
         (SHOWN, 40, 2),  # a long name
+        (UNFOLDED, 20, 10),  # repetitive text
     ],
 )
 def test_a_limit_leaves_room_and_not_twice_as_much(limit, largest, times):
