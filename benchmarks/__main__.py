@@ -2,17 +2,18 @@
 
     python -m benchmarks layer    [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
     python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
+    python -m benchmarks data     [--records 50000] [--words 80] [--processes 2] [--data train.jsonl]
     python -m benchmarks tune     --out tiles.json [--shapes deepseek-v2-lite] [--tokens 4096]
     python -m benchmarks scale    --model deepseek-v2-lite --frozen nf4 [--optimizer adamw_8bit] [--memory-gb 24]
     python -m benchmarks plan     [--models olmoe-1b-7b,deepseek-v2-lite] [--experts-per-layer 1]
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
-model, on the GPU where there is one. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage
-on it. ``tune`` tries other tiles on this machine's GPU and writes the fastest into a file for ESFT_TILES to name.
-``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that need not be here,
-``plan`` what training known models takes: nothing in them is measured. Without a name, ``layer`` runs. Each prints a
-table for people and one JSON line for machines.
+model, on the GPU where there is one. ``data`` times the encoding of records, and says how much of batches is padding.
+``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``tune`` tries other tiles on
+this machine's GPU and writes the fastest into a file for ESFT_TILES to name. ``roofline`` computes what the kernels'
+FLOPs and bytes allow on GPUs that need not be here, ``plan`` what training known models takes: nothing in them is
+measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import layer, plan, random_checkpoint, roofline, scale, step, tune
+from benchmarks import data, layer, plan, random_checkpoint, roofline, scale, step, tune
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
 from esft.runs.report import table
@@ -109,6 +110,24 @@ def _step(argv: list[str]) -> None:
     print(json.dumps({"device": name, "threads": torch.get_num_threads(), "measured": rows}))
 
 
+def _data(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks data", description="seconds to encode records, and padding")
+    parser.add_argument("--model", default="examples/tiny-moe", help="folder with a tokenizer")
+    parser.add_argument("--records", type=int, default=50_000)
+    parser.add_argument("--words", type=int, default=80, help="most of a turn; half of it at least")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--data", type=Path, help="also the padding of these records")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row of them")
+    parser.add_argument("--batch-size", type=int, default=32)
+    args = parser.parse_args(argv)
+    seconds = data.encoding(args.model, args.records, args.words, args.processes)
+    rows = data.padding(args.model, args.data, args.length, args.batch_size)
+    print(table([seconds]))
+    shares = ("padding", "bfd", "wrapped")
+    print(table([row | {name: f"{row[name]:.2%}" for name in shares} for row in rows]))
+    print(json.dumps({"encoding": seconds, "padding": rows}))
+
+
 def _tune(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks tune", description="find the fastest tiles on this GPU")
     parser.add_argument("--out", required=True, help="JSON file; what it holds of other shapes stays")
@@ -156,7 +175,15 @@ def _scale(argv: list[str]) -> None:
     print(json.dumps({"model": args.model, "memory_gb": args.memory_gb, **settings, "measured": rows}))
 
 
-COMMANDS = {"plan": _plan, "scale": _scale, "tune": _tune, "layer": _layer, "step": _step, "roofline": _roofline}
+COMMANDS = {
+    "plan": _plan,
+    "scale": _scale,
+    "tune": _tune,
+    "layer": _layer,
+    "step": _step,
+    "data": _data,
+    "roofline": _roofline,
+}
 
 
 def main(argv: list[str]) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import esft
 from benchmarks.layer import interleaved
 from esft.checkpoint.load import load_model, load_skeleton
+from esft.data.examples import IGNORE
 from esft.experts.moe_layers import moe_layers
 from esft.runs.config import TrainConfig
-from esft.training.data import IGNORE
 from esft.training.evaluate import batch_loss
 from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from esft.training.data import read_records
+from esft.data.sources import read_records
 
 LORA_RANK = 8
 
@@ -22,7 +22,7 @@ LORA_RANK = 8
 def steps(model_path: str, data: str, method: str, count: int, records: int, length: int) -> float:
     """Tokens a second of ``count`` steps of so many records each, the first of which is not counted."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in read_records(data)]
+    texts = [tokenizer.apply_chat_template(record.messages, tokenize=False) for record in read_records(data)]
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", experts_implementation="grouped_mm")
     trained = _with_lora(model) if method == "lora" else model.train()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-5, foreach=False)

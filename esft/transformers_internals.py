@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -24,12 +24,34 @@ from transformers.core_model_loading import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 TRIED = ("5.20.2", "5.23.0")  # the versions of transformers with which all tests have passed
 
 __all__ = ["ALL_EXPERTS_FUNCTIONS", "CHAT_TEMPLATE_DIR"]
+
+
+# Chat templates.
+
+
+def render_with_marks(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list[dict] | None, variables: Mapping[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the chat template renders it, and from where to where it marks characters as generated.
+
+    As ``apply_chat_template`` with ``return_assistant_tokens_mask``, which returns tokens only.
+    """
+    rendered: Any = render_jinja_template(
+        [[{name: value for name, value in message.items() if value is not None} for message in messages]],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        **(tokenizer.special_tokens_map | dict(variables)),
+    )
+    (text,), (marks,) = rendered
+    return text, marks
 
 
 # Models.

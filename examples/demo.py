@@ -18,8 +18,11 @@ from transformers.utils import logging
 
 import esft
 from esft.checkpoint.load import load_model, load_tokenizer
+from esft.data.batches import windows
+from esft.data.cache import encoded
+from esft.data.encoding import Encoder
+from esft.data.sources import DataSource, read_records
 from esft.scoring.plot import plot_scores
-from esft.training.data import encode_all, read_records, windows
 from esft.training.evaluate import exact_match
 
 MODEL = Path(__file__).parent / "tiny-moe"
@@ -40,8 +43,7 @@ def load(checkpoint: str | Path) -> PreTrainedModel:
 
 def score_task(model: str, data: Path) -> esft.ExpertScores:
     """Expert scores on the task's training data, laid out as in the paper: records end to end in full rows."""
-    tokenizer = load_tokenizer(model)
-    examples = encode_all(tokenizer, read_records(data), 512, data)
+    examples = encoded(DataSource.of(data), Encoder(load_tokenizer(model), 512))
     return esft.score_experts(load(model), windows(examples, 512, 8))
 
 

@@ -16,7 +16,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from random import Random
 
-from esft.training.data import Example, Messages, encode
+from esft.data.encoding import Encoder
+from esft.data.examples import Example
+from esft.data.records import Record
 from examples.pretrain.instruction_words import Lexicon
 from examples.pretrain.instructions import record
 
@@ -63,8 +65,7 @@ def encode_general(tokenizer, records: list[dict], max_length: int = 512) -> dic
     parts: dict[str, list[Example]] = {}
     for item in records:
         if "messages" in item:
-            messages: Messages = item["messages"]
-            example = encode(tokenizer, messages, max_length)
+            example = Encoder(tokenizer, max_length).encode(Record(item["messages"]))
         else:
             ids = [tokenizer.bos_token_id, *tokenizer(item["text"], add_special_tokens=False)["input_ids"]]
             example = Example(ids[:max_length], ids[:max_length])

@@ -13,27 +13,28 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from esft.cli.output import hush_libraries, say
+from esft.cli.output import hush_libraries, say, say_marked
 from esft.errors import InputError, reading
 from esft.runs.config import TrainConfig
 from esft.scoring.expert_scores import ExpertScores
 from esft.selection import ExpertSelection
 from esft.storage.files import write_json
 from esft.storage.outputs import check_apart, check_new_file
-from esft.storage.reading import check_regular, read_json
+from esft.storage.reading import read_json
 
 
 def _score(args: argparse.Namespace) -> None:
-    check_new_file(args.out, ExpertScores.load if args.overwrite else None, [args.model, args.data])
-    check_regular(args.data)
+    source = _source(args.data)
+    check_new_file(args.out, ExpertScores.load if args.overwrite else None, [args.model, source.local])
+    from esft.data.batches import windows
+    from esft.data.cache import encoded
     from esft.scoring.score import score_experts
-    from esft.training.data import read_records, windows
 
-    records = read_records(args.data)
     with reading(args.model):
-        _, length, examples = _encoded(args, records)
+        encoder = _encoder(args)
+        examples = encoded(source, encoder, progress=not args.quiet)
         model = _model_with_adapter(args, None)
-        batches = windows(examples, length, args.batch_size)
+        batches = windows(examples, encoder.max_length, args.batch_size)
         scores = score_experts(model, batches, args.max_tokens, progress=not args.quiet)
     scores.save(args.out)
     say(f"scores of {len(scores.token_scores)} layers in {args.out}")
@@ -87,9 +88,9 @@ def _train(args: argparse.Namespace) -> None:
     selection = ExpertSelection.load(args.experts) if args.experts is not None else None
     if selection is None and config.method == "esft" and not args.resume:
         raise InputError("--method esft needs an expert selection: --experts")
-    for data in (args.data, args.eval_data):
+    for data in (*args.data, args.eval_data):
         if data is not None:
-            check_regular(data)
+            _source(data)
     from esft.training.loop import train
 
     with reading(args.model):
@@ -103,17 +104,40 @@ def _train(args: argparse.Namespace) -> None:
     )
 
 
+def _data(args: argparse.Namespace) -> None:
+    names = {each.name for each in fields(TrainConfig)} & vars(args).keys()
+    config = TrainConfig.load(args.config, **{name: getattr(args, name) for name in names})
+    from esft.checkpoint.load import load_tokenizer
+    from esft.checkpoint.source import Reach, open_config
+    from esft.data.report import pieces
+    from esft.training.run_data import RunData, sources_of
+
+    sources = sources_of(args.paths)
+    for source in sources:
+        source.check()
+    with reading(args.model):
+        reach = Reach.of(open_config(args.model, args.trust_remote_code))
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        run_data = RunData(sources, tokenizer, reach, replace(config, streaming=False)).read(not args.quiet)
+        say(f"{run_data.name}: {run_data.report()}")
+        for example in (run_data.examples or [])[: args.show]:
+            say("")
+            say_marked(pieces(tokenizer, example))
+
+
 def _eval(args: argparse.Namespace) -> None:
+    source = _source(args.data)
     if args.out is not None:
-        inputs = [args.model, args.adapter, args.data]
+        inputs = [args.model, args.adapter, source.local]
         check_new_file(args.out, _check_result if args.overwrite else None, inputs)
-    check_regular(args.data)
-    from esft.training.data import read_records
+    from esft.data.encoding import encode_all
+    from esft.data.sources import read_records
     from esft.training.evaluate import exact_match, mean_loss
 
-    adapter, records = _adapter(args), read_records(args.data)[: args.limit]
+    adapter, records = _adapter(args), read_records(source)[: args.limit]
     with reading(args.model):
-        tokenizer, _, examples = _encoded(args, records)
+        encoder = _encoder(args)
+        examples, tokenizer = encode_all(encoder, records, source.name, progress=not args.quiet), encoder.tokenizer
         model = _model_with_adapter(args, adapter)
         loss = mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)
         if not math.isfinite(loss):
@@ -131,10 +155,11 @@ def _eval(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from esft.checkpoint.load import load_tokenizer
     from esft.checkpoint.source import Reach, open_config
+    from esft.data.records import Record
     from esft.training.evaluate import answer, encode_prompts
 
     adapter = _adapter(args)
-    prompts = [[{"role": "user", "content": text}] for text in args.prompt]
+    prompts = [Record([{"role": "user", "content": text}]) for text in args.prompt]
     with reading(args.model):
         reach = Reach.of(open_config(args.model, args.trust_remote_code))
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
@@ -207,16 +232,24 @@ def _adapter(args: argparse.Namespace) -> Path | None:
     return adapter_folder(args.adapter) if args.adapter is not None else None
 
 
-def _encoded(args: argparse.Namespace, records: list[Any]) -> tuple[Any, int, list[Any]]:
-    """The model's tokenizer, the tokens of a record, and the records of ``--data`` as tokens."""
+def _source(text: str) -> Any:
+    """The source of records that an option names, which is there."""
+    from esft.data.sources import DataSource
+
+    source = DataSource.of(text)
+    source.check()
+    return source
+
+
+def _encoder(args: argparse.Namespace) -> Any:
+    """What makes tokens of records for ``--model``."""
     from esft.checkpoint.load import load_tokenizer
     from esft.checkpoint.source import Reach, open_config
-    from esft.training.data import encode_all
+    from esft.data.encoding import Encoder
 
     reach = Reach.of(open_config(args.model, args.trust_remote_code))
     length = reach.length(args.max_length)
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    return tokenizer, length, encode_all(tokenizer, records, length, args.data, reach.vocabulary, not args.quiet)
+    return Encoder(load_tokenizer(args.model, args.trust_remote_code), length, reach.vocabulary)
 
 
 def _model_with_adapter(args: argparse.Namespace, adapter: Path | None) -> Any:
@@ -239,6 +272,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "score": _score,
     "select": _select,
     "train": _train,
+    "data": _data,
     "plan": _plan,
     "eval": _eval,
     "generate": _generate,

@@ -9,6 +9,7 @@ import sys
 import traceback
 import unicodedata
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import wrapt
@@ -44,6 +45,17 @@ def _option(flag: str | None, name: str | None, value: str | None) -> str:
 def say(*lines: str) -> None:
     """Lines on standard output."""
     print("\n".join(map(printable, lines)))
+
+
+def say_marked(parts: Iterable[tuple[str, bool]]) -> None:
+    """A text on standard output, what is marked of it in colour; in brackets where no terminal shows colours."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    begin, end = ("\x1b[32m", "\x1b[0m") if coloured else ("[[", "]]")
+    lines = []
+    for text, marked in parts:
+        shown = [printable(line) for line in text.split("\n")]
+        lines.append("\n".join(f"{begin}{line}{end}" for line in shown) if marked else "\n".join(shown))
+    print("".join(lines))
 
 
 def complain(text: str, by: str = "esft") -> None:
@@ -87,6 +99,7 @@ def listen() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     logging.getLogger("esft").addHandler(handler)
+    logging.getLogger("esft").setLevel(logging.INFO)
     logging.getLogger("esft").propagate = False
     theirs = warnings.showwarning
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import signal
 import sys
@@ -18,18 +19,37 @@ from esft.cli.output import complain, explain, listen
 from esft.errors import Interrupted
 from esft.runs.config import FROZEN, TrainConfig
 
+DATA = "records: a file (JSONL, JSON, Parquet; compressed), a folder, or OWNER/NAME[/CONFIG][@SPLIT] of the hub"
+
+
+# The settings that decide on the tokens and the rows.
+OF_DATA = (
+    "batch_size max_length assistant_only_loss completion_only_loss packing packing_strategy padding_free "
+    "micro_batch_size dataset_num_proc"
+).split()
+
 
 def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
     """Options for these settings of a training run, or for all: texts, which ``TrainConfig.load`` reads and checks."""
     for each in fields(TrainConfig):
         if not names or each.name in names:
-            default = f" (default {each.default})" if each.default is not None else ""
+            default = f" (default {_as_text(each.default)})" if each.default is not None else ""
+            truth = "bool" in str(each.type)
+            choices = ("true", "false") if truth else each.metadata["choices"]
             parser.add_argument(
                 f"--{each.name.replace('_', '-')}",
-                choices=each.metadata["choices"] or None,
-                metavar=None if each.metadata["choices"] else "X",
+                **({"nargs": "?", "const": "true"} if truth else {}),
+                choices=choices or None,
+                metavar=None if choices else "X",
                 help=f"{each.metadata['text']}{default}".replace("%", "%%"),
             )
+
+
+def _as_text(value: Any) -> str:
+    """A setting's value as a YAML file has it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)
 
 
 class _Settings(argparse.Action):
@@ -41,8 +61,8 @@ class _Settings(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         for each in fields(TrainConfig):
             allowed = ", ".join(each.metadata["choices"]) or each.metadata["within"]
-            default = "null" if each.default is None else each.default
-            print(f"{each.name}: {default}  # {each.type}, {allowed}: {each.metadata['text']}")
+            kind = ", ".join(filter(None, (each.type, allowed)))
+            print(f"{each.name}: {_as_text(each.default)}  # {kind}: {each.metadata['text']}")
         parser.exit()
 
 
@@ -79,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = stage("score", "measure which experts a task uses")
     common(sub, 1, "tokens of a window over the data")
-    sub.add_argument("--data", required=True, help="JSONL chat records")
+    sub.add_argument("--data", required=True, help=DATA)
     sub.add_argument("--out", required=True, help="score file (summary.json layout)")
     sub.add_argument("--max-tokens", type=count, default=131_072, help="stop after so many (default 131,072)")
     sub.add_argument("--overwrite", action="store_true")
@@ -98,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = stage("train", "fine-tune on chat records")
     sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    sub.add_argument("--data", required=True, help="JSONL chat records")
-    sub.add_argument("--eval-data", help="JSONL chat records whose loss is watched")
+    sub.add_argument("--data", required=True, action="append", help=f"{DATA}; again for more, with :WEIGHT each")
+    sub.add_argument("--eval-data", help="the same, whose loss is watched")
     sub.add_argument("--experts", help="selection file, for method esft")
     sub.add_argument("--out", required=True, help="run folder")
     sub.add_argument("--config", help="YAML settings; the arguments here override it")
@@ -107,6 +127,15 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
+    trust(sub)
+    quiet(sub)
+
+    sub = stage("data", "what a data set is as tokens: its figures, and some of its records")
+    sub.add_argument("paths", nargs="+", metavar="DATA", help=f"{DATA}; several with :WEIGHT each")
+    sub.add_argument("--model", required=True, help="checkpoint folder or hub id; no weights are read")
+    sub.add_argument("--show", type=count, default=3, metavar="N", help="records to show as text (default 3)")
+    sub.add_argument("--config", help="YAML settings of the training; the arguments here override it")
+    add_settings(sub, *OF_DATA)
     trust(sub)
     quiet(sub)
 
@@ -136,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = stage("eval", "loss and exact match on chat records")
     inference(sub, "tokens of a record; longer ones are cut")
-    sub.add_argument("--data", required=True, help="JSONL chat records")
+    sub.add_argument("--data", required=True, help=DATA)
     sub.add_argument("--limit", type=count, help="only the first records")
     sub.add_argument("--loss-only", action="store_true", help="do not generate answers")
     sub.add_argument("--out", help="also write the figures and every answer as JSON")

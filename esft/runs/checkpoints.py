@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esft.errors import InputError
-from esft.storage.files import open_safetensors, write_json
+from esft.storage.files import file_digest, open_safetensors, write_json
 from esft.storage.outputs import new_folder
 from esft.storage.reading import read_json
 
@@ -43,14 +43,6 @@ def _name(step: int) -> str:
 def digest_of(value: Any) -> str:
     """Of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Checkpoints:

@@ -19,10 +19,12 @@ METHODS = tuple(PAPER_LR)
 BACKENDS = ("auto", "triton", "cpu", "cpu_packed", "reference")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 RECOMPUTES = ("none", "frozen", "layers")
+STRATEGIES = ("bfd", "wrapped")
 FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
 FROZEN_LINEAR = ("bf16", "int8", "nf4")
 DTYPES = ("auto", "bfloat16", "float32")
 
+_TRUTH = {"true": True, "false": False}
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d*)?([eE][+-]?\d{1,4})?|\.\d+([eE][+-]?\d{1,4})?|\.?inf)", re.ASCII)
 
 
@@ -58,6 +60,20 @@ class TrainConfig:
     max_length: int | None = setting(
         None, "tokens of a record, longer ones are cut; where none is given, 4096 or the model's positions", "[1, inf)"
     )
+    assistant_only_loss: bool = setting(True, "of conversations, the loss covers assistant turns alone")
+    completion_only_loss: bool = setting(True, "of records with prompt and completion, it covers the completion alone")
+    dataset_num_proc: int | None = setting(
+        None, "processes that encode the data; none: this one, with a tokenizer that uses all cores", "[1, 1024]"
+    )
+    packing: bool = setting(False, "lay several records into each row of max_length tokens, and batch_size counts rows")
+    packing_strategy: str = setting(
+        "bfd",
+        "bfd: whole records, into the row that they leave least room in; wrapped: end to end, cut where a row is full",
+        choices=STRATEGIES,
+    )
+    padding_free: bool = setting(False, "the records that go through the model together are one row, without padding")
+    eval_packing: bool | None = setting(None, "pack the evaluation data; where nothing is said, as packing")
+    streaming: bool = setting(False, "read the data while training, where it exceeds the memory; then say the steps")
     warmup_steps: int = setting(0, "steps over which the learning rate rises linearly", "[0, inf)")
     decay: float = setting(0.0, "share of the steps, at the end, over which it falls linearly to zero", "[0, 1]")
     eval_every: int = setting(100, "steps between losses on the evaluation data", "[1, inf)")
@@ -124,6 +140,8 @@ class TrainConfig:
                 called[name] = f"--{name.replace('_', '-')}"
                 settings[name] = _converted(known[name], value, called[name])
         _check_together({name: each.default for name, each in known.items()} | settings, called)
+        if settings.get("streaming") and "steps" not in settings:
+            raise InputError(f"{called.get('streaming', 'streaming')} needs steps: a stream may have no end")
         return cls(**settings)
 
     def check_selection(self, selection: ExpertSelection | None) -> None:
@@ -172,6 +190,9 @@ def _check(each: Field, value: Any, where: str, text: str | None = None) -> None
         text: what a number was made of, where that was a text.
     """
     said = shown(value) if text is None else shown(text)[1:-1]
+    kind = str(each.type)
+    if "bool" in kind and not isinstance(value, bool) and not (value is None and "None" in kind):
+        raise InputError(f"{where} must be {kind}, got {said}")
     choices, within = each.metadata["choices"], each.metadata["within"]
     if choices and value not in choices:
         raise InputError(f"{where} must be one of {', '.join(choices)}, got {shown(value)}")
@@ -191,6 +212,8 @@ def _converted(each: Field, value: Any, where: str) -> Any:
     try:
         if value is None and "None" in kind:
             return None
+        if "bool" in kind:
+            return value if isinstance(value, bool) else _TRUTH[value]
         if isinstance(value, bool) or (isinstance(value, str) and "str" not in kind and not _NUMBER.fullmatch(value)):
             raise ValueError
         if "float" in kind:
@@ -205,7 +228,7 @@ def _converted(each: Field, value: Any, where: str) -> Any:
             converted = value
         else:
             raise ValueError
-    except (TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where} must be {kind}, got {shown(value)}") from error
     _check(each, converted, where, value if isinstance(value, str) else None)
     return converted

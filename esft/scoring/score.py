@@ -53,6 +53,7 @@ def score_experts(
     Args:
         model: stock or swapped; left as it was.
         batches: dicts with ``input_ids`` [B, L] and optionally ``attention_mask`` [B, L]; masked positions never count.
+            With ``position_ids`` [B, L] that begin anew, rows hold several documents that do not see each other.
         max_tokens: stop after this many tokens (the paper's 32 x 4096).
         progress: show a bar, in tokens.
 
@@ -83,8 +84,10 @@ def score_experts(
             mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
             keep_T = mask.flatten().bool()
             keep_T &= keep_T.cumsum(0) <= max_tokens - seen
+            positions = batch.get("position_ids")  # documents that share rows are kept apart by these alone
+            seen_by = {"attention_mask": mask} if positions is None else {"position_ids": positions.to(model.device)}
             with suppress(_Watched), watch_routers(model, keep_T, count):
-                model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+                model.base_model(input_ids=input_ids, use_cache=False, **seen_by)
             last, calls = calls, 0
             kept = int(keep_T.sum())
             seen += kept

@@ -100,6 +100,16 @@ def _hold(file: BinaryIO) -> bool | None:
     return True
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of its bytes, in hex. Raises InputError for a file that cannot be read."""
+    check_regular(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """``write_text`` of a value. Raises InputError for numbers that JSON does not have."""
     try:

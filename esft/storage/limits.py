@@ -12,3 +12,5 @@ RENDERED = 1 << 30  # bytes that a chat template may take for it
 ENCODING = 20  # seconds that template and tokenizer may take for it, which have it done in milliseconds
 DEPTH = 256  # folders of a path
 SHOWN = 80  # characters of a bad value in a message
+UNFOLDED = 200  # times its size that compressed data may have; text has ten or twenty
+UNFOLDED_BYTES = 1 << 26  # and what it may have in any case

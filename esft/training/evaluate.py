@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from esft.checkpoint.source import Reach
+from esft.data.batches import collate
+from esft.data.encoding import encode_prompt
+from esft.data.examples import IGNORE, Example
+from esft.data.records import Record
 from esft.errors import InputError
 from esft.experts.model_state import once_per_model
-from esft.training.data import IGNORE, Example, Messages, collate, encode_prompt
 from esft.training.loss import linear_cross_entropy
 
 
@@ -72,7 +76,9 @@ def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]
     logits.
     """
     causal_lm = _causal_lm(model)
-    inputs = {name: batch[name].to(causal_lm.device) for name in ("input_ids", "attention_mask")}
+    # Where documents share rows, transformers makes its mask of their positions, and of them only without another.
+    apart = "position_ids" if "position_ids" in batch else "attention_mask"
+    inputs = {name: batch[name].to(causal_lm.device) for name in ("input_ids", apart)}
     # The supervised positions are found on the CPU and sent ahead: afterwards, either would wait for the forward pass.
     labels = batch["labels"][:, 1:]
     wanted = torch.where(labels != IGNORE)
@@ -107,12 +113,12 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], pad: int, batch_siz
 def answer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Messages],
+    prompts: Sequence[Record],
     max_new_tokens: int = 128,
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[str]:
-    """Greedy answers to conversations that end with a user turn, in the given order.
+    """Greedy answers to conversations that end with a user turn, or to texts, in the given order.
 
     None goes beyond the model's positions, and nothing else that its generation settings say is used. Raises
     InputError, before any work, for a prompt that the model has no positions or tokens for; and for a model whose
@@ -165,9 +171,9 @@ def _check_logits(input_ids: Tensor, logits_BV: Tensor) -> Tensor:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], reach: Reach, longest: int | None = None
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Record], reach: Reach, longest: int | None = None
 ) -> list[Example]:
-    """Conversations up to where the answer begins, as examples.
+    """Prompts up to where the answer begins, as examples.
 
     Args:
         reach: of the model.
@@ -176,9 +182,9 @@ def encode_prompts(
     Raises InputError naming the prompt that is longer, that the model lacks a token for, or that cannot be rendered.
     """
     encoded = []
-    for number, messages in enumerate(prompts, 1):
+    for number, prompt in enumerate(prompts, 1):
         try:
-            ids = encode_prompt(tokenizer, messages)
+            ids = encode_prompt(tokenizer, prompt)
         except InputError as error:
             raise InputError(f"prompt {number}: {error}") from error
         if longest is not None and len(ids) > longest:
@@ -205,16 +211,25 @@ def matches(given: str, expected: str) -> bool:
         return False
 
 
-def split_prompt(messages: Messages) -> tuple[Messages, str]:
-    """A record's conversation before its last assistant turn, and that turn's content."""
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:last], messages[last]["content"]
+def split_prompt(record: Record) -> tuple[Record, str]:
+    """A record before its last assistant turn, or of a text its prompt; and the answer.
+
+    Raises InputError for a text that is all answer.
+    """
+    if not record.messages:
+        if not record.prompt:
+            raise InputError(
+                f"{record.place or 'a record'}: is a text without a prompt, which has no answer to compare"
+            )
+        return replace(record, text=record.text[: record.prompt]), record.text[record.prompt :]
+    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+    return replace(record, messages=record.messages[:last]), record.messages[last].get("content", "")
 
 
 def exact_match(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Messages],
+    records: Sequence[Record],
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[float, list[dict[str, Any]]]:
@@ -227,7 +242,11 @@ def exact_match(
     longest = max(len(tokenizer(expected, add_special_tokens=False)["input_ids"]) for _, expected in pairs)
     given = answer(model, tokenizer, [prompt for prompt, _ in pairs], longest + 2, batch_size, progress)
     outcomes = [
-        {"prompt": prompt[-1]["content"] if prompt else "", "expected": e, "given": g, "correct": matches(g, e)}
+        {"prompt": _last_words(prompt), "expected": e, "given": g, "correct": matches(g, e)}
         for (prompt, e), g in zip(pairs, given, strict=True)
     ]
     return sum(o["correct"] for o in outcomes) / len(outcomes), outcomes
+
+
+def _last_words(prompt: Record) -> str:
+    return prompt.messages[-1].get("content", "") if prompt.messages else prompt.text

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +19,27 @@ from transformers import PreTrainedTokenizerBase
 
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
+from esft.data.batches import collate
+from esft.data.examples import Example, joined
+from esft.data.sources import DataSource
 from esft.errors import DivergenceError, InputError, Interrupted
 from esft.memory import peak_memory, peak_rss
-from esft.runs.checkpoints import RECENT, State, file_digest
+from esft.runs.checkpoints import RECENT, State
 from esft.runs.config import TrainConfig
 from esft.runs.opened import opened
 from esft.runs.run_folder import RunFolder
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
-from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
 from esft.training.evaluate import batch_loss, has_plain_head, mean_loss
 from esft.training.load_balancing import balance_losses
 from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
+from esft.training.run_data import Data, RunData, sources_of
 from esft.training.schedule import learning_rate
+from esft.training.separation import check_separates
+
+logger = logging.getLogger("esft")
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class TrainResult:
 
 def train(
     model_path: str,
-    data: str | Path,
+    data: Data,
     out: str | Path,
     config: TrainConfig | None = None,
     selection: ExpertSelection | None = None,
@@ -66,7 +73,7 @@ def train(
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> TrainResult:
-    """Fine-tune a checkpoint on chat records and leave everything in a run folder.
+    """Fine-tune a checkpoint on chat records or texts and leave everything in a run folder.
 
     The folder holds ``esft_run.json`` (its marker), ``config.yaml``, ``origin.json`` (base and data, with digests),
     ``metrics.jsonl``, TensorBoard events, resumable ``checkpoints/``, a ``summary.json``, and the outcome: ``adapter/``
@@ -74,11 +81,11 @@ def train(
 
     Args:
         model_path: checkpoint folder or hub id.
-        data: JSONL chat records; the loss covers assistant turns.
+        data: what ``DataSource.of`` reads, or several such; of chat records the loss covers assistant turns.
         out: the run folder.
         config: the settings; where None the paper's, or those of the run to resume.
         selection: the experts to train; needed by "esft" and by nothing else. A run to resume has its own.
-        eval_data: JSONL chat records whose loss is measured every ``eval_every`` steps.
+        eval_data: one such, whose loss is measured every ``eval_every`` steps.
         resume: go on from the last checkpoint in ``out``, with the same base, data, selection and settings; only
             ``steps`` may differ, and not be fewer than are done.
         overwrite: replace a run that ``out`` holds, when this one is whole; until then it is in ``out/overwriting``.
@@ -89,34 +96,33 @@ def train(
     ``out``; DivergenceError for a loss or a gradient that is no number; DiskError for a full disk; Interrupted (a
     KeyboardInterrupt) when SIGINT or SIGTERM comes: then the step was finished and a checkpoint saved.
     """
-    check_apart(out, model_path, data, eval_data)
+    sources, eval_source = sources_of(data), DataSource.of(eval_data) if eval_data is not None else None
+    check_apart(out, model_path, *(each.local for each in (*sources, eval_source) if each is not None))
     with opened(out, resume, overwrite) as folder:
         if resume:
             config, selection = folder.begun_with(config, selection)
         config = config or TrainConfig()
         config.check_selection(selection)
         reach = Reach.of(open_config(model_path, trust_remote_code))
-        length = reach.length(config.max_length)
         tokenizer = load_tokenizer(model_path, trust_remote_code)
-
-        def encoded(path: str | Path) -> list[Example]:
-            return encode_all(tokenizer, read_records(path), length, path, reach.vocabulary, progress)
-
-        examples = encoded(data)
-        held_out = encoded(eval_data) if eval_data is not None else []
+        run_data = RunData(sources, tokenizer, reach, config).read(progress)
+        held_out = run_data.held_out(eval_source, progress)
+        if (report := run_data.report()) is not None:
+            logger.info("%s: %s", run_data.name, report)
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
         model, base = METHODS[config.method].prepare(source, config, selection)
-        digests = {"model": base.digest, "data": file_digest(Path(data))}
+        digests = {"model": base.digest, "data": run_data.digest()}
         if resume:
-            folder.check_origin(digests, base.settings, {"model": model_path, "data": data})
+            folder.check_origin(digests, base.settings, {"model": model_path, "data": run_data.name})
         loop = _Loop(model, tokenizer, config, progress)
         state = folder.checkpoints().restore(loop.load) if resume else None
         if resume and state is None and folder.last_step() > config.save_every:
             warnings.warn(f"{folder.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
-        origin = {"model": model_path, "data": str(data), "base_settings": base.settings}
+        origin = {"model": model_path, "data": run_data.name, "base_settings": base.settings}
         folder.begin(config, origin | {"digests": digests}, selection)
-        measured = loop.run(folder, examples, held_out, 0 if state is None else state.step)
+        done = 0 if state is None else state.step
+        measured = loop.run(folder, run_data.batches(done), held_out, done)
         METHODS[config.method].save(loop.model.eval(), tokenizer, config, base, folder)
         result = TrainResult(**measured, stored_bytes=folder.stored_bytes())
         folder.write_summary(vars(result))
@@ -133,6 +139,8 @@ class _Loop:
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.losses: list[float] = []
         self.tokens = 0
+        if config.packing or config.padding_free or config.eval_packing:
+            check_separates(model)
         has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
 
     def load(self, state: State) -> None:
@@ -143,9 +151,9 @@ class _Loop:
         self.losses = list(state.losses)
 
     def run(
-        self, folder: RunFolder, examples: Sequence[Example], held_out: Sequence[Example], first: int
+        self, folder: RunFolder, batches: Iterable[list[Example]], held_out: Sequence[Example], first: int
     ) -> dict[str, float | None]:
-        """All steps after the first so many. Returns what ``TrainResult`` holds of them."""
+        """All steps after the first so many, of one batch each. Returns what ``TrainResult`` holds of them."""
         config, checkpoints = self.config, folder.checkpoints()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         eval_loss, started = None, time.monotonic()
@@ -178,7 +186,7 @@ class _Loop:
 
         with stop_signals() as asked, folder.log(first) as log, bar:
             step, eval_loss = first, evaluation(first)
-            for step, records in enumerate(_batches(examples, config, first), first + 1):
+            for step, records in enumerate(batches, first + 1):
                 log(step, **self._step(step, records))
                 bar.set_postfix(loss=f"{self._recent_loss():.3f}", refresh=False)
                 bar.update()
@@ -231,10 +239,11 @@ class _Loop:
     def _gradients(self, records: Sequence[Example]) -> tuple[float, dict[str, float]]:
         """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
         parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
-        targets = sum(label != IGNORE for record in records for label in record.labels[1:])
+        targets = sum(record.targets for record in records)
         losses, balances = [], []
         for part in parts:
-            batch, share = collate(part, self.pad), len(part) / len(records)
+            share = len(part) / len(records)
+            batch = collate([joined(part)] if self.config.padding_free else part, self.pad)
             watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
             with watched as aux:
                 total, _ = batch_loss(self.model, batch)
@@ -247,14 +256,3 @@ class _Loop:
             loss.backward()
         extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
         return torch.stack(losses).sum().item(), extra
-
-
-def _batches(examples: Sequence[Example], config: TrainConfig, first: int) -> Iterator[list[Example]]:
-    """The records of every step from ``first`` on, counted from 0; a function of the arguments alone."""
-    per_epoch = math.ceil(len(examples) / config.batch_size)
-    batches: list[list[int]] = []
-    for step in range(first, config.steps):
-        epoch, place = divmod(step, per_epoch)
-        if not batches or place == 0:
-            batches = epoch_batches(examples, config.batch_size, config.seed, epoch)
-        yield [examples[i] for i in batches[place]]

@@ -18,8 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import esft
 from esft.checkpoint.load import load_model, load_tokenizer
+from esft.data.batches import windows
+from esft.data.encoding import Encoder, encode_all
+from esft.data.examples import Example
+from esft.data.records import Record
 from esft.runs.report import table
-from esft.training.data import Example, encode_all, windows
 from esft.training.evaluate import exact_match, mean_loss
 from examples.pretrain import data
 from examples.pretrain.instruction_words import Lexicon
@@ -53,7 +56,7 @@ def probe_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, lex
     """Share of exact answers to each sort of probe, on held-out prompts."""
     scores = {}
     for name, pairs in probes(7, tokenizer, lexicon, PROBES).items():
-        records = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in pairs]
+        records = [Record([{"role": "user", "content": p}, {"role": "assistant", "content": a}]) for p, a in pairs]
         scores[name] = exact_match(model, tokenizer, records, batch_size=50)[0]
     return scores
 
@@ -117,7 +120,9 @@ def main() -> None:
         )
         print(rows[-1], file=sys.stderr, flush=True)
     chats = data.read_chats(args.work / "instructions.heldout.jsonl")[:600]
-    shares["instructions"] = token_shares(model, encode_all(tokenizer, chats, LENGTH, "instructions"))
+    shares["instructions"] = token_shares(
+        model, encode_all(Encoder(tokenizer, LENGTH), [Record(chat) for chat in chats], "instructions")
+    )
     names = list(shares)
     common = [
         {"": one} | {other: f"{overlap(shares[one], shares[other]):.2f}" for other in names[: names.index(one) + 1]}

@@ -11,6 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from esft.data.encoding import Encoder
+from esft.data.records import Record
+
 _SIZES = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -96,6 +99,14 @@ def save_tiny(folder: Path, family: str = "deepseek_v2", seed: int = 0, dtype: t
 
 def chat(prompt: str, reply: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+
+def record(prompt: str, reply: str) -> Record:
+    return Record(chat(prompt, reply))
+
+
+def tiny_encoder(max_length: int = 99, **settings: Any) -> Encoder:
+    return Encoder(tiny_tokenizer(), max_length, **settings)
 
 
 def write_records(path: Path, count: int = 24) -> Path:

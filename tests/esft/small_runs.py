@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import esft
+from esft.data.examples import IGNORE
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.data import IGNORE
 from esft.training.loop import TrainResult
 from tests.esft.models import save_tiny, write_records
 

@@ -5,23 +5,32 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
 import resource
 import struct
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from esft.adapters.folder import MANIFEST, open_manifest
 from esft.checkpoint.source import CONFIG, INDEX, open_config, weight_files
+from esft.data.cache import load as load_cached
+from esft.data.cache import save as save_cached
+from esft.data.examples import Example, Examples
+from esft.data.records import ROLES
+from esft.data.sources import read_records
 from esft.errors import InputError
 from esft.runs.config import TrainConfig
 from esft.runs.report import report
@@ -29,7 +38,6 @@ from esft.scoring.expert_scores import ExpertScores
 from esft.scoring.select import select_experts
 from esft.selection import ExpertSelection
 from esft.storage.files import open_safetensors, safetensors_header, write_yaml
-from esft.training.data import ROLES, read_records
 from esft.training.schedule import learning_rate
 
 CASES = 1100 * (40 if os.environ.get("ESFT_CHAOS") == "1" else 1)  # of each reader
@@ -41,6 +49,7 @@ _key = st.one_of(
         (
             "experts shared_experts shared_expert non_expert_modules token_scores gate_scores 0 1 2 01 -1 1.0 messages "
             "role content format_version base_digest base_dtype base_model chosen_by weight_map metadata model_type "
+            "text prompt completion conversations from value tools chat_template_kwargs weight "
             "step loss lr tokens_per_second eval_loss num_hidden_layers num_experts hidden_size architectures auto_map"
         ).split()
     ),
@@ -163,13 +172,54 @@ def test_settings(tmp_path: Path, content: bytes):
 RECORD = dump({"messages": [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}], "id": 3})
 
 
-@property_of(RECORD, RECORD + b"\n\n" + RECORD)
-def test_records(tmp_path: Path, content: bytes):
-    for record in runs(path := tmp_path / "d.jsonl", content, lambda: read_records(path)) or ():
-        assert any(message["role"] == "assistant" for message in record) and record[0]["role"] != "assistant"
-        for message in record:
+TEXTS = dump([{"text": "a"}, {"prompt": "b", "completion": "c"}])
+SHARED = dump({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": "[{}]"})
+
+
+def check_records(read: Any) -> None:
+    for record in read or ():
+        if not record.messages:
+            assert len(record.text) > record.prompt >= 0
+            record.text.encode()
+            continue
+        assert any(message["role"] == "assistant" for message in record.messages[record.prompt :])
+        assert record.messages[0]["role"] != "assistant"
+        for message in record.messages:
             assert message["role"] in ROLES
-            message["content"].encode()  # whole characters
+            message.get("content", "").encode()  # whole characters
+
+
+@property_of(RECORD, RECORD + b"\n\n" + RECORD, TEXTS, SHARED)
+def test_records(tmp_path: Path, content: bytes):
+    check_records(runs(path := tmp_path / "d.jsonl", content, lambda: read_records(path)))
+
+
+@property_of(gzip.compress(RECORD, mtime=0))
+def test_compressed_records(tmp_path: Path, content: bytes):
+    check_records(runs(path := tmp_path / "d.jsonl.gz", content, lambda: read_records(path)))
+
+
+def in_parquet(*rows: dict) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@property_of(in_parquet(json.loads(RECORD)), in_parquet({"text": "a"}, {"text": "b"}))
+def test_records_of_parquet(tmp_path: Path, content: bytes):
+    check_records(runs(path := tmp_path / "d.parquet", content, lambda: read_records(path)))
+
+
+def in_cache() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        save_cached(path := Path(folder) / "a.safetensors", Examples.of([Example([5, 6], [-100, 6])], 1, 0))
+        return path.read_bytes()
+
+
+@property_of(in_cache())
+def test_what_is_kept_of_earlier_encodings(tmp_path: Path, content: bytes):
+    found = runs(path := tmp_path / "a.safetensors", content, lambda: load_cached(path))
+    assert found is None or (list(found), found.records) == ([Example([5, 6], [-100, 6])], 1)
 
 
 @property_of(

@@ -14,7 +14,7 @@ import esft
 from esft import transformers_internals as internals
 from esft.selection import ExpertSelection
 from tests.esft import zoo
-from tests.esft.models import tiny_model
+from tests.esft.models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 OTHERS = [path for path in sorted((ROOT / "esft").rglob("*.py")) if path.name != "transformers_internals.py"]
@@ -141,3 +141,14 @@ def test_a_loaded_models_conversions_are_those_of_its_files_unless_they_held_its
     )
     loaded._weight_conversions = [few_bits]
     assert patterns(internals.conversions(loaded)) == family
+
+
+def test_marks_of_a_chat_template_are_places_in_the_text_that_it_renders():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ tools[0].name }}{{ mood }}{{ eos_token }}{% for m in messages %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{{ m.name }},{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "ab", "name": None}, {"role": "user", "content": "c"}]
+    found = internals.render_with_marks(tokenizer, messages, [{"name": "t"}], {"mood": "u"})
+    assert found == ("tu<|end|>ab,c,", [(9, 11), (12, 13)])

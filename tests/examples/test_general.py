@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from esft.training.data import IGNORE
+from esft.data.examples import IGNORE
 from examples import general
 from examples.compare import read_general
 from examples.pretrain import corpus

@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig
 
 import esft
 from esft.cli.parser import main
+from esft.data.records import Record
+from esft.data.sources import read_records
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from esft.storage.files import write_yaml
-from esft.training.data import read_records
 from tests.esft.models import save_tiny, tiny_tokenizer, write_records
 
 # Where the stages import what they cover.
@@ -26,7 +27,7 @@ HOMES = {
     "moe_layers": "esft.experts.moe_layers",
     "score_experts": "esft.scoring.score",
     "plot_scores": "esft.scoring.plot",
-    "windows": "esft.training.data",
+    "windows": "esft.data.batches",
     "train": "esft.training.loop",
     "mean_loss": "esft.training.evaluate",
     "exact_match": "esft.training.evaluate",
@@ -167,15 +168,47 @@ def test_train_hands_over_everything_that_it_is_told(work, calls, capsys):
         method="esft", lr=0.25, steps=3, batch_size=4, micro_batch_size=2, max_length=9, seed=5, dtype="float32",
         backend="reference", recompute="frozen", warmup_steps=6, decay=0.5, clip=3.0,
     )  # fmt: skip
-    expected = ("m", "d.jsonl", "run", config, ExpertSelection({1: [0]}), "d.jsonl", False, True)
+    expected = ("m", ["d.jsonl"], "run", config, ExpertSelection({1: [0]}), "d.jsonl", False, True)
     assert calls.of["train"] == [(expected, {"progress": False, "trust_remote_code": False})]
     assert capsys.readouterr().out == ("loss 1.235, 12,345 parameters trained, 67,890 bytes stored, 6 s, run in run\n")
+
+
+def test_train_takes_several_sources_and_settings_that_are_true_or_false(work, calls):
+    calls.watch("train", RESULT)
+    more = "--packing --padding-free false --eval-packing true --packing-strategy wrapped --dataset-num-proc 2"
+    stage(
+        f"train --model m --data d.jsonl:2 --data d.jsonl:1 --out run --method full {more} --assistant-only-loss false"
+    )
+    (((_, data, _, config, *_), _),) = calls.of["train"]
+    assert data == ["d.jsonl:2", "d.jsonl:1"]
+    assert config == TrainConfig(
+        method="full", packing=True, eval_packing=True, packing_strategy="wrapped", dataset_num_proc=2,
+        assistant_only_loss=False,
+    )  # fmt: skip
+
+
+def test_data_prints_the_figures_and_some_records_with_what_is_learnt_marked(work, calls, capsys):
+    stage("data d.jsonl --model m --batch-size 2 --show 2 --trust-remote-code")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "d.jsonl: 6 records, 78 tokens (longest 13), 0 truncated, 0 left out; loss on 30.8% of the tokens; padded, "
+        "batches are 81.2% full"
+    )
+    assert lines[1:] == [
+        line for c in "ab" for line in ("", f"<|bos|><|user|>say {c}<|end|><|assistant|>[[{c * 3}<|end|>]]")
+    ]
+    assert calls.of["load_tokenizer"] == calls.of["open_config"] == [(("m", True), {})]
+    (work / "c.yaml").write_text("packing: true\nmax_length: 60\nstreaming: true\nsteps: 3\n")
+    stage("data d.jsonl:1 d.jsonl:2 --model m --config c.yaml --batch-size 2 --show 1")
+    assert "12 records" in (shown := capsys.readouterr().out) and "packed into rows of 60" in shown
+    assert main("data absent.jsonl --model m".split()) == 2
+    assert capsys.readouterr().err == "esft: absent.jsonl: No such file or directory\n"
 
 
 def test_train_leaves_to_the_settings_what_it_is_not_told(work, calls):
     calls.watch("train", RESULT)
     stage("train --model m --data d.jsonl --out run --method full --trust-remote-code")
-    expected = ("m", "d.jsonl", "run", TrainConfig(method="full"), None, None, False, False)
+    expected = ("m", ["d.jsonl"], "run", TrainConfig(method="full"), None, None, False, False)
     assert calls.of["train"] == [(expected, {"progress": True, "trust_remote_code": True})]
 
 
@@ -245,7 +278,7 @@ def test_generate_loads_an_adapter_and_answers_every_prompt(work, calls, capsys)
     assert calls.of["load_with_adapter"] == [(("m", Path("a"), "auto", "auto", "auto", False, True, "bf16"), {})]
     (((model, _, prompts, longest), _),) = calls.of["answer"]
     assert model == "a model" and longest == 7
-    assert prompts == [[{"role": "user", "content": text}] for text in "xy"]
+    assert prompts == [Record([{"role": "user", "content": text}]) for text in "xy"]
     assert capsys.readouterr().out == "x\n    one\ny\n    two\n"
 
 

@@ -1,10 +1,11 @@
 import logging
+import sys
 import warnings
 
 import pytest
 
 import esft
-from esft.cli.output import complain, explain, hush_libraries, listen, printable, say
+from esft.cli.output import complain, explain, hush_libraries, listen, printable, say, say_marked
 from esft.errors import reading
 
 
@@ -100,3 +101,39 @@ def test_libraries_are_hushed_and_our_own_warnings_are_not(monkeypatch):
         theirs.set_verbosity(before)
         logging.getLogger().setLevel(level)
         theirs.enable_progress_bar()
+
+
+PARTS = [("ask\x1b[2J\n", False), ("yes\nno", True), ("", False)]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "shown"),
+    [
+        (True, "", "ask\\x1b[2J\n\x1b[32myes\x1b[0m\n\x1b[32mno\x1b[0m\n"),
+        (True, "1", "ask\\x1b[2J\n[[yes]]\n[[no]]\n"),
+        (False, "", "ask\\x1b[2J\n[[yes]]\n[[no]]\n"),
+    ],
+)
+def test_marked_text_is_coloured_line_by_line_on_a_terminal_and_in_brackets_elsewhere(
+    capsys, monkeypatch, terminal: bool, no_color: str, shown: str
+):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    say_marked(PARTS)
+    assert capsys.readouterr().out == shown
+
+
+def test_what_is_told_of_the_data_is_a_line_unless_it_is_quiet(capsys, monkeypatch):
+    logger = logging.getLogger("esft")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    level = logger.level
+    try:
+        listen()
+        logger.info("d: 3 records")
+        assert capsys.readouterr().err == "esft: info: d: 3 records\n"
+        logger.setLevel(logging.WARNING)  # as hush_libraries does
+        logger.info("d: 3 records")
+        assert capsys.readouterr().err == ""
+    finally:
+        logger.setLevel(level)

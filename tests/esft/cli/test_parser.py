@@ -164,7 +164,7 @@ def test_a_run_resumes_with_the_settings_it_was_begun_with(work, capsys):
         "--method full": "cannot resume with method full",
         "--experts others.json": "cannot resume with another expert selection",
         "--model other_base": "cannot resume with model other_base",
-        "--data other.jsonl": "cannot resume with data other.jsonl",
+        "--data other.jsonl": "cannot resume with data d.jsonl, other.jsonl",
     }.items():
         stage = f"train --model base --data d.jsonl --out run --resume --quiet {change}"
         assert main(stage.split()) == 2
@@ -214,7 +214,7 @@ INFERENCE = {
             {
                 **dict.fromkeys(field.name for field in fields(esft.TrainConfig)),
                 **dict.fromkeys(("eval_data", "experts", "config")),
-                "model": "m", "data": "d", "out": "o", "resume": False, "overwrite": False, "quiet": False,
+                "model": "m", "data": ["d"], "out": "o", "resume": False, "overwrite": False, "quiet": False,
                 **TRUST,
             },
         ),

@@ -27,6 +27,9 @@ def test_what_the_paper_does_not_name_is_off_or_automatic():
     config = TrainConfig()
     assert (config.lr, config.micro_batch_size, config.warmup_steps, config.decay) == (None, None, 0, 0.0)
     assert config.max_length is None
+    assert (config.assistant_only_loss, config.completion_only_loss, config.dataset_num_proc) == (True, True, None)
+    assert (config.packing, config.packing_strategy, config.padding_free) == (False, "bfd", False)
+    assert (config.eval_packing, config.streaming) == (None, False)
     assert (config.aux_loss, config.dtype, config.backend, config.recompute) == (0.0, "auto", "auto", "none")
     assert (config.save_every, config.seed, config.optimizer) == (100, 0, "adamw")
 
@@ -50,6 +53,8 @@ OTHER = {
     "decay": 0.25, "eval_every": 6, "save_every": 7, "weight_decay": 0.75, "beta1": 0.5, "beta2": 0.625, "clip": 8.0,
     "aux_loss": 0.125, "lora_rank": 9, "lora_alpha": 10, "dtype": "bfloat16", "seed": 11, "backend": "reference",
     "recompute": "frozen", "frozen": "bf16", "frozen_linear": "int8", "optimizer": "adamw_8bit",
+    "assistant_only_loss": False, "completion_only_loss": False, "dataset_num_proc": 3, "packing": True,
+    "packing_strategy": "wrapped", "padding_free": True, "eval_packing": False, "streaming": True,
 }  # fmt: skip
 ESFT = {"method": "esft"}  # what few bits go with
 
@@ -145,6 +150,23 @@ def test_what_cannot_be_a_setting_is_named_with_its_file_and_line(tmp_path, text
         TrainConfig.load(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False)])
+def test_what_is_true_or_false_is_read_as_yaml_and_as_an_option_writes_it(tmp_path, text: str, value: bool):
+    (tmp_path / "c.yaml").write_text(f"packing: {text}\neval_packing: {text}\n")
+    expected = TrainConfig(packing=value, eval_packing=value)
+    assert TrainConfig.load(tmp_path / "c.yaml") == TrainConfig.load(None, packing=text, eval_packing=value) == expected
+
+
+def test_a_stream_needs_steps_that_are_said(tmp_path):
+    with pytest.raises(esft.InputError, match="^--streaming needs steps: a stream may have no end$"):
+        TrainConfig.load(None, streaming="true")
+    (tmp_path / "c.yaml").write_text("streaming: true\n")
+    with pytest.raises(esft.InputError, match="^streaming needs steps"):
+        TrainConfig.load(tmp_path / "c.yaml")
+    assert TrainConfig.load(tmp_path / "c.yaml", steps=500).streaming
+    assert not TrainConfig.load(tmp_path / "c.yaml", streaming="false").streaming
+
+
 def test_an_argument_is_named_as_the_flag_that_it_came_by():
     for arguments, message in (
         ({"steps": "x"}, "--steps must be int, got 'x'"),
@@ -156,6 +178,9 @@ def test_an_argument_is_named_as_the_flag_that_it_came_by():
         ({"lr": "1e-400"}, r"--lr must be float \| None, got '1e-400'$"),
         ({"lr": "0.0e5"}, r"--lr must be in \[1e-30, 10\], got 0\.0e5$"),
         ({"lr": "1e400"}, r"--lr must be in \[1e-30, 10\], got 1e400$"),
+        ({"packing": "yes"}, "--packing must be bool, got 'yes'$"),
+        ({"packing": 1}, "--packing must be bool, got 1$"),
+        ({"dataset_num_proc": "0"}, r"--dataset-num-proc must be in \[1, 1024\], got 0$"),
         ({"decay": "1e-400"}, "--decay must be float, got '1e-400'$"),
         ({"lr": "9", "weight_decay": "1"}, "--lr 9.0 times --weight-decay 1.0 must be at most 1"),
         ({"weight_decay": "1e3", "method": "full", "lr": "2e-3"}, "--lr 0.002 times --weight-decay 1000.0 must be"),
@@ -191,6 +216,10 @@ def test_the_choices_are_those_of_the_kernels_and_the_training():
         ({"backend": "gpu"}, "backend must be one of auto, .*, got 'gpu'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw_8bit, got 'sgd'"),
         ({"recompute": "all"}, "recompute must be one of none, frozen, layers, got 'all'"),
+        ({"packing": "true"}, "packing must be bool, got 'true'"),
+        ({"packing": None}, "packing must be bool, got None"),
+        ({"eval_packing": 1}, r"eval_packing must be bool \| None, got 1"),
+        ({"packing_strategy": "bfd_split"}, "packing_strategy must be one of bfd, wrapped, got 'bfd_split'"),
         ({"micro_batch_size": 0}, r"micro_batch_size must be in \[1, inf\), got 0"),
         ({"micro_batch_size": 9, "batch_size": 8}, "micro_batch_size must be at most batch_size 8, got 9"),
         *(

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import esft
+from esft.data.batches import collate
+from esft.data.examples import Example, joined
 from esft.experts.moe_layers import GATE, moe_layers
 from esft.selection import ExpertSelection
 from esft.training.load_balancing import balance_losses
@@ -214,3 +216,24 @@ def test_a_bar_counts_the_tokens_where_progress_is_to_be_seen(capsys, progress: 
     esft.score_experts(tiny_model(), [batch, batch], max_tokens=limit, progress=progress)
     shown = capsys.readouterr().err
     assert (f"{limit}/{limit}" in shown and "100%" in shown) if progress else not shown
+
+
+def test_documents_that_share_a_row_have_the_scores_that_they_have_each_alone():
+    drawn = torch.Generator().manual_seed(0)
+    documents = [Example(ids := torch.randint(0, 256, (n,), generator=drawn).tolist(), ids) for n in (5, 9, 3)]
+    model = tiny_model()
+    alone = esft.score_experts(model, [collate([document], 258) for document in documents])
+    together = esft.score_experts(model, [collate([joined(documents), documents[0]], 258), collate(documents[1:], 258)])
+    packed = esft.score_experts(model, [collate([joined(documents)], 258)])
+    assert packed.token_scores == alone.token_scores
+    assert packed.token_scores != esft.score_experts(model, [_without_documents(documents)]).token_scores
+    for layer, scores in packed.gate_scores.items():
+        assert scores == pytest.approx(alone.gate_scores[layer])
+    # The row twice, with padding behind it: the same shares.
+    for layer, scores in together.token_scores.items():
+        assert scores == pytest.approx(alone.token_scores[layer])
+
+
+def _without_documents(documents: list[Example]) -> dict:
+    batch = collate([joined(documents)], 258)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}

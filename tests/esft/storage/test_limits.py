@@ -12,6 +12,7 @@ from esft.storage.limits import (
     SHOWN,
     SIZE,
     TEXT,
+    UNFOLDED,
 )
 from esft.storage.reading import key_number
 
@@ -35,6 +36,7 @@ def test_what_exists_is_far_below():
         (SHOWN, 40, 2),  # a long name
         (ENCODING, 0.2, 100),  # a conversation of thousands of turns
         (RENDERED, TEXT, 32),
+        (UNFOLDED, 20, 10),  # repetitive text
     ],
 )
 def test_a_limit_leaves_room_and_not_twice_as_much(limit, largest, times):

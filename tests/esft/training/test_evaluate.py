@@ -8,8 +8,11 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 import esft
 from esft.checkpoint.source import Reach
+from esft.data.batches import collate
+from esft.data.encoding import encode_all
+from esft.data.examples import IGNORE, Example
+from esft.data.records import Record
 from esft.experts.model_state import model_state
-from esft.training.data import IGNORE, Example, collate, encode_all
 from esft.training.evaluate import (
     answer,
     batch_loss,
@@ -21,14 +24,14 @@ from esft.training.evaluate import (
     split_prompt,
 )
 from tests.esft import zoo
-from tests.esft.models import chat, tiny_model, tiny_tokenizer
+from tests.esft.models import chat, record, tiny_encoder, tiny_model, tiny_tokenizer
 
 PAD = 258
 IDS = torch.tensor([[256, 4, 5]])
 
 
 def examples():
-    return encode_all(tiny_tokenizer(), [chat("x" * n, "y" * (n + 1)) for n in range(1, 8)], 99, "here")
+    return encode_all(tiny_encoder(), [record("x" * n, "y" * (n + 1)) for n in range(1, 8)], "here")
 
 
 def loss_of_logits(model, batch) -> tuple[torch.Tensor, int]:
@@ -268,8 +271,8 @@ def prompt_ids(prompt: str) -> list[int]:
     return [256, 259, *tiny_tokenizer()(prompt)["input_ids"], 257, 260]
 
 
-def conversation(prompt: str) -> list[dict[str, str]]:
-    return chat(prompt, "")[:1]
+def conversation(prompt: str) -> Record:
+    return Record(chat(prompt, "")[:1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -360,7 +363,7 @@ def test_64_prompts_are_answered_at_a_time_with_128_tokens_unless_told():
     assert answer(model, tiny_tokenizer(), [conversation("a")] * 70) == ["a"] * 70
     assert [(len(call["input_ids"]), call["max_new_tokens"]) for call in calls] == [(64, 128), (6, 128)]
     calls.clear()
-    exact_match(model, tiny_tokenizer(), [chat("a", "a")] * 70)
+    exact_match(model, tiny_tokenizer(), [record("a", "a")] * 70)
     assert [len(call["input_ids"]) for call in calls] == [64, 6]
 
 
@@ -368,11 +371,11 @@ def test_progress_is_shown_when_wanted_only(capsys):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     record_generate(model)
     answer(model, tokenizer, [conversation("a")])
-    exact_match(model, tokenizer, [chat("a", "a")])
+    exact_match(model, tokenizer, [record("a", "a")])
     assert capsys.readouterr().err == ""
     for run in (
         lambda: answer(model, tokenizer, [conversation("a")], progress=True),
-        lambda: exact_match(model, tokenizer, [chat("a", "a")], progress=True),
+        lambda: exact_match(model, tokenizer, [record("a", "a")], progress=True),
     ):
         run()
         assert "generate: 100%" in (shown := capsys.readouterr().err) and "batch" in shown
@@ -410,7 +413,8 @@ def test_an_answer_that_cannot_be_read_is_wrong(given: str):
 
 def test_exact_match_counts_the_outcomes(monkeypatch):
     monkeypatch.setattr("esft.training.evaluate.answer", lambda *_: ["yes", "no", " yes", "[1]"])
-    records = [chat("a", "yes"), chat("b", "yes"), [*chat("c", "d"), *chat("e", "yes")], chat("", "yes")[1:]]
+    last = Record(chat("", "yes")[1:])
+    records = [record("a", "yes"), record("b", "yes"), Record([*chat("c", "d"), *chat("e", "yes")]), last]
     share, outcomes = exact_match(tiny_model(), tiny_tokenizer(), records)
     assert share == 0.5
     assert outcomes == [
@@ -430,7 +434,7 @@ def test_exact_match_leaves_room_for_two_tokens_more_than_the_longest_answer(mon
         return ["yes yes yes"[:max_new_tokens]] * len(prompts)  # one token a byte
 
     monkeypatch.setattr("esft.training.evaluate.answer", runs_on)
-    records = [chat("a", "no"), chat("b", "yes"), chat("c", "")]
+    records = [record("a", "no"), record("b", "yes"), record("c", "")]
     share, outcomes = exact_match(tiny_model(), adds_a_start(tiny_tokenizer()), records, 2, True)
     assert (share, [o["given"] for o in outcomes]) == (0.0, ["yes y"] * 3)
     assert asked == [([conversation(p) for p in "abc"], 3 + 2, 2, True)]
@@ -439,7 +443,23 @@ def test_exact_match_leaves_room_for_two_tokens_more_than_the_longest_answer(mon
 def test_the_last_assistant_turn_is_the_one_to_answer():
     before = [*chat("a", "b"), {"role": "user", "content": "c"}]
     after = [{"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]
-    assert split_prompt([*before, *after]) == (before, "d")
+    assert split_prompt(Record([*before, *after], tools=[{}])) == (Record(before, tools=[{}]), "d")
+
+
+def test_of_a_text_the_completion_is_the_answer():
+    assert split_prompt(Record(text="abc", prompt=2)) == (Record(text="ab", prompt=2), "c")
+    with pytest.raises(esft.InputError, match="^line 3: is a text without a prompt, which has no answer to compare$"):
+        split_prompt(Record(text="abc", place="line 3"))
+
+
+def test_a_text_is_gone_on_with_as_it_is():
+    model, prompt = tiny_model(), Record(text="ab", prompt=2)
+    calls = record_generate(model)
+    answer(model, tiny_tokenizer(), [prompt])
+    (row,), (mask,) = calls[0]["input_ids"], calls[0]["attention_mask"]
+    assert row[mask.bool()].tolist() == tiny_tokenizer()("ab")["input_ids"]
+    share, outcomes = exact_match(model, tiny_tokenizer(), [Record(text="abc", prompt=2)])
+    assert [(each["prompt"], each["expected"]) for each in outcomes] == [("ab", "c")]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
@@ -449,19 +469,19 @@ def test_a_model_whose_logits_are_no_numbers_answers_nothing(value: float, spoil
     with torch.no_grad():
         model.get_parameter(spoilt).fill_(value)
     with pytest.raises(esft.InputError, match="^the model's logits are no numbers: "):
-        answer(model, tiny_tokenizer(), [chat("say a", "")[:1]], 3)
+        answer(model, tiny_tokenizer(), [conversation("say a")], 3)
 
 
 def test_tokens_that_a_model_rules_out_are_no_fault():
     model = tiny_model()
-    expected = answer(model, tiny_tokenizer(), [chat("say a", "")[:1]], 3)
+    expected = answer(model, tiny_tokenizer(), [conversation("say a")], 3)
     first = torch.arange(300) == 299
 
     def rule_out(module, args, out):
         return out.masked_fill(first, -torch.inf)
 
     model.lm_head.register_forward_hook(rule_out)
-    assert answer(model, tiny_tokenizer(), [chat("say a", "")[:1]], 3) == expected
+    assert answer(model, tiny_tokenizer(), [conversation("say a")], 3) == expected
 
 
 @pytest.mark.parametrize(
@@ -474,7 +494,7 @@ def test_tokens_that_a_model_rules_out_are_no_fault():
     ids=str,
 )  # fmt: skip
 def test_what_the_models_generation_settings_say_is_not_used_and_is_left_as_it_is(settings: dict):
-    model, prompts = tiny_model(), [chat("say a", "")[:1], chat("say bcd", "")[:1]]
+    model, prompts = tiny_model(), [conversation("say a"), conversation("say bcd")]
     expected = answer(model, tiny_tokenizer(), prompts, 4)
     model.generation_config = own = GenerationConfig(**settings)
     assert answer(model, tiny_tokenizer(), prompts, 4) == expected

@@ -17,14 +17,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import esft
 from esft.checkpoint.load import load_model
+from esft.data.batches import collate, epoch_batches
+from esft.data.encoding import encode_all
+from esft.data.examples import IGNORE, Example, Examples
+from esft.data.sources import read_records
 from esft.memory import peak_rss
 from esft.runs.checkpoints import State
 from esft.selection import ExpertSelection
-from esft.training.data import IGNORE, Example, collate, encode_all, epoch_batches, read_records
+from esft.training import run_data
 from esft.training.load_balancing import balance_losses
 from esft.training.schedule import learning_rate
 from tests.esft.checkpoint.files import rewrite
-from tests.esft.models import chat, save_tiny, tiny_model, tiny_tokenizer, write_records
+from tests.esft.models import chat, save_tiny, tiny_encoder, tiny_model, tiny_tokenizer, write_records
 from tests.esft.small_runs import SELECTION, breaks, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
@@ -43,7 +47,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_the_batchs_tokens_and_of_the_w
         learnt = torch.rand(length, generator=draw) < 0.6
         examples.append(Example(ids, [t if yes else IGNORE for t, yes in zip(ids, learnt.tolist(), strict=True)]))
     examples[0].labels[0] = examples[0].ids[0]  # nothing comes before a first token: it cannot be learnt
-    monkeypatch.setattr(train_module, "encode_all", lambda *_: examples)
+    monkeypatch.setattr(run_data, "encoded", lambda *_: Examples.of(examples, 8, 0))
     config = settings(method="full", steps=1, micro_batch_size=together, aux_loss=aux_loss, dtype="float32")
     run(base, "run", config, None, eval_data=None)
 
@@ -78,7 +82,7 @@ def test_a_step_has_the_gradient_of_the_mean_over_the_batchs_tokens_and_of_the_w
 def test_batches_are_those_of_epoch_after_epoch_in_parts(base, fake, together: int | None):
     write_records(base.parent / "d.jsonl", 7)
     run(base, "run", settings(steps=8, batch_size=3, micro_batch_size=together, seed=5), eval_data=None)
-    examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
+    examples = encode_all(tiny_encoder(), read_records(base.parent / "d.jsonl"), "d")
     batches = [batch for epoch in range(3) for batch in epoch_batches(examples, 3, 5, epoch)][:8]
     parts = [batch[i : i + (together or 3)] for batch in batches for i in range(0, len(batch), together or 3)]
     assert fake.batches == [collate([examples[i] for i in part], PAD)["input_ids"].tolist() for part in parts]
@@ -375,7 +379,7 @@ def test_the_metrics_hold_every_step_and_every_evaluation(base, out, fake, steps
     config = settings(steps=5, eval_every=2, micro_batch_size=4, warmup_steps=2, decay=0.4)
     result = run(base, "run", config, eval_data=base.parent / "e.jsonl")
 
-    examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
+    examples = encode_all(tiny_encoder(), read_records(base.parent / "d.jsonl"), "d")
     batches = [b for epoch in range(2) for b in epoch_batches(examples, 8, 0, epoch)][:5]
     counts = [sum(len(examples[i].ids) for i in batch) for batch in batches]
     expected = []

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 import esft
 from esft.adapters.load_any import load_any_adapter
 from esft.checkpoint.load import load_model, load_tokenizer
+from esft.data.encoding import encode_all
+from esft.data.sources import read_records
 from esft.selection import ExpertSelection
-from esft.training.data import encode_all, read_records
 from esft.training.evaluate import mean_loss
-from tests.esft.models import chat, tiny_tokenizer, token_batch
-from tests.esft.small_runs import SELECTION, base_and_data, column, run, settings
+from tests.esft.models import chat, tiny_encoder, token_batch, write_records
+from tests.esft.small_runs import SELECTION, base_and_data, breaks, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 
@@ -63,7 +64,7 @@ def test_every_method_learns_and_leaves_a_whole_run_folder(base, method: str):
     tuned = load_model(str(out / "model" if method == "full" else base))
     if method != "full":
         tuned = load_any_adapter(tuned, out / "adapter")
-    examples = encode_all(tiny_tokenizer(), read_records(base.parent / "d.jsonl"), 99, "d")
+    examples = encode_all(tiny_encoder(), read_records(base.parent / "d.jsonl"), "d")
     assert mean_loss(tuned, examples, 258, 8) == pytest.approx(result.eval_loss, rel=1e-4)
 
 
@@ -152,3 +153,69 @@ def test_two_runs_of_one_seed_are_the_same_and_another_seed_is_not(base):
         run(base, name, settings(seed=seed, steps=3))
     a, b, c = (column(base.parent / name, "loss") for name in "abc")
     assert a == b != c
+
+
+PACKED = [
+    {"packing": True, "max_length": 60},
+    {"packing": True, "max_length": 60, "packing_strategy": "wrapped"},
+    {"padding_free": True, "micro_batch_size": 4},
+    {"streaming": True},
+]
+
+
+@pytest.mark.parametrize("how", PACKED, ids=str)
+def test_a_run_whose_rows_are_made_otherwise_resumes_to_the_same_end(base, monkeypatch, how: dict):
+    config = settings(steps=4, save_every=2, eval_every=4, **how)
+    whole = run(base, "whole", config)
+    real, count = train_module.batch_loss, breaks(3 if "padding_free" not in how else 6)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "batch_loss", lambda *args: count() or real(*args))
+        run(base, "broken", config)
+    assert run(base, "broken", None, None, resume=True).train_loss == whole.train_loss
+    one, other = (load_file(base.parent / name / "adapter" / "adapter.safetensors") for name in ("whole", "broken"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("aux_loss", [0.0, 0.1])
+def test_a_step_over_all_records_has_the_same_loss_however_they_lie(base, aux_loss: float):
+    common = {"steps": 1, "method": "full", "dtype": "float32", "aux_loss": aux_loss, "batch_size": 99}
+    ways = {"padded": {}, "packed": {"packing": True, "max_length": 60}, "free": {"padding_free": True}}
+    lines = []
+    for name, how in ways.items():
+        run(base, name, settings(**common, **how), None, eval_data=None)
+        lines += metrics(base.parent / name)
+    for line in lines[1:]:
+        for figure in ("loss", "grad_norm", *(["aux_loss"] if aux_loss else [])):
+            assert line[figure] == pytest.approx(lines[0][figure], rel=1e-4)
+
+
+def test_a_model_that_does_not_keep_documents_apart_is_refused_before_anything_is_written(base, monkeypatch):
+    def refuse(model) -> None:
+        raise esft.InputError("packing: they see each other")
+
+    monkeypatch.setattr(train_module, "check_separates", refuse)
+    for how in ({"packing": True}, {"padding_free": True}, {"eval_packing": True}):
+        with pytest.raises(esft.InputError, match="^packing: they see each other$"):
+            run(base, "run", settings(**how))
+    assert not (base.parent / "run").exists()
+    run(base, "run", settings(steps=1, packing=False, eval_packing=False))
+
+
+def test_the_data_is_reported_before_it_is_trained_on(base, caplog):
+    with caplog.at_level("INFO", "esft"):
+        run(base, "run", settings(steps=1), eval_data=None)
+    (line,) = (each.getMessage() for each in caplog.records if each.levelname == "INFO")
+    assert line.startswith(
+        f"{base.parent / 'd.jsonl'}: 24 records, 312 tokens (longest 13), 0 truncated, 0 left out; loss"
+    )
+
+
+def test_several_sources_train_and_are_remembered(base):
+    one, two = base.parent / "d.jsonl", write_records(base.parent / "e.jsonl", 5)
+    config, data = settings(steps=3, save_every=2), [f"{one}:1", f"{two}:2"]
+    esft.train(str(base), data, base.parent / "run", config, SELECTION, progress=False)
+    assert json.loads((base.parent / "run" / "origin.json").read_text())["data"] == f"{one}:1, {two}:2"
+    esft.train(str(base), data, base.parent / "run", None, None, resume=True, progress=False)
+    for other in (one, [f"{one}:1", f"{two}:3"]):
+        with pytest.raises(esft.InputError, match="^cannot resume with data .*: the run was begun with another"):
+            esft.train(str(base), other, base.parent / "run", None, None, resume=True, progress=False)

@@ -1,0 +1,167 @@
+"""Rows of a data file: JSON lines, a JSON list or Parquet, compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from esft.data.records import COLUMNS
+from esft.errors import InputError, first_line
+from esft.storage.limits import JSON_BYTES, UNFOLDED, UNFOLDED_BYTES
+from esft.storage.reading import check_regular, parse_json
+
+PARQUET = ".parquet"
+_WANTED = 'a record is a line of its own: {"messages": [{"role": "user", "content": ...}, ...]}'
+_BATCH = 100  # rows of a Parquet file that are looked at together
+
+
+def _zstandard(path: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstandard,
+}
+SUFFIXES = (".jsonl", ".json", PARQUET, *COMPRESSED)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file and where each stands in it, one at a time ("line 3", "record 3").
+
+    By its name Parquet or compressed; else a JSON list where it begins as one, and JSON lines where not, of which blank
+    ones are passed over. Raises InputError naming the file and line.
+    """
+    path = Path(path)
+    check_regular(path)
+    if path.suffix == PARQUET:
+        return _parquet(path)
+    return _json(path)
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as file:
+        head = file.peek(1 << 10)
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        rows = parse_json(_whole(path), str(path))
+        yield from ((f"record {number}", row) for number, row in enumerate(rows, 1))
+        return
+    first = True
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", _parsed(line, path, number, first)
+                first = False
+
+
+def _parsed(line: bytes, path: Path, number: int, first: bool) -> Any:
+    where = f"{path}: line {number}"
+    try:
+        return parse_json(_decoded(line, path, number), where, lines=False)
+    except InputError as error:
+        if first and line.lstrip()[:1] == b"{" and _is_json(path):
+            raise InputError(f"{path}: one JSON value over several lines; {_WANTED}") from error
+        raise InputError(f"{error}; {_WANTED}") from error
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (line {number})") from error
+
+
+def _whole(path: Path) -> str:
+    with _opened(path) as file:
+        content = file.read(JSON_BYTES + 1)
+    if len(content) > JSON_BYTES:
+        raise InputError(f"{path}: a JSON list of over {JSON_BYTES:,} bytes; write a record a line instead")
+    return _decoded(content, path, 1)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file is one JSON value."""
+    try:
+        parse_json(_whole(path), "")
+    except InputError:
+        return False
+    return True
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    most, seen, number = _most(path), 0, 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if name in COLUMNS]
+            for batch in file.iter_batches(_BATCH, columns=names or None):
+                if (seen := seen + batch.nbytes) > most:
+                    raise _unfolds(path)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"record {number}", _without_nulls(row)
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys that are null: in columns of one schema every mapping has the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The bytes of a file, unfolded where it is compressed. Raises InputError where that cannot be, or never ends."""
+    unfold = COMPRESSED.get(path.suffix)
+    try:
+        with open(path, "rb") if unfold is None else unfold(path) as file:
+            reader = file if unfold is None else io.BufferedReader(_Bounded(file, path), 1 << 16)
+            yield reader
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        said = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path}: {said}" if unfold is None else f"{path}: cannot be unfolded ({said})") from error
+
+
+def _most(path: Path) -> int:
+    return max(UNFOLDED_BYTES, UNFOLDED * path.stat().st_size)
+
+
+def _unfolds(path: Path) -> InputError:
+    return InputError(f"{path}: unfolds to more than {UNFOLDED} times its size, and is not read")
+
+
+class _Bounded(io.RawIOBase):
+    """What a compressed file unfolds to, up to the largest that it may."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self._file, self._path, self._left = file, path, _most(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._file.read(len(buffer))
+        self._left -= len(block)
+        if self._left < 0:
+            raise _unfolds(self._path)
+        buffer[: len(block)] = block
+        return len(block)

@@ -1,0 +1,117 @@
+"""The data of a training: from what it is called with, and its settings, to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from esft.checkpoint.source import Reach
+from esft.data.batches import Packing, steps
+from esft.data.cache import encoded
+from esft.data.encoding import Encoder
+from esft.data.examples import Example, Examples
+from esft.data.mixing import Mix, end_to_end, weights_of
+from esft.data.report import DataReport, data_report
+from esft.data.sources import DataSource
+from esft.data.streaming import streamed
+from esft.runs.checkpoints import digest_of
+from esft.runs.config import TrainConfig
+
+Data = str | Path | Sequence[str | Path]
+
+
+def sources_of(data: Data) -> list[DataSource]:
+    """One source or several. Raises InputError for what is none, and where only some have a weight."""
+    sources = [DataSource.of(each) for each in ([data] if isinstance(data, str | Path) else data)]
+    weights_of(sources)
+    return sources
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run is trained on.
+
+    Attributes:
+        sources: of the records.
+        tokenizer: the model's.
+        reach: the model's.
+        config: of the run.
+        mix: of the sources, by weight; None where each example comes once an epoch.
+        examples: of all sources; None where they are streamed.
+    """
+
+    sources: Sequence[DataSource]
+    tokenizer: PreTrainedTokenizerBase
+    reach: Reach
+    config: TrainConfig
+    mix: Mix | None = None
+    examples: Examples | None = None
+
+    def read(self, progress: bool = False) -> RunData:
+        """With all sources read and encoded; of those that are streamed, the first records for a trial.
+
+        Raises InputError for whatever cannot be used in them.
+        """
+        weights, encoder = weights_of(self.sources), self._encoder(self.config.packing)
+        if self.config.streaming:
+            next(streamed(self.sources, encoder, 1, self.config.seed))
+            return self
+        parts = [encoded(source, encoder, self.config.dataset_num_proc, progress) for source in self.sources]
+        mix = Mix([len(part) for part in parts], weights) if weights and len(parts) > 1 else None
+        return replace(self, mix=mix, examples=end_to_end(parts))
+
+    def held_out(self, source: DataSource | None, progress: bool = False) -> Sequence[Example]:
+        """The rows to evaluate on. Raises InputError as ``read`` does."""
+        if source is None:
+            return []
+        packs = self.config.packing if self.config.eval_packing is None else self.config.eval_packing
+        examples = encoded(source, self._encoder(packs), self.config.dataset_num_proc, progress)
+        return self._packing.rows(examples) if packs else examples
+
+    def batches(self, first: int) -> Iterator[list[Example]]:
+        """The rows of every step from ``first`` on, counted from 0, to the last."""
+        config, packing = self.config, self.packing
+        if self.examples is None:
+            encoder = self._encoder(config.packing)
+            rows = streamed(self.sources, encoder, config.batch_size, config.seed, first, packing)
+        else:
+            rows = steps(self.examples, config.batch_size, config.seed, first, packing, self.mix)
+        return islice(rows, config.steps - first)
+
+    def report(self) -> DataReport | None:
+        """Figures of the examples as they are trained on; None of a stream."""
+        if self.examples is None:
+            return None
+        config = self.config
+        return data_report(
+            self.examples, config.batch_size, self.packing, self.mix, config.micro_batch_size, config.padding_free
+        )
+
+    @property
+    def packing(self) -> Packing | None:
+        """How rows are made; None where each is an example."""
+        return self._packing if self.config.packing else None
+
+    @property
+    def _packing(self) -> Packing:
+        return Packing(self.reach.length(self.config.max_length), self.config.packing_strategy)
+
+    def _encoder(self, packs: bool) -> Encoder:
+        config, length = self.config, self.reach.length(self.config.max_length)
+        # What is cut where a row is full is not cut before.
+        most = None if packs and config.packing_strategy == "wrapped" else length
+        learnt = {name: getattr(config, name) for name in ("assistant_only_loss", "completion_only_loss")}
+        return Encoder(self.tokenizer, most, self.reach.vocabulary, **learnt)
+
+    @property
+    def name(self) -> str:
+        return ", ".join(map(str, self.sources))
+
+    def digest(self) -> str:
+        """Of the content: of a single source its own."""
+        digests = [source.digest(self.config.streaming) for source in self.sources]
+        return digests[0] if len(digests) == 1 else digest_of([digests, weights_of(self.sources)])

@@ -1,0 +1,138 @@
+import bz2
+import gzip
+import json
+import lzma
+import re
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import esft
+from esft.data import files
+from esft.data.files import read_rows
+from tests.esft.models import chat
+
+RECORD = {"messages": chat("a", "b")}
+WANTED = 'a record is a line of its own: {"messages": [{"role": "user", "content": ...}, ...]}'
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True),
+}
+
+
+def read(path) -> list:
+    return list(read_rows(path))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_holds_a_row_in_each_place(tmp_path, indent: int | None):
+    path = tmp_path / "d.json"
+    path.write_text("\ufeff " + json.dumps([RECORD, 3], indent=indent), encoding="utf-8")
+    assert read(path) == [("record 1", RECORD), ("record 2", 3)]
+
+
+def test_one_record_over_several_lines_is_told_what_is_expected(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(RECORD, indent=1))
+    with pytest.raises(esft.InputError) as raised:
+        read(path)
+    assert str(raised.value) == f"{path}: one JSON value over several lines; {WANTED}"
+
+
+def test_lines_are_read_in_order_without_blank_ones(tmp_path):
+    (tmp_path / "d.jsonl").write_text('\n{"a": 1}\n  \n\t\r\n{"a": 2}')
+    assert read(tmp_path / "d.jsonl") == read(str(tmp_path / "d.jsonl")) == [("line 2", {"a": 1}), ("line 5", {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "not JSON"),
+        ("[" * 100_000, "JSON that is nested too deeply"),
+        ('{"messages": ' + "9" * 5000 + "}", "holds a whole number of thousands of digits"),
+        ('{"messages": [], "messages": []}', "has the key 'messages' twice"),
+        ('{"messages": [NaN]}', "NaN is no JSON number"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line: str, message: str):
+    path = tmp_path / "d.jsonl"
+    path.write_text(f"{json.dumps(RECORD)}\n\n{line}\n")
+    with pytest.raises(esft.InputError, match=f"d.jsonl: line 3: {message}.*; {re.escape(WANTED)}$"):
+        read(path)
+
+
+def test_missing_and_binary_files_are_refused(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"a": 1}\n\xff\xfe\n')
+    with pytest.raises(esft.InputError, match=r"d.jsonl: not UTF-8 text \(line 2\)"):
+        read(path)
+    with pytest.raises(esft.InputError, match="absent.jsonl: No such file"):
+        read_rows(tmp_path / "absent.jsonl")  # at once, and not with the first row
+    with pytest.raises(esft.InputError, match="Is a directory"):
+        read_rows(tmp_path)
+
+
+def test_separators_inside_a_string_and_a_byte_order_mark_do_no_harm(tmp_path):
+    line = json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "d.jsonl").write_text(f"\ufeff{line}\r\n{line}\n", encoding="utf-8")
+    assert [row["text"] for _, row in read(tmp_path / "d.jsonl")] == ["a\u2028b\x85c"] * 2
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_compressed_lines_are_those_lines(tmp_path, suffix: str):
+    path = tmp_path / f"d.jsonl{suffix}"
+    path.write_bytes(PACKERS[suffix](json.dumps(RECORD).encode() * 1 + b'\n{"a": 2}\n'))
+    assert read(path) == [("line 1", RECORD), ("line 2", {"a": 2})]
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_compressed_file_that_is_none_or_cut_is_named(tmp_path, suffix: str):
+    path = tmp_path / f"d.jsonl{suffix}"
+    whole = PACKERS[suffix](b'{"a": 2}\n' * 5000)
+    for content in (b'{"a": 2}\n', whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(esft.InputError, match=rf"d\.jsonl{suffix}: (cannot be unfolded \(|not |line )"):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_what_unfolds_without_end_is_not_read(tmp_path, monkeypatch, suffix: str):
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", 1 << 16)
+    path = tmp_path / f"d.jsonl{suffix}"
+    path.write_bytes(PACKERS[suffix](b'{"a": "' + b"x" * (1 << 24) + b'"}'))
+    with pytest.raises(esft.InputError, match=r"unfolds to more than 200 times its size, and is not read$"):
+        read(path)
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", 1 << 25)
+    assert len(read(path)) == 1
+
+
+def parquet(path, rows: list[dict], **settings) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **settings)
+
+
+def test_rows_of_parquet_have_the_known_columns_without_nulls(tmp_path):
+    path = tmp_path / "d.parquet"
+    calling = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    parquet(path, [RECORD | {"id": 1}, {"messages": calling, "id": 2}] * 150)
+    found = read(path)
+    assert found[:2] == [("record 1", RECORD), ("record 2", {"messages": calling})]
+    assert len(found) == 300 and found[-1][0] == "record 300"
+
+
+def test_parquet_of_other_columns_keeps_them_for_the_message(tmp_path):
+    parquet(tmp_path / "d.parquet", [{"a": 1}])
+    assert read(tmp_path / "d.parquet") == [("record 1", {"a": 1})]
+
+
+def test_parquet_that_is_none_or_unfolds_without_end_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "d.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(esft.InputError, match=r"d.parquet: not a Parquet file that can be read \("):
+        read(path)
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", 1 << 16)
+    parquet(path, [{"text": "x" * 10_000}] * 5000)
+    with pytest.raises(esft.InputError, match="d.parquet: unfolds to more than 200 times its size"):
+        read(path)

@@ -1,0 +1,46 @@
+from collections import Counter
+
+import pytest
+
+import esft
+from esft.data.examples import Example, Examples
+from esft.data.mixing import Mix, end_to_end, weights_of
+from esft.data.sources import DataSource
+
+
+def some(*lengths: int) -> Examples:
+    return Examples.of([Example([n] * n, [n] * n) for n in lengths], len(lengths) + 1, 1)
+
+
+def test_sources_end_to_end_have_all_examples_and_counts():
+    both = end_to_end([some(1, 2), some(3)])
+    assert [example.ids for example in both] == [[1], [2, 2], [3, 3, 3]]
+    assert (both.records, both.truncated, both.lengths.tolist()) == (5, 2, [1, 2, 3])
+
+
+def test_all_sources_have_weights_or_none_has():
+    assert weights_of([DataSource("a", weight=0.7), DataSource("b", weight=2)]) == [0.7, 2]
+    assert weights_of([DataSource("a"), DataSource("b")]) is None
+    with pytest.raises(esft.InputError, match="^b: has no weight, and other data has: give all a weight, as b:1$"):
+        weights_of([DataSource("a", weight=0.7), DataSource("b")])
+
+
+@pytest.mark.parametrize(("weights", "counts"), [([3, 1], (30, 10)), ([1, 1], (20, 20)), ([1, 999], (1, 40))])
+def test_an_epoch_has_as_many_examples_of_each_source_as_its_weight_says(weights: list, counts: tuple):
+    order = Mix([8, 32], weights).drawn(seed=0, epoch=3)
+    assert (sum(i < 8 for i in order), sum(i >= 8 for i in order)) == counts
+    assert set(order) <= set(range(40))
+
+
+def test_a_source_is_gone_through_whole_before_it_comes_again():
+    mix = Mix([8, 32], [3, 1])
+    first = [i for epoch in range(4) for i in mix.drawn(0, epoch) if i < 8]
+    assert set(Counter(first).values()) == {15} and set(first[:8]) == set(first[8:16]) == set(range(8))
+    assert first[:8] != first[8:16]
+    second = [i for epoch in range(4) for i in mix.drawn(0, epoch) if i >= 8]
+    assert second[:32] != sorted(second[:32]) and set(second[:32]) == set(range(8, 40))
+
+
+def test_what_is_drawn_depends_on_seed_and_epoch_alone():
+    mix = Mix([8, 32], [3, 1])
+    assert mix.drawn(1, 2) == mix.drawn(1, 2) != mix.drawn(2, 2)

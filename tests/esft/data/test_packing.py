@@ -1,0 +1,60 @@
+import random
+
+import pytest
+
+from esft.data.examples import IGNORE, Example
+from esft.data.packing import Piece, laid, packed
+
+
+def drawn(count: int, longest: int, seed: int = 0) -> list[int]:
+    return [random.Random(f"{seed}/{i}").randint(1, longest) for i in range(count)]
+
+
+def test_each_goes_from_the_longest_on_into_the_row_that_it_leaves_least_room_in():
+    rows = packed([5, 3, 6, 2, 1, 3], range(6), 8, "bfd")
+    assert [[piece.example for piece in row] for row in rows] == [[2, 3], [0, 1], [5, 4]]
+    assert rows[0] == [Piece(2, 0, 6), Piece(3, 0, 2)]
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_rows_hold_every_token_once_and_no_more_than_fit(strategy: str):
+    lengths = drawn(300, 50)
+    rows = packed(lengths, range(300), 50, strategy)
+    assert all(0 < sum(piece.end - piece.start for piece in row) <= 50 for row in rows)
+    tokens = [(piece.example, at) for row in rows for piece in row for at in range(piece.start, piece.end)]
+    assert sorted(tokens) == [(i, at) for i, length in enumerate(lengths) for at in range(length)]
+
+
+def test_what_is_longer_than_a_row_is_cut_or_goes_on_in_the_next():
+    assert packed([7, 2], [0, 1], 5, "bfd") == [[Piece(0, 0, 5)], [Piece(1, 0, 2)]]
+    assert packed([7, 2], [0, 1], 5, "wrapped") == [[Piece(0, 0, 5)], [Piece(0, 5, 7), Piece(1, 0, 2)]]
+
+
+def test_wrapped_rows_are_full_but_the_last():
+    rows = packed(drawn(99, 30), range(99), 16, "wrapped")
+    assert {sum(piece.end - piece.start for piece in row) for row in rows[:-1]} == {16}
+
+
+def test_no_two_rows_would_fit_into_one():
+    rows = packed(drawn(200, 50), range(200), 50, "bfd")
+    sizes = sorted(sum(piece.end for piece in row) for row in rows)
+    assert sizes[0] + sizes[1] > 50
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_another_order_gives_other_rows_and_as_many(strategy: str):
+    lengths = drawn(200, 9)
+    one, other = (packed(lengths, random.Random(s).sample(range(200), 200), 32, strategy) for s in (1, 2))
+    assert len(one) == len(other) and one != other
+
+
+def test_records_of_20_to_4000_tokens_leave_at_most_3_percent_of_their_rows_empty():
+    lengths = [random.Random(i).randint(20, 4000) for i in range(2000)]
+    rows = packed(lengths, range(2000), 4096, "bfd")
+    assert 1 - sum(lengths) / (4096 * len(rows)) <= 0.03
+
+
+def test_a_row_has_the_tokens_of_its_pieces():
+    examples = [Example([1, 2, 3], [1, 2, 3]), Example([4, 5], [IGNORE, 5])]
+    assert laid([Piece(1, 0, 2), Piece(0, 1, 3)], examples) == Example([4, 5, 2, 3], [IGNORE, 5, IGNORE, 3], (0, 2))
+    assert laid([Piece(0, 0, 3)], examples) == examples[0]

@@ -1,0 +1,135 @@
+import json
+
+import datasets
+import pytest
+
+import esft
+from esft.data.records import Record
+from esft.data.sources import DataSource, read_records
+from esft.storage.files import file_digest
+from tests.esft.models import chat, record, write_records
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "split", "weight"),
+    [
+        ("d.jsonl", "d.jsonl", None, None),
+        ("a/b.parquet:0.3", "a/b.parquet", None, 0.3),
+        ("a/b@test", "a/b", "test", None),
+        ("a/b/c@train[:10%]:2", "a/b/c", "train[:10%]", 2.0),
+        ("a/b:.5", "a/b", None, 0.5),
+        ("a/b:c", "a/b:c", None, None),
+    ],
+)
+def test_a_source_is_a_path_with_split_and_weight(text: str, path: str, split: str | None, weight: float | None):
+    assert DataSource.of(text) == DataSource(path, split, weight)
+    assert DataSource.of(str(DataSource.of(text))) == DataSource.of(text)
+
+
+def test_a_file_of_that_very_name_is_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d:2").write_text("")
+    assert DataSource.of("d:2") == DataSource("d:2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no path"),
+        ("d.jsonl:0", "d.jsonl:0: the weight of a source must be above 0"),
+        ("d.jsonl@test", "d.jsonl@test: a file has no splits"),
+    ],
+)
+def test_what_is_no_source_is_named(text: str, message: str):
+    with pytest.raises(esft.InputError, match=message):
+        DataSource.of(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_file"),
+    [
+        ("absent", True),
+        ("absent.jsonl", True),
+        ("a/b.jsonl", True),
+        ("a/b/c/d", True),
+        ("a/b", False),
+        ("a/b.c", False),
+    ],
+)
+def test_what_is_not_there_is_a_file_unless_the_hub_may_have_it(path: str, is_file: bool):
+    source = DataSource(path)
+    assert source.is_file == is_file
+    assert (source.local is not None) == is_file
+    if is_file:
+        with pytest.raises(esft.InputError, match=f"^{path}: No such file"):
+            source.check()
+    else:
+        source.check()
+
+
+def test_records_come_with_their_places_and_bad_ones_are_named(tmp_path):
+    path = write_records(tmp_path / "d.jsonl", 2)
+    assert read_records(path) == read_records(str(path)) == [record("say a", "aaa"), record("say b", "bbb")]
+    assert [each.place for each in read_records(path)] == ["line 1", "line 2"]
+    path.write_text('{"text": "a"}\n\n{"a": 1}')
+    with pytest.raises(esft.InputError, match=r"d\.jsonl: line 3: has none of the columns"):
+        read_records(path)
+
+
+def test_a_source_without_records_is_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_text("\n\n")
+    with pytest.raises(esft.InputError, match="d.jsonl: holds no records$"):
+        read_records(tmp_path / "d.jsonl")
+
+
+def test_the_digest_of_a_file_is_of_its_bytes(tmp_path):
+    path = write_records(tmp_path / "d.jsonl", 2)
+    assert DataSource.of(path).digest() == file_digest(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that ``datasets`` reads, with two splits."""
+    datasets.disable_progress_bars()
+    (tmp_path / "set").mkdir()
+    for split, count in (("train", 3), ("test", 2)):
+        write_records(tmp_path / "set" / f"{split}.jsonl", count)
+    return tmp_path / "set"
+
+
+def test_a_folder_is_read_by_split(folder):
+    expected = [record(f"say {c}", c * 3) for c in "abc"]
+    assert read_records(folder) == expected and read_records(folder)[2].place == "record 3"
+    assert read_records(f"{folder}@test") == expected[:2]
+    assert list(DataSource.of(folder).records(streaming=True)) == expected
+    assert DataSource.of(folder).local == folder
+    with pytest.raises(esft.InputError, match=rf"^{folder}@best: cannot be read \("):
+        read_records(f"{folder}@best")
+
+
+def test_the_digest_of_a_folder_is_of_the_splits_rows(folder):
+    before = DataSource.of(folder).digest(), DataSource.of(f"{folder}@test").digest()
+    (folder / "test.jsonl").write_text(json.dumps({"messages": chat("x", "y")}))
+    after = DataSource.of(folder).digest(), DataSource.of(f"{folder}@test").digest()
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_a_data_set_that_was_saved_is_loaded(tmp_path):
+    saved = datasets.Dataset.from_list([{"messages": chat("a", "b")}])
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "two")
+    for text in (tmp_path / "one", tmp_path / "two", f"{tmp_path / 'two'}@test"):
+        assert read_records(text) == [Record(chat("a", "b"))]
+
+
+def test_a_folder_of_other_kinds_of_files_is_not_read(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "train.tar").write_bytes(b"")
+    with pytest.raises(esft.InputError, match="set: holds files of the kind webdataset; json, parquet, arrow, csv are"):
+        read_records(folder)
+
+
+def test_what_the_hub_does_not_have_is_named():
+    with pytest.raises(esft.InputError, match=r"^no/such: no such file or folder, and no data set of"):
+        read_records("no/such")

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+
+import esft
+from esft.checkpoint.source import Reach
+from esft.data.batches import Packing, epoch_batches, steps
+from esft.data.mixing import Mix
+from esft.data.sources import DataSource, read_records
+from esft.runs.checkpoints import digest_of
+from esft.runs.config import TrainConfig
+from esft.storage.files import file_digest
+from esft.training.run_data import RunData, sources_of
+from tests.esft.models import chat, tiny_encoder, tiny_tokenizer, write_records
+
+REACH = Reach(256, 300)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return [write_records(tmp_path / "a.jsonl", 12), write_records(tmp_path / "b.jsonl", 5)]
+
+
+def read(data, **settings) -> RunData:
+    return RunData(
+        sources_of(data), tiny_tokenizer(), REACH, TrainConfig(**({"batch_size": 4, "steps": 9} | settings))
+    ).read()
+
+
+def test_one_source_or_several_are_sources(paths):
+    one, other = map(str, paths)
+    assert sources_of(paths[0]) == sources_of([one]) == [DataSource(one)]
+    assert sources_of([f"{one}:2", f"{other}:1"]) == [DataSource(one, None, 2), DataSource(other, None, 1)]
+    with pytest.raises(esft.InputError, match="b.jsonl: has no weight"):
+        sources_of([f"{one}:2", other])
+
+
+def test_the_batches_of_one_source_are_its_examples_epoch_after_epoch(paths):
+    found = read(paths[0])
+    examples = [tiny_encoder(256).encode(record) for record in read_records(paths[0])]
+    assert list(found.examples) == examples
+    whole = [[examples[i] for i in batch] for epoch in range(3) for batch in epoch_batches(examples, 4, 0, epoch)]
+    assert list(found.batches(0)) == whole and list(found.batches(4)) == whole[4:]
+    assert found.report() is not None and found.report().records == 12
+
+
+def test_several_sources_are_one_set_or_drawn_from_by_weight(paths):
+    both = read(paths)
+    assert len(both.examples) == 17 and both.mix is None and both.name == f"{paths[0]}, {paths[1]}"
+    weighted = read([f"{paths[0]}:1", f"{paths[1]}:3"])
+    assert weighted.mix == Mix([12, 5], [1, 3])
+    rows = [row for batch in list(weighted.batches(0))[:5] for row in batch]
+    assert len(rows) == 17 and [row.ids for row in rows] != [
+        row.ids for batch in list(both.batches(0))[:5] for row in batch
+    ]
+
+
+def test_the_digest_is_the_files_or_of_all_and_their_weights(paths):
+    one, two = map(file_digest, paths)
+    assert read(paths[0]).digest() == one
+    assert read(paths).digest() == digest_of([[one, two], None])
+    assert read([f"{paths[0]}:1", f"{paths[1]}:3"]).digest() == digest_of([[one, two], [1, 3]])
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_rows_are_as_long_as_a_record_may_be(paths, strategy: str):
+    found = read(paths[0], packing=True, packing_strategy=strategy, max_length=40)
+    assert found.packing == Packing(40, strategy)
+    rows = [row for batch in found.batches(0) for row in batch]
+    assert max(len(row.ids) for row in rows) <= 40 and max(len(row.starts) for row in rows) > 1
+    assert found.report().packing == found.packing
+
+
+def test_what_wrapped_rows_cut_is_not_cut_before(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"messages": chat("a", "b" * 99)}))
+    rows = next(read(path, packing=True, packing_strategy="wrapped", max_length=30, batch_size=9).batches(0))
+    assert [len(row.ids) for row in rows] == [30, 30, 30, 15] or sorted(len(row.ids) for row in rows) == [
+        15,
+        30,
+        30,
+        30,
+    ]
+    (row,) = next(read(path, packing=True, max_length=30, batch_size=9).batches(0))
+    assert len(row.ids) == 30
+
+
+@pytest.mark.parametrize(
+    ("packing", "eval_packing", "packs"),
+    [(False, None, False), (True, None, True), (True, False, False), (False, True, True)],
+)
+def test_the_evaluation_is_packed_as_the_training_unless_it_is_said(paths, packing, eval_packing, packs: bool):
+    found = read(paths[0], packing=packing, eval_packing=eval_packing, max_length=60)
+    rows = found.held_out(DataSource.of(paths[1]))
+    assert (max(len(row.starts) for row in rows) > 1) == packs
+    assert sum(len(row.ids) for row in rows) == sum(
+        len(tiny_encoder().encode(record).ids) for record in read_records(paths[1])
+    )
+    assert found.held_out(None) == []
+
+
+def test_settings_of_the_loss_reach_the_labels(paths):
+    every = read(paths[0], assistant_only_loss=False).examples
+    assert every[0].targets == len(every[0].ids) - 1 > read(paths[0]).examples[0].targets
+
+
+def test_a_stream_is_tried_and_has_no_report(paths, tmp_path):
+    found = read(paths, streaming=True)
+    assert found.examples is None and found.report() is None
+    batches = list(found.batches(2))
+    assert len(batches) == 7 and {len(batch) for batch in batches} == {4}
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}')
+    with pytest.raises(esft.InputError, match="bad.jsonl: line 1: has none of the columns"):
+        read(tmp_path / "bad.jsonl", streaming=True)
+
+
+def test_the_bytes_of_a_file_are_the_digest_of_a_stream_too(paths):
+    assert read(paths[0], streaming=True).digest() == file_digest(paths[0])
+
+
+def test_steps_and_batches_agree_on_packed_rows(paths):
+    found = read(paths[0], packing=True, max_length=40)
+    whole = steps(list(found.examples), 4, 0, 0, Packing(40, "bfd"))
+    assert list(found.batches(0)) == [next(whole) for _ in range(9)]
