@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from esft.data.examples import Example, joined
@@ -26,41 +27,61 @@ def packed(lengths: Sequence[int], order: Sequence[int], length: int, strategy: 
 
     Args:
         lengths: tokens of every example.
-        order: of examples, which decides among those of one length, and where "wrapped" cuts.
-        strategy: as TRL names them. "bfd", best fit decreasing: from the longest to the shortest, each into the row
-            that it leaves least room in; what is longer than a row is cut. "wrapped": end to end, cut where a row is
-            full; the parts are documents of their own.
-
-    How many rows there are depends on the lengths alone.
+        order: of examples; may name one again.
+        strategy: "bfd" or "wrapped", TRL's names. "bfd" keeps examples whole, but for the end of what is longer than a
+            row: the longest that is left opens a row, others come as the order has them, and the one or two that fit
+            best close it. (TRL takes all in decreasing length, which uses the short ones up: see docs/data.md.)
+            "wrapped": end to end, cut where a row is full; the parts are documents of their own.
     """
     if strategy == "wrapped":
         return _wrapped(lengths, order, length)
-    pieces = [Piece(i, 0, min(lengths[i], length)) for i in order]
-    return _best_fit(sorted(pieces, key=lambda piece: -piece.end), length)
+    return _best_fit([Piece(i, 0, min(lengths[i], length)) for i in order], length)
 
 
 def _best_fit(pieces: Sequence[Piece], length: int) -> list[Row]:
+    waiting: dict[int, deque[int]] = {}  # length -> the places of its pieces, in order
+    for place, piece in enumerate(pieces):
+        waiting.setdefault(piece.end, deque()).append(place)
+    sizes, taken, first = sorted(waiting), bytearray(len(pieces)), 0
     rows: list[Row] = []
-    having: dict[int, list[Row]] = {}  # room -> the rows that have it
-    rooms: list[int] = []  # sorted
-    for piece in pieces:
-        size = piece.end - piece.start
-        place = bisect_left(rooms, size)
-        if place == len(rooms):
-            rows.append(row := [])
-            room = length
-        else:
-            room = rooms[place]
-            row = having[room].pop()
-            if not having[room]:
-                del having[room], rooms[place]
-        row.append(piece)
-        if room > size:
-            if room - size not in having:
-                having[room - size] = []
-                insort(rooms, room - size)
-            having[room - size].append(row)
+
+    def take(size: int, earliest: bool = False) -> Piece:
+        """A piece of this length; whoever goes by the order gets the earliest, so that the others come from behind."""
+        place = waiting[size].popleft() if earliest else waiting[size].pop()
+        if not waiting[size]:
+            del waiting[size], sizes[bisect_left(sizes, size)]
+        taken[place] = True
+        return pieces[place]
+
+    while sizes:
+        rows.append(row := [take(sizes[-1])])
+        room = length - row[0].end
+        while sizes and room >= sizes[0]:
+            if room >= sizes[-1] + 2 * sizes[0]:  # whichever comes next fits, and leaves room for two
+                while taken[first]:
+                    first += 1
+                row.append(take(pieces[first].end, earliest=True))
+                room -= row[-1].end
+                continue
+            for size in _closing(sizes, waiting, room):
+                row.append(take(size))
+                room -= size
     return rows
+
+
+def _closing(sizes: Sequence[int], waiting: Mapping[int, Sized], room: int) -> list[int]:
+    """The one or two lengths of those waiting that leave the least of a room; one at least fits."""
+    low, high = 0, bisect_right(sizes, room) - 1
+    best = [sizes[high]]
+    while low <= high and sum(best) < room:
+        both = [sizes[low], sizes[high]]
+        if sum(both) > room:
+            high -= 1
+            continue
+        if sum(both) >= sum(best) and (low < high or len(waiting[both[0]]) > 1):
+            best = both
+        low += 1
+    return best
 
 
 def _wrapped(lengths: Sequence[int], order: Sequence[int], length: int) -> list[Row]:

@@ -59,7 +59,7 @@ def test_the_digest_is_the_files_or_of_all_and_their_weights(paths):
     one, two = map(file_digest, paths)
     assert read(paths[0]).digest() == one
     assert read(paths).digest() == digest_of([[one, two], None])
-    assert read([f"{paths[0]}:1", f"{paths[1]}:3"]).digest() == digest_of([[one, two], [1, 3]])
+    assert read([f"{paths[0]}:1", f"{paths[1]}:3"]).digest() == digest_of([[one, two], [1.0, 3.0]])
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
