@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -132,7 +133,7 @@ def open_adapter(path: Path) -> dict[str, Any]:
         )
     if not (path / SELECTION).is_file():
         raise InputError(f"{path}: not an adapter folder (no {SELECTION})")
-    if not (path / MANIFEST).exists():
+    if not os.path.lexists(path / MANIFEST):
         unknown = f"{path}: does not say which base it is of (no {MANIFEST})"
         warnings.warn(f"{unknown}; only names and shapes are checked", stacklevel=3)
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
@@ -53,7 +54,7 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
     folder = adapter_folder(adapter)
     if not (folder / PEFT_CONFIG).is_file():
         return load_adapter(model, folder)
-    if (folder / MANIFEST).is_file():
+    if os.path.lexists(folder / MANIFEST):
         check_base(open_manifest(folder), partial(model_base, model), folder)
     try:
         from peft import PeftModel, get_peft_model_state_dict

@@ -29,6 +29,9 @@ def opened(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder
         raise InputError("`resume=True` and `overwrite=True` exclude each other")
     run = RunFolder(resolved(out))
     check_new_folder(out, lambda path: list(entries(path)))
+    for path in (run.path / NEXT, run.path / _DONE, run.path / NEXT / REPLACED, run.path / _DONE / REPLACED):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"{path}: is no folder, where a run has one of its own; move it elsewhere")
     if not _is_run(run):  # in what is not ours not even a lock is made
         _place(run, resume, overwrite)
     with run.lock():
@@ -94,7 +97,9 @@ def _replace(run: RunFolder) -> None:
                 os.replace(path, replaced / path.name)
         os.replace(following.path, done)
     if done.is_dir():
-        for path in sorted(done.iterdir()):
+        RunFolder(done).check_ours(REPLACED)
+        # The marker last: it says what is of the run.
+        for path in sorted(done.iterdir(), key=lambda path: (path.name == MARKER, path.name)):
             if path.name != REPLACED:
                 os.replace(path, run.path / path.name)
         shutil.rmtree(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -9,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from esft.errors import InputError
+from esft.errors import DiskError, InputError
 from esft.runs.checkpoints import Checkpoints, digest_of
 from esft.runs.config import TrainConfig
 from esft.runs.metrics import logging, read_metrics
@@ -64,10 +65,11 @@ class RunFolder:
         self.path = Path(path)
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there. Raises InputError for a folder in its place."""
-        if (self.path / name).is_dir():
-            raise InputError(f"{self.path / name}: is a folder, where a run has a file")
-        return (self.path / name).is_file()
+        """Whether a file is there. Raises InputError for anything else in its place."""
+        path = self.path / name
+        if os.path.lexists(path) and not path.is_file():
+            raise InputError(f"{path}: is no regular file, where a run has one")
+        return path.is_file()
 
     @property
     def begun(self) -> bool:
@@ -90,16 +92,19 @@ class RunFolder:
         nothing = all(entry == LOCK or TEMPORARY.fullmatch(entry) for entry in found)
         return nothing or (self.holds(MARKER) and all(map(_BEGINNING.fullmatch, found)))
 
-    def check_ours(self) -> None:
-        """Raise InputError naming the first file that no run has written."""
+    def check_ours(self, within: str = NEXT) -> None:
+        """Raise InputError naming the first file that no run has written.
+
+        Args:
+            within: the folder that holds another run: one that follows, which is looked at too, or what is replaced.
+        """
         outcome = self._outcome
         for entry in entries(self.path):
-            if entry.startswith((f"{NEXT}/", f"{REPLACED}/")):
-                continue
-            if not (entry in (NEXT, REPLACED) or entry in outcome or _OWN.fullmatch(entry)):
+            other = entry == within or entry.startswith(f"{within}/")
+            if not (other or entry in outcome or _OWN.fullmatch(entry)):
                 raise InputError(f"{self.path}: holds {entry}, which no run has written; move it elsewhere first")
-        if (self.path / NEXT).is_dir():
-            RunFolder(self.path / NEXT).check_ours()
+        if within == NEXT and (self.path / NEXT).is_dir():
+            RunFolder(self.path / NEXT).check_ours(REPLACED)
 
     @property
     def _outcome(self) -> set[str]:
@@ -119,10 +124,13 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Hold the run for the block; folders that are made for that go again where they are still empty.
 
-        Raises InputError naming the process that holds it.
+        Raises InputError naming the process that holds it, DiskError where no folder can be made.
         """
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"{self.path}: {error.strerror or error}") from error
         try:
             with locked(self.path / LOCK, self.path):
                 yield
@@ -221,7 +229,7 @@ class RunFolder:
 
     def metrics(self, torn: bool = False) -> list[dict[str, Any]]:
         """``read_metrics`` of this run. Raises InputError for a folder that is none of a run, too."""
-        if not (self.path / METRICS).is_file():
+        if not self.holds(METRICS):
             raise InputError(f"{self.path}: not a run folder (no {METRICS})")
         return read_metrics(self.path / METRICS, torn)
 

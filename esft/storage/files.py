@@ -40,11 +40,13 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
     Until then it has a temporary name in the same folder: the named file is the old one or the new one, whole, after a
     power cut too. Of a link to a file, that file is replaced. What writers of this file have left that were killed is
-    cleared away. Raises DiskError when the file cannot be written.
+    cleared away. Raises DiskError when the file cannot be written, and where there is a device or a pipe.
     """
     path = Path(path)
     try:
         target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise DiskError(f"{path}: is no regular file, and is not replaced")
         _clear(target)
         temporary, file = _begin(target)
         try:
@@ -58,6 +60,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    except DiskError:
+        raise
     except (OSError, RuntimeError) as error:  # the second of a loop of links
         raise DiskError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 

@@ -335,3 +335,10 @@ def test_a_tensor_is_read_only_where_it_holds_numbers(tmp_path):
             esft.InputError, match=f"^adapter's tensor {ONE.format('up')} holds values that are infinite"
         ):
             weights.get_tensor(ONE.format("up"))
+
+
+def test_a_manifest_that_cannot_be_read_is_no_missing_one(tmp_path):
+    (tmp_path / "expert_cfg.json").touch()
+    (tmp_path / "manifest.json").symlink_to("nowhere")
+    with pytest.raises(esft.InputError, match=r"/manifest\.json: No such file or directory$"):
+        open_adapter(tmp_path)

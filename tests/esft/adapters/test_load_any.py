@@ -228,3 +228,11 @@ def test_a_name_that_no_folder_can_have_is_refused():
     for name in ("", "x" * 300, "a\0b"):
         with pytest.raises(esft.InputError, match="^[^\n]{0,200}$"):
             adapter_folder(name)
+
+
+def test_a_manifest_that_cannot_be_read_is_no_missing_one(tmp_path):
+    save_lora(tmp_path)
+    load_any_adapter(tiny_model(), tmp_path)
+    (tmp_path / "manifest.json").symlink_to("nowhere")
+    with pytest.raises(esft.InputError, match=r"/manifest\.json: No such file or directory$"):
+        load_any_adapter(tiny_model(), tmp_path)

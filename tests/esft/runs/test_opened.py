@@ -236,3 +236,30 @@ def test_what_a_kill_left_of_a_run_that_was_to_replace_another_does_not_hinder_t
     with opened(run, False, True) as folder:
         fill(folder, "two")
     assert tree(run) == two
+
+
+@pytest.mark.parametrize(
+    "name", ["overwriting", "overwriting-done", "overwriting/replaced", "overwriting-done/replaced"]
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_link_or_a_file_where_another_run_would_be_is_refused_and_nothing_moves(tmp_path, run, name, resume: bool):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("years of work")
+    (run / name).parent.mkdir(exist_ok=True)
+    for make in (lambda path: path.symlink_to(tmp_path / "mine"), Path.touch):
+        make(run / name)
+        before = tree(tmp_path)
+        with pytest.raises(InputError, match=rf"/{name}: is no folder, where a run has one of its own"):
+            opened(run, resume, not resume).__enter__()
+        assert tree(tmp_path) == before
+        (run / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["overwriting-done", "replaced"])
+def test_a_users_folder_under_a_name_of_ours_is_left_alone(run, name: str):
+    (run / name).mkdir()
+    (run / name / "thesis").write_text("years of work")
+    before = tree(run)
+    with pytest.raises(InputError, match="holds (replaced/)?thesis, which no run has written"):
+        opened(run, False, True).__enter__()
+    assert tree(run) == before

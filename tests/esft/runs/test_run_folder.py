@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -292,11 +293,24 @@ def test_a_summary_that_is_none_is_named(tmp_path):
             RunFolder(tmp_path).summary()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "origin.json", "summary.json"])
-def test_a_folder_in_a_files_place_is_named(tmp_path, name: str):
-    (tmp_path / name).mkdir()
-    with pytest.raises(esft.InputError, match=f"/{name}: is a folder, where a run has a file$"):
-        RunFolder(tmp_path).holds(name)
+@pytest.mark.parametrize("name", ["config.yaml", "origin.json", "summary.json", "esft_run.json"])
+def test_what_is_no_file_in_a_files_place_is_named(tmp_path, name: str):
+    path = tmp_path / name
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path), lambda path: path.symlink_to(os.devnull)):
+        assert not RunFolder(tmp_path).holds(name)
+        make(path)
+        with pytest.raises(esft.InputError, match=f"/{name}: is no regular file, where a run has one$"):
+            RunFolder(tmp_path).holds(name)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_run_where_no_folder_can_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(esft.DiskError, match="/file/run: Not a directory$"),
+        RunFolder(tmp_path / "file" / "run").lock(),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "origin.json"])

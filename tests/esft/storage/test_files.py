@@ -202,3 +202,14 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
 def test_a_name_as_long_as_names_can_be_is_written(tmp_path):
     write_text(tmp_path / ("x" * 255), "new")
     assert [p.name for p in tmp_path.iterdir()] == ["x" * 255]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path, link: bool):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "link" if link else tmp_path / "pipe"
+    if link:
+        path.symlink_to("pipe")
+    with pytest.raises(esft.DiskError, match=rf"/{path.name}: is no regular file, and is not replaced$"):
+        write_text(path, "x")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1 + link
