@@ -120,7 +120,8 @@ def swapped_state(model: nn.Module) -> Swapped:
 def check_lossless(model: nn.Module, what: str) -> None:
     """Raise InputError where a swapped model's frozen weights have lost precision, so that ``what`` cannot be done."""
     if not (swapped := swapped_state(model)).lossless:
-        packed = f"experts are in {swapped.frozen} and the frozen linear layers in {swapped.frozen_linear}"
+        kept = {"experts": swapped.frozen, "linear layers": swapped.frozen_linear}
+        packed = " and ".join(f"{part} are in {kind}" for part, kind in kept.items() if kind != "bf16")
         raise InputError(
             f"{what} needs the stock model's weights, and the frozen {packed}, which has cost "
             "some of their precision: save an adapter, and merge it into the checkpoint"
