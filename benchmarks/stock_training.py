@@ -1,4 +1,4 @@
-"""A few training steps as a user would write them without this project: transformers, and PEFT for LoRA.
+"""A few training steps of the stock model, as a user would write them: transformers, and PEFT for LoRA.
 
 Run as a process of its own by ``benchmarks scale``: ``python -m benchmarks.stock_training --model M --data D ...``. The
 last line of its output is the tokens a second of the steps after the first.
@@ -11,12 +11,11 @@ import time
 from itertools import islice
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esft.data.sources import read_records
-
-LORA_RANK = 8
+from esft.runs.config import TrainConfig
+from esft.training.methods import add_lora
 
 
 def steps(model_path: str, data: str, method: str, count: int, records: int, length: int) -> float:
@@ -24,7 +23,7 @@ def steps(model_path: str, data: str, method: str, count: int, records: int, len
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     texts = [tokenizer.apply_chat_template(record.messages, tokenize=False) for record in read_records(data)]
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", experts_implementation="grouped_mm")
-    trained = _with_lora(model) if method == "lora" else model.train()
+    trained = add_lora(model, TrainConfig(method="lora")) if method == "lora" else model.train()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-5, foreach=False)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts]
     begun, tokens, batches = 0.0, 0, iter(ids)
@@ -37,18 +36,6 @@ def steps(model_path: str, data: str, method: str, count: int, records: int, len
         optimizer.zero_grad()
         tokens += batch.numel() if step else 0
     return tokens / (time.monotonic() - begun)
-
-
-def _with_lora(model: nn.Module) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    experts = sorted({name.rpartition("experts.")[2] for name, p in model.named_parameters() if ".experts." in name})
-    stacked = [f"experts.{name}" for name in experts if name.endswith("_proj")]
-    config = LoraConfig(
-        r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=stacked,
-    )  # fmt: skip
-    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
 
 
 def main() -> None:

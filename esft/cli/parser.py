@@ -149,16 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--frozen", choices=(*FROZEN, "all"), default="auto", help="what frozen experts are kept in")
     sub.add_argument("--memory-gb", type=gigabytes, metavar="GB", help="say what to change so that it fits")
     sub.add_argument("--json", action="store_true", help="print one line for machines")
-    planned = (
-        "method",
-        "optimizer",
-        "recompute",
-        "batch_size",
-        "micro_batch_size",
-        "lora_rank",
-        "dtype",
-        "frozen_linear",
-    )
+    planned = "method optimizer recompute batch_size micro_batch_size lora_rank dtype frozen_linear".split()
     add_settings(sub, *planned)
     sub.set_defaults(batch_size="1")
     trust(sub)

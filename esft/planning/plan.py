@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, prod
+from math import ceil
 from typing import Any
 
 from esft.errors import InputError
@@ -17,7 +17,7 @@ from esft.training.masters import master_type
 from esft.training.methods import add_lora
 from esft.training.moments import MOMENTS
 from esft.training.optim import PIECE
-from esft_kernels.formats.packed_matrix import layout
+from esft_kernels.formats.packed_matrix import nbytes
 from esft_kernels.formats.resolve import resolve_format
 
 # Python and the libraries, with what oneDNN makes and keeps for the shapes of a few steps: measured, docs/planning.md.
@@ -226,8 +226,8 @@ def _packed_linear(whole: Outline, chosen: _Chosen, format_name: str) -> tuple[i
     saved, scratch, size = 0, 0, whole.dtype.itemsize
     for rows, columns, of_shared in whole.linear if format_name != PLAIN else ():
         if not (chosen.shared if of_shared else chosen.others):
-            plain, stored = rows * columns * size, layout(format_name, rows, columns).values()
-            saved += plain - sum(prod(part.shape) * part.dtype.itemsize for part in stored)
+            plain = rows * columns * size
+            saved += plain - nbytes(format_name, rows, columns)
             scratch = max(scratch, plain)
     return saved, scratch
 

@@ -1,14 +1,14 @@
 """Memory for the CPU backend's large buffers, which comes back when nothing holds it any more and is given out again.
 
 Taken from the allocator in every call, the rows of a layer would be fresh pages each time, whose first touch can cost
-more than the arithmetic done in them. And an allocator that keeps them cannot use them again: between one step and the
-next, oneDNN puts the code of each new shape into the holes, for good, so that the next step's rows need new memory.
-Training OLMoE-1B-7B took 1.1 GB more at every step.
+more than the arithmetic done in them. And an allocator that keeps freed memory cannot always use it again: glibc aligns
+a block by asking for a larger one, so a hole of just its size does not do (docs/log.md).
 """
 
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from math import prod
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes; what is smaller is the allocator's own business
-_free: list[mmap.mmap] = []  # blocks that nothing uses now
+_free: list[mmap.mmap] = []  # blocks that nothing uses now; they come back at any time, from any thread
+_choosing = threading.Lock()  # one thread at a time takes from them
 
 
 def take(like: Tensor, *shape: int) -> Tensor:
@@ -24,7 +25,8 @@ def take(like: Tensor, *shape: int) -> Tensor:
     size = prod(shape) * like.dtype.itemsize
     if size < SMALLEST or not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows has no such blocks
         return like.new_empty(shape)
-    block = _fitting(size)
+    with _choosing:
+        block = _fitting(size)
     # Tensor -> view -> block: when the last tensor over it is gone, so is the view, and only the block is left.
     view = memoryview(block)
     weakref.finalize(view, _free.append, block).atexit = False
@@ -34,7 +36,7 @@ def take(like: Tensor, *shape: int) -> Tensor:
 def _fitting(size: int) -> mmap.mmap:
     """A block of at least so many bytes: a free one that is at most twice as large, or a new one.
 
-    A new one takes the place of a free one that is too small, so that there are never more than were in use at once.
+    A new one takes the place of a free one that is too small, so that blocks of growing sizes do not pile up.
     """
     fitting = [block for block in _free if size <= len(block) <= 2 * size]
     if fitting:

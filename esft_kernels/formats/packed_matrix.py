@@ -29,6 +29,11 @@ def layout(format_name: str, rows: int, columns: int) -> dict[str, Stored]:
     return {name: Stored((rows, stored.shape[-1]), stored.dtype) for name, stored in whole.items()}
 
 
+def nbytes(format_name: str, rows: int, columns: int) -> int:
+    """Bytes that a matrix takes. Raises ValueError as ``layout`` does."""
+    return FORMATS[format_name].nbytes(1, rows, _width(format_name, columns))
+
+
 @torch.no_grad()
 def encode(format_name: str, weight_OI: Tensor, parts: Sequence[Tensor]) -> None:
     """Write a matrix of any float dtype to tensors of ``layout``. Raises ValueError where it is not finite."""

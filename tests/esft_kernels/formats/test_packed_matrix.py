@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from esft_kernels.formats import packed_matrix
-from esft_kernels.formats.packed_matrix import ROW_FORMATS, decode, encode, layout, packed_linear
+from esft_kernels.formats.packed_matrix import ROW_FORMATS, decode, encode, layout, nbytes, packed_linear
 from esft_kernels.formats.resolve import FORMATS
 
 SIZES = [(5, 64), (3, 100), (1, 1), (130, 70)]
@@ -73,6 +73,12 @@ def test_between_forward_and_backward_no_decoded_matrix_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         packed_linear(x, parts, None, "nf4")
     assert sum(t.nbytes for t in kept) == sum(part.nbytes for part in parts)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_its_bytes_are_those_of_its_tensors(name, size):
+    assert nbytes(name, *size) == sum(part.nbytes for part in encoded(name, torch.zeros(size)))
 
 
 def test_bad_weights_and_formats_are_refused():
