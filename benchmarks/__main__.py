@@ -159,7 +159,7 @@ def _scale(argv: list[str]) -> None:
     parser.add_argument("--frozen-linear", choices=FROZEN_LINEAR, default="bf16", help="and other frozen layers")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--recompute", choices=RECOMPUTES, default="none")
-    parser.add_argument("--micro-batch-size", type=int, default=scale.RECORDS, help="records that are computed together")
+    parser.add_argument("--micro-batch-size", type=int, default=scale.RECORDS, help="records computed together")
     parser.add_argument("--memory-gb", type=float, help="hold every stage to this, in a control group")
     every = f"{', '.join(scale.STAGES)}; and of others {', '.join(scale.PEERS)}"
     parser.add_argument("--stages", default=",".join(scale.STAGES), help=f"comma-separated: {every}")
