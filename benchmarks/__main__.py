@@ -159,6 +159,7 @@ def _scale(argv: list[str]) -> None:
     parser.add_argument("--frozen-linear", choices=FROZEN_LINEAR, default="bf16", help="and other frozen layers")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--recompute", choices=RECOMPUTES, default="none")
+    parser.add_argument("--micro-batch-size", type=int, default=scale.RECORDS, help="records computed together")
     parser.add_argument("--memory-gb", type=float, help="hold every stage to this, in a control group")
     every = f"{', '.join(scale.STAGES)}; and of others {', '.join(scale.PEERS)}"
     parser.add_argument("--stages", default=",".join(scale.STAGES), help=f"comma-separated: {every}")
@@ -169,7 +170,8 @@ def _scale(argv: list[str]) -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         file = args.folder / f"{args.model}.{args.experts_per_layer}.json"
         args.experts = scale.first_experts(args.model, args.experts_per_layer, file)
-    settings = {name: getattr(args, name) for name in ("frozen", "frozen_linear", "optimizer", "recompute")}
+    kept = "frozen frozen_linear optimizer recompute micro_batch_size".split()
+    settings = {name: str(getattr(args, name)) for name in kept}
     rows = scale.measure(args.model, settings, args.experts, args.folder, args.memory_gb, stages)
     print(table(scale.shown(rows)))
     print(json.dumps({"model": args.model, "memory_gb": args.memory_gb, **settings, "measured": rows}))
