@@ -2,6 +2,7 @@
 
     python -m benchmarks layer    [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
     python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
+    python -m benchmarks methods  [--out build/methods] [--seeds 3] [--smoke]
     python -m benchmarks data     [--records 50000] [--words 80] [--processes 2] [--data train.jsonl]
     python -m benchmarks tune     --out tiles.json [--shapes deepseek-v2-lite] [--tokens 4096]
     python -m benchmarks scale    --model deepseek-v2-lite --frozen nf4 [--optimizer adamw_8bit] [--memory-gb 24]
@@ -9,11 +10,12 @@
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
-model, on the GPU where there is one. ``data`` times the encoding of records, and says how much of batches is padding.
-``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``tune`` tries other tiles on
-this machine's GPU and writes the fastest into a file for ESFT_TILES to name. ``roofline`` computes what the kernels'
-FLOPs and bytes allow on GPUs that need not be here, ``plan`` what training known models takes: nothing in them is
-measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
+model, on the GPU where there is one. ``methods`` trains that model by several methods on several tasks and seeds, which
+takes hours, and goes on where it was stopped. ``data`` times the encoding of records, and says how much of batches is
+padding. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``tune`` tries other
+tiles on this machine's GPU and writes the fastest into a file for ESFT_TILES to name. ``roofline`` computes what the
+kernels' FLOPs and bytes allow on GPUs that need not be here, ``plan`` what training known models takes: nothing in them
+is measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import data, layer, plan, random_checkpoint, roofline, scale, step, tune
+from benchmarks.methods import study
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
 from esft.runs.report import table
@@ -183,6 +186,7 @@ COMMANDS = {
     "tune": _tune,
     "layer": _layer,
     "step": _step,
+    "methods": study.main,
     "data": _data,
     "roofline": _roofline,
 }
