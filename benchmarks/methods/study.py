@@ -47,7 +47,7 @@ class Study:
                 rates = METHODS[method].rates
                 tried = [Cell(task, method, rate, 0, "validation", self.steps) for rate in rates]
                 if len(rates) == 1 or all(cell in known for cell in tried):
-                    best = max(tried, key=lambda cell: known[cell]["score"]).rate if len(rates) > 1 else rates[0]
+                    best = (max(tried, key=lambda cell: known[cell]["score"]) if len(tried) > 1 else tried[0]).rate
                     seeds = self.seeds if METHODS[method].train else self.seeds[:1]
                     cells += [Cell(task, method, best, seed, "test", self.steps) for seed in seeds]
         return cells
