@@ -155,3 +155,34 @@ def test_the_block_ends_well_though_somebody_has_removed_the_file(tmp_path):
     with locked(tmp_path / "lock", tmp_path):
         (tmp_path / "lock").unlink()
     assert not list(tmp_path.iterdir())
+
+
+def test_another_thread_may_end_the_block(tmp_path):
+    held = locked(tmp_path / "lock", Path("place"))
+    held.__enter__()
+    thread = threading.Thread(target=held.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert not list(tmp_path.iterdir())
+    free, tell = os.pipe()  # as another process sees it: the system knows of no holder any more
+
+    def look() -> None:
+        with locked(tmp_path / "lock", Path("place")):
+            os.write(tell, b"!")
+
+    assert status(forked(look)) == 0 and os.read(free, 1) == b"!"
+
+
+def test_the_lock_is_held_until_its_file_is_gone(tmp_path, monkeypatch):
+    """Else another process could take it in between, and lose its file to this one."""
+    seen, unlink = [], Path.unlink
+
+    def looks(path: Path, *args, **more) -> None:
+        with pytest.raises(InputError, match="in use by"), locked(tmp_path / "lock", Path("place")):
+            pass
+        seen.append(path.name)
+        unlink(path, *args, **more)
+
+    with locked(tmp_path / "lock", Path("place")):
+        monkeypatch.setattr(Path, "unlink", looks)
+    assert seen == ["lock"] and not list(tmp_path.iterdir())
