@@ -96,6 +96,7 @@ def test_of_packed_rows_as_many_tokens_are_held_as_fill_32_batches(tmp_path):
     numbers = [int(tiny_encoder().tokenizer.decode(row.ids[2:4])) for (row,) in rows]
     assert {len(row.ids) for (row,) in rows} == {9}
     assert sorted(numbers[:40]) == list(range(40)) and sorted(numbers[40:]) == list(range(40, 80))
+    assert max(numbers[:5]) >= 20  # of all that are held, and not of the first few
 
 
 def test_which_source_comes_next_depends_on_the_seed(tmp_path):
