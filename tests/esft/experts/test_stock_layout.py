@@ -497,3 +497,18 @@ def test_a_module_list_trains_by_expert_and_its_adapter_fits_the_stacked_model(t
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(esft.InputError, match="ModuleList hide which tokens they get"):
         esft.score_experts(model, [token_batch()])
+
+
+@pytest.mark.parametrize("stock", [Stacked, Flagged])
+def test_reading_a_layout_draws_no_random_numbers(stock: Callable):
+    experts = stock()
+    before = torch.get_rng_state()
+    read_layout(experts, "experts")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_experts_with_transformers_flags_are_taken_at_their_word():
+    """Their forward pass is transformers' own, and may want more than a layout is tried out with."""
+    experts = Flagged()
+    experts.forward = lambda *_: pytest.fail("run")
+    assert read_layout(experts, "experts").is_fused
