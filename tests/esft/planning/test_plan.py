@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft_kernels.formats.resolve import resolve_format
 from tests.esft import zoo
+from tests.esft.checkpoint.files import rewrite_json
 from tests.esft.models import save_tiny, tiny_model
 
 SELECTION = ExpertSelection({1: [2, 7], 2: [0]})
@@ -182,3 +184,10 @@ def test_what_does_not_fit_is_named(folder, how: dict, message: str):
 def test_a_plan_is_numbers_and_words_that_json_has(folder):
     found = plan(folder, SELECTION, config(), tokens=64)
     assert json.loads(json.dumps(vars(found))) == vars(found)
+
+
+def test_a_configuration_that_has_changed_is_planned_anew(folder):
+    before = plan(folder, SELECTION, config(), tokens=64)
+    rewrite_json(Path(folder) / "config.json", lambda values: values.update(hidden_size=128))
+    after = plan(folder, SELECTION, config(), tokens=64)
+    assert after.parameters > before.parameters and after.step > before.step
