@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import esft
+from benchmarks.methods.rules import Rule, as_many, chosen, drawn, least, over_all_layers, upper_half
 from esft.adapters.load_any import load_any_adapter
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.data.sources import read_records
 from esft.memory import peak_rss
 from esft.training.evaluate import exact_match
 from examples.compare import general_loss, read_general
-from examples.demo import ESFT, MODEL, TOP_P, load, score_task
-
-Rule = Callable[[esft.ExpertScores, random.Random], esft.ExpertSelection]
-
-
-def chosen(by: str = "token", **more: bool) -> Rule:
-    """The paper's rule, by token or by gate, with what else trains."""
-    return lambda scores, rng: replace(esft.select_experts(scores, by=by, top_p=TOP_P), **more)
-
-
-def drawn(scores: esft.ExpertScores, rng: random.Random) -> esft.ExpertSelection:
-    """As many experts of each layer as the paper's rule chooses, at random, with the shared ones."""
-    return _as_many(scores, lambda layer: rng.sample(sorted(layer), len(layer)))
-
-
-def least(scores: esft.ExpertScores, rng: random.Random) -> esft.ExpertSelection:
-    """As many experts of each layer as the paper's rule chooses, those that the task uses least, and the shared."""
-    return _as_many(scores, lambda layer: sorted(layer, key=layer.__getitem__))
-
-
-def _as_many(scores: esft.ExpertScores, order: Callable[[dict[int, float]], list[int]]) -> esft.ExpertSelection:
-    counts = {layer: len(ids) for layer, ids in esft.select_experts(scores, by="token", top_p=TOP_P).experts.items()}
-    experts = {layer: sorted(order(dict(scores.token_scores[layer]))[:count]) for layer, count in counts.items()}
-    return esft.ExpertSelection(experts, shared_experts=True)
+from examples.demo import ESFT, MODEL, load
 
 
 @dataclass(frozen=True)
@@ -62,6 +39,11 @@ METHODS = {
     "esft-gate": Method("esft", rule=chosen("gate")),
     "esft-token, shared": Method("esft", rule=chosen(shared_experts=True)),
     "esft-gate, shared": Method("esft", rule=chosen("gate", shared_experts=True)),
+    "output, shared": Method("esft", rule=as_many("output")),
+    "fisher, shared": Method("esft", rule=as_many("fisher")),
+    "fisher_rows, shared": Method("esft", rule=as_many("fisher_rows")),
+    "token over all layers, shared": Method("esft", rule=over_all_layers),
+    "upper half, as many": Method("esft", rule=upper_half),
     "random, shared": Method("esft", rule=drawn),
     "least used, shared": Method("esft", rule=least),
     "shared only": Method("esft", rule=lambda scores, rng: esft.ExpertSelection({}, shared_experts=True)),
@@ -88,10 +70,10 @@ class Cell:
 
 
 def measure(cell: Cell, task: Path, general: Path, out: Path) -> dict[str, Any]:
-    """Train and measure. The experts' scores of the task are kept beside its files; the run goes when it is measured.
+    """Train and measure; the run goes when it is measured.
 
     Args:
-        task: folder of train, validation and test.jsonl.
+        task: folder of train, validation and test.jsonl, and scores.json.
         general: file of general data.
         out: folder for the run.
     """
@@ -102,7 +84,9 @@ def measure(cell: Cell, task: Path, general: Path, out: Path) -> dict[str, Any]:
             ESFT, method=method.train, lr=cell.rate, seed=cell.seed, steps=cell.steps, eval_every=cell.steps
         )
         # The same draw for all rates, another for every seed.
-        selection = method.rule and method.rule(_scores(task), random.Random(f"{cell.task}/{cell.seed}"))
+        selection = method.rule and method.rule(
+            esft.ExpertScores.load(task / "scores.json"), random.Random(f"{cell.task}/{cell.seed}")
+        )
         result = esft.train(str(MODEL), task / "train.jsonl", out, config, selection, overwrite=True, progress=False)
         if method.train == "full":
             model = load(out / "model")
@@ -118,10 +102,3 @@ def measure(cell: Cell, task: Path, general: Path, out: Path) -> dict[str, Any]:
     )
     losses = general_loss(model, read_general(general)) if cell.split == "test" else {}
     return asdict(cell) | {"score": score, "general": losses, "parameters": parameters} | found
-
-
-def _scores(task: Path) -> esft.ExpertScores:
-    file = task / "scores.json"
-    if not file.exists():
-        score_task(str(MODEL), task / "train.jsonl").save(file)
-    return esft.ExpertScores.load(file)

@@ -54,7 +54,7 @@ class Study:
 def measured(study: Study, folder: Path, workers: int) -> dict[Cell, dict[str, Any]]:
     """All cells, ``workers`` at a time; of a study that is stopped, those that are done count when it goes on."""
     for task in study.tasks:
-        tasks.files(task, folder / "tasks", study.sizes)
+        tasks.scores(tasks.files(task, folder / "tasks", study.sizes))
     tasks.general(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for cells in (study.trials, lambda: study.finals(dict(_known(folder)))):

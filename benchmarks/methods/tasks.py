@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from examples.demo import MODEL
+
 # By the module of examples/ that makes each. Adaptations are what the base cannot do; it half knows the enhancement.
 TASKS = {
     "home_assistant": "home_assistant",  # adaptation: commands to calls of functions
@@ -25,6 +27,16 @@ def files(task: str, folder: Path, sizes: dict[str, int]) -> Path:
         options = [word for split, size in sizes.items() for word in (f"--{split}", str(size))]
         command = [sys.executable, "-m", f"examples.{TASKS[task]}", "--out", str(out), *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+    return out
+
+
+def scores(task: Path) -> Path:
+    """The file of what a task's experts score by every rule, beside its records."""
+    out = task / "scores.json"
+    if not out.exists():
+        common = ["--model", str(MODEL), "--data", str(task / "train.jsonl"), "--out", str(out), "--quiet"]
+        how = ["--max-length", "512", "--batch-size", "8", "--outputs", "--gradients"]
+        subprocess.run([sys.executable, "-m", "esft", "score", *common, *how], check=True, stdout=subprocess.DEVNULL)
     return out
 
 

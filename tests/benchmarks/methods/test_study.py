@@ -1,10 +1,10 @@
 """Which cells a comparison has, and that one which was stopped goes on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from benchmarks.methods import cell as cells
 from benchmarks.methods import study
 from benchmarks.methods.cell import METHODS, Cell
 from benchmarks.methods.study import Study
@@ -46,6 +46,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "_in_a_process", measure)
     monkeypatch.setattr(study.tasks, "files", lambda *_: None)
+    monkeypatch.setattr(study.tasks, "scores", lambda *_: None)
     monkeypatch.setattr(study.tasks, "general", lambda *_: None)
     with pytest.raises(RuntimeError, match="stopped"):
         study.measured(TWO, tmp_path, 1)
@@ -55,27 +56,14 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "8 of 8 cells"
 
 
-def test_rules_choose_as_many_experts_as_the_papers(monkeypatch):
-    import random
-
-    import esft
-
-    token = {layer: {expert: (expert + 1) / 36 for expert in range(8)} for layer in (1, 2)}
-    scores = esft.ExpertScores(token, token)
-    paper = cells.chosen()(scores, random.Random(0))
-    counts = {layer: len(ids) for layer, ids in paper.experts.items()}
-    drawn, least = cells.drawn(scores, random.Random(0)), cells.least(scores, random.Random(0))
-    for other in (drawn, least):
-        assert {layer: len(ids) for layer, ids in other.experts.items()} == counts and other.shared_experts
-    assert least.experts[1] == list(range(counts[1])) and 7 in paper.experts[1]
-    assert drawn == cells.drawn(scores, random.Random(0)) and drawn != cells.drawn(scores, random.Random(1))
-
-
 @pytest.mark.slow
-def test_the_smoke_study_measures_and_prints_all_tables(tmp_path, capsys):
-    study.main(["--smoke", "--out", str(tmp_path), "--results", str(tmp_path / "results.json")])
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert [(c["method"], c["split"]) for c in found].count(("esft-token, shared", "validation")) == 3
-    assert [(c["method"], c["split"]) for c in found].count(("esft-token, shared", "test")) == 2
-    assert capsys.readouterr().out.count("\n## ") == 3
-    assert not list((tmp_path / "runs").iterdir())
+def test_the_smoke_study_measures_and_prints_all_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, name := "esft-token, shared", replace(METHODS[name], rates=(5e-3,)))
+    parts = [{"part": "prose", "text": "A short text."}, {"part": "code", "text": "x = 1\n"}]
+    (tmp_path / "general.jsonl").write_text("".join(json.dumps(part) + "\n" for part in parts))
+    study.main(["--smoke", "--out", str(tmp_path), "--results", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [(c["method"], c["seed"]) for c in found] == [("base", 1), (name, 1), (name, 2)]
+    assert all(c["general"].keys() == {"prose", "code"} and 0 <= c["score"] <= 1 for c in found)
+    assert found[1]["trained_parameters"] > 0 and not list((tmp_path / "runs").iterdir())
+    assert capsys.readouterr().out.count("\n## ") == 4
