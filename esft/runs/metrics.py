@@ -30,7 +30,7 @@ def logging(path: Path, board: Path, done: int) -> Iterator[Callable[..., None]]
     """
     lines = [line for line in read_metrics(path, torn=True) if line["step"] <= done] if path.is_file() else []
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    with disk_errors(path), open(path, "a", encoding="utf-8") as file, _events(board, done) as add:
+    with open(path, "a", encoding="utf-8") as file, _events(board, done) as add:
 
         def log(step: int, **values: float) -> None:
             with disk_errors(path):

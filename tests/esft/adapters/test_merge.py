@@ -1,6 +1,7 @@
 import importlib
 import json
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,7 @@ def test_a_base_of_links_into_a_cache_is_copied_without_its_weights_in_other_for
     assert {blob: blob.read_bytes() for blob in blobs.iterdir()} == content
     found = {p.relative_to(merged): p.read_bytes() for p in merged.rglob("*") if p.is_file()}
     assert not any(p.is_symlink() for p in merged.rglob("*"))
+    assert all(p.stat().st_mode & stat.S_IWUSR for p in merged.rglob("*"))  # though the cache's are read-only
     assert found.keys() == copied.keys() | {Path("esft_manifest.json")}
     assert {p.name for p in copied if copied[p] != found[p]} == {"model.safetensors"}
 

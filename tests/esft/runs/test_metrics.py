@@ -103,3 +103,10 @@ def test_another_error_of_a_thread_is_still_printed(tmp_path, path, monkeypatch)
         thread.start()
         thread.join()
     assert printed == [IndexError]
+
+
+def test_a_step_is_in_the_file_as_soon_as_it_is_logged(path, tmp_path):
+    with logging(path, tmp_path / "board", 0) as log:
+        for step in (1, 2):
+            log(step, lr=0.5)
+            assert read_metrics(path)[-1] == {"step": step, "lr": 0.5}

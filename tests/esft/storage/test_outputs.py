@@ -291,7 +291,8 @@ def test_a_file_is_not_written_over_an_input_nor_into_one(tmp_path):
     for out in ("d.json", "soft", "hard", "model/../d.json"):
         with pytest.raises(InputError, match="would replace .*/d.json, which is read"):
             check_new_file(tmp_path / out, read_json, [None, model, data])
-    for out in ("model/config.json", "inside", "models/config.json", "model/new.json"):
+    (model / "below").mkdir()
+    for out in ("model/config.json", "inside", "models/config.json", "model/new.json", "model/below/new.json"):
         with pytest.raises(InputError, match=f"{out}: lies in .*/model, which is read"):
             check_new_file(tmp_path / out, read_json, [model, data])
     check_new_file(tmp_path / "new.json", read_json, [model, data, "a-hub/name"])
