@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from esft.errors import DiskError, InputError
+from esft.errors import InputError
 from esft.storage.files import write_text
+from esft.storage.outputs import disk_errors
 from esft.storage.reading import parse_json, read_text, shown
 
 LARGEST = 1e300  # of a figure, so that sums of some stay numbers
@@ -28,17 +30,41 @@ def logging(path: Path, board: Path, done: int) -> Iterator[Callable[..., None]]
     """
     lines = [line for line in read_metrics(path, torn=True) if line["step"] <= done] if path.is_file() else []
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    with open(path, "a", encoding="utf-8") as file, SummaryWriter(str(board), purge_step=done + 1) as events:
+    with open(path, "a", encoding="utf-8") as file, _events(board, done) as add:
 
         def log(step: int, **values: float) -> None:
-            try:
+            with disk_errors(path):
                 print(json.dumps({"step": step, **values}), file=file, flush=True)
-            except OSError as error:
-                raise DiskError(f"{path}: {error.strerror or error}") from error
             for name, value in values.items():
-                events.add_scalar(name, value, step)
+                add(name, value, step)
 
         yield log
+
+
+@contextmanager
+def _events(board: Path, done: int) -> Iterator[Callable[[str, float, int], None]]:
+    """A function that adds a value to TensorBoard's events.
+
+    They are written by a thread, which meets a full disk first: what it is told is raised at the next call, and need
+    not be printed with a traceback, too.
+    """
+    print_traceback = threading.excepthook
+    threading.excepthook = lambda of: None if isinstance(of.exc_value, OSError) else print_traceback(of)
+    try:
+        with disk_errors(board):
+            events = SummaryWriter(str(board), purge_step=done + 1)
+
+        def add(name: str, value: float, step: int) -> None:
+            with disk_errors(board):
+                events.add_scalar(name, value, step)
+
+        try:
+            yield add
+        finally:
+            with disk_errors(board):
+                events.close()
+    finally:
+        threading.excepthook = print_traceback
 
 
 def read_metrics(path: Path, torn: bool = False) -> list[dict[str, Any]]:

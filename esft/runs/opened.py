@@ -10,7 +10,7 @@ from pathlib import Path
 
 from esft.errors import InputError
 from esft.runs.run_folder import LOCK, NEXT, REPLACED, SUMMARY, RunFolder
-from esft.storage.outputs import RUN_MARKER, check_new_folder, entries, resolved
+from esft.storage.outputs import RUN_MARKER, check_new_folder, disk_errors, entries, resolved
 
 _DONE = "overwriting-done"  # in the run's folder: what was ``NEXT``, from when all of the earlier run is put aside
 
@@ -23,26 +23,27 @@ def opened(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder
     it does not get there, the other one stays as it is, and ``resume`` goes on with the one that has been begun last.
 
     Raises InputError where there is no run to go on with or to replace, where files are there that no run has written,
-    and where another process holds the run.
+    and where another process holds the run; DiskError for a disk that is full or fails in the block.
     """
     if resume and overwrite:
         raise InputError("`resume=True` and `overwrite=True` exclude each other")
     run = RunFolder(resolved(out))
-    check_new_folder(out, lambda path: list(entries(path)))
-    for path in (run.path / NEXT, run.path / _DONE, run.path / NEXT / REPLACED, run.path / _DONE / REPLACED):
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise InputError(f"{path}: is no folder, where a run has one of its own; move it elsewhere")
-    if not _is_run(run):  # in what is not ours not even a lock is made
-        _place(run, resume, overwrite)
-    with run.lock():
-        run.recover()
-        _replace(run)
-        folder = _place(run, resume, overwrite)
-        following = RunFolder(run.path / NEXT)
-        if following.broken_off or not resume:
-            shutil.rmtree(following.path, ignore_errors=True)
-        yield folder
-        _replace(run)
+    with disk_errors(run.path):  # of files that go while they are looked at, too
+        check_new_folder(out, lambda path: list(entries(path)))
+        for path in (run.path / NEXT, run.path / _DONE, run.path / NEXT / REPLACED, run.path / _DONE / REPLACED):
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise InputError(f"{path}: is no folder, where a run has one of its own; move it elsewhere")
+        if not _is_run(run):  # in what is not ours not even a lock is made
+            _place(run, resume, overwrite)
+        with run.lock():
+            run.recover()
+            _replace(run)
+            folder = _place(run, resume, overwrite)
+            following = RunFolder(run.path / NEXT)
+            if following.broken_off or not resume:
+                shutil.rmtree(following.path, ignore_errors=True)
+            yield folder
+            _replace(run)
 
 
 def latest(out: str | Path) -> RunFolder:

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from esft.errors import DiskError, ESFTError, InputError
+from esft.errors import DiskError, ESFTError, InputError, first_line
 from esft.storage.locks import locked
 from esft.storage.reading import check_name
 
@@ -84,20 +84,21 @@ Earlier = Callable[[Path], Collection[str]]
 
 
 def check_new_folder(path: str | Path, earlier: Earlier | None = None) -> None:
-    """Raise InputError unless a folder can be written there.
+    """Raise InputError unless a folder can be written there, DiskError where it cannot be looked at.
 
     Args:
         earlier: tells an earlier output's files; a folder that holds nothing else may be replaced. None where only an
             empty folder may.
     """
     place = resolved(path)
-    if place.exists() and not place.is_dir():
-        raise InputError(f"{path}: is a file, not a folder")
-    if place.exists() and any(place.iterdir()):
-        if earlier is None:
-            raise InputError(f"{path}: holds something already (`overwrite=True` replaces it)")
-        check_all_ours(place, earlier(place))
-    _check_parent(Path(path))
+    with disk_errors(place):  # of files that go while they are looked at, too
+        if place.exists() and not place.is_dir():
+            raise InputError(f"{path}: is a file, not a folder")
+        if place.exists() and any(place.iterdir()):
+            if earlier is None:
+                raise InputError(f"{path}: holds something already (`overwrite=True` replaces it)")
+            check_all_ours(place, earlier(place))
+        _check_parent(Path(path))
 
 
 def check_all_ours(folder: Path, ours: Collection[str]) -> None:
@@ -146,7 +147,7 @@ def new_folder(path: str | Path, earlier: Earlier | None = None) -> Iterator[Pat
         raise InputError(f"{path}: the working folder cannot be replaced; name one below it or go elsewhere")
     beside = path.with_name(f".{path.name}.esft")
     new, old = beside / _NEW, beside / _OLD
-    with _disk_errors(path, new):
+    with _named(path, new), disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_beside(beside)
         beside.mkdir(exist_ok=True)
@@ -212,16 +213,26 @@ def _check_beside(beside: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path, temporary: Path) -> Iterator[None]:
-    """What the system says while a folder is written, in one line that names the folder or the file at fault."""
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """Errors about a folder that is not whole yet, and is gone when they are read, name the one that it was to be."""
     try:
         yield
-    except ESFTError as error:  # of a file in the folder, which is gone when this is read
+    except ESFTError as error:
         if str(temporary) not in str(error):
             raise
         raise type(error)(str(error).replace(str(temporary), str(path))) from error
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the system says while a file or folder is written, as a DiskError that names it or the file at fault."""
+    try:
+        yield
+    except (ESFTError, BrokenPipeError):  # the second of who reads what is printed, and has seen enough
+        raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a copy's error then names its source
-        raise DiskError(f"{path if full else error.filename or path}: {error.strerror or error}") from error
+        said = error.strerror or first_line(error)
+        raise DiskError(f"{path if full else error.filename or path}: {said}") from error
     except SafetensorError as error:
         raise DiskError(f"{path}: {error}") from error

@@ -444,5 +444,7 @@ def test_a_base_without_its_head_is_merged_into_as_it_is(tmp_path):
     esft.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     names = load_file(tmp_path / "base" / "model.safetensors").keys()
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == names and "embed_tokens.weight" in names
+    streamed = esft.load_adapter(esft.load(str(tmp_path / "base"), ExpertSelection({1: [0]})), tmp_path / "adapter")
+    assert torch.equal(streamed(**token_batch()).logits, tuned(**token_batch()).logits)
     merged, stock = load_model(str(tmp_path / "out")), esft.unswap(tuned)
     assert torch.equal(merged(**token_batch()).logits, stock(**token_batch()).logits)

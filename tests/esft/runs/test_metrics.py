@@ -1,7 +1,9 @@
 import json
+import threading
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import esft
 from esft.runs.metrics import logging, read_metrics
@@ -75,6 +77,32 @@ def test_a_disk_that_is_full_is_named_when_a_step_is_logged(path, tmp_path, monk
         monkeypatch.setattr("builtins.print", full)
         with pytest.raises(esft.DiskError, match=r"metrics\.jsonl: No space left on device$"):
             log(1, loss=1.0)
+
+
+@pytest.mark.parametrize("call", ["write", "flush"])
+def test_a_disk_that_is_full_of_events_is_one_error_without_a_traceback(tmp_path, path, monkeypatch, capsys, call: str):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, call, full)
+    before = threading.excepthook
+    with (
+        pytest.raises(esft.DiskError, match=r"/board: No space left on device$"),
+        logging(path, tmp_path / "board", 0) as log,
+    ):
+        log(**STEP)
+    assert "Traceback" not in capsys.readouterr().err
+    assert threading.excepthook is before
+
+
+def test_another_error_of_a_thread_is_still_printed(tmp_path, path, monkeypatch):
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", lambda of: printed.append(of.exc_type))
+    with logging(path, tmp_path / "board", 0):
+        thread = threading.Thread(target=lambda: [][0])
+        thread.start()
+        thread.join()
+    assert printed == [IndexError]
 
 
 def test_a_step_is_in_the_file_as_soon_as_it_is_logged(path, tmp_path):

@@ -1,5 +1,6 @@
 """Where a run begins, goes on, or takes another's place; with runs of a few files, that nothing has trained."""
 
+import errno
 import importlib
 import os
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from esft.errors import InputError
+from esft.errors import DiskError, InputError
 from esft.runs.opened import latest, opened
 from esft.runs.run_folder import RunFolder
 from tests.esft.small_runs import SELECTION, settings
@@ -263,3 +264,20 @@ def test_a_users_folder_under_a_name_of_ours_is_left_alone(run, name: str):
     with pytest.raises(InputError, match="holds (replaced/)?thesis, which no run has written"):
         opened(run, False, True).__enter__()
     assert tree(run) == before
+
+
+@pytest.mark.parametrize("place", ["before it is locked", "at the start", "in the block", "at the end"])
+def test_a_disk_that_fails_is_one_error(tmp_path, monkeypatch, place: str):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opening():
+        with opened(tmp_path / "run", resume=False, overwrite=False):
+            monkeypatch.setattr("esft.runs.opened.RunFolder.holds", full if place == "at the end" else RunFolder.holds)
+            if place == "in the block":
+                full()
+
+    if place in (early := {"before it is locked": "check_new_folder", "at the start": "RunFolder.recover"}):
+        monkeypatch.setattr(f"esft.runs.opened.{early[place]}", full)
+    with pytest.raises(DiskError, match="/run: No space left on device$"):
+        opening()

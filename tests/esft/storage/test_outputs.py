@@ -1,13 +1,14 @@
 import errno
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 import esft
-from esft.errors import InputError
+from esft.errors import DiskError, InputError
 from esft.storage.files import write_json
 from esft.storage.outputs import check_apart, check_new_file, check_new_folder, entries, new_folder, recover
 from esft.storage.reading import read_json
@@ -397,3 +398,15 @@ def test_a_file_that_may_be_a_part_of_weights_or_of_a_run_is_not_overwritten(tmp
     said = rf"expert_cfg\.json: lies beside {beside}, may be a part of the same, and is not overwritten$"
     with pytest.raises(InputError, match=said):
         check_new_file(tmp_path / "expert_cfg.json", lambda path: None)
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_one_error(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+
+    def gone(path):
+        shutil.rmtree(path)
+        return list(entries(path))
+
+    with pytest.raises(DiskError, match="/out: No such file or directory$"):
+        check_new_folder(tmp_path / "out", gone)
