@@ -202,10 +202,21 @@ def test_a_model_that_does_not_keep_documents_apart_is_refused_before_anything_i
 def test_the_data_is_reported_before_it_is_trained_on(base, caplog):
     with caplog.at_level("INFO", "esft"):
         run(base, "run", settings(steps=1), eval_data=None)
-    (line,) = (each.getMessage() for each in caplog.records if each.levelname == "INFO")
+    line, about = (each.getMessage() for each in caplog.records if each.levelname == "INFO")
     assert line.startswith(
         f"{base.parent / 'd.jsonl'}: 24 records, 312 tokens (longest 13), 0 truncated, 0 left out; loss"
     )
+    assert about == "esft: 3 experts of 2 layers, 5,760 parameters, 1 steps of 8 records"
+    caplog.clear()
+    with caplog.at_level("INFO", "esft"):
+        run(base, "full", settings(method="full", steps=2, save_every=1, packing=True, eval_packing=False), None)
+        run(base, "full", settings(method="full", steps=3, save_every=1, packing=True, eval_packing=False), None,
+            resume=True)  # fmt: skip
+    about = [line for each in caplog.records if (line := each.getMessage()).startswith("full: ")]
+    assert [line.split(" parameters, ")[1] for line in about] == [
+        "2 steps of 8 packed rows, loss of evaluation data every 6",
+        "2 more steps of 8 packed rows, loss of evaluation data every 6",
+    ]
 
 
 def test_several_sources_train_and_are_remembered(base):
