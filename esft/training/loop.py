@@ -16,6 +16,7 @@ from torch import nn
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.data.examples import Example
+from esft.data.mixing import mixed_in
 from esft.errors import Interrupted
 from esft.memory import peak_memory, peak_rss
 from esft.runs.checkpoints import digest_of
@@ -31,6 +32,7 @@ from esft.storage.outputs import check_apart
 from esft.training.evaluations import Evaluations, deciding
 from esft.training.methods import METHODS, Source
 from esft.training.run_data import Data, RunData, held_out_sources, sources_of
+from esft.training.short_attention import use_short_attention
 from esft.training.steps import Steps
 
 logger = logging.getLogger("esft")
@@ -71,6 +73,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     trust_remote_code: bool = False,
+    mix: str | None = None,
 ) -> TrainResult:
     """Fine-tune a checkpoint on chat records or texts and leave everything in a run folder.
 
@@ -90,13 +93,15 @@ def train(
         overwrite: replace a run that ``out`` holds, when this one is whole; until then it is in ``out/overwriting``.
         progress: show bars.
         trust_remote_code: whether Python files of the checkpoint may be run; no setting, so that no file can say it.
+        mix: general records, as DATA:SHARE with the share of all examples that come of them.
 
     Raises InputError, before anything is written, for bad input of any kind, and where another process trains in
     ``out``; DivergenceError for a loss or a gradient that is no number; DiskError for a full disk; Interrupted (a
     KeyboardInterrupt) when SIGINT or SIGTERM comes: then the step was finished and a checkpoint saved.
     """
     sources, held_out = sources_of(data), held_out_sources(eval_data)
-    check_apart(out, model_path, *(each.local for each in (*sources, *held_out.values())))
+    mixed = mixed_in(mix) if mix is not None else None
+    check_apart(out, model_path, *(each.local for each in (*sources, *held_out.values(), mixed) if each is not None))
     with opened(out, resume, overwrite) as folder:
         if resume:
             config, selection = folder.begun_with(config, selection)
@@ -106,13 +111,14 @@ def train(
         check_reporting(config.report_to)
         reach = Reach.of(open_config(model_path, trust_remote_code))
         tokenizer = load_tokenizer(model_path, trust_remote_code)
-        run_data = RunData(sources, tokenizer, reach, config).read(progress)
+        run_data = RunData(sources, tokenizer, reach, config, mixed).read(progress)
         sets = run_data.eval_sets(held_out, progress)
         if (report := run_data.report()) is not None:
             logger.info("%s: %s", run_data.name, report)
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
         model, base = METHODS[config.method].prepare(source, config, selection)
+        use_short_attention(model)
         digests = {"model": base.digest, "data": run_data.digest()}
         begun = {"model": model_path, "data": run_data.name}
         if config.chooses:  # else nothing of the outcome depends on what it is evaluated on

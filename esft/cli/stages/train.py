@@ -19,6 +19,7 @@ def add(stages: Stages) -> None:
     sub = add_stage(stages, "train", "fine-tune on chat records")
     sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
     sub.add_argument("--data", required=True, action="append", help=f"{DATA}; again for more, with :WEIGHT each")
+    sub.add_argument("--mix", metavar="DATA:SHARE", help="general records, and the share of all that come of them")
     sub.add_argument("--eval-data", action="append", help="the same, to measure; again for more, NAME=DATA each")
     sub.add_argument("--experts", help="selection file, for method esft")
     sub.add_argument("--out", required=True, help="run folder")
@@ -60,14 +61,14 @@ def run(args: argparse.Namespace) -> None:
     if selection is None and config.method == "esft" and not args.resume:
         raise InputError("--method esft needs an expert selection: --experts")
     held_out = named(args.eval_data or (), "--eval-data")
-    for data in (*args.data, *held_out.values()):
+    for data in (*args.data, *held_out.values(), *([args.mix] if args.mix is not None else [])):
         source_of(data)
     from esft.training.loop import train
 
     with reading(args.model):
         result = train(
             args.model, args.data, args.out, config, selection, held_out, args.resume, args.overwrite,
-            progress=not args.quiet, trust_remote_code=args.trust_remote_code,
+            progress=not args.quiet, trust_remote_code=args.trust_remote_code, mix=args.mix,
         )  # fmt: skip
     if result.after:
         from esft.runs.report import scores_table

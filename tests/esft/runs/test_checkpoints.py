@@ -212,3 +212,13 @@ def test_a_state_that_does_not_say_which_step_is_best_is_named(tmp_path, saved, 
     with pytest.raises(InputError, match="state.json: does not say which step is best$"):
         saved.read(4)
     saved.save(best_of(6, 6))  # and is no reason to fail for the next
+
+
+def test_a_link_to_a_checkpoint_of_another_run_is_none(tmp_path, saved):
+    (tmp_path / "checkpoints" / "step-000004").rename(tmp_path / "another")
+    (tmp_path / "checkpoints" / "step-000004").symlink_to(tmp_path / "another")
+    for ask in (saved.last_step, lambda: restored(saved)):
+        with pytest.raises(
+            InputError, match="checkpoints/step-000004: is a link, where a run has a folder of its own$"
+        ):
+            ask()

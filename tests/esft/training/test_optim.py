@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -384,3 +386,12 @@ def test_a_gradient_whose_norm_is_no_number_changes_nothing(value: float):
     assert not torch.tensor(optimizer.step(0.1)).isfinite()
     assert optimizer.state().keys() == before.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state().items())
+
+
+def test_what_lies_on_two_devices_is_not_stepped_together():
+    optimizer = MasterAdamW([], TrainConfig())
+    places = {"a": "cuda:0", "b": "cuda:0", "c": "cuda:1", "d": "cuda:0"}
+    optimizer.params = {
+        name: SimpleNamespace(grad=True, numel=lambda: 4, device=torch.device(place)) for name, place in places.items()
+    }
+    assert [[name for name, _ in group] for group in optimizer._groups()] == [["a", "b"], ["c"], ["d"]]
