@@ -17,9 +17,9 @@ import esft
 from benchmarks.layer import interleaved
 from esft.checkpoint.load import load_model, load_skeleton
 from esft.data.examples import IGNORE
+from esft.evaluation.loss import batch_loss
 from esft.experts.moe_layers import moe_layers
 from esft.runs.config import TrainConfig
-from esft.training.evaluate import batch_loss
 from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 

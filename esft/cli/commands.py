@@ -132,7 +132,8 @@ def _eval(args: argparse.Namespace) -> None:
         check_new_file(args.out, _check_result if args.overwrite else None, inputs)
     from esft.data.encoding import encode_all
     from esft.data.sources import read_records
-    from esft.training.evaluate import exact_match, mean_loss
+    from esft.evaluation.loss import mean_loss
+    from esft.evaluation.scores import exact_match
 
     adapter, records = _adapter(args), read_records(source)[: args.limit]
     with reading(args.model):
@@ -156,7 +157,7 @@ def _generate(args: argparse.Namespace) -> None:
     from esft.checkpoint.load import load_tokenizer
     from esft.checkpoint.source import Reach, open_config
     from esft.data.records import Record
-    from esft.training.evaluate import answer, encode_prompts
+    from esft.evaluation.answers import answer, encode_prompts
 
     adapter = _adapter(args)
     prompts = [Record([{"role": "user", "content": text}]) for text in args.prompt]

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import logging
-import math
-import random
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
-from esft.data.batches import collate
-from esft.data.examples import Example, joined
+from esft.data.examples import Example
 from esft.data.sources import DataSource
-from esft.errors import DivergenceError, InputError, Interrupted
+from esft.errors import Interrupted
 from esft.memory import peak_memory, peak_rss
-from esft.runs.checkpoints import RECENT, State
 from esft.runs.config import TrainConfig
 from esft.runs.opened import opened
+from esft.runs.progress import Bar
 from esft.runs.run_folder import RunFolder
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
-from esft.training.evaluate import batch_loss, has_plain_head, mean_loss
-from esft.training.load_balancing import balance_losses
+from esft.training.evaluations import Evaluations
 from esft.training.methods import METHODS, Source
-from esft.training.optim import MasterAdamW
 from esft.training.run_data import Data, RunData, sources_of
-from esft.training.schedule import learning_rate
-from esft.training.separation import check_separates
+from esft.training.steps import Steps
 
 logger = logging.getLogger("esft")
 
@@ -115,144 +106,70 @@ def train(
         digests = {"model": base.digest, "data": run_data.digest()}
         if resume:
             folder.check_origin(digests, base.settings, {"model": model_path, "data": run_data.name})
-        loop = _Loop(model, tokenizer, config, progress)
-        state = folder.checkpoints().restore(loop.load) if resume else None
+        steps = Steps(model, tokenizer.pad_token_id, config)
+        state = folder.checkpoints().restore(steps.load) if resume else None
         if resume and state is None and folder.last_step() > config.save_every:
             warnings.warn(f"{folder.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
         origin = {"model": model_path, "data": run_data.name, "base_settings": base.settings}
         folder.begin(config, origin | {"digests": digests}, selection)
         done = 0 if state is None else state.step
-        measured = loop.run(folder, run_data.batches(done), held_out, done)
-        METHODS[config.method].save(loop.model.eval(), tokenizer, config, base, folder)
+        evaluations = Evaluations(model, tokenizer.pad_token_id, config, held_out)
+        measured = _train(steps, run_data.batches(done), evaluations, folder, done, progress)
+        METHODS[config.method].save(model.eval(), tokenizer, config, base, folder)
         result = TrainResult(**measured, stored_bytes=folder.stored_bytes())
         folder.write_summary(vars(result))
     return result
 
 
-class _Loop:
-    """The steps of one run: batch, gradients, update, log; and now and then an evaluation and a checkpoint."""
+def _train(
+    steps: Steps,
+    batches: Iterable[list[Example]],
+    evaluations: Evaluations,
+    folder: RunFolder,
+    first: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """All steps after the first so many, of one batch each: now and then an evaluation and a checkpoint.
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, progress: bool):
-        self.model, self.config, self.progress = model, config, progress
-        self.pad: int = tokenizer.pad_token_id
-        self.together = config.micro_batch_size or config.batch_size
-        self.optimizer = MasterAdamW(model.named_parameters(), config)
-        self.losses: list[float] = []
-        self.tokens = 0
-        if config.packing or config.padding_free or config.eval_packing:
-            check_separates(model)
-        has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
+    Returns what ``TrainResult`` holds of them.
+    """
+    config, checkpoints = steps.config, folder.checkpoints()
+    started = time.monotonic()
+    steps.model.train()
 
-    def load(self, state: State) -> None:
-        """Go on from a state. Raises InputError for one that is not of this model and these settings."""
-        if state.step >= self.config.steps and not state.losses:
-            raise InputError(f"step {state.step} is the last one, and its loss is not kept: ask for more steps")
-        self.optimizer.load_state(state.tensors)
-        self.losses = list(state.losses)
+    def leave_if_asked(step: int) -> None:
+        if (number := asked()) is not None:
+            checkpoints.save(steps.state(step))
+            raise Interrupted(f"{folder.path}: stopped after step {step}, which is saved", number, resumable=True)
 
-    def run(
-        self, folder: RunFolder, batches: Iterable[list[Example]], held_out: Sequence[Example], first: int
-    ) -> dict[str, float | None]:
-        """All steps after the first so many, of one batch each. Returns what ``TrainResult`` holds of them."""
-        config, checkpoints = self.config, folder.checkpoints()
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        eval_loss, started = None, time.monotonic()
-        self.model.train()
-        bar = tqdm(total=config.steps, initial=first, desc=config.method, disable=not self.progress, unit="step")
-
-        def save(step: int) -> None:
-            self._check_weights(step)
-            checkpoints.save(State(step, self.losses[-RECENT:], self.optimizer.state()))
-
-        def leave_if_asked(step: int) -> None:
-            if (number := asked()) is not None:
-                save(step)
-                raise Interrupted(f"{folder.path}: stopped after step {step}, which is saved", number, resumable=True)
-
-        def evaluation(step: int) -> float | None:
-            """What is due after a step; a run that was stopped may have had no time for it."""
-            if not (held_out and step and (step % config.eval_every == 0 or step == config.steps)):
-                return None
-            if step == first:  # of the run that is resumed
-                known = [m["eval_loss"] for m in folder.metrics() if m["step"] == step and "eval_loss" in m]
-                if known:
-                    return known[-1]
-            loss = mean_loss(self.model, held_out, self.pad, self.together)
-            self.model.train()
-            if not math.isfinite(loss):
-                raise DivergenceError(f"step {step}: loss {loss} on the evaluation data; lower the learning rate")
-            log(step, eval_loss=loss)
-            return loss
-
-        with stop_signals() as asked, folder.log(first) as log, bar:
-            step, eval_loss = first, evaluation(first)
-            for step, records in enumerate(batches, first + 1):
-                log(step, **self._step(step, records))
-                bar.set_postfix(loss=f"{self._recent_loss():.3f}", refresh=False)
-                bar.update()
-                leave_if_asked(step)
-                # Saved first: what a kill takes from the evaluation, a resumed run makes up for.
-                if step % config.save_every == 0 and step != config.steps:
-                    save(step)
-                if (found := evaluation(step)) is not None:
-                    eval_loss = found
+    with (
+        stop_signals() as asked,
+        folder.log(first) as log,
+        Bar(config.method, config.steps, first, progress) as bar,
+    ):
+        step = first
+        # A run that was stopped may have had no time for what was due after its last step.
+        if evaluations.due(first) and not evaluations.recall(first, folder.metrics()):
+            evaluations.measure(first, log)
+        for step, records in enumerate(batches, first + 1):
+            log(step, **steps.update(step, records))
+            bar.step(steps.recent_loss)
             leave_if_asked(step)
-        self._check_weights(step)
-        seconds = time.monotonic() - started
-        return {
-            "steps": config.steps,
-            "train_loss": self._recent_loss(),
-            "eval_loss": eval_loss,
-            "trained_parameters": trained,
-            "seconds": seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "peak_rss": peak_rss(),
-            "peak_gpu_memory": peak_memory(),
-        }
-
-    def _check_weights(self, step: int) -> None:
-        """Before they are stored: the gradients of the next step would show it too, but the last one has none."""
-        if (name := self.optimizer.overflowed()) is not None:
-            raise DivergenceError(f"step {step}: {name} holds what is no finite number; lower the learning rate")
-
-    def _recent_loss(self) -> float:
-        recent = self.losses[-RECENT:]
-        return sum(recent) / len(recent)
-
-    def _step(self, step: int, records: Sequence[Example]) -> dict[str, float]:
-        """One update from one batch; ``step`` counts from 1. Returns what to log."""
-        begun = time.monotonic()
-        # What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too.
-        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}").getrandbits(63))
-        loss, extra = self._gradients(records)
-        rate = learning_rate(self.config, step - 1)
-        norm = self.optimizer.step(rate)
-        if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
-            told = ", ".join(f"{name} {value}" for name, value in measured.items())
-            raise DivergenceError(f"step {step}: {told}; lower the learning rate")
-        count = sum(len(record.ids) for record in records)
-        self.losses.append(loss)
-        self.tokens += count
-        speed = count / (time.monotonic() - begun)
-        return {"loss": loss, **extra, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
-
-    def _gradients(self, records: Sequence[Example]) -> tuple[float, dict[str, float]]:
-        """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
-        parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
-        targets = sum(record.targets for record in records)
-        losses, balances = [], []
-        for part in parts:
-            share = len(part) / len(records)
-            batch = collate([joined(part)] if self.config.padding_free else part, self.pad)
-            watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
-            with watched as aux:
-                total, _ = batch_loss(self.model, batch)
-            loss = total / targets
-            losses.append(loss.detach())
-            if aux:
-                balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
-                balances.append(balance.detach())
-                loss = loss + self.config.aux_loss * balance
-            loss.backward()
-        extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
-        return torch.stack(losses).sum().item(), extra
+            # Saved first: what a kill takes from the evaluation, a resumed run makes up for.
+            if step % config.save_every == 0 and step != config.steps:
+                checkpoints.save(steps.state(step))
+            if evaluations.due(step):
+                evaluations.measure(step, log)
+        leave_if_asked(step)
+    steps.check_weights(step)
+    seconds = time.monotonic() - started
+    return {
+        "steps": config.steps,
+        "train_loss": steps.recent_loss,
+        "eval_loss": evaluations.loss,
+        "trained_parameters": sum(p.numel() for p in steps.model.parameters() if p.requires_grad),
+        "seconds": seconds,
+        "tokens_per_second": steps.tokens / seconds,
+        "peak_rss": peak_rss(),
+        "peak_gpu_memory": peak_memory(),
+    }

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import esft
+from esft.evaluation.loss import batch_loss, has_plain_head
 from esft.experts.moe_layers import moe_layers
 from esft.planning.fake_step import Batch, fake_step
 from esft.planning.live_bytes import LiveBytes
 from esft.planning.outline import outline, require_beside, skeleton_of
 from esft.planning.stand_in import Sizes
-from esft.training.evaluate import batch_loss, has_plain_head
 from tests.esft.models import tiny_model
 
 WIDE = {"hidden_size": 128, "vocab_size": 3000, "num_attention_heads": 4, "num_key_value_heads": 4}

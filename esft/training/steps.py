@@ -1,0 +1,106 @@
+"""The steps of a training: gradients of a batch, the update, and what is told of both."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from esft.data.batches import collate
+from esft.data.examples import Example, joined
+from esft.errors import DivergenceError, InputError
+from esft.evaluation.loss import batch_loss, has_plain_head
+from esft.runs.checkpoints import RECENT, State
+from esft.runs.config import TrainConfig
+from esft.training.load_balancing import balance_losses
+from esft.training.optim import MasterAdamW
+from esft.training.schedule import learning_rate
+from esft.training.separation import check_separates
+
+
+class Steps:
+    """Updates of a model, one a batch.
+
+    Attributes:
+        losses: of the steps so far; of those before the last checkpoint, that a run goes on from, the last ones.
+        tokens: that went through the model, not those of steps before that checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, pad: int, config: TrainConfig):
+        """Raises InputError for a model that does not keep documents apart which the settings put into one row."""
+        self.model, self.pad, self.config = model, pad, config
+        self.together = config.micro_batch_size or config.batch_size
+        self.optimizer = MasterAdamW(model.named_parameters(), config)
+        self.losses: list[float] = []
+        self.tokens = 0
+        if config.packing or config.padding_free or config.eval_packing:
+            check_separates(model)
+        has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
+
+    def load(self, state: State) -> None:
+        """Go on from a state. Raises InputError for one that is not of this model and these settings."""
+        if state.step >= self.config.steps and not state.losses:
+            raise InputError(f"step {state.step} is the last one, and its loss is not kept: ask for more steps")
+        self.optimizer.load_state(state.tensors)
+        self.losses = list(state.losses)
+
+    def state(self, step: int) -> State:
+        """What to go on from after this step. Raises DivergenceError as ``check_weights`` does."""
+        self.check_weights(step)
+        return State(step, self.losses[-RECENT:], self.optimizer.state())
+
+    def check_weights(self, step: int) -> None:
+        """Raise DivergenceError for weights that are no numbers, before they are stored.
+
+        The gradients of the next step would show it too, but the last one has none.
+        """
+        if (name := self.optimizer.overflowed()) is not None:
+            raise DivergenceError(f"step {step}: {name} holds what is no finite number; lower the learning rate")
+
+    @property
+    def recent_loss(self) -> float:
+        recent = self.losses[-RECENT:]
+        return sum(recent) / len(recent)
+
+    def update(self, step: int, records: Sequence[Example]) -> dict[str, float]:
+        """One update from one batch; ``step`` counts from 1. Returns what to log."""
+        begun = time.monotonic()
+        # What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too.
+        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}").getrandbits(63))
+        loss, extra = self._gradients(records)
+        rate = learning_rate(self.config, step - 1)
+        norm = self.optimizer.step(rate)
+        if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
+            told = ", ".join(f"{name} {value}" for name, value in measured.items())
+            raise DivergenceError(f"step {step}: {told}; lower the learning rate")
+        count = sum(len(record.ids) for record in records)
+        self.losses.append(loss)
+        self.tokens += count
+        speed = count / (time.monotonic() - begun)
+        return {"loss": loss, **extra, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
+
+    def _gradients(self, records: Sequence[Example]) -> tuple[float, dict[str, float]]:
+        """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
+        parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
+        targets = sum(record.targets for record in records)
+        losses, balances = [], []
+        for part in parts:
+            share = len(part) / len(records)
+            batch = collate([joined(part)] if self.config.padding_free else part, self.pad)
+            watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
+            with watched as aux:
+                total, _ = batch_loss(self.model, batch)
+            loss = total / targets
+            losses.append(loss.detach())
+            if aux:
+                balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
+                balances.append(balance.detach())
+                loss = loss + self.config.aux_loss * balance
+            loss.backward()
+        extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
+        return torch.stack(losses).sum().item(), extra
