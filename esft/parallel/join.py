@@ -12,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
 
 from esft.errors import InputError, Interrupted, RankError, first_line
 from esft.parallel.environment import attempt, local_rank, own_rank, size_of_job
-from esft.parallel.ranks import Group, Ranks
+from esft.parallel.ranks import ALONE, Group, Ranks
 from esft.parallel.watch import PATIENCE, STATUS, Watch
 
 _SLACK = 120  # seconds that PyTorch waits longer than we do, who say for whom
@@ -25,15 +26,15 @@ _joined: list[Ranks] = []  # the job that this process is in, the innermost last
 
 def current() -> Ranks:
     """The job that this process has joined; one process where it has joined none."""
-    return _joined[-1] if _joined else Ranks()
+    return _joined[-1] if _joined else ALONE
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks of the job that this process is one of, for the block; inside it, those that are joined already.
 
-    On a machine with GPUs every process gets one of its own. A rank that leaves the block with an error ends the others;
-    it is the only one that raises it, and where several fail, the first.
+    On a machine with GPUs every process gets one of its own. A rank that leaves the block with an error ends the
+    others; it is the only one that raises it, and where several fail, the first.
 
     Raises InputError for more processes than GPUs, RankError where ranks have other versions of what computes.
     """
@@ -113,6 +114,7 @@ def _versions() -> dict[str, str]:
 
 def _hush() -> None:
     """What every rank would say, the first one says."""
+    disable_progress_bar()
     logging.getLogger("esft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +46,15 @@ class Ranks:
         """The rows of this rank; not collective."""
         return self.shares(rows, length)[self.rank]
 
+    def rounds(self, rows: Sequence[T], length: Callable[[T], int], together: int) -> list[tuple[list[T], int]]:
+        """This rank's rows in parts of at most ``together``, each with how many all ranks have in theirs.
+
+        As many parts on every rank: some may be empty. Not collective.
+        """
+        parts = [[own[i : i + together] for i in range(0, len(own), together)] for own in self.shares(rows, length)]
+        every = zip_longest(*parts, fillvalue=[])
+        return [(part[self.rank], sum(map(len, part))) for part in every]
+
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
         """See ``esft.parallel.gradients``."""
 
@@ -74,6 +84,12 @@ class Ranks:
     def check_alike(self, facts: Mapping[str, Any]) -> None:
         """Raise RankError where a rank has another JSON value than the first one under one of these names."""
 
+    def progress(self) -> None:
+        """Tell that this rank is at work, where it goes long without a collective operation."""
+
+    def meet(self) -> None:
+        """Wait for all ranks, for as long as those that are missing make ``progress``."""
+
     def wait(self) -> None:
         """Until the first rank has come here, too, which waits for nobody: for what it does alone, however long."""
 
@@ -87,6 +103,9 @@ class Ranks:
             self.wait()
 
 
+ALONE = Ranks()
+
+
 class Group(Ranks):
     """Several processes, in PyTorch's default process group.
 
@@ -98,7 +117,7 @@ class Group(Ranks):
     def __init__(self, store: dist.Store, watch: Watch):
         self.store, self.watch = store, watch
         self.rank, self.size = watch.rank, watch.size
-        self._waits = 0
+        self._waits, self._meetings = 0, 0
 
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
         with self.watch.waiting("the gradients' sum"):
@@ -124,6 +143,7 @@ class Group(Ranks):
         return json.loads(self._broadcast(text))
 
     def gathered(self, value: Any) -> list[Any]:
+        self.meet()
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         with self.watch.waiting("an exchange"):
             lengths = torch.zeros(self.size, dtype=torch.int64)
@@ -152,6 +172,17 @@ class Group(Ranks):
             for name, value in first.items():
                 if theirs.get(name) != value:
                     raise RankError(f"rank {rank} has other {name} than rank 0: {theirs.get(name)}, not {value}")
+
+    def progress(self) -> None:
+        self.watch.progress()
+
+    def meet(self) -> None:
+        self._meetings += 1
+        keys = [f"met/{self._meetings}/{rank}" for rank in range(self.size)]
+        with self.watch.waiting("a meeting"):
+            self.store.set(keys[self.rank], "")
+            while not self.store.check(keys):
+                time.sleep(_POLL)
 
     def wait(self) -> None:
         self._waits += 1

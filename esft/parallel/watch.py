@@ -22,7 +22,7 @@ from esft.errors import RankError, first_line
 
 PULSE = 0.5  # seconds between signs of life
 DEAD = 60.0  # seconds without one; a process of the same machine that has ended is noticed at once
-PATIENCE = 600.0  # seconds that a rank may come later to a collective operation than another
+PATIENCE = 600.0  # seconds that others wait for a rank which makes no progress
 STATUS = 2  # of a process that ends because another rank failed
 _VERDICT, _LEFT = "verdict", "left"
 
@@ -37,9 +37,10 @@ class Watch:
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         self.store, self.rank, self.size = store.clone(), rank, size
-        self._entered, self._beat = 0, 0
+        self._entered, self._beat, self._progress = 0, 0, 0
         self._waits: tuple[int, str, float] | None = None  # at which collective operation, for what, since when
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
+        self._moved: dict[int, tuple[int, float]] = {}  # the same of its progress
         self._stopped = threading.Event()
         self._place = _place()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -53,6 +54,7 @@ class Watch:
     def waiting(self, what: str) -> Iterator[None]:
         """Around a collective operation, which waits for all ranks. Raises RankError where it fails."""
         self._entered += 1
+        self._progress += 1
         self._waits = self._entered, what, time.monotonic()
         try:
             yield
@@ -62,6 +64,10 @@ class Watch:
             raise RankError(f"no connection to the other ranks at {what}: {first_line(error)}") from error
         finally:
             self._waits = None
+
+    def progress(self) -> None:
+        """Note that the main thread has done something."""
+        self._progress += 1
 
     def failed(self, reason: str) -> bool:
         """Tell the others that this rank ends, and why. False where another rank has failed before."""
@@ -89,22 +95,37 @@ class Watch:
 
     def _pulse(self) -> None:
         self._beat += 1
-        beat = {"beat": self._beat, "entered": self._entered, "pid": os.getpid(), "place": self._place}
+        beat = {
+            "beat": self._beat,
+            "entered": self._entered,
+            "progress": self._progress,
+            "pid": os.getpid(),
+            "place": self._place,
+        }
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
         if self.store.check([_VERDICT]):
             _end(None)
         for rank in range(1, self.size) if self.rank == 0 else (0,):
             if reason := self._dead(rank):
                 self._sentence(rank, reason)
-        if (waits := self._waits) is not None and time.monotonic() - waits[2] > PATIENCE:
-            for rank in range(self.size):
-                beat = self._read(rank)
-                if rank != self.rank and (beat is None or beat["entered"] < waits[0]):
-                    self._sentence(rank, f"has hung: others wait for it at {waits[1]} for {PATIENCE:.0f} s")
+        if (waits := self._waits) is not None and time.monotonic() - waits[2] > PATIENCE / 2:
+            for rank in set(range(self.size)) - {self.rank}:
+                if self._hangs(rank, *waits):
+                    self._sentence(rank, f"has hung: rank {self.rank} waits for it at {waits[1]}")
 
     def _sentence(self, rank: int, reason: str) -> None:
         first = self._blame(rank, reason)
         _end(f"rank {rank}: {reason}" if first else None)
+
+    def _hangs(self, rank: int, entered: int, what: str, since: float) -> bool:
+        """Whether a rank that has not come to an operation shows no progress any more."""
+        beat, now = self._read(rank), time.monotonic()
+        if beat is not None and beat["entered"] >= entered:
+            return False
+        progress = 0 if beat is None else beat["progress"]
+        if self._moved.get(rank, (-1, 0.0))[0] != progress:
+            self._moved[rank] = progress, now
+        return now - since > PATIENCE and now - self._moved[rank][1] > PATIENCE / 2
 
     def _dead(self, rank: int) -> str | None:
         """How it shows that a rank is no more; None where it lives, or has left in peace."""

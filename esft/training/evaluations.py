@@ -10,6 +10,7 @@ from torch import nn
 from esft.data.examples import Example
 from esft.errors import DivergenceError
 from esft.evaluation.loss import mean_loss
+from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.config import TrainConfig
 
 
@@ -20,8 +21,10 @@ class Evaluations:
         loss: of the last one; None before the first.
     """
 
-    def __init__(self, model: nn.Module, pad: int, config: TrainConfig, examples: Sequence[Example]):
-        self.model, self.pad, self.config, self.examples = model, pad, config, examples
+    def __init__(
+        self, model: nn.Module, pad: int, config: TrainConfig, examples: Sequence[Example], ranks: Ranks = ALONE
+    ):
+        self.model, self.pad, self.config, self.examples, self.ranks = model, pad, config, examples, ranks
         self.loss: float | None = None
 
     def due(self, step: int) -> bool:
@@ -37,7 +40,8 @@ class Evaluations:
 
     def measure(self, step: int, log: Callable[..., None]) -> None:
         """Measure and log. Raises DivergenceError for a loss that is no number."""
-        loss = mean_loss(self.model, self.examples, self.pad, self.config.micro_batch_size or self.config.batch_size)
+        together = self.config.micro_batch_size or self.config.batch_size
+        loss = mean_loss(self.model, self.examples, self.pad, together, self.ranks)
         self.model.train()
         if not math.isfinite(loss):
             raise DivergenceError(f"step {step}: loss {loss} on the evaluation data; lower the learning rate")

@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from esft.data.examples import Example
 from esft.data.sources import DataSource
 from esft.errors import Interrupted
 from esft.memory import peak_memory, peak_rss
+from esft.parallel.join import joined
 from esft.runs.config import TrainConfig
-from esft.runs.opened import opened
 from esft.runs.progress import Bar
-from esft.runs.run_folder import RunFolder
+from esft.runs.shared_run import SharedRun, shared_run
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
@@ -38,7 +38,7 @@ class TrainResult:
     """What a run measured.
 
     ``peak_rss`` is the process's largest resident memory so far and ``peak_gpu_memory`` that of its tensors on the
-    GPUs, in bytes; ``seconds`` is the loop's own time.
+    GPUs, in bytes, of several processes the largest; ``seconds`` is the loop's own time.
     """
 
     steps: int
@@ -89,35 +89,43 @@ def train(
     """
     sources, eval_source = sources_of(data), DataSource.of(eval_data) if eval_data is not None else None
     check_apart(out, model_path, *(each.local for each in (*sources, eval_source) if each is not None))
-    with opened(out, resume, overwrite) as folder:
+    with joined() as ranks, shared_run(ranks, out, resume, overwrite) as run:
         if resume:
-            config, selection = folder.begun_with(config, selection)
+            config, selection = run.begun_with(config, selection)
         config = config or TrainConfig()
         config.check_selection(selection)
         reach = Reach.of(open_config(model_path, trust_remote_code))
         tokenizer = load_tokenizer(model_path, trust_remote_code)
-        run_data = RunData(sources, tokenizer, reach, config).read(progress)
-        held_out = run_data.held_out(eval_source, progress)
+        progress = progress and ranks.main
+        with ranks.main_first():  # who leaves the data encoded for the others
+            run_data = RunData(sources, tokenizer, reach, config).read(progress)
+            held_out = run_data.held_out(eval_source, progress)
         if (report := run_data.report()) is not None:
             logger.info("%s: %s", run_data.name, report)
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
         model, base = METHODS[config.method].prepare(source, config, selection)
         digests = {"model": base.digest, "data": run_data.digest()}
+        if ranks.size > 1:
+            settings = {f"setting {name}": value for name, value in asdict(config).items()}
+            watched = {"evaluation data": eval_source and eval_source.digest(), "selection": str(selection)}
+            ranks.check_alike(settings | watched | digests)
         if resume:
-            folder.check_origin(digests, base.settings, {"model": model_path, "data": run_data.name})
-        steps = Steps(model, tokenizer.pad_token_id, config)
-        state = folder.checkpoints().restore(steps.load) if resume else None
-        if resume and state is None and folder.last_step() > config.save_every:
-            warnings.warn(f"{folder.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
+            run.check_origin(digests, base.settings, {"model": model_path, "data": run_data.name})
+        steps = Steps(model, tokenizer.pad_token_id, config, ranks)
+        state = run.restore(steps.load) if resume else None
+        if resume and state is None and run.last_step() > config.save_every:
+            gone = f"{run.folder.path}: its checkpoints are gone; the run begins at its first step"
+            warnings.warn(gone, stacklevel=2)
         origin = {"model": model_path, "data": run_data.name, "base_settings": base.settings}
-        folder.begin(config, origin | {"digests": digests}, selection)
+        run.begin(config, origin | {"digests": digests}, selection)
         done = 0 if state is None else state.step
-        evaluations = Evaluations(model, tokenizer.pad_token_id, config, held_out)
-        measured = _train(steps, run_data.batches(done), evaluations, folder, done, progress)
-        METHODS[config.method].save(model.eval(), tokenizer, config, base, folder)
-        result = TrainResult(**measured, stored_bytes=folder.stored_bytes())
-        folder.write_summary(vars(result))
+        evaluations = Evaluations(model, tokenizer.pad_token_id, config, held_out, ranks)
+        measured = _train(steps, run_data.batches(done), evaluations, run, done, progress)
+        method, trained = METHODS[config.method], model.eval()
+        stored = run.leave(lambda folder: method.save(trained, tokenizer, config, base, folder))
+        result = TrainResult(**measured, stored_bytes=stored)
+        run.write_summary(vars(result))
     return result
 
 
@@ -125,7 +133,7 @@ def _train(
     steps: Steps,
     batches: Iterable[list[Example]],
     evaluations: Evaluations,
-    folder: RunFolder,
+    run: SharedRun,
     first: int,
     progress: bool,
 ) -> dict[str, Any]:
@@ -133,23 +141,23 @@ def _train(
 
     Returns what ``TrainResult`` holds of them.
     """
-    config, checkpoints = steps.config, folder.checkpoints()
+    config, ranks = steps.config, run.ranks
     started = time.monotonic()
     steps.model.train()
 
     def leave_if_asked(step: int) -> None:
-        if (number := asked()) is not None:
-            checkpoints.save(steps.state(step))
-            raise Interrupted(f"{folder.path}: stopped after step {step}, which is saved", number, resumable=True)
+        if number := ranks.largest(asked() or 0):
+            run.save(steps.state(step))
+            raise Interrupted(f"{run.folder.path}: stopped after step {step}, which is saved", number, resumable=True)
 
     with (
         stop_signals() as asked,
-        folder.log(first) as log,
+        run.log(first) as log,
         Bar(config.method, config.steps, first, progress) as bar,
     ):
         step = first
         # A run that was stopped may have had no time for what was due after its last step.
-        if evaluations.due(first) and not evaluations.recall(first, folder.metrics()):
+        if evaluations.due(first) and not evaluations.recall(first, run.metrics()):
             evaluations.measure(first, log)
         for step, records in enumerate(batches, first + 1):
             log(step, **steps.update(step, records))
@@ -157,11 +165,11 @@ def _train(
             leave_if_asked(step)
             # Saved first: what a kill takes from the evaluation, a resumed run makes up for.
             if step % config.save_every == 0 and step != config.steps:
-                checkpoints.save(steps.state(step))
+                run.save(steps.state(step))
             if evaluations.due(step):
                 evaluations.measure(step, log)
         leave_if_asked(step)
-    steps.check_weights(step)
+    run.check_alike(steps.state(step))
     seconds = time.monotonic() - started
     return {
         "steps": config.steps,
@@ -170,6 +178,6 @@ def _train(
         "trained_parameters": sum(p.numel() for p in steps.model.parameters() if p.requires_grad),
         "seconds": seconds,
         "tokens_per_second": steps.tokens / seconds,
-        "peak_rss": peak_rss(),
-        "peak_gpu_memory": peak_memory(),
+        "peak_rss": ranks.largest(peak_rss()),
+        "peak_gpu_memory": ranks.largest(peak_memory()),
     }

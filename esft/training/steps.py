@@ -6,15 +6,16 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esft.data.batches import collate
 from esft.data.examples import Example, joined
 from esft.errors import DivergenceError, InputError
 from esft.evaluation.loss import batch_loss, has_plain_head
+from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.checkpoints import RECENT, State
 from esft.runs.config import TrainConfig
 from esft.training.load_balancing import balance_losses
@@ -31,9 +32,9 @@ class Steps:
         tokens: that went through the model, not those of steps before that checkpoint.
     """
 
-    def __init__(self, model: nn.Module, pad: int, config: TrainConfig):
+    def __init__(self, model: nn.Module, pad: int, config: TrainConfig, ranks: Ranks = ALONE):
         """Raises InputError for a model that does not keep documents apart which the settings put into one row."""
-        self.model, self.pad, self.config = model, pad, config
+        self.model, self.pad, self.config, self.ranks = model, pad, config, ranks
         self.together = config.micro_batch_size or config.batch_size
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.losses: list[float] = []
@@ -71,7 +72,8 @@ class Steps:
         """One update from one batch; ``step`` counts from 1. Returns what to log."""
         begun = time.monotonic()
         # What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too.
-        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}").getrandbits(63))
+        own = f"/{self.ranks.rank}" if self.ranks.rank else ""  # unlike rows need unlike draws
+        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}{own}").getrandbits(63))
         loss, extra = self._gradients(records)
         rate = learning_rate(self.config, step - 1)
         norm = self.optimizer.step(rate)
@@ -86,21 +88,29 @@ class Steps:
 
     def _gradients(self, records: Sequence[Example]) -> tuple[float, dict[str, float]]:
         """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
-        parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
         targets = sum(record.targets for record in records)
         losses, balances = [], []
-        for part in parts:
-            share = len(part) / len(records)
-            batch = collate([joined(part)] if self.config.padding_free else part, self.pad)
-            watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
-            with watched as aux:
-                total, _ = batch_loss(self.model, batch)
-            loss = total / targets
+        for part, count in self.ranks.rounds(records, lambda record: len(record.ids), self.together):
+            batch = collate([joined(part)] if self.config.padding_free else part, self.pad) if part else {}
+            with self._balance_losses(batch) as aux:
+                loss = batch_loss(self.model, batch)[0] / targets if part else torch.zeros(())
             losses.append(loss.detach())
             if aux:
+                share = count / len(records)
                 balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
                 balances.append(balance.detach())
                 loss = loss + self.config.aux_loss * balance
-            loss.backward()
-        extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
-        return torch.stack(losses).sum().item(), extra
+            if part:
+                loss.backward()
+        self.ranks.add_up([*self.optimizer.params.values()])
+        loss, balance = self.ranks.totals(_sum(losses), _sum(balances))
+        return loss, {"aux_loss": balance} if self.config.aux_loss else {}
+
+    def _balance_losses(self, batch: dict[str, Tensor]) -> AbstractContextManager[list[Tensor]]:
+        if not self.config.aux_loss:
+            return nullcontext([])
+        return balance_losses(self.model, batch.get("attention_mask"), self.ranks)
+
+
+def _sum(losses: list[Tensor]) -> float:
+    return torch.stack(losses).sum().item() if losses else 0.0
