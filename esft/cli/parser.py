@@ -12,6 +12,7 @@ from types import ModuleType
 
 from esft.cli.allocator import settle_memory
 from esft.cli.arguments import Parser, resuming
+from esft.cli.job import job
 from esft.cli.output import complain, explain, hush_libraries, listen
 from esft.cli.stages import data, eval, generate, merge, plan, report, score, select, train
 from esft.errors import Interrupted
@@ -54,7 +55,9 @@ def main(
     try:
         args = _parser().parse_args(arguments)
         prepare(args)
-        run_stage(args)
+        with job(args) as takes_part:
+            if takes_part:
+                run_stage(args)
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

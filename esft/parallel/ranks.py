@@ -27,10 +27,12 @@ class Ranks:
 
     Attributes:
         rank, size: this process's number, from 0 on, and how many there are.
+        lockstep: whether a model's forward pass, too, is collective.
     """
 
     rank = 0
     size = 1
+    lockstep = False
 
     @property
     def main(self) -> bool:

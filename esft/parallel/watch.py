@@ -73,7 +73,10 @@ class Watch:
         """Tell the others that this rank ends, and why. False where another rank has failed before."""
         self.stop()
         with suppress(RuntimeError):  # no store any more: somebody else has ended first
-            return self._blame(self.rank, reason)
+            first = self._blame(self.rank, reason)
+            if self.rank == 0:
+                time.sleep(3 * PULSE)  # the store may end with this process: the others read it before
+            return first
         return False
 
     def stop(self) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 from esft.data.examples import Example
 from esft.errors import DivergenceError
 from esft.evaluation.loss import mean_loss
-from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.config import TrainConfig
 
 
@@ -21,10 +20,8 @@ class Evaluations:
         loss: of the last one; None before the first.
     """
 
-    def __init__(
-        self, model: nn.Module, pad: int, config: TrainConfig, examples: Sequence[Example], ranks: Ranks = ALONE
-    ):
-        self.model, self.pad, self.config, self.examples, self.ranks = model, pad, config, examples, ranks
+    def __init__(self, model: nn.Module, pad: int, config: TrainConfig, examples: Sequence[Example]):
+        self.model, self.pad, self.config, self.examples = model, pad, config, examples
         self.loss: float | None = None
 
     def due(self, step: int) -> bool:
@@ -40,8 +37,7 @@ class Evaluations:
 
     def measure(self, step: int, log: Callable[..., None]) -> None:
         """Measure and log. Raises DivergenceError for a loss that is no number."""
-        together = self.config.micro_batch_size or self.config.batch_size
-        loss = mean_loss(self.model, self.examples, self.pad, together, self.ranks)
+        loss = mean_loss(self.model, self.examples, self.pad, self.config.micro_batch_size or self.config.batch_size)
         self.model.train()
         if not math.isfinite(loss):
             raise DivergenceError(f"step {step}: loss {loss} on the evaluation data; lower the learning rate")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from esft.checkpoint.device import first_device, in_host_memory
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.data.examples import Example
@@ -19,6 +20,7 @@ from esft.data.sources import DataSource
 from esft.errors import Interrupted
 from esft.memory import peak_memory, peak_rss
 from esft.parallel.join import joined
+from esft.parallel.sharding import shard_frozen
 from esft.runs.config import TrainConfig
 from esft.runs.progress import Bar
 from esft.runs.shared_run import SharedRun, shared_run
@@ -104,7 +106,8 @@ def train(
             logger.info("%s: %s", run_data.name, report)
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
-        model, base = METHODS[config.method].prepare(source, config, selection)
+        with in_host_memory(config.shard != "none" and ranks.size > 1):
+            model, base = METHODS[config.method].prepare(source, config, selection)
         digests = {"model": base.digest, "data": run_data.digest()}
         if ranks.size > 1:
             settings = {f"setting {name}": value for name, value in asdict(config).items()}
@@ -112,6 +115,8 @@ def train(
             ranks.check_alike(settings | watched | digests)
         if resume:
             run.check_origin(digests, base.settings, {"model": model_path, "data": run_data.name})
+        if config.shard == "frozen":
+            shard_frozen(model, ranks, first_device())
         steps = Steps(model, tokenizer.pad_token_id, config, ranks)
         state = run.restore(steps.load) if resume else None
         if resume and state is None and run.last_step() > config.save_every:
@@ -120,7 +125,7 @@ def train(
         origin = {"model": model_path, "data": run_data.name, "base_settings": base.settings}
         run.begin(config, origin | {"digests": digests}, selection)
         done = 0 if state is None else state.step
-        evaluations = Evaluations(model, tokenizer.pad_token_id, config, held_out, ranks)
+        evaluations = Evaluations(model, tokenizer.pad_token_id, config, held_out)
         measured = _train(steps, run_data.batches(done), evaluations, run, done, progress)
         method, trained = METHODS[config.method], model.eval()
         stored = run.leave(lambda folder: method.save(trained, tokenizer, config, base, folder))

@@ -92,19 +92,26 @@ class Steps:
         losses, balances = [], []
         for part, count in self.ranks.rounds(records, lambda record: len(record.ids), self.together):
             batch = collate([joined(part)] if self.config.padding_free else part, self.pad) if part else {}
+            # Of a rank without rows that has to go along, a row counts for nothing.
+            loss = (
+                torch.zeros(()) if part or not self.ranks.lockstep else 0.0 * self._loss(collate(records[:1], self.pad))
+            )
             with self._balance_losses(batch) as aux:
-                loss = batch_loss(self.model, batch)[0] / targets if part else torch.zeros(())
+                loss = self._loss(batch) / targets if part else loss
             losses.append(loss.detach())
             if aux:
                 share = count / len(records)
                 balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
                 balances.append(balance.detach())
                 loss = loss + self.config.aux_loss * balance
-            if part:
+            if loss.requires_grad:
                 loss.backward()
         self.ranks.add_up([*self.optimizer.params.values()])
         loss, balance = self.ranks.totals(_sum(losses), _sum(balances))
         return loss, {"aux_loss": balance} if self.config.aux_loss else {}
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch_loss(self.model, batch)[0]
 
     def _balance_losses(self, batch: dict[str, Tensor]) -> AbstractContextManager[list[Tensor]]:
         if not self.config.aux_loss:

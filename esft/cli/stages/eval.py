@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from esft.data.sources import read_records
     from esft.evaluation.loss import mean_loss
     from esft.evaluation.scores import exact_match
+    from esft.parallel.join import current
 
     adapter, records = adapter_of(args), read_records(source)[: args.limit]
     with reading(args.model):
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.loss_only:
             result["exact_match"], outcomes = exact_match(model, tokenizer, records, args.batch_size, not args.quiet)
     say(json.dumps(result, allow_nan=False))
-    if args.out is not None:
+    if args.out is not None and current().main:
         write_json(args.out, result | {"answers": outcomes})
 
 

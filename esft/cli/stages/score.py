@@ -27,13 +27,16 @@ def run(args: argparse.Namespace) -> None:
     check_new_file(args.out, ExpertScores.load if args.overwrite else None, [args.model, source.local])
     from esft.data.batches import windows
     from esft.data.cache import encoded
+    from esft.parallel.join import current
     from esft.scoring.score import score_experts
 
     with reading(args.model):
         encoder = encoder_for(args)
-        examples = encoded(source, encoder, progress=not args.quiet)
+        with current().main_first():  # who leaves them encoded for the others
+            examples = encoded(source, encoder, progress=not args.quiet)
         model = load_for(args, None)
         batches = windows(examples, encoder.max_length, args.batch_size)
         scores = score_experts(model, batches, args.max_tokens, progress=not args.quiet)
-    scores.save(args.out)
+    if current().main:
+        scores.save(args.out)
     say(f"scores of {len(scores.token_scores)} layers in {args.out}")

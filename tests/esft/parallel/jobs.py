@@ -51,7 +51,10 @@ def job(folder: Path, size: int, work: Callable[[], Any], then: Callable[[list[i
 
 
 def _child(folder: Path, rank: int, size: int, port: int, work: Callable[[], Any]) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {f"{of}RANK": str(rank) for of in ("", "LOCAL_")} | {
+        f"{of}WORLD_SIZE": str(size) for of in ("", "LOCAL_")
+    }
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # threads do not survive a fork
     (folder / f"{rank}.json").unlink(missing_ok=True)
     descriptor = os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
