@@ -74,8 +74,7 @@ class Watch:
         self.stop()
         with suppress(RuntimeError):  # no store any more: somebody else has ended first
             first = self._blame(self.rank, reason)
-            if self.rank == 0:
-                time.sleep(3 * PULSE)  # the store may end with this process: the others read it before
+            self._let_others_read()
             return first
         return False
 
@@ -94,7 +93,9 @@ class Watch:
                 self._stopped.wait(PULSE)
         except RuntimeError:
             if not self.stopped:
-                _end(f"rank {self.rank}: the job's store does not answer: rank 0, or what has started the job, is gone")
+                self._end(
+                    f"rank {self.rank}: the job's store does not answer: rank 0, or what has started the job, is gone"
+                )
 
     def _pulse(self) -> None:
         self._beat += 1
@@ -107,7 +108,7 @@ class Watch:
         }
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
         if self.store.check([_VERDICT]):
-            _end(None)
+            self._end(None)
         for rank in range(1, self.size) if self.rank == 0 else (0,):
             if reason := self._dead(rank):
                 self._sentence(rank, reason)
@@ -118,7 +119,7 @@ class Watch:
 
     def _sentence(self, rank: int, reason: str) -> None:
         first = self._blame(rank, reason)
-        _end(f"rank {rank}: {reason}" if first else None)
+        self._end(f"rank {rank}: {reason}" if first else None)
 
     def _hangs(self, rank: int, entered: int, what: str, since: float) -> bool:
         """Whether a rank that has not come to an operation shows no progress any more."""
@@ -150,6 +151,17 @@ class Watch:
         key = f"beat/{rank}"
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
+    def _end(self, line: str | None) -> None:
+        """End this process, whose main thread may wait for a rank that never comes."""
+        if line is not None:
+            print(f"esft: {line}", file=sys.stderr, flush=True)
+        self._let_others_read()
+        os._exit(STATUS)
+
+    def _let_others_read(self) -> None:
+        if self.rank == 0:  # the store may end with this process
+            time.sleep(3 * PULSE)
+
     def _blame(self, rank: int, reason: str) -> bool:
         """Whether this is the job's first failure."""
         mine = json.dumps([self.rank, rank, reason])
@@ -168,10 +180,3 @@ def _lives(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _end(line: str | None) -> None:
-    """End this process, whose main thread may wait for a rank that never comes."""
-    if line is not None:
-        print(f"esft: {line}", file=sys.stderr, flush=True)
-    os._exit(STATUS)

@@ -2,7 +2,6 @@
 
 import os
 
-import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
@@ -70,7 +69,7 @@ def test_ddp_adds_zeros_of_a_rank_whose_tokens_no_trained_expert_gets(tmp_path, 
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def by_trainer(size: int) -> float:
+def by_trainer(size: int) -> None:
     for state in (AcceleratorState, PartialState):  # of a process before this one was forked
         state._reset_state()
     model = esft.swap(tiny_model(), esft.ExpertSelection({1: [5, 2], 2: [0]})).train()
@@ -81,12 +80,11 @@ def by_trainer(size: int) -> float:
         max_grad_norm=0.0,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}))
-    loss = trainer.train().training_loss
+    trainer.train()
     if os.environ.get("RANK", "0") == "0":
         save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, f"{size}.safetensors")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return loss
 
 
 def test_transformers_trainer_by_two_processes_trains_what_one_does(tmp_path, monkeypatch):
@@ -94,7 +92,6 @@ def test_transformers_trainer_by_two_processes_trains_what_one_does(tmp_path, mo
     (alone,) = job(tmp_path, 1, lambda: by_trainer(1))
     several = job(tmp_path, 2, lambda: by_trainer(2))
     assert [alone.status, *(e.status for e in several)] == [0, 0, 0], (alone, several)
-    assert several[0].value == pytest.approx(alone.value, rel=1e-5)
     start = esft.swap(tiny_model(), esft.ExpertSelection({1: [5, 2], 2: [0]}))
     expected = load_file("1.safetensors")
     for name, tensor in load_file("2.safetensors").items():

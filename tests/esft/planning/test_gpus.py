@@ -1,6 +1,5 @@
 """What several GPUs should hold of a model."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,9 +34,11 @@ def test_replicated_weights_cost_the_gradients_and_sharded_ones_are_gathered_twi
 
 
 def test_nothing_is_sharded_that_fits_whole(ours):
-    small = replace(ours, peak=10 * 10**9)
-    assert spreading(small, 8, 16, 12e9)[-1].startswith("Shard nothing: all of the model fits")
-    assert spreading(small, 8, 16, 9e9)[-1].startswith("Shard what is frozen")
-    assert spreading(small, 8, 16, 1e9)[-1].startswith("Neither fits")
-    lines = spreading(small, 8, 16, None)
-    assert len(lines) == 2 and lines[0].startswith("8 GPUs, sharded nothing: 10.000 GB each, ")
+    whole, cut = spreads(ours, 8, 16)
+    assert spreading(ours, 8, 16, whole.peak)[-1].startswith("Shard nothing: all of the model fits")
+    assert spreading(ours, 8, 16, whole.peak - 1)[-1].startswith("Shard what is frozen (--shard frozen): ")
+    assert spreading(ours, 8, 16, cut.peak)[-1].startswith("Shard what is frozen (--shard frozen): ")
+    assert spreading(ours, 8, 16, cut.peak - 1)[-1].startswith("Neither fits")
+    lines = spreading(ours, 8, 16, None)
+    assert len(lines) == 2
+    assert lines[0].startswith(f"8 GPUs, sharded nothing: {whole.peak / 1e9:.3f} GB each, ")
