@@ -16,6 +16,7 @@ from esft.cli.job import job
 from esft.cli.output import complain, explain, hush_libraries, listen
 from esft.cli.stages import data, eval, generate, merge, plan, report, score, select, train
 from esft.errors import Interrupted
+from esft.parallel.environment import own_rank
 
 STAGES: dict[str, ModuleType] = {
     "score": score,
@@ -65,7 +66,8 @@ def main(
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted("interrupted", signal.SIGINT)
         given = sys.argv[1:] if arguments is None else arguments
-        complain(f"{stopped}{f'; go on with: {resuming(given)}' if stopped.resumable else ''}")
+        if own_rank() == 0 or not stopped.resumable:  # else all processes have stopped, and the first one says it
+            complain(f"{stopped}{f'; go on with: {resuming(given)}' if stopped.resumable else ''}")
         return 128 + stopped.signal
     except Exception as error:
         explain(error)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from esft.parallel.watch import PATIENCE, STATUS, Watch
 
 _SLACK = 120  # seconds that PyTorch waits longer than we do, who say for whom
 _PACKAGES = ("esft", "torch", "transformers", "safetensors")
+_times = count()  # that this process has joined a job
 _joined: list[Ranks] = []  # the job that this process is in, the innermost last
 
 
@@ -82,13 +84,13 @@ def _leave(watch: Watch) -> None:
 
 
 def _store() -> dist.Store:
-    """The job's key-value store; of its own for every attempt of ``torchrun`` at it."""
+    """The job's key-value store, a new part of it: for every attempt of ``torchrun``, and every time that all join."""
     patience = timedelta(seconds=PATIENCE)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=patience))
     except (ValueError, RuntimeError) as error:
         raise RankError(f"rank {own_rank()}: cannot join the job ({first_line(error)})") from error
-    return dist.PrefixStore(f"esft/{attempt()}", store)
+    return dist.PrefixStore(f"esft/{attempt()}/{next(_times)}", store)
 
 
 def _take_gpu() -> None:

@@ -6,13 +6,11 @@ from benchmarks import ranks
 from tests.esft.models import save_tiny
 
 
-def test_steps_of_two_processes_are_timed_and_what_they_send_is_counted(tmp_path):
-    rows = ranks.run(str(save_tiny(tmp_path / "base")), 4, 8, 2, [1, 2])
-    assert [(row["method"], row["processes"]) for row in rows] == [("esft", 1), ("esft", 2), ("full", 1), ("full", 2)]
-    for alone, several in (rows[:2], rows[2:]):
-        assert alone["sent, MB"] == 0 and alone["times one process"] == 1
-        assert several["sent, MB"] >= several["gradients, MB"] > 0 and several["times one process"] > 0
-    assert rows[1]["sent, MB"] < 0.3 * rows[3]["sent, MB"]
+def test_steps_of_two_processes_are_timed_and_what_they_send_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "METHODS_TIMED", ("esft",))
+    (row,) = ranks.run(str(save_tiny(tmp_path / "base")), 4, 8, 2, [2])
+    assert (row["method"], row["processes"], row["times one process"]) == ("esft", 2, None)
+    assert row["tokens/s"] > 0 and row["sent, MB"] >= row["gradients, MB"] > 0
 
 
 def test_bytes_of_larger_jobs_are_computed_from_the_models_sizes():

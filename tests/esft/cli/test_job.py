@@ -1,6 +1,9 @@
 """Commands of several processes beside the same ones by one."""
 
 import json
+import os
+import signal
+import time
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -64,6 +67,23 @@ def test_the_first_rank_that_fails_says_so_in_one_line_with_its_name(work):
     assert [e.value if e.status == 0 else e.status for e in ended] == [2, 2]
     said = "".join(e.said for e in ended)
     assert said.count("\n") == 1 and said.startswith(("esft: rank 0: none: ", "esft: rank 1: none: "))
+
+
+def test_a_signal_to_one_ends_all_and_the_first_says_how_to_go_on(work):
+    esft.ExpertSelection({1: [0, 3], 2: [5]}).save(work / "x.json")
+    train = "train --model base --data d.jsonl --experts x.json --out run --steps 10000 --batch-size 4 --quiet"
+
+    def then(pids: list[int]) -> None:
+        while not (work / "run" / "metrics.jsonl").is_file():
+            time.sleep(0.02)
+        time.sleep(0.2)
+        os.kill(pids[1], signal.SIGTERM)
+
+    first, second = job(work, 2, partial(main, train.split()), then)
+    assert (first.value, second.value, second.said) == (143, 143, "")
+    assert first.said.startswith("esft: rank 0: run: stopped after step ") and first.said.count("\n") == 1
+    assert first.said.endswith(f"; go on with: torchrun --nproc-per-node=2 -m esft {train} --resume\n")
+    assert [path.name for path in (work / "run" / "checkpoints").iterdir()]
 
 
 def test_one_process_is_no_job_and_has_no_name(capsys):

@@ -1,6 +1,7 @@
 """Joining a job, and leaving it."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -42,6 +43,22 @@ def test_what_all_ranks_leave_for_is_no_failure_and_what_one_leaves_for_is(tmp_p
     assert (first.status, first.value, first.said) == (0, "stopped", "")
     expected = (0, "stopped", "") if resumable else (2, None, "")
     assert (second.status, second.value, second.said) == expected
+
+
+def again() -> list:
+    found = []
+    for turn in range(3):
+        with joined() as ranks:
+            if ranks.main:
+                time.sleep(0.1)
+            ranks.wait()
+            found.append(ranks.gathered([turn, ranks.rank]))
+    return found
+
+
+def test_a_job_can_be_joined_again(tmp_path):
+    ended = job(tmp_path, 2, again)
+    assert [(e.status, e.value) for e in ended] == [(0, [[[turn, 0], [turn, 1]] for turn in range(3)])] * 2, ended
 
 
 def test_a_process_of_its_own_joins_nothing(monkeypatch):
