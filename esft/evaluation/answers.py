@@ -42,7 +42,8 @@ def answer(
     ranks = current()
     reach = Reach.of(causal_lm_of(model).config)
     encoded = encode_prompts(tokenizer, prompts, reach)
-    own = ranks.share(range(len(encoded)), lambda i: len(encoded[i].ids))
+    every = range(len(encoded))
+    own = every if ranks.lockstep else ranks.share(every, lambda i: len(encoded[i].ids))
     order = sorted(own, key=lambda i: len(encoded[i].ids))
     answers: dict[int, str] = {}
     pad: Any = tokenizer.pad_token_id
@@ -64,8 +65,8 @@ def answer(
         for i, row in zip(part, out, strict=True):
             answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
         ranks.progress()
-    every = dict(pair for pairs in ranks.gathered(list(answers.items())) for pair in pairs)
-    return [every[i] for i in range(len(encoded))]
+    found = dict(pair for pairs in ranks.gathered(list(answers.items())) for pair in pairs)
+    return [found[i] for i in every]
 
 
 @contextmanager

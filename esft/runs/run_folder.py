@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, fields
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from esft.errors import DiskError, InputError
-from esft.runs.checkpoints import Checkpoints, digest_of
+from esft.runs.checkpoints import Checkpoints, digests_of
 from esft.runs.config import TrainConfig
 from esft.runs.metrics import logging, read_metrics
+from esft.runs.reporting import BOARD, WANDB, reporting
 from esft.selection import ExpertSelection
 from esft.storage.files import TEMPORARY, write_json, write_yaml
 from esft.storage.locks import locked
-from esft.storage.outputs import check_new_folder, entries, new_folder, recover
+from esft.storage.outputs import RUN_MARKER, check_new_folder, entries, new_folder, recover
 from esft.storage.reading import check_name, read_json, shown
 
-MARKER = "esft_run.json"
 FORMAT_VERSION = 1
 CONFIG = "config.yaml"
 SELECTION = "experts.json"
@@ -31,15 +31,15 @@ LOCK = ".esft.lock"
 ADAPTER, MODEL = "adapter", "model"  # the outcome is one of these
 NEXT = "overwriting"  # a run that takes this one's place when it is whole, in a folder of its own within this one's
 REPLACED = "replaced"  # in that one, while it takes the place: what it replaces
-_BOARD, _CHECKPOINTS = "tensorboard", "checkpoints"
+_CHECKPOINTS = "checkpoints"
 # What a run consists of, but for its outcome.
-_BEGINNING = re.compile("|".join((*map(re.escape, (MARKER, CONFIG, SELECTION, LOCK)), TEMPORARY.pattern)))
+_BEGINNING = re.compile("|".join((*map(re.escape, (RUN_MARKER, CONFIG, SELECTION, LOCK)), TEMPORARY.pattern)))
 _OWN = re.compile(
     "|".join(
         (
             _BEGINNING.pattern,
-            *map(re.escape, (ORIGIN, METRICS, SUMMARY)),
-            rf"{_BOARD}(/events\.out\.tfevents\.[^/]*)?",
+            *map(re.escape, (ORIGIN, METRICS, SUMMARY, WANDB)),
+            rf"{BOARD}(/events\.out\.tfevents\.[^/]*)?",
             rf"{_CHECKPOINTS}(/step-\d+(/state\.(json|safetensors))?)?",
         )
     )
@@ -65,9 +65,9 @@ class RunFolder:
         self.path = Path(path)
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there. Raises InputError for anything else in its place."""
+        """Whether a file is there. Raises InputError for anything else in its place, links included."""
         path = self.path / name
-        if os.path.lexists(path) and not path.is_file():
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
             raise InputError(f"{path}: is no regular file, where a run has one")
         return path.is_file()
 
@@ -79,7 +79,7 @@ class RunFolder:
     @property
     def why_not_begun(self) -> str:
         """For the message about a run that cannot go on; empty where there is none at all."""
-        if not self.holds(MARKER):
+        if not self.holds(RUN_MARKER):
             return ""
         if self.broken_off:
             return ", it was broken off before its first step: begin it again"
@@ -87,10 +87,11 @@ class RunFolder:
 
     @property
     def broken_off(self) -> bool:
-        """Whether there is nothing, or no more than a kill leaves of a run before its first step."""
+        """Whether there is nothing, or no more than a kill leaves before a first step. Raises what ``holds`` does."""
         found = list(entries(self.path)) if self.path.is_dir() else []
         nothing = all(entry == LOCK or TEMPORARY.fullmatch(entry) for entry in found)
-        return nothing or (self.holds(MARKER) and all(map(_BEGINNING.fullmatch, found)))
+        beginning = self.holds(RUN_MARKER) and all(map(_BEGINNING.fullmatch, found))
+        return nothing or (beginning and all(map(self.holds, found)))  # which are written anew
 
     def check_ours(self, within: str = NEXT) -> None:
         """Raise InputError naming the first file that no run has written.
@@ -109,15 +110,15 @@ class RunFolder:
     @property
     def _outcome(self) -> set[str]:
         """The files of the outcome, as paths below the run's. Raises InputError where the marker is none."""
-        if not self.holds(MARKER):
+        if not self.holds(RUN_MARKER):
             unlisted = entries(self.path) if self.path.is_dir() else ()
             return {entry for entry in unlisted if _UNLISTED.fullmatch(entry)}
-        marker = read_json(self.path / MARKER)
+        marker = read_json(self.path / RUN_MARKER)
         files = marker.get("outcome") if isinstance(marker, dict) else None
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise InputError(f"{self.path / MARKER}: is no run's marker")
+            raise InputError(f"{self.path / RUN_MARKER}: is no run's marker")
         if type(version := marker.get("format_version")) is not int or version != FORMAT_VERSION:
-            raise InputError(f"{self.path / MARKER}: format_version must be {FORMAT_VERSION}")
+            raise InputError(f"{self.path / RUN_MARKER}: format_version must be {FORMAT_VERSION}")
         return set(files)
 
     @contextmanager
@@ -151,7 +152,7 @@ class RunFolder:
         """Write what the run is begun with, the origin last: without it no run has begun."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._mark(self._outcome)
-        digests = origin["digests"] | _digests(config, selection)
+        digests = origin["digests"] | digests_of(config, selection)
         write_yaml(self.path / CONFIG, asdict(config))
         if selection is not None:
             selection.save(self.path / SELECTION)
@@ -183,7 +184,7 @@ class RunFolder:
         begun = TrainConfig.load(self.path / CONFIG)
         chosen = ExpertSelection.load(self.path / SELECTION) if self.holds(SELECTION) else None
         digests = self.origin()["digests"]
-        for name, value in _digests(begun, chosen).items():
+        for name, value in digests_of(begun, chosen).items():
             if digests.get(name, value) != value:  # runs of before have no such digests
                 raise InputError(f"{self.path / _FILES[name]}: was changed since the run was begun")
         if config is not None:
@@ -223,9 +224,15 @@ class RunFolder:
         """What the run resumes from."""
         return Checkpoints(self.path / _CHECKPOINTS, self.origin()["digests"])
 
-    def log(self, done: int) -> AbstractContextManager[Callable[..., None]]:
-        """``logging`` of this run, which has done so many steps."""
-        return logging(self.path / METRICS, self.path / _BOARD, done)
+    @contextmanager
+    def log(self, done: int) -> Iterator[Callable[..., None]]:
+        """``logging`` of this run, which has done so many steps, shown as its settings say."""
+        config = TrainConfig.load(self.path / CONFIG)
+        with (
+            reporting(config.report_to, self.path, done, asdict(config)) as report,
+            logging(self.path / METRICS, done, report) as log,
+        ):
+            yield log
 
     def metrics(self, torn: bool = False) -> list[dict[str, Any]]:
         """``read_metrics`` of this run. Raises InputError for a folder that is none of a run, too."""
@@ -256,7 +263,7 @@ class RunFolder:
         return {file.removeprefix(f"{name}/") for file in self._outcome if file.startswith(f"{name}/")}
 
     def _mark(self, outcome: set[str]) -> None:
-        write_json(self.path / MARKER, {"format_version": FORMAT_VERSION, "outcome": sorted(outcome)})
+        write_json(self.path / RUN_MARKER, {"format_version": FORMAT_VERSION, "outcome": sorted(outcome)})
 
     def stored_bytes(self) -> int:
         """Of the outcome's tensors."""
@@ -283,18 +290,3 @@ def _is_count(value: Any) -> bool:
 
 
 _FILES = {"settings": CONFIG, "selection": SELECTION}
-
-
-def _digests(config: TrainConfig, selection: ExpertSelection | None) -> dict[str, str]:
-    """Of the settings and the selection.
-
-    The number of steps may change, and settings that stand at their default do not enter: there may be more of them one
-    day.
-    """
-    usual = {each.name: each.default for each in fields(config)}
-    chosen = {name: value for name, value in asdict(config).items() if name != "steps" and value != usual[name]}
-    trained = None
-    if selection is not None:
-        layers = {str(layer): list(ids) for layer, ids in selection.experts.items()}
-        trained = [layers, selection.shared_experts, selection.non_expert_modules]
-    return {"settings": digest_of(chosen), "selection": digest_of(trained)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 import xxhash
 
 from esft.parallel.ranks import Ranks
-from esft.runs.checkpoints import State
+from esft.runs.checkpoints import Best, State
 from esft.runs.config import TrainConfig
 from esft.runs.opened import opened
-from esft.runs.run_folder import RunFolder
+from esft.runs.run_folder import METRICS, RunFolder
 from esft.selection import ExpertSelection
 
 CHUNK = 1 << 24  # values that are hashed at a time
@@ -39,6 +39,10 @@ class SharedRun:
     def __init__(self, ranks: Ranks, folder: RunFolder):
         self.ranks, self.folder = ranks, folder
 
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
     def begun_with(
         self, config: TrainConfig | None, selection: ExpertSelection | None
     ) -> tuple[TrainConfig, ExpertSelection | None]:
@@ -59,14 +63,27 @@ class SharedRun:
 
     def restore(self, load: Callable[[State], None]) -> State | None:
         """Hand the last sound state to ``load``, on every rank. None without any."""
-        state = self.folder.checkpoints().restore(load) if self.ranks.main else None
-        told = self.ranks.told(lambda: None if state is None else [state.step, state.losses])
+        state = self._told(self.folder.checkpoints().restore(load) if self.ranks.main else None)
+        if state is not None and not self.ranks.main:
+            load(state)
+        return state
+
+    def read(self, step: int) -> State:
+        """The state after a step that was saved. Raises InputError where it cannot be read."""
+        state = self._told(self.folder.checkpoints().read(step) if self.ranks.main else None)
+        assert state is not None
+        return state
+
+    def _told(self, state: State | None) -> State | None:
+        """The first rank's."""
+        told = self.ranks.told(
+            lambda: None if state is None else [state.step, state.losses, state.best and astuple(state.best)]
+        )
         if told is None:
             return None
         tensors = self.ranks.spread(None if state is None else state.tensors)
-        if state is None:
-            load(state := State(*told, tensors))
-        return state
+        step, losses, best = told
+        return state or State(step, losses, tensors, best and Best(*best))
 
     def begin(self, config: TrainConfig, origin: dict[str, Any], selection: ExpertSelection | None) -> None:
         if self.ranks.main:
@@ -88,7 +105,9 @@ class SharedRun:
         return self.folder.log(done) if self.ranks.main else nullcontext(lambda step, **values: None)
 
     def metrics(self) -> list[dict[str, Any]]:
-        return self.ranks.told(self.folder.metrics)
+        """Without a last line that a kill has cut short; none before the first."""
+        holds = self.ranks.main and self.folder.holds(METRICS)
+        return self.ranks.told(lambda: self.folder.metrics(torn=True) if holds else [])
 
     def last_step(self) -> int:
         return self.ranks.told(self.folder.last_step)

@@ -5,31 +5,36 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from esft.checkpoint.device import first_device, in_host_memory
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.data.examples import Example
-from esft.data.sources import DataSource
+from esft.data.mixing import mixed_in
 from esft.errors import Interrupted
 from esft.memory import peak_memory, peak_rss
 from esft.parallel.join import joined
 from esft.parallel.sharding import shard_frozen
+from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
+from esft.runs.metrics import evaluations as evaluations_of
 from esft.runs.progress import Bar
+from esft.runs.reporting import check_reporting
 from esft.runs.shared_run import SharedRun, shared_run
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
-from esft.training.evaluations import Evaluations
+from esft.training.evaluations import Evaluations, deciding
 from esft.training.methods import METHODS, Source
-from esft.training.run_data import Data, RunData, sources_of
+from esft.training.run_data import Data, RunData, held_out_sources, sources_of
+from esft.training.short_attention import use_short_attention
 from esft.training.steps import Steps
 
 logger = logging.getLogger("esft")
@@ -39,13 +44,19 @@ logger = logging.getLogger("esft")
 class TrainResult:
     """What a run measured.
 
-    ``peak_rss`` is the process's largest resident memory so far and ``peak_gpu_memory`` that of its tensors on the
-    GPUs, in bytes, of several processes the largest; ``seconds`` is the loop's own time.
+    ``steps`` are those that were done, and ``best_step`` is the one whose model was kept, None where that is the last.
+    ``before`` and ``after`` hold the scores on the evaluation data by their names in the metrics, ``after`` and
+    ``eval_loss`` (the first of its losses) of the model that was kept. ``peak_rss`` is the process's largest resident
+    memory so far and ``peak_gpu_memory`` that of its tensors on the GPUs, in bytes, of several processes the largest;
+    ``seconds`` is the loop's own time.
     """
 
     steps: int
     train_loss: float
     eval_loss: float | None
+    before: dict[str, float]
+    after: dict[str, float]
+    best_step: int | None
     trained_parameters: int
     stored_bytes: int
     seconds: float
@@ -60,11 +71,12 @@ def train(
     out: str | Path,
     config: TrainConfig | None = None,
     selection: ExpertSelection | None = None,
-    eval_data: str | Path | None = None,
+    eval_data: str | Path | Mapping[str, str | Path] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     trust_remote_code: bool = False,
+    mix: str | None = None,
 ) -> TrainResult:
     """Fine-tune a checkpoint on chat records or texts and leave everything in a run folder.
 
@@ -78,60 +90,85 @@ def train(
         out: the run folder.
         config: the settings; where None the paper's, or those of the run to resume.
         selection: the experts to train; needed by "esft" and by nothing else. A run to resume has its own.
-        eval_data: one such, whose loss is measured every ``eval_every`` steps.
+        eval_data: one such, or several by name, which is measured every ``eval_every`` steps.
         resume: go on from the last checkpoint in ``out``, with the same base, data, selection and settings; only
             ``steps`` may differ, and not be fewer than are done.
         overwrite: replace a run that ``out`` holds, when this one is whole; until then it is in ``out/overwriting``.
         progress: show bars.
         trust_remote_code: whether Python files of the checkpoint may be run; no setting, so that no file can say it.
+        mix: general records, as DATA:SHARE with the share of all examples that come of them.
 
     Raises InputError, before anything is written, for bad input of any kind, and where another process trains in
     ``out``; DivergenceError for a loss or a gradient that is no number; DiskError for a full disk; Interrupted (a
     KeyboardInterrupt) when SIGINT or SIGTERM comes: then the step was finished and a checkpoint saved.
     """
-    sources, eval_source = sources_of(data), DataSource.of(eval_data) if eval_data is not None else None
-    check_apart(out, model_path, *(each.local for each in (*sources, eval_source) if each is not None))
+    sources, held_out = sources_of(data), held_out_sources(eval_data)
+    mixed = mixed_in(mix) if mix is not None else None
+    check_apart(out, model_path, *(each.local for each in (*sources, *held_out.values(), mixed) if each is not None))
     with joined() as ranks, shared_run(ranks, out, resume, overwrite) as run:
         if resume:
             config, selection = run.begun_with(config, selection)
         config = config or TrainConfig()
         config.check_selection(selection)
+        deciding(config, list(held_out))
+        check_reporting(config.report_to)
         reach = Reach.of(open_config(model_path, trust_remote_code))
         tokenizer = load_tokenizer(model_path, trust_remote_code)
         progress = progress and ranks.main
         with ranks.main_first():  # who leaves the data encoded for the others
-            run_data = RunData(sources, tokenizer, reach, config).read(progress)
-            held_out = run_data.held_out(eval_source, progress)
+            run_data = RunData(sources, tokenizer, reach, config, mixed).read(progress)
+            sets = run_data.eval_sets(held_out, progress)
         if (report := run_data.report()) is not None:
             logger.info("%s: %s", run_data.name, report)
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
         with in_host_memory(config.shard != "none" and ranks.size > 1):
             model, base = METHODS[config.method].prepare(source, config, selection)
+        use_short_attention(model)
         digests = {"model": base.digest, "data": run_data.digest()}
+        begun = {"model": model_path, "data": run_data.name}
+        if config.chooses:  # else nothing of the outcome depends on what it is evaluated on
+            digests["eval_data"] = digest_of({name: source.digest() for name, source in held_out.items()})
+            begun["eval_data"] = ", ".join(map(str, held_out.values()))
         if ranks.size > 1:
             settings = {f"setting {name}": value for name, value in asdict(config).items()}
-            watched = {"evaluation data": eval_source and eval_source.digest(), "selection": str(selection)}
-            ranks.check_alike(settings | watched | digests)
+            watched = {name or "evaluation data": source.digest() for name, source in held_out.items()}
+            ranks.check_alike(settings | watched | digests | {"selection": str(selection)})
         if resume:
-            run.check_origin(digests, base.settings, {"model": model_path, "data": run_data.name})
+            run.check_origin(digests, base.settings, begun)
         if config.shard == "frozen":
             shard_frozen(model, ranks, first_device())
-        steps = Steps(model, tokenizer.pad_token_id, config, ranks)
+        steps = Steps(model, tokenizer.pad_token_id, config, run_data.places, ranks)
         state = run.restore(steps.load) if resume else None
         if resume and state is None and run.last_step() > config.save_every:
-            gone = f"{run.folder.path}: its checkpoints are gone; the run begins at its first step"
-            warnings.warn(gone, stacklevel=2)
-        origin = {"model": model_path, "data": run_data.name, "base_settings": base.settings}
-        run.begin(config, origin | {"digests": digests}, selection)
-        done = 0 if state is None else state.step
-        evaluations = Evaluations(model, tokenizer.pad_token_id, config, held_out)
+            warnings.warn(f"{run.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
+        done, best = (0, None) if state is None else (state.step, state.best)
+        recorded = evaluations_of([line for line in run.metrics() if line["step"] <= done]) if resume else {}
+        run.begin(config, begun | {"base_settings": base.settings, "digests": digests}, selection)
+        evaluations = Evaluations(model, tokenizer, config, sets, recorded, best)
+        logger.info(_about(model, config, selection, done, list(held_out)))
         measured = _train(steps, run_data.batches(done), evaluations, run, done, progress)
-        method, trained = METHODS[config.method], model.eval()
-        stored = run.leave(lambda folder: method.save(trained, tokenizer, config, base, folder))
+        method, tuned = METHODS[config.method], model.eval()
+        stored = run.leave(lambda folder: method.save(tuned, tokenizer, config, base, folder))
         result = TrainResult(**measured, stored_bytes=stored)
         run.write_summary(vars(result))
     return result
+
+
+def _about(
+    model: nn.Module, config: TrainConfig, selection: ExpertSelection | None, done: int, held_out: list[str]
+) -> str:
+    """What is about to be done, in a line."""
+    experts = f"{selection.num_experts} experts of {len(selection.experts)} layers, " if selection is not None else ""
+    begun = f"{config.steps - done} more steps" if done else f"{config.steps} steps"
+    rows = "packed rows" if config.packing else "records"
+    names = ", ".join(name or "evaluation data" for name in held_out)
+    measured = f", {config.eval_metrics} of {names} every {config.eval_every}" if held_out else ""
+    return f"{config.method}: {experts}{_trained(model):,} parameters, {begun} of {config.batch_size} {rows}{measured}"
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _train(
@@ -144,16 +181,19 @@ def _train(
 ) -> dict[str, Any]:
     """All steps after the first so many, of one batch each: now and then an evaluation and a checkpoint.
 
-    Returns what ``TrainResult`` holds of them.
+    Leaves the model that is to be kept. Returns what ``TrainResult`` holds of the steps.
     """
     config, ranks = steps.config, run.ranks
     started = time.monotonic()
     steps.model.train()
 
+    def save(step: int) -> None:
+        run.save(replace(steps.state(step), best=evaluations.best))
+
     def leave_if_asked(step: int) -> None:
         if number := ranks.largest(asked() or 0):
-            run.save(steps.state(step))
-            raise Interrupted(f"{run.folder.path}: stopped after step {step}, which is saved", number, resumable=True)
+            save(step)
+            raise Interrupted(f"{run.path}: stopped after step {step}, which is saved", number, resumable=True)
 
     with (
         stop_signals() as asked,
@@ -161,26 +201,40 @@ def _train(
         Bar(config.method, config.steps, first, progress) as bar,
     ):
         step = first
-        # A run that was stopped may have had no time for what was due after its last step.
-        if evaluations.due(first) and not evaluations.recall(first, run.metrics()):
-            evaluations.measure(first, log)
-        for step, records in enumerate(batches, first + 1):
-            log(step, **steps.update(step, records))
-            bar.step(steps.recent_loss)
+        if evaluations.due(first):  # a run that was stopped may have had no time for it
+            evaluations.after(first, log)
+        for step, records in enumerate(() if evaluations.exhausted else batches, first + 1):
+            log(step, **(figures := steps.update(step, records)))
+            bar.step(steps.recent_loss, figures["tokens_per_second"], steps.supervised)
             leave_if_asked(step)
             # Saved first: what a kill takes from the evaluation, a resumed run makes up for.
             if step % config.save_every == 0 and step != config.steps:
-                run.save(steps.state(step))
+                save(step)
             if evaluations.due(step):
-                evaluations.measure(step, log)
+                evaluations.after(step, log)
+                if evaluations.exhausted:
+                    break
+                if evaluations.keeps(step) and step != config.steps:
+                    save(step)
         leave_if_asked(step)
-    run.check_alike(steps.state(step))
+    if step != config.steps:
+        patience = config.early_stopping_patience
+        logger.info("ended after step %d: %s no better in %s evaluations", step, evaluations.deciding, patience)
+    kept = evaluations.best.step if config.load_best_model_at_end and evaluations.best is not None else step
+    if kept != step:
+        steps.optimizer.load_state(run.read(kept).tensors)
+        logger.info("kept step %d, the best by %s", kept, evaluations.deciding)
+    run.check_alike(steps.state(kept))
     seconds = time.monotonic() - started
+    after = evaluations.recorded.get(kept, {})
     return {
-        "steps": config.steps,
+        "steps": step,
         "train_loss": steps.recent_loss,
-        "eval_loss": evaluations.loss,
-        "trained_parameters": sum(p.numel() for p in steps.model.parameters() if p.requires_grad),
+        "eval_loss": next((value for name, value in after.items() if name.endswith("loss")), None),
+        "before": evaluations.recorded.get(0, {}),
+        "after": after,
+        "best_step": kept if kept != step else None,
+        "trained_parameters": _trained(steps.model),
         "seconds": seconds,
         "tokens_per_second": steps.tokens / seconds,
         "peak_rss": ranks.largest(peak_rss()),

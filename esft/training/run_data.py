@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,12 +15,17 @@ from esft.data.batches import Packing, steps
 from esft.data.cache import encoded
 from esft.data.encoding import Encoder
 from esft.data.examples import Example, Examples
-from esft.data.mixing import Mix, end_to_end, weights_of
-from esft.data.report import DataReport, data_report
-from esft.data.sources import DataSource
+from esft.data.mixing import Mix, end_to_end, mixed_weights, weights_of
+from esft.data.report import DataReport, data_report, places
+from esft.data.sources import DataSource, read_records
 from esft.data.streaming import streamed
+from esft.errors import InputError
+from esft.evaluation.scores import EvalSet
 from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
+from esft.storage.reading import shown
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 Data = str | Path | Sequence[str | Path]
 
@@ -31,6 +37,15 @@ def sources_of(data: Data) -> list[DataSource]:
     return sources
 
 
+def held_out_sources(data: str | Path | Mapping[str, str | Path] | None) -> dict[str, DataSource]:
+    """Evaluation data by name, the empty one where there is one without. Raises InputError for a name that is none."""
+    named = {} if data is None else {"": data} if isinstance(data, str | Path) else data
+    for name in named:
+        if not (_NAME.fullmatch(name) or (not name and len(named) == 1)):
+            raise InputError(f"{shown(name)} is no name of evaluation data: letters, digits, - and _ make one")
+    return {name: DataSource.of(source) for name, source in named.items()}
+
+
 @dataclass(frozen=True)
 class RunData:
     """What a run is trained on.
@@ -40,6 +55,7 @@ class RunData:
         tokenizer: the model's.
         reach: the model's.
         config: of the run.
+        mixed: a source of general data that is mixed in, its weight the share of the examples that come of it.
         mix: of the sources, by weight; None where each example comes once an epoch.
         examples: of all sources; None where they are streamed.
     """
@@ -48,6 +64,7 @@ class RunData:
     tokenizer: PreTrainedTokenizerBase
     reach: Reach
     config: TrainConfig
+    mixed: DataSource | None = None
     mix: Mix | None = None
     examples: Examples | None = None
 
@@ -58,19 +75,28 @@ class RunData:
         """
         weights, encoder = weights_of(self.sources), self._encoder(self.config.packing)
         if self.config.streaming:
+            if self.mixed is not None:
+                raise InputError(f"{self.mixed}: nothing is mixed into data that is streamed")
             next(streamed(self.sources, encoder, 1, self.config.seed))
             return self
-        parts = [encoded(source, encoder, self.config.dataset_num_proc, progress) for source in self.sources]
-        mix = Mix([len(part) for part in parts], weights) if weights and len(parts) > 1 else None
-        return replace(self, mix=mix, examples=end_to_end(parts))
+        parts = [encoded(source, encoder, self.config.dataset_num_proc, progress) for source in self._all_sources]
+        sizes = [len(part) for part in parts]
+        if self.mixed is not None and self.mixed.weight is not None:
+            weights = mixed_weights(sizes, weights, self.mixed.weight)
+        mix = Mix(sizes, weights) if weights and len(parts) > 1 else None
+        return replace(self, mix=mix, examples=end_to_end(parts, self.mixed is not None))
 
-    def held_out(self, source: DataSource | None, progress: bool = False) -> Sequence[Example]:
-        """The rows to evaluate on. Raises InputError as ``read`` does."""
-        if source is None:
-            return []
+    def eval_sets(self, sources: Mapping[str, DataSource], progress: bool = False) -> list[EvalSet]:
+        """What to evaluate on, of sources by name. Raises InputError as ``read`` and ``EvalSet.check`` do."""
         packs = self.config.packing if self.config.eval_packing is None else self.config.eval_packing
-        examples = encoded(source, self._encoder(packs), self.config.dataset_num_proc, progress)
-        return self._packing.rows(examples) if packs else examples
+        sets = []
+        for name, source in sources.items():
+            examples = encoded(source, self._encoder(packs), self.config.dataset_num_proc, progress)
+            records = read_records(source) if set(self.config.scores) - {"loss"} else []
+            rows = self._packing.rows(examples) if packs else examples
+            sets.append(EvalSet(name, source.name, rows, records))
+            sets[-1].check(self.tokenizer, self.reach, self.config.scores)
+        return sets
 
     def batches(self, first: int) -> Iterator[list[Example]]:
         """The rows of every step from ``first`` on, counted from 0, to the last."""
@@ -81,6 +107,10 @@ class RunData:
         else:
             rows = steps(self.examples, config.batch_size, config.seed, first, packing, self.mix)
         return islice(rows, config.steps - first)
+
+    def places(self, rows: Sequence[Example]) -> list[str]:
+        """Where the records of some rows were read; see ``report.places``."""
+        return places(rows, self._all_sources, self._encoder(self.config.packing), self.config.streaming)
 
     def report(self) -> DataReport | None:
         """Figures of the examples as they are trained on; None of a stream."""
@@ -108,10 +138,18 @@ class RunData:
         return Encoder(self.tokenizer, most, self.reach.vocabulary, **learnt)
 
     @property
+    def _all_sources(self) -> list[DataSource]:
+        return [*self.sources, *([] if self.mixed is None else [self.mixed])]
+
+    @property
     def name(self) -> str:
-        return ", ".join(map(str, self.sources))
+        mixed = "" if self.mixed is None else f", mixed with {self.mixed}"
+        return ", ".join(map(str, self.sources)) + mixed
 
     def digest(self) -> str:
         """Of the content: of a single source its own."""
-        digests = [source.digest(self.config.streaming) for source in self.sources]
-        return digests[0] if len(digests) == 1 else digest_of([digests, weights_of(self.sources)])
+        digests = [source.digest(self.config.streaming) for source in self._all_sources]
+        if len(digests) == 1:
+            return digests[0]
+        mixed = [] if self.mixed is None else [{"mixed": self.mixed.weight}]
+        return digest_of([digests, weights_of(self.sources), *mixed])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,22 +23,43 @@ from esft.training.optim import MasterAdamW
 from esft.training.schedule import learning_rate
 from esft.training.separation import check_separates
 
+NAMED = 16  # records, in the message about a step that went wrong
+
+Parts = Sequence[tuple[Sequence[Example], int]]  # a batch's rows by micro batch; of how many on all ranks they are
+
 
 class Steps:
     """Updates of a model, one a batch.
 
     Attributes:
         losses: of the steps so far; of those before the last checkpoint, that a run goes on from, the last ones.
+        supervised: share of the last batch's tokens.
         tokens: that went through the model, not those of steps before that checkpoint.
     """
 
-    def __init__(self, model: nn.Module, pad: int, config: TrainConfig, ranks: Ranks = ALONE):
-        """Raises InputError for a model that does not keep documents apart which the settings put into one row."""
-        self.model, self.pad, self.config, self.ranks = model, pad, config, ranks
+    def __init__(
+        self,
+        model: nn.Module,
+        pad: int,
+        config: TrainConfig,
+        places: Callable[[Sequence[Example]], list[str]] = lambda rows: [],
+        ranks: Ranks = ALONE,
+    ):
+        """
+        Args:
+            model: in which exactly that requires gradients which is to train.
+            pad: token id.
+            config: of the run.
+            places: tells where the records of some rows are from.
+            ranks: that share the rows of every batch.
+
+        Raises InputError for a model that does not keep documents apart which the settings put into one row.
+        """
+        self.model, self.pad, self.config, self.places, self.ranks = model, pad, config, places, ranks
         self.together = config.micro_batch_size or config.batch_size
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.losses: list[float] = []
-        self.tokens = 0
+        self.tokens, self.supervised = 0, 0.0
         if config.packing or config.padding_free or config.eval_packing:
             check_separates(model)
         has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
@@ -69,55 +90,88 @@ class Steps:
         return sum(recent) / len(recent)
 
     def update(self, step: int, records: Sequence[Example]) -> dict[str, float]:
-        """One update from one batch; ``step`` counts from 1. Returns what to log."""
+        """One update from one batch; ``step`` counts from 1. Returns what to log.
+
+        Raises DivergenceError naming micro batch and records for a loss or a gradient that is no number.
+        """
         begun = time.monotonic()
-        # What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too.
-        own = f"/{self.ranks.rank}" if self.ranks.rank else ""  # unlike rows need unlike draws
-        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}{own}").getrandbits(63))
-        loss, extra = self._gradients(records)
+        self._seed(step)
+        parts = self.ranks.rounds(records, lambda record: len(record.ids), self.together)
+        targets = sum(record.targets for record in records)
+        losses, balance = self._gradients(parts, targets)
+        self.ranks.add_up([*self.optimizer.params.values()])
+        loss, balance = self.ranks.totals(losses.sum().item(), balance)
+        extra = {"aux_loss": balance} if self.config.aux_loss else {}
         rate = learning_rate(self.config, step - 1)
         norm = self.optimizer.step(rate)
         if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
             told = ", ".join(f"{name} {value}" for name, value in measured.items())
-            raise DivergenceError(f"step {step}: {told}; lower the learning rate")
+            raise DivergenceError(f"step {step}: {told}; lower the learning rate. {self._held(step, parts, losses)}")
         count = sum(len(record.ids) for record in records)
+        self.supervised = targets / count
         self.losses.append(loss)
         self.tokens += count
         speed = count / (time.monotonic() - begun)
         return {"loss": loss, **extra, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
 
-    def _gradients(self, records: Sequence[Example]) -> tuple[float, dict[str, float]]:
-        """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
-        targets = sum(record.targets for record in records)
+    def _seed(self, step: int) -> None:
+        """What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too."""
+        own = f"/{self.ranks.rank}" if self.ranks.rank else ""  # unlike rows need unlike draws
+        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}{own}").getrandbits(63))
+
+    def _gradients(self, parts: Parts, targets: int, until_broken: bool = False) -> tuple[Tensor, float]:
+        """Gradients of this rank's part of a batch, added up over its micro batches.
+
+        Args:
+            parts: the micro batches.
+            targets: supervised tokens of the whole batch.
+            until_broken: end after the first micro batch with which they hold what is no number.
+
+        Returns [P], what each micro batch adds to the mean cross entropy of the supervised tokens; the auxiliary loss.
+        """
+        every = sum(count for _, count in parts)
         losses, balances = [], []
-        for part, count in self.ranks.rounds(records, lambda record: len(record.ids), self.together):
+        for part, count in parts:
             batch = collate([joined(part)] if self.config.padding_free else part, self.pad) if part else {}
-            # Of a rank without rows that has to go along, a row counts for nothing.
-            loss = (
-                torch.zeros(()) if part or not self.ranks.lockstep else 0.0 * self._loss(collate(records[:1], self.pad))
-            )
+            loss = torch.zeros(()) if part or not self.ranks.lockstep else self._loss_of_nothing()
             with self._balance_losses(batch) as aux:
-                loss = self._loss(batch) / targets if part else loss
+                loss = batch_loss(self.model, batch)[0] / targets if part else loss
             losses.append(loss.detach())
             if aux:
-                share = count / len(records)
-                balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
+                # Over several GPUs they are on several.
+                balance = count / every * torch.stack([each.to(loss.device) for each in aux]).sum()
                 balances.append(balance.detach())
                 loss = loss + self.config.aux_loss * balance
             if loss.requires_grad:
                 loss.backward()
-        self.ranks.add_up([*self.optimizer.params.values()])
-        loss, balance = self.ranks.totals(_sum(losses), _sum(balances))
-        return loss, {"aux_loss": balance} if self.config.aux_loss else {}
+            if until_broken and not self.optimizer.gradients_are_finite():
+                break
+        return torch.stack(losses), torch.stack(balances).sum().item() if balances else 0.0
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch_loss(self.model, batch)[0]
+    def _loss_of_nothing(self) -> Tensor:
+        """Of a rank without rows that has to go along with the others."""
+        return 0.0 * batch_loss(self.model, collate([Example([self.pad] * 2, [self.pad] * 2)], self.pad))[0]
 
     def _balance_losses(self, batch: dict[str, Tensor]) -> AbstractContextManager[list[Tensor]]:
         if not self.config.aux_loss:
             return nullcontext([])
         return balance_losses(self.model, batch.get("attention_mask"), self.ranks)
 
+    def _held(self, step: int, parts: Parts, losses: Tensor) -> str:
+        """Which micro batch a step came to grief with, and what it held: the first whose loss is no number.
 
-def _sum(losses: list[Tensor]) -> float:
-    return torch.stack(losses).sum().item() if losses else 0.0
+        If only the gradient is none, the step is computed again, with a look at the gradient after each micro batch.
+        """
+        broken = next((i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)), None)
+        if broken is None and self.ranks.size == 1:
+            self.model.zero_grad()
+            self._seed(step)
+            targets = sum(record.targets for part, _ in parts for record in part)
+            computed, _ = self._gradients(parts, targets, until_broken=True)
+            # On a GPU it need not come out the same.
+            broken = None if self.optimizer.gradients_are_finite() else len(computed) - 1
+        rows = parts[broken][0] if broken is not None else [record for part, _ in parts for record in part]
+        named = self.places(rows)
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        what = f"Micro batch {broken + 1} of {len(parts)}" if broken is not None else "The batch"
+        return f"{what} held {', '.join(named[:NAMED])}{more}" if named else what

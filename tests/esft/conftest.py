@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from esft.training import evaluations
+from esft.evaluation import scores
 from esft.training import steps as step_module
 from esft.training.optim import MasterAdamW
 from tests.esft.small_runs import FakeLoss, base_and_data
@@ -33,7 +33,7 @@ def fake(monkeypatch):
     """A FakeLoss in the forward pass's place, and a fixed loss on evaluation data."""
     loss = FakeLoss()
     monkeypatch.setattr(step_module, "batch_loss", loss)
-    monkeypatch.setattr(evaluations, "mean_loss", lambda *_: 0.25)
+    monkeypatch.setattr(scores, "mean_loss", lambda *_: 0.25)
     return loss
 
 

@@ -38,7 +38,7 @@ def read(row) -> Record:
 )
 def test_a_row_is_a_record_by_its_columns(row: dict, expected: Record):
     assert read(row) == expected
-    assert read(row).place == "line 3"
+    assert read(row).place == "line 3"  # which is of no account to whether records are equal
 
 
 def test_an_assistant_may_call_tools_and_say_nothing():
@@ -58,6 +58,9 @@ def test_an_assistant_may_call_tools_and_say_nothing():
         ),
         ({"a": 1, "prompt": "x"}, "has none of the columns that make a record (it has: a, prompt); a record has"),
         ({}, "has none of the columns that make a record (it has: none)"),
+        (dict.fromkeys("abcdefghij", 1), "has none of the columns that make a record (it has: "
+                                         "a, b, c, d, e, f, g, h, i);"),
+        ({7: 1}, "has none of the columns that make a record (it has: 7);"),
         ({"messages": []}, 'no "messages" list'),
         ({"messages": "user"}, 'no "messages" list'),
         ({"conversations": {}}, 'no "conversations" list'),
@@ -104,3 +107,11 @@ def test_what_cannot_be_used_in_a_row_is_named_with_its_place(row, message: str)
 
 def test_what_a_user_says_may_have_the_weight_0():
     assert read({"messages": [USER | {"weight": 0}, REPLY | {"weight": 1}]}).messages[0]["weight"] == 0
+
+
+@pytest.mark.parametrize("kind", ["messages", "prompt"])
+def test_choices_are_kept_where_they_are_texts_and_are_passed_over_where_they_are_not(kind: str):
+    row = {"messages": chat("a", "b")} if kind == "messages" else {"prompt": "a", "completion": "b"}
+    assert as_record({**row, "choices": ["b", "c"]}, "f", "line 1").choices == ["b", "c"]
+    for other in (None, [], ["b"], ["b", "b"], ["b", ""], ["b", 1], "bc", {"text": ["b", "c"]}):
+        assert as_record({**row, "choices": other}, "f", "line 1").choices is None

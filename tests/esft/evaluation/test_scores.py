@@ -1,38 +1,25 @@
+import math
+from dataclasses import replace
+
 import pytest
 
+import esft
+from esft.checkpoint.source import Reach
+from esft.data.encoding import encode_all
 from esft.data.records import Record
-from esft.evaluation.scores import exact_match, matches
-from tests.esft.models import adds_a_start, chat, conversation, record, record_generate, tiny_model, tiny_tokenizer
-
-
-@pytest.mark.parametrize(
-    ("given", "expected", "right"),
-    [
-        ('{"b": 1, "a": [2]}', '{"a":[2],"b":1}', True),
-        ('{"a": 1', '{"a": 1}', False),
-        ('{"a": "1"}', '{"a": 1}', False),
-        ('{"a": 1, "b": 2}', '{"a": 1}', False),
-        ("[1,  2]", "[1,2]", True),
-        ("[2, 1]", "[1, 2]", False),
-        ("[1, 2", "[1, 2]", False),
-        ("1, 2", "[1, 2]", False),
-        (" K AE T \n", "K AE T", True),
-        ("K AE T", " K AE T \n", True),
-        ("K A E T", "K AE T", False),
-        ("k ae t", "K AE T", False),
-        ("5.0", "5", False),
-        ('"five"', '"five"', True),
-        ("five", '"five"', False),
-        ("null", "None", False),
-    ],
+from esft.evaluation import scores as module
+from esft.evaluation.loss import mean_loss
+from esft.evaluation.scores import EvalSet, exact_match, measure
+from tests.esft.models import (
+    adds_a_start,
+    chat,
+    conversation,
+    record,
+    record_generate,
+    tiny_encoder,
+    tiny_model,
+    tiny_tokenizer,
 )
-def test_json_is_compared_by_value_and_text_by_letter(given: str, expected: str, right: bool):
-    assert matches(given, expected) == right
-
-
-@pytest.mark.parametrize("given", ["[" * 100_000, "[" + "9" * 5000 + "]"])
-def test_an_answer_that_cannot_be_read_is_wrong(given: str):
-    assert not matches(given, "[1]")
 
 
 def test_exact_match_counts_the_outcomes(monkeypatch):
@@ -79,3 +66,52 @@ def test_of_a_text_with_a_prompt_the_rest_is_expected():
     record_generate(model)
     _, outcomes = exact_match(model, tiny_tokenizer(), [Record(text="abc", prompt=2)])
     assert [(each["prompt"], each["expected"]) for each in outcomes] == [("ab", "c")]
+
+
+RECORDS = [record("a", "yes"), record("b", "no")]
+
+
+def eval_set(records=RECORDS) -> EvalSet:
+    return EvalSet("", "e.jsonl", encode_all(tiny_encoder(), records, "e.jsonl"), records)
+
+
+def test_what_is_asked_for_is_measured_and_told_in_that_order(monkeypatch):
+    monkeypatch.setattr(module, "answer", lambda *_: ["yes", "nope"])
+    monkeypatch.setattr(module, "choose", lambda *_: ["no", "no"])
+    model = tiny_model()
+    found = measure(model, tiny_tokenizer(), eval_set(), ["json_match", "choices", "loss", "exact_match"])
+    loss = mean_loss(model, eval_set().examples, 258)
+    assert list(found.scores.items()) == [("json_match", 0.5), ("choices", 0.5), ("loss", loss), ("exact_match", 0.5)]
+    assert found.answers == [
+        {"prompt": "a", "expected": "yes", "given": "yes", "correct": True, "chosen": "no"},
+        {"prompt": "b", "expected": "no", "given": "nope", "correct": False, "chosen": "no"},
+    ]
+    found = measure(model, tiny_tokenizer(), eval_set(), ["choices"])
+    assert found.scores == {"choices": 0.5} and found.answers[0] == {"prompt": "a", "expected": "yes", "chosen": "no"}
+
+
+def test_of_the_loss_alone_no_answer_is_made_and_of_no_number_neither(monkeypatch):
+    monkeypatch.setattr(module, "answer", lambda *_: 1 / 0)
+    found = measure(tiny_model(), tiny_tokenizer(), eval_set())
+    assert list(found.scores) == ["loss"] and found.answers == []
+    monkeypatch.setattr(module, "mean_loss", lambda *_: math.nan)
+    assert math.isnan(measure(tiny_model(), tiny_tokenizer(), eval_set(), ["loss", "exact_match"]).scores["loss"])
+
+
+def test_what_cannot_be_measured_is_named_with_its_source_before_it_is_tried():
+    reach, tokenizer, text = Reach(30, 300), tiny_tokenizer(), Record(text="abc", place="line 3")
+    EvalSet("", "e.jsonl", (), [text]).check(tokenizer, reach, ["loss"])
+    for records, scores, message in (
+        ([text], ["exact_match"], "line 3: is a text without a prompt, which has no answer to compare"),
+        ([RECORDS[0], record("a" * 30, "b")], ["chrf"], "prompt 2: has 34 tokens, and the model 30 positions"),
+        ([replace(RECORDS[0], place="line 1")], ["choices"], "line 1: has no choices .*"),
+        (
+            [replace(RECORDS[0], choices=["a", "b"])],
+            ["choices"],
+            "a record: the expected answer is none of the choices",
+        ),
+    ):
+        if scores == ["chrf"]:
+            pytest.importorskip("sacrebleu")
+        with pytest.raises(esft.InputError, match=f"^e.jsonl: {message}$"):
+            EvalSet("", "e.jsonl", (), records).check(tokenizer, reach, scores)

@@ -17,9 +17,9 @@ import esft
 from esft.data.batches import epoch_batches
 from esft.data.encoding import encode_all
 from esft.data.sources import read_records
+from esft.evaluation import scores
 from esft.memory import peak_rss
 from esft.selection import ExpertSelection
-from esft.training import evaluations
 from esft.training import steps as steps_module
 from esft.training.schedule import learning_rate
 from tests.esft.models import chat, save_tiny, tiny_encoder, write_records
@@ -215,7 +215,7 @@ def test_the_metrics_hold_every_step_and_every_evaluation(base, out, fake, steps
         model.eval()
         return 0.5 + len(asked)
 
-    monkeypatch.setattr(evaluations, "mean_loss", evaluate)
+    monkeypatch.setattr(scores, "mean_loss", evaluate)
     write_records(base.parent / "e.jsonl", 5)
     config = settings(steps=5, eval_every=2, micro_batch_size=4, warmup_steps=2, decay=0.4)
     result = run(base, "run", config, eval_data=base.parent / "e.jsonl")
@@ -245,6 +245,7 @@ def test_the_metrics_hold_every_step_and_every_evaluation(base, out, fake, steps
     assert result.stored_bytes == stored > 4 * result.trained_parameters
     origin = {"model": str(base), "data": str(base.parent / "d.jsonl")}
     assert json.loads((out / "summary.json").read_text()) == {"method": "esft", **origin, **vars(result)}
+    assert (result.before, result.after, result.best_step) == ({}, {"eval_loss": 3.5}, None)
 
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "eval_loss"):

@@ -202,10 +202,21 @@ def test_a_model_that_does_not_keep_documents_apart_is_refused_before_anything_i
 def test_the_data_is_reported_before_it_is_trained_on(base, caplog):
     with caplog.at_level("INFO", "esft"):
         run(base, "run", settings(steps=1), eval_data=None)
-    (line,) = (each.getMessage() for each in caplog.records if each.levelname == "INFO")
+    line, about = (each.getMessage() for each in caplog.records if each.levelname == "INFO")
     assert line.startswith(
         f"{base.parent / 'd.jsonl'}: 24 records, 312 tokens (longest 13), 0 truncated, 0 left out; loss"
     )
+    assert about == "esft: 3 experts of 2 layers, 5,760 parameters, 1 steps of 8 records"
+    caplog.clear()
+    with caplog.at_level("INFO", "esft"):
+        run(base, "full", settings(method="full", steps=2, save_every=1, packing=True, eval_packing=False), None)
+        run(base, "full", settings(method="full", steps=3, save_every=1, packing=True, eval_packing=False), None,
+            resume=True)  # fmt: skip
+    about = [line for each in caplog.records if (line := each.getMessage()).startswith("full: ")]
+    assert [line.split(" parameters, ")[1] for line in about] == [
+        "2 steps of 8 packed rows, loss of evaluation data every 6",
+        "2 more steps of 8 packed rows, loss of evaluation data every 6",
+    ]
 
 
 def test_several_sources_train_and_are_remembered(base):
@@ -217,3 +228,23 @@ def test_several_sources_train_and_are_remembered(base):
     for other in (one, [f"{one}:1", f"{two}:3"]):
         with pytest.raises(esft.InputError, match="^cannot resume with data .*: the run was begun with another"):
             esft.train(str(base), other, base.parent / "run", None, None, resume=True, progress=False)
+
+
+def test_general_data_that_is_mixed_in_trains_and_is_a_part_of_what_a_run_goes_on_with(base):
+    general = write_records(base.parent / "general.jsonl", 7)
+    mixed = settings(steps=6, save_every=3)
+    run(base, "run", mixed, SELECTION, mix=f"{general}:0.5")
+    run(base, "plain", mixed, SELECTION)
+    folders = [base.parent / name for name in ("run", "plain")]
+    assert column(folders[0], "loss")[0] != column(folders[1], "loss")[0]
+    assert json.loads((folders[0] / "origin.json").read_text())["data"].endswith(f", mixed with {general}:0.5")
+    longer = settings(steps=8, save_every=3)
+    with pytest.raises(esft.InputError, match="data"):
+        run(base, "run", longer, SELECTION, resume=True, mix=f"{general}:0.25")
+    with pytest.raises(esft.InputError, match="data"):
+        run(base, "run", longer, SELECTION, resume=True)
+    run(base, "run", longer, SELECTION, resume=True, mix=f"{general}:0.5")
+    assert len(column(folders[0], "loss")) == 8
+    with pytest.raises(esft.InputError, match=r"general.jsonl:2: mixed in is a share of the records below 1"):
+        run(base, "other", mixed, SELECTION, mix=f"{general}:2")
+    assert not (base.parent / "other").exists()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 
 import esft
 from esft.checkpoint.load import load_model
-from esft.data.batches import collate, epoch_batches
+from esft.data.batches import Packing, collate, epoch_batches
+from esft.data.batches import steps as steps_of
 from esft.data.encoding import encode_all
 from esft.data.examples import IGNORE, Example, Examples
 from esft.data.sources import read_records
@@ -18,7 +20,7 @@ from esft.training import run_data
 from esft.training import steps as module
 from esft.training.load_balancing import balance_losses
 from tests.esft.checkpoint.files import rewrite
-from tests.esft.models import tiny_encoder, tiny_model, write_records
+from tests.esft.models import tiny_encoder, tiny_model, tiny_tokenizer, write_records
 from tests.esft.small_runs import SELECTION, column, metrics, run, settings
 
 PAD = 258
@@ -127,8 +129,10 @@ def test_a_loss_or_a_gradient_that_is_not_finite_stops_the_run(base, out, monkey
         return (bad(trained) if next(calls) == 2 else trained.sum() * 0), 1
 
     monkeypatch.setattr(module, "batch_loss", loss)
-    with pytest.raises(esft.DivergenceError, match=message):
+    with pytest.raises(esft.DivergenceError, match=message) as raised:
         run(base, "run", settings(), eval_data=None)
+    whole = "The batch held " if "loss 0.0" in message else "Micro batch 1 of 1 held "  # it comes only once
+    assert f"; lower the learning rate. {whole}{base.parent / 'd.jsonl'}: line " in str(raised.value)
     assert column(out, "step") == [1]
     assert not (out / "adapter").exists()
 
@@ -141,7 +145,7 @@ def test_a_router_that_decides_by_what_is_no_number_stops_the_run_like_any_other
 
 
 def test_an_auxiliary_loss_that_is_not_finite_stops_the_run(base, out, monkeypatch):
-    monkeypatch.setattr(module.Steps, "_gradients", lambda self, records: (1.0, {"aux_loss": math.inf}))
+    monkeypatch.setattr(module.Steps, "_gradients", lambda *_, **__: (torch.tensor([1.0]), {"aux_loss": math.inf}))
     with pytest.raises(esft.DivergenceError, match="step 1: loss 1.0, aux_loss inf, gradient norm 0.0; lower"):
         run(base, "run", settings(), eval_data=None)
 
@@ -158,3 +162,71 @@ def test_weights_that_are_no_numbers_are_not_stored(base, out, fake, monkeypatch
         run(base, "run", settings(steps=5, save_every=3), eval_data=None)
     assert not (out / "adapter").exists()
     assert [p.name for p in (out / "checkpoints").glob("*")] == ([] if at == 3 else ["step-000003"])
+
+
+class NoNumber(torch.autograd.Function):
+    """A loss as it is, whose gradient is none."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0] * math.nan
+
+
+def poison(monkeypatch, letter: str, how) -> int:
+    """Let ``how`` change the loss of a micro batch that holds a letter. Returns its token."""
+    (token,), real = tiny_tokenizer()(letter)["input_ids"], module.batch_loss
+
+    def loss(model, batch):
+        total, count = real(model, batch)
+        return (how(total) if bool((batch["input_ids"] == token).any()) else total), count
+
+    monkeypatch.setattr(module, "batch_loss", loss)
+    return token
+
+
+@pytest.mark.parametrize("packing", [None, Packing(40, "bfd")])
+@pytest.mark.parametrize("how", [lambda total: total * math.nan, NoNumber.apply], ids=["loss", "gradient"])
+def test_a_step_that_is_no_number_names_its_micro_batch_and_the_records_in_it(base, out, monkeypatch, how, packing):
+    """The record with a "Q", in line 11, is the bad one; nothing is saved of the step."""
+    data, token = base.parent / "d.jsonl", poison(monkeypatch, "Q", how)
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:10], lines[10].replace("say", "say Q"), *lines[11:]]) + "\n")
+    rows_of = {"packing": True, "max_length": 40} if packing else {}
+    config = settings(steps=12, batch_size=4, micro_batch_size=2, save_every=1, **rows_of)
+    with pytest.raises(esft.DivergenceError) as raised:
+        run(base, "run", config, eval_data=None)
+
+    examples = encode_all(tiny_encoder(), read_records(data), "d")
+    for step, rows in enumerate(steps_of(examples, 4, config.seed, 0, packing), 1):  # noqa: B007
+        broken = [i for i, row in enumerate(rows) if token in row.ids]
+        if broken:
+            break
+    held = rows[broken[0] // 2 * 2 :][:2]
+    documents = {tuple(row.ids[a:b]) for row in held for a, b in pairwise((*row.starts, None))}
+    said, _, places = str(raised.value).partition(f"Micro batch {broken[0] // 2 + 1} of {-(-len(rows) // 2)} held ")
+    assert said.startswith(f"step {step}: loss ") and said.endswith("gradient norm nan; lower the learning rate. ")
+    assert f"{data}: line 11" in places.split(", ") and len(places.split(", ")) == len(documents)
+    assert column(out, "step") == list(range(1, step))
+    assert max((int(path.name[5:]) for path in (out / "checkpoints").glob("*")), default=0) == step - 1
+
+
+def test_a_long_list_of_records_is_cut(base, monkeypatch):
+    monkeypatch.setattr(module, "NAMED", 3)
+    poison(monkeypatch, "s", lambda total: total * math.inf)
+    with pytest.raises(esft.DivergenceError, match=r"Micro batch 1 of 1 held ([^,]+: line \d+, ){2}[^,]+ and \d more$"):
+        run(base, "run", settings(steps=1), eval_data=None)
+
+
+def test_a_step_whose_gradient_is_no_number_changes_nothing(monkeypatch):
+    poison(monkeypatch, "a", NoNumber.apply)
+    model = esft.swap(tiny_model(), SELECTION)
+    steps = module.Steps(model, PAD, settings(steps=3, aux_loss=0.1))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(esft.DivergenceError, match=r"^step 1: .*gradient norm nan; .* Micro batch 1 of 1$"):
+        steps.update(1, [Example(tiny_tokenizer()("a b")["input_ids"], [1, 2, 3])])
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert not steps.losses
