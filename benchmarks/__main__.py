@@ -7,27 +7,30 @@
     python -m benchmarks tune     --out tiles.json [--shapes deepseek-v2-lite] [--tokens 4096]
     python -m benchmarks scale    --model deepseek-v2-lite --frozen nf4 [--optimizer adamw_8bit] [--memory-gb 24]
     python -m benchmarks plan     [--models olmoe-1b-7b,deepseek-v2-lite] [--experts-per-layer 1]
+    python -m benchmarks ranks    [--model examples/tiny-moe] [--processes 1,2,4] [--gpus 8,64]
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
 model, on the GPU where there is one. ``methods`` trains that model by several methods on several tasks and seeds, which
 takes hours, and goes on where it was stopped. ``data`` times the encoding of records, and says how much of batches is
-padding. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``tune`` tries other
-tiles on this machine's GPU and writes the fastest into a file for ESFT_TILES to name. ``roofline`` computes what the
-kernels' FLOPs and bytes allow on GPUs that need not be here, ``plan`` what training known models takes: nothing in them
-is measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
+padding. ``ranks`` times steps of several processes with a core each, and counts what they send. ``scale`` writes a
+checkpoint of a big model's true sizes and measures every stage on it. ``tune`` tries other tiles on this machine's GPU
+and writes the fastest into a file for ESFT_TILES to name. ``roofline`` computes what the kernels' FLOPs and bytes allow
+on GPUs that need not be here, ``plan`` what training known models takes: nothing in them is measured. Without a name,
+``layer`` runs. Each prints a table for people and one JSON line for machines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks import data, layer, plan, random_checkpoint, roofline, scale, step, tune
+from benchmarks import data, layer, plan, random_checkpoint, ranks, roofline, scale, step, tune
 from benchmarks.methods import study
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
@@ -113,6 +116,23 @@ def _step(argv: list[str]) -> None:
     print(json.dumps({"device": name, "threads": torch.get_num_threads(), "measured": rows}))
 
 
+def _ranks(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks ranks", description="steps of several processes, a core each")
+    parser.add_argument("--model", default="examples/tiny-moe", help="checkpoint folder")
+    parser.add_argument("--records", type=int, default=64, help="of a step, of all processes")
+    parser.add_argument("--length", type=int, default=64, help="tokens a record")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--processes", default="1,2", help="comma-separated; those that have a core each are fair")
+    parser.add_argument("--gpus", default="8,64", help="comma-separated, for what is computed")
+    args = parser.parse_args(argv)
+    sizes, gpus = ([int(text) for text in given.split(",")] for given in (args.processes, args.gpus))
+    rows = ranks.run(args.model, args.records, args.length, args.steps, sizes)
+    print(table(rows))
+    print("Computed, not measured: GB that each GPU sends a step, collectives in a ring, bf16")
+    print(table(larger := ranks.computed(sorted(plan.MODELS.iterdir()), gpus)))
+    print(json.dumps({"cores": os.cpu_count(), "measured": rows, "computed": larger}))
+
+
 def _data(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks data", description="seconds to encode records, and padding")
     parser.add_argument("--model", default="examples/tiny-moe", help="folder with a tokenizer")
@@ -186,6 +206,7 @@ COMMANDS = {
     "tune": _tune,
     "layer": _layer,
     "step": _step,
+    "ranks": _ranks,
     "methods": study.main,
     "data": _data,
     "roofline": _roofline,

@@ -29,6 +29,10 @@ class DivergenceError(ESFTError, ArithmeticError):
     """A training whose loss or gradient is no longer a number; names the step."""
 
 
+class RankError(ESFTError):
+    """A job of several processes in which one has failed, or they do not agree; names the rank."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal has stopped the work.
 

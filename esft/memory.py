@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from esft.errors import OutOfMemory
+from esft.parallel.environment import local_size
 
 Named = TypeVar("Named", bound=tuple[str, Any])
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -38,9 +39,12 @@ def peak_rss() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process could take yet: what is free or can be freed, swap included, within its control group."""
+    """Bytes that this process could take yet: what is free or can be freed, swap included, within its control group.
+
+    Of several processes that ``torchrun`` has started on this machine, each has a share.
+    """
     system = psutil.virtual_memory().available + psutil.swap_memory().free
-    return min([system, *_left_of_groups()])
+    return min([system, *_left_of_groups()]) // local_size()
 
 
 def _left_of_groups() -> Iterator[int]:

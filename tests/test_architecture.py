@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Modules and folders of a package; each may import those before it.
 ESFT = (
-    "errors memory bounds storage signals selection transformers_internals data "
+    "errors parallel memory bounds storage signals selection transformers_internals data "
     "experts moe scoring checkpoint swapping adapters runs evaluation training planning cli __main__"
 ).split()
 KERNELS = "activation routing formats pools backend triton_ops backends autograd_op compiled_op".split()

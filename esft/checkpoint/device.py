@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+
+from esft.parallel.environment import size_of_job
+
+_in_host_memory = ContextVar("in_host_memory", default=False)
+
+
+@contextmanager
+def in_host_memory(wanted: bool) -> Iterator[None]:
+    """Inside, a model stays in the CPU's memory where that is wanted, whatever GPUs there are."""
+    before = _in_host_memory.set(wanted)
+    try:
+        yield
+    finally:
+        _in_host_memory.reset(before)
 
 
 def placement() -> dict[str, Any]:
     """What ``from_pretrained`` is told: all of a model on the GPU, or its layers over several; nothing on a CPU.
 
-    ``CUDA_VISIBLE_DEVICES`` chooses among the GPUs, and hides them all when it is empty.
+    Of several processes each has a whole model, on the GPU that is its own. ``CUDA_VISIBLE_DEVICES`` chooses among the
+    GPUs, and hides them all when it is empty.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or _in_host_memory.get():
         return {}
+    if size_of_job() > 1:
+        return {"device_map": {"": first_device()}}
     return {"device_map": "cuda" if torch.cuda.device_count() == 1 else "auto"}
 
 
@@ -24,6 +44,10 @@ def on_one_device() -> bool:
 
 def first_device() -> torch.device:
     """Where ``placement`` puts a model, or its first layers."""
+    if _in_host_memory.get():
+        return torch.device("cpu")
+    if torch.cuda.is_available() and size_of_job() > 1:
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from esft.cli.output import complain
+from esft.parallel.environment import local_size, size_of_job
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +37,8 @@ count.__name__ = "whole number"  # argparse names the type in its message
 def resuming(arguments: Sequence[str]) -> str:
     """The command line that goes on with the training that this one has begun."""
     program = [sys.executable, "-m", "esft"] if Path(sys.argv[0]).name == "__main__.py" else ["esft"]
+    if size_of_job() > 1:  # on several machines the command was another on each
+        program = ["torchrun", f"--nproc-per-node={local_size()}", "-m", "esft"]
     # argparse takes the beginning of an option for it.
     kept = [word for word in arguments if not (word.startswith("--ov") and "--overwrite".startswith(word))]
     resumes = any(word.startswith("--res") and "--resume".startswith(word) for word in kept)

@@ -15,6 +15,7 @@ from typing import Any
 import wrapt
 
 from esft.errors import ESFTError, first_line, what_was_read
+from esft.parallel.environment import own_name
 
 DEBUG = "ESFT_DEBUG"
 # Characters that turn the direction of what follows: a name could be shown as another.
@@ -59,8 +60,8 @@ def say_marked(parts: Iterable[tuple[str, bool]]) -> None:
 
 
 def complain(text: str, by: str = "esft") -> None:
-    """One line on standard error."""
-    print(f"{by}: {printable(text)}", file=sys.stderr)
+    """One line on standard error; one of several processes names itself."""
+    print(f"{by}: {own_name()}{printable(text)}", file=sys.stderr)
 
 
 def explain(error: Exception) -> None:

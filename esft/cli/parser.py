@@ -12,9 +12,11 @@ from types import ModuleType
 
 from esft.cli.allocator import settle_memory
 from esft.cli.arguments import Parser, resuming
+from esft.cli.job import job
 from esft.cli.output import complain, explain, hush_libraries, listen
 from esft.cli.stages import data, eval, generate, merge, plan, report, score, select, train
 from esft.errors import Interrupted
+from esft.parallel.environment import own_rank
 
 STAGES: dict[str, ModuleType] = {
     "score": score,
@@ -54,7 +56,9 @@ def main(
     try:
         args = _parser().parse_args(arguments)
         prepare(args)
-        run_stage(args)
+        with job(args) as takes_part:
+            if takes_part:
+                run_stage(args)
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -62,7 +66,8 @@ def main(
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted("interrupted", signal.SIGINT)
         given = sys.argv[1:] if arguments is None else arguments
-        complain(f"{stopped}{f'; go on with: {resuming(given)}' if stopped.resumable else ''}")
+        if own_rank() == 0 or not stopped.resumable:  # else all processes have stopped, and the first one says it
+            complain(f"{stopped}{f'; go on with: {resuming(given)}' if stopped.resumable else ''}")
         return 128 + stopped.signal
     except Exception as error:
         explain(error)

@@ -20,6 +20,7 @@ from esft.data.examples import Example
 from esft.data.records import Record
 from esft.errors import InputError
 from esft.evaluation.loss import causal_lm_of
+from esft.parallel.join import current
 
 
 @torch.no_grad()
@@ -35,13 +36,16 @@ def answer(
 
     None goes beyond the model's positions, and nothing else that its generation settings say is used. Raises
     InputError, before any work, for a prompt that the model has no positions or tokens for; and for a model whose
-    logits are no numbers.
+    logits are no numbers. Collective in a job of several processes, which share the prompts.
     """
     model.eval()
+    ranks = current()
     reach = Reach.of(causal_lm_of(model).config)
     encoded = encode_prompts(tokenizer, prompts, reach)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-    answers = [""] * len(encoded)
+    every = range(len(encoded))
+    own = every if ranks.lockstep else ranks.share(every, lambda i: len(encoded[i].ids))
+    order = sorted(own, key=lambda i: len(encoded[i].ids))
+    answers: dict[int, str] = {}
     pad: Any = tokenizer.pad_token_id
     for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, unit="batch"):
         part = order[start : start + batch_size]
@@ -60,7 +64,9 @@ def answer(
             )
         for i, row in zip(part, out, strict=True):
             answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
-    return answers
+        ranks.progress()
+    found = dict(pair for pairs in ranks.gathered(list(answers.items())) for pair in pairs)
+    return [found[i] for i in every]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from esft.data.batches import collate
 from esft.data.examples import IGNORE, Example
 from esft.evaluation.cross_entropy import linear_cross_entropy
 from esft.experts.model_state import once_per_model
+from esft.parallel.join import current
 
 
 def causal_lm_of(model: nn.Module) -> Any:
@@ -88,12 +89,19 @@ def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, examples: Sequence[Example], pad: int, batch_size: int = 32) -> float:
-    """Mean cross entropy in nats over the supervised tokens of all examples. Leaves the model in evaluation mode."""
+    """Mean cross entropy in nats over the supervised tokens of all examples. Leaves the model in evaluation mode.
+
+    Collective in a job of several processes, which share the examples.
+    """
     model.eval()
+    ranks = current()
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     total, count = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        batch = collate([examples[i] for i in order[start : start + batch_size]], pad)
-        loss, targets = batch_loss(model, batch)
-        total, count = total + loss.item(), count + targets
+    for part, _ in ranks.rounds(order, lambda i: len(examples[i].ids), batch_size):
+        if part or ranks.lockstep:
+            loss, targets = batch_loss(model, collate([examples[i] for i in part or order[:1]], pad))
+            total, count = total + loss.item() * bool(part), count + targets * bool(part)
+        ranks.progress()
+    ranks.meet()
+    total, count = ranks.totals(total, count)
     return total / max(count, 1)

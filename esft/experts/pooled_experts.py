@@ -132,9 +132,12 @@ class Experts(nn.Module):
     def weights_of(self, expert: int) -> list[Tensor]:
         """One expert's weights in the order of ``PROJECTIONS``; only two where it has no biases.
 
-        Detached views, but copies of what is in a format.
+        Detached views, but copies of what is in a format; and without values, on "meta", what is cut up over ranks.
         """
         place, s = self.place[expert], len(self.trained)
+        if place >= s and any(hasattr(p, "device_mesh") for p in self.parameters()):  # reading one would be collective
+            whole = (getattr(self, f"trained_{name}") for name in PROJECTIONS)
+            return [torch.empty(p.shape[1:], dtype=p.dtype, device="meta") for p in whole if p is not None]
         if self.is_packed(expert):
             found = self.pools.at(place)
             matrices = (found.gate_up_EGD, found.down_EDF)

@@ -22,6 +22,7 @@ RECOMPUTES = ("none", "frozen", "layers")
 STRATEGIES = ("bfd", "wrapped")
 FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
 FROZEN_LINEAR = ("bf16", "int8", "nf4")
+SHARDS = ("none", "frozen")
 DTYPES = ("auto", "bfloat16", "float32")
 SCHEDULES = ("constant", "linear", "cosine")
 # As ``esft.evaluation`` has them, which imports PyTorch, too.
@@ -133,6 +134,11 @@ class TrainConfig:
         "what other frozen linear layers and embeddings are kept in; bf16: in the dtype that is computed in",
         choices=FROZEN_LINEAR,
     )
+    shard: str = setting(
+        "none",
+        "what several processes have a part of each; frozen: the weights that get no gradient, which is slower",
+        choices=SHARDS,
+    )
     seed: int = setting(0, "of the data order, and of what a model or LoRA draws", "[0, 2**63)")
     backend: str = setting("auto", "of the experts", choices=BACKENDS)
     recompute: str = setting(
@@ -229,8 +235,8 @@ def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> N
         raise InputError(f"{aux} and {recompute} layers do not go together: the second pass routes again")
     if settings["aux_loss"] and settings["method"] == "lora":
         raise InputError(f"{aux} goes with the methods esft and full, not with lora")
-    for name in ("frozen", "frozen_linear"):
-        if settings[name] not in ("auto", "bf16") and settings["method"] != "esft":
+    for name in ("frozen", "frozen_linear", "shard"):
+        if settings[name] not in ("auto", "bf16", "none") and settings["method"] != "esft":
             option, value = called.get(name, name), settings[name]
             raise InputError(f"{option} {value} goes with the method esft, not with {settings['method']}")
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from esft.errors import InputError
 from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.parallel.join import current
+from esft.parallel.ranks import Ranks
 from esft.scoring.expert_scores import ExpertScores
 from esft.scoring.outputs import output_sums
 from esft.scoring.routers import Choice, watch_routers
@@ -37,6 +39,14 @@ class _Counts:
         if not bool(gates.isfinite().all()):
             raise InputError(f"layer {self.layer}: its router decides by what is no number; the weights hold such")
         self.gates_E.index_add_(0, chosen, gates[taken])
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Over all ranks; collective."""
+        gates_E = torch.zeros_like(self.rows_E) if self.gates_E is None else self.gates_E
+        unknown = torch.tensor([[self.gates_E is None] * len(gates_E)])
+        own = torch.cat([torch.stack([self.rows_E, self.outputs_E, gates_E]), unknown])
+        self.rows_E, self.outputs_E, gates_E, unknown_E = ranks.sum(own)
+        self.gates_E = None if unknown_E.any() else gates_E
 
 
 class _Watched(Exception):
@@ -66,8 +76,10 @@ def score_experts(
     nothing, so gate scores are left out there. Raises InputError when no token was seen, for a model without MoE
     layers, and for routers whose gate values are no numbers, or, of several experts a token, cannot be told.
 
-    The LM head never runs, and from the second batch on nothing after the last router does.
+    The LM head never runs, and from the second batch on nothing after the last router does. Collective in a job of
+    several processes, which share the batches: all give the same ones.
     """
+    ranks = current()
     counts = {layer.index: _Counts(layer.index, layer.num_experts) for layer in moe_layers(model)}
     was_training = model.training
     model.eval()
@@ -84,7 +96,7 @@ def score_experts(
 
     bar = tqdm(total=max_tokens, desc="score", disable=not progress, unit="token")
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             input_ids = batch["input_ids"].to(model.device)
             mask = batch.get("attention_mask")
             mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
@@ -92,9 +104,11 @@ def score_experts(
             keep_T &= keep_T.cumsum(0) <= max_tokens - seen
             positions = batch.get("position_ids")  # documents that share rows are kept apart by these alone
             seen_by = {"attention_mask": mask} if positions is None else {"position_ids": positions.to(model.device)}
-            with suppress(_Watched), watch_routers(model, keep_T, count):
-                model.base_model(input_ids=input_ids, use_cache=False, **seen_by)
-            last, calls = calls, 0
+            if number % ranks.size == ranks.rank:
+                with suppress(_Watched), watch_routers(model, keep_T, count):
+                    model.base_model(input_ids=input_ids, use_cache=False, **seen_by)
+                last, calls = calls, 0
+                ranks.progress()
             kept = int(keep_T.sum())
             seen += kept
             bar.update(kept)
@@ -105,6 +119,9 @@ def score_experts(
         model.train(was_training)
     if seen == 0:
         raise InputError("no tokens to score: the data set is empty")
+    ranks.meet()
+    for layer in counts.values():
+        layer.add_up(ranks)
     counts = {index: c for index, c in counts.items() if c.rows_E.any()}  # without a tower that saw no token
     token_scores = {index: by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
     gates = {index: c.gates_E for index, c in counts.items() if c.gates_E is not None}

@@ -6,26 +6,28 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from esft.checkpoint.device import first_device, in_host_memory
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.data.examples import Example
 from esft.data.mixing import mixed_in
 from esft.errors import Interrupted
 from esft.memory import peak_memory, peak_rss
+from esft.parallel.join import joined
+from esft.parallel.sharding import shard_frozen
 from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
 from esft.runs.metrics import evaluations as evaluations_of
-from esft.runs.opened import opened
 from esft.runs.progress import Bar
 from esft.runs.reporting import check_reporting
-from esft.runs.run_folder import METRICS, RunFolder
+from esft.runs.shared_run import SharedRun, shared_run
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
@@ -45,7 +47,8 @@ class TrainResult:
     ``steps`` are those that were done, and ``best_step`` is the one whose model was kept, None where that is the last.
     ``before`` and ``after`` hold the scores on the evaluation data by their names in the metrics, ``after`` and
     ``eval_loss`` (the first of its losses) of the model that was kept. ``peak_rss`` is the process's largest resident
-    memory so far and ``peak_gpu_memory`` that of its tensors on the GPUs, in bytes; ``seconds`` is the loop's own time.
+    memory so far and ``peak_gpu_memory`` that of its tensors on the GPUs, in bytes, of several processes the largest;
+    ``seconds`` is the loop's own time.
     """
 
     steps: int
@@ -102,44 +105,53 @@ def train(
     sources, held_out = sources_of(data), held_out_sources(eval_data)
     mixed = mixed_in(mix) if mix is not None else None
     check_apart(out, model_path, *(each.local for each in (*sources, *held_out.values(), mixed) if each is not None))
-    with opened(out, resume, overwrite) as folder:
+    with joined() as ranks, shared_run(ranks, out, resume, overwrite) as run:
         if resume:
-            config, selection = folder.begun_with(config, selection)
+            config, selection = run.begun_with(config, selection)
         config = config or TrainConfig()
         config.check_selection(selection)
         deciding(config, list(held_out))
         check_reporting(config.report_to)
         reach = Reach.of(open_config(model_path, trust_remote_code))
         tokenizer = load_tokenizer(model_path, trust_remote_code)
-        run_data = RunData(sources, tokenizer, reach, config, mixed).read(progress)
-        sets = run_data.eval_sets(held_out, progress)
+        progress = progress and ranks.main
+        with ranks.main_first():  # who leaves the data encoded for the others
+            run_data = RunData(sources, tokenizer, reach, config, mixed).read(progress)
+            sets = run_data.eval_sets(held_out, progress)
         if (report := run_data.report()) is not None:
             logger.info("%s: %s", run_data.name, report)
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
-        model, base = METHODS[config.method].prepare(source, config, selection)
+        with in_host_memory(config.shard != "none" and ranks.size > 1):
+            model, base = METHODS[config.method].prepare(source, config, selection)
         use_short_attention(model)
         digests = {"model": base.digest, "data": run_data.digest()}
         begun = {"model": model_path, "data": run_data.name}
         if config.chooses:  # else nothing of the outcome depends on what it is evaluated on
             digests["eval_data"] = digest_of({name: source.digest() for name, source in held_out.items()})
             begun["eval_data"] = ", ".join(map(str, held_out.values()))
+        if ranks.size > 1:
+            settings = {f"setting {name}": value for name, value in asdict(config).items()}
+            watched = {name or "evaluation data": source.digest() for name, source in held_out.items()}
+            ranks.check_alike(settings | watched | digests | {"selection": str(selection)})
         if resume:
-            folder.check_origin(digests, base.settings, begun)
-        steps = Steps(model, tokenizer.pad_token_id, config, run_data.places)
-        state = folder.checkpoints().restore(steps.load) if resume else None
-        if resume and state is None and folder.last_step() > config.save_every:
-            warnings.warn(f"{folder.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
+            run.check_origin(digests, base.settings, begun)
+        if config.shard == "frozen":
+            shard_frozen(model, ranks, first_device())
+        steps = Steps(model, tokenizer.pad_token_id, config, run_data.places, ranks)
+        state = run.restore(steps.load) if resume else None
+        if resume and state is None and run.last_step() > config.save_every:
+            warnings.warn(f"{run.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
         done, best = (0, None) if state is None else (state.step, state.best)
-        lines = folder.metrics(torn=True) if resume and folder.holds(METRICS) else []
-        recorded = evaluations_of([line for line in lines if line["step"] <= done])
-        folder.begin(config, begun | {"base_settings": base.settings, "digests": digests}, selection)
+        recorded = evaluations_of([line for line in run.metrics() if line["step"] <= done]) if resume else {}
+        run.begin(config, begun | {"base_settings": base.settings, "digests": digests}, selection)
         evaluations = Evaluations(model, tokenizer, config, sets, recorded, best)
         logger.info(_about(model, config, selection, done, list(held_out)))
-        measured = _train(steps, run_data.batches(done), evaluations, folder, done, progress)
-        METHODS[config.method].save(model.eval(), tokenizer, config, base, folder)
-        result = TrainResult(**measured, stored_bytes=folder.stored_bytes())
-        folder.write_summary(vars(result))
+        measured = _train(steps, run_data.batches(done), evaluations, run, done, progress)
+        method, tuned = METHODS[config.method], model.eval()
+        stored = run.leave(lambda folder: method.save(tuned, tokenizer, config, base, folder))
+        result = TrainResult(**measured, stored_bytes=stored)
+        run.write_summary(vars(result))
     return result
 
 
@@ -164,7 +176,7 @@ def _train(
     steps: Steps,
     batches: Iterable[list[Example]],
     evaluations: Evaluations,
-    folder: RunFolder,
+    run: SharedRun,
     first: int,
     progress: bool,
 ) -> dict[str, Any]:
@@ -172,21 +184,21 @@ def _train(
 
     Leaves the model that is to be kept. Returns what ``TrainResult`` holds of the steps.
     """
-    config, checkpoints = steps.config, folder.checkpoints()
+    config, ranks = steps.config, run.ranks
     started = time.monotonic()
     steps.model.train()
 
     def save(step: int) -> None:
-        checkpoints.save(replace(steps.state(step), best=evaluations.best))
+        run.save(replace(steps.state(step), best=evaluations.best))
 
     def leave_if_asked(step: int) -> None:
-        if (number := asked()) is not None:
+        if number := ranks.largest(asked() or 0):
             save(step)
-            raise Interrupted(f"{folder.path}: stopped after step {step}, which is saved", number, resumable=True)
+            raise Interrupted(f"{run.path}: stopped after step {step}, which is saved", number, resumable=True)
 
     with (
         stop_signals() as asked,
-        folder.log(first) as log,
+        run.log(first) as log,
         Bar(config.method, config.steps, first, progress) as bar,
     ):
         step = first
@@ -211,9 +223,9 @@ def _train(
         logger.info("ended after step %d: %s no better in %s evaluations", step, evaluations.deciding, patience)
     kept = evaluations.best.step if config.load_best_model_at_end and evaluations.best is not None else step
     if kept != step:
-        steps.optimizer.load_state(checkpoints.read(kept).tensors)
+        steps.optimizer.load_state(run.read(kept).tensors)
         logger.info("kept step %d, the best by %s", kept, evaluations.deciding)
-    steps.check_weights(kept)
+    run.check_alike(steps.state(kept))
     seconds = time.monotonic() - started
     after = evaluations.recorded.get(kept, {})
     return {
@@ -226,6 +238,6 @@ def _train(
         "trained_parameters": _trained(steps.model),
         "seconds": seconds,
         "tokens_per_second": steps.tokens / seconds,
-        "peak_rss": peak_rss(),
-        "peak_gpu_memory": peak_memory(),
+        "peak_rss": ranks.largest(peak_rss()),
+        "peak_gpu_memory": ranks.largest(peak_memory()),
     }

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from esft.data.batches import collate
 from esft.data.examples import Example, joined
 from esft.errors import DivergenceError, InputError
 from esft.evaluation.loss import batch_loss, has_plain_head
+from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.checkpoints import RECENT, State
 from esft.runs.config import TrainConfig
 from esft.training.load_balancing import balance_losses
@@ -24,7 +25,7 @@ from esft.training.separation import check_separates
 
 NAMED = 16  # records, in the message about a step that went wrong
 
-Parts = Sequence[Sequence[Example]]  # the rows of a batch, by micro batch
+Parts = Sequence[tuple[Sequence[Example], int]]  # a batch's rows by micro batch; of how many on all ranks they are
 
 
 class Steps:
@@ -42,6 +43,7 @@ class Steps:
         pad: int,
         config: TrainConfig,
         places: Callable[[Sequence[Example]], list[str]] = lambda rows: [],
+        ranks: Ranks = ALONE,
     ):
         """
         Args:
@@ -49,10 +51,11 @@ class Steps:
             pad: token id.
             config: of the run.
             places: tells where the records of some rows are from.
+            ranks: that share the rows of every batch.
 
         Raises InputError for a model that does not keep documents apart which the settings put into one row.
         """
-        self.model, self.pad, self.config, self.places = model, pad, config, places
+        self.model, self.pad, self.config, self.places, self.ranks = model, pad, config, places, ranks
         self.together = config.micro_batch_size or config.batch_size
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.losses: list[float] = []
@@ -93,10 +96,12 @@ class Steps:
         """
         begun = time.monotonic()
         self._seed(step)
-        parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
+        parts = self.ranks.rounds(records, lambda record: len(record.ids), self.together)
         targets = sum(record.targets for record in records)
-        losses, extra = self._gradients(parts, targets)
-        loss = losses.sum().item()
+        losses, balance = self._gradients(parts, targets)
+        self.ranks.add_up([*self.optimizer.params.values()])
+        loss, balance = self.ranks.totals(losses.sum().item(), balance)
+        extra = {"aux_loss": balance} if self.config.aux_loss else {}
         rate = learning_rate(self.config, step - 1)
         norm = self.optimizer.step(rate)
         if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
@@ -111,37 +116,46 @@ class Steps:
 
     def _seed(self, step: int) -> None:
         """What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too."""
-        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}").getrandbits(63))
+        own = f"/{self.ranks.rank}" if self.ranks.rank else ""  # unlike rows need unlike draws
+        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}{own}").getrandbits(63))
 
-    def _gradients(self, parts: Parts, targets: int, until_broken: bool = False) -> tuple[Tensor, dict[str, float]]:
-        """Gradients of one batch, added up over its micro batches.
+    def _gradients(self, parts: Parts, targets: int, until_broken: bool = False) -> tuple[Tensor, float]:
+        """Gradients of this rank's part of a batch, added up over its micro batches.
 
         Args:
             parts: the micro batches.
-            targets: supervised tokens of all.
+            targets: supervised tokens of the whole batch.
             until_broken: end after the first micro batch with which they hold what is no number.
 
-        Returns [P], what each micro batch adds to the mean cross entropy of the supervised tokens; what else to log.
+        Returns [P], what each micro batch adds to the mean cross entropy of the supervised tokens; the auxiliary loss.
         """
-        count = sum(map(len, parts))
+        every = sum(count for _, count in parts)
         losses, balances = [], []
-        for part in parts:
-            batch = collate([joined(part)] if self.config.padding_free else part, self.pad)
-            watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
-            with watched as aux:
-                total, _ = batch_loss(self.model, batch)
-            loss = total / targets
+        for part, count in parts:
+            batch = collate([joined(part)] if self.config.padding_free else part, self.pad) if part else {}
+            loss = torch.zeros(()) if part or not self.ranks.lockstep else self._loss_of_nothing()
+            with self._balance_losses(batch) as aux:
+                loss = batch_loss(self.model, batch)[0] / targets if part else loss
             losses.append(loss.detach())
             if aux:
                 # Over several GPUs they are on several.
-                balance = len(part) / count * torch.stack([each.to(loss.device) for each in aux]).sum()
+                balance = count / every * torch.stack([each.to(loss.device) for each in aux]).sum()
                 balances.append(balance.detach())
                 loss = loss + self.config.aux_loss * balance
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
             if until_broken and not self.optimizer.gradients_are_finite():
                 break
-        extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
-        return torch.stack(losses), extra
+        return torch.stack(losses), torch.stack(balances).sum().item() if balances else 0.0
+
+    def _loss_of_nothing(self) -> Tensor:
+        """Of a rank without rows that has to go along with the others."""
+        return 0.0 * batch_loss(self.model, collate([Example([self.pad] * 2, [self.pad] * 2)], self.pad))[0]
+
+    def _balance_losses(self, batch: dict[str, Tensor]) -> AbstractContextManager[list[Tensor]]:
+        if not self.config.aux_loss:
+            return nullcontext([])
+        return balance_losses(self.model, batch.get("attention_mask"), self.ranks)
 
     def _held(self, step: int, parts: Parts, losses: Tensor) -> str:
         """Which micro batch a step came to grief with, and what it held: the first whose loss is no number.
@@ -149,14 +163,14 @@ class Steps:
         If only the gradient is none, the step is computed again, with a look at the gradient after each micro batch.
         """
         broken = next((i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)), None)
-        if broken is None:
+        if broken is None and self.ranks.size == 1:
             self.model.zero_grad()
             self._seed(step)
-            targets = sum(record.targets for part in parts for record in part)
+            targets = sum(record.targets for part, _ in parts for record in part)
             computed, _ = self._gradients(parts, targets, until_broken=True)
             # On a GPU it need not come out the same.
             broken = None if self.optimizer.gradients_are_finite() else len(computed) - 1
-        rows = parts[broken] if broken is not None else [record for part in parts for record in part]
+        rows = parts[broken][0] if broken is not None else [record for part, _ in parts for record in part]
         named = self.places(rows)
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         what = f"Micro batch {broken + 1} of {len(parts)}" if broken is not None else "The batch"

@@ -56,6 +56,12 @@ def test_what_is_free_is_the_systems_or_what_the_control_group_has_left(own, fol
     assert free_memory() == 42
 
 
+def test_each_of_several_processes_of_a_machine_has_a_share(machine, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory() == 10
+
+
 def test_weights_that_cannot_be_in_the_memory_are_refused_with_a_way_out(machine, monkeypatch):
     check_fits("base", 42)
     monkeypatch.setattr(memory, "free_memory", lambda: 21_400_000_000)

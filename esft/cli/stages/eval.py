@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from esft.data.encoding import encode_all
     from esft.data.sources import read_records
     from esft.evaluation.scores import EvalSet
+    from esft.parallel.join import current
 
     adapter = adapter_of(args)
     with reading(args.model):
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         model = load_for(args, adapter)
         results = {each.name: _measured(args, model, encoder.tokenizer, each, scores) for each in sets}
     say(json.dumps(_joined({name: figures for name, (figures, _) in results.items()}), allow_nan=False))
-    if args.out is not None:
+    if args.out is not None and current().main:
         write_json(args.out, _joined({name: each | {"answers": answers} for name, (each, answers) in results.items()}))
 
 

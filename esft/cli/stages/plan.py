@@ -24,6 +24,7 @@ def add(stages: Stages) -> None:
     sub.add_argument("--tokens", type=count, default=2048, help="of a micro batch's records in all (default 2048)")
     sub.add_argument("--frozen", choices=(*FROZEN, "all"), default="auto", help="what frozen experts are kept in")
     sub.add_argument("--memory-gb", type=gigabytes, metavar="GB", help="say what to change so that it fits")
+    sub.add_argument("--gpus", type=count, metavar="N", help="say what to shard over so many, of that memory each")
     sub.add_argument("--json", action="store_true", help="print one line for machines")
     planned = "method optimizer recompute batch_size micro_batch_size lora_rank dtype frozen_linear".split()
     add_settings(sub, *planned)
@@ -35,7 +36,9 @@ def run(args: argparse.Namespace) -> None:
     selection = ExpertSelection.load(args.experts) if args.experts else None
     names = {each.name for each in fields(TrainConfig)} & vars(args).keys() - {"frozen"}
     config = TrainConfig.load(None, **{name: getattr(args, name) for name in names})
+    from esft.checkpoint.source import open_config
     from esft.planning.advice import GB, advice, described, fitting
+    from esft.planning.gpus import spreading, spreads
     from esft.planning.plan import FORMATS, Plan, plan
 
     def planned(config: TrainConfig, frozen: str, tokens: int) -> Plan:
@@ -49,10 +52,14 @@ def run(args: argparse.Namespace) -> None:
             found, changes = planned(config, frozen, args.tokens), None
             if args.memory_gb and found.peak > args.memory_gb * GB:
                 changes = advice(planned, config, found.frozen, args.tokens, args.memory_gb * GB)
+            layers = open_config(args.model, args.trust_remote_code).get_text_config().num_hidden_layers
             if args.json:
                 fits = {"fits": changes is None, "change": changes} if args.memory_gb else {}
-                say(json.dumps(vars(found) | fits))
+                ways = {"gpus": [vars(way) for way in spreads(found, args.gpus, layers)]} if args.gpus else {}
+                say(json.dumps(vars(found) | fits | ways))
             else:
                 say(*described(found).split("\n"))
                 if args.memory_gb:
                     say(fitting(args.memory_gb, changes))
+                if args.gpus:
+                    say(*spreading(found, args.gpus, layers, args.memory_gb and args.memory_gb * GB))

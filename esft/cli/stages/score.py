@@ -36,13 +36,15 @@ def run(args: argparse.Namespace) -> None:
     from esft.data.batches import collate, epoch_batches, windows
     from esft.data.cache import encoded
     from esft.evaluation.loss import batch_loss
+    from esft.parallel.join import current
     from esft.scoring.gradients import gradient_scores
     from esft.scoring.score import score_experts
 
     adapter = adapter_of(args)
     with reading(args.model):
         encoder = encoder_for(args)
-        examples = encoded(source, encoder, progress=not args.quiet)
+        with current().main_first():  # who leaves them encoded for the others
+            examples = encoded(source, encoder, progress=not args.quiet)
         model = load_for(args, adapter)
         batches = windows(examples, encoder.max_length, args.batch_size)
         scores = score_experts(model, batches, args.max_tokens, not args.quiet, args.outputs)
@@ -51,5 +53,6 @@ def run(args: argparse.Namespace) -> None:
             records = (collate([examples[i] for i in batch], pad) for batch in order)
             fisher, by_rows = gradient_scores(model, records, batch_loss, args.max_tokens, not args.quiet)
             scores = replace(scores, fisher_scores=fisher, fisher_rows_scores=by_rows)
-    scores.save(args.out)
+    if current().main:
+        scores.save(args.out)
     say(f"scores of {len(scores.token_scores)} layers in {args.out}")

@@ -7,7 +7,7 @@ import torch
 
 import esft
 from esft.checkpoint import load as loading
-from esft.checkpoint.device import compute_dtype, placement
+from esft.checkpoint.device import compute_dtype, first_device, on_one_device, placement
 from esft.checkpoint.load import load_model
 from tests.esft.models import save_tiny
 
@@ -29,6 +29,18 @@ def test_a_model_goes_to_the_gpus_that_there_are(gpus, count, wanted):
     assert placement() == wanted
     gpus(count, usable=False)  # as where the driver is too old
     assert placement() == {}
+
+
+def test_each_of_several_processes_has_a_whole_model_on_its_own_gpu(gpus, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    gpus(0)
+    assert placement() == {} and first_device() == torch.device("cpu")
+    gpus(4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert placement() == {"device_map": {"": torch.device("cuda:3")}} and on_one_device()
+    assert first_device() == torch.device("cuda:3")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert first_device() == torch.device("cuda") and not on_one_device()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""A command of several processes, as ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from esft.parallel.environment import size_of_job
+
+SHARED = ("score", "train", "eval", "generate")  # stages that share their work
+
+
+@contextmanager
+def job(args: argparse.Namespace) -> Iterator[bool]:
+    """The block in which a stage runs. Yields whether this process takes part in it; only the first one says anything.
+
+    Raises what ``esft.parallel.join.joined`` does.
+    """
+    if size_of_job() == 1:
+        yield True
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a job that ends PyTorch prints long traces
+    from esft.parallel.join import joined
+
+    with joined() as ranks:
+        if not ranks.main:
+            args.quiet = True
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        yield ranks.main or args.stage in SHARED

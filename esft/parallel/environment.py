@@ -1,0 +1,44 @@
+"""What ``torchrun`` says in the environment of every process that it starts; a process of its own has none of it."""
+
+from __future__ import annotations
+
+import os
+
+from esft.errors import InputError
+
+
+def size_of_job() -> int:
+    """How many processes there are."""
+    return _number("WORLD_SIZE", 1)
+
+
+def own_rank() -> int:
+    """Which of them this one is, from 0 on."""
+    return _number("RANK", 0)
+
+
+def local_size() -> int:
+    """How many of them are on this machine."""
+    return _number("LOCAL_WORLD_SIZE", size_of_job())
+
+
+def local_rank() -> int:
+    """Which of these this one is."""
+    return _number("LOCAL_RANK", own_rank())
+
+
+def attempt() -> int:
+    """How often the job was started again."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def own_name() -> str:
+    """Of this process, in front of what it says: only one of several needs any."""
+    return f"rank {own_rank()}: " if size_of_job() > 1 else ""
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if text and not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InputError(f"environment variable {name} must be a whole number, got {text[:40]!r}")
+    return int(text or default)

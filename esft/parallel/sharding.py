@@ -1,0 +1,39 @@
+"""What is frozen, cut up over the ranks, where a whole model does not fit each of them (PyTorch's FSDP2).
+
+FSDP2 gathers a layer's weights right before the layer computes, forward and backward, and lets go of them afterwards.
+What trains is left out of it: every rank has all of that, its gradients are added up as without sharding, and a
+checkpoint is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from esft.errors import InputError
+from esft.parallel.ranks import Ranks
+
+
+def shard_frozen(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Leave each rank a part of every layer's frozen weights, in place, and all of the rest; on this device.
+
+    From then on every rank has to run the model as often as the others: ``ranks.lockstep``. A single rank keeps all.
+    Raises InputError for a model whose layers transformers does not mark as such.
+    """
+    if ranks.size == 1:
+        return
+    # Imported where they are needed: they take a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError("shard frozen: the model's layers are not told, so there is nothing to cut up")
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    for layer in layers:
+        whole = {p for p in layer.parameters() if p.requires_grad or not p.numel()}
+        if whole != set(layer.parameters()):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    model.to(device)
+    ranks.lockstep = True

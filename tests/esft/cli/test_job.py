@@ -1,0 +1,91 @@
+"""Commands of several processes beside the same ones by one."""
+
+import json
+import os
+import signal
+import time
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
+
+import pytest
+
+import esft
+from esft.cli.parser import main
+from tests.esft.models import save_tiny, write_records
+from tests.esft.parallel.jobs import job
+
+STAGES = {
+    "score": "score --model base --data d.jsonl --out s{end}.json --max-length 16 --max-tokens 60 --quiet",
+    "eval": "eval --model base --data d.jsonl --batch-size 3 --out e{end}.json --quiet",
+    "generate": "generate --model base --prompt a --prompt bb --prompt ccc --max-new-tokens 4 --quiet",
+    "select": "select --scores s{end}.json --out x{end}.json",
+}
+
+
+def stages(end: str) -> list:
+    """Every stage's exit status and what it printed."""
+    found = []
+    for text in STAGES.values():
+        printed = StringIO()
+        with redirect_stdout(printed):
+            status = main(text.format(end=end).split())
+        found.append([status, printed.getvalue()])
+    return found
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base")
+    write_records(tmp_path / "d.jsonl", 7)
+    return tmp_path
+
+
+def test_scores_losses_and_answers_are_those_of_a_single_process_in_their_order(work):
+    alone = stages("1")
+    first, *others = job(work, 3, partial(stages, "3"))
+    assert [e.status for e in (first, *others)] == [0, 0, 0] and first.said == ""
+    assert [e.value for e in others] == [[[0, ""]] * len(STAGES)] * 2  # the first one alone says anything
+    assert [status for status, _ in alone] == [0] * len(STAGES)
+    by_name = dict(zip(STAGES, zip(alone, first.value, strict=True), strict=True))
+    for name in ("score", "select"):
+        expected, found = by_name[name]
+        assert found == [0, expected[1].replace("s1.json", "s3.json").replace("x1.json", "x3.json")]
+    assert by_name["generate"][0] == by_name["generate"][1]
+    expected, found = (json.loads((work / f"e{n}.json").read_text()) for n in (1, 3))
+    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
+    assert found == expected and len(found["answers"]) == 7
+    expected, found = (esft.ExpertScores.load(work / f"s{n}.json") for n in (1, 3))
+    assert found.token_scores == expected.token_scores
+    for layer, scores in found.gate_scores.items():
+        assert scores == pytest.approx(expected.gate_scores[layer], rel=1e-6)
+
+
+def test_the_first_rank_that_fails_says_so_in_one_line_with_its_name(work):
+    ended = job(work, 2, partial(main, "score --model none --data d.jsonl --out s.json".split()))
+    assert [e.value if e.status == 0 else e.status for e in ended] == [2, 2]
+    said = "".join(e.said for e in ended)
+    assert said.count("\n") == 1 and said.startswith(("esft: rank 0: none: ", "esft: rank 1: none: "))
+
+
+def test_a_signal_to_one_ends_all_and_the_first_says_how_to_go_on(work):
+    esft.ExpertSelection({1: [0, 3], 2: [5]}).save(work / "x.json")
+    train = "train --model base --data d.jsonl --experts x.json --out run --steps 10000 --batch-size 4 --quiet"
+
+    def then(pids: list[int]) -> None:
+        while not (work / "run" / "metrics.jsonl").is_file():
+            time.sleep(0.02)
+        time.sleep(0.2)
+        os.kill(pids[1], signal.SIGTERM)
+
+    first, second = job(work, 2, partial(main, train.split()), then)
+    assert (first.value, second.value, second.said) == (143, 143, "")
+    assert first.said.startswith("esft: rank 0: run: stopped after step ") and first.said.count("\n") == 1
+    assert first.said.endswith(f"; go on with: torchrun --nproc-per-node=2 -m esft {train} --resume\n")
+    assert [path.name for path in (work / "run" / "checkpoints").iterdir()]
+
+
+def test_one_process_is_no_job_and_has_no_name(capsys):
+    assert main(["report", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("esft: nowhere")

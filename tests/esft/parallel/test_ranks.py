@@ -1,0 +1,92 @@
+"""What ranks tell one another, in jobs of real processes."""
+
+import pytest
+import torch
+from torch import nn
+
+from esft.errors import RankError
+from esft.parallel import gradients
+from esft.parallel.join import current, joined
+from esft.parallel.ranks import Ranks
+from tests.esft.parallel.jobs import job
+
+
+def test_a_single_process_keeps_what_it_has():
+    ranks, p = Ranks(), nn.Parameter(torch.ones(2))
+    p.grad = torch.tensor([1.0, 2.0])
+    ranks.add_up([p])
+    assert p.grad.tolist() == [1, 2]
+    assert ranks.main and ranks.share(["a", "bb"], len) == ["a", "bb"]
+    assert ranks.totals(1.5, 2) == [1.5, 2] and ranks.largest(3) == 3 and ranks.told(lambda: {"a": 1}) == {"a": 1}
+    assert ranks.sum(torch.ones(1)).item() == 1 and ranks.gathered("x") == ["x"]
+    tensors = {"t": torch.ones(1)}
+    assert ranks.spread(tensors) == tensors
+    ranks.check_alike({"data": 1})
+    ranks.wait()
+    with ranks.main_first(), joined() as same:
+        assert same.size == 1 and current().size == 1
+
+
+def exchanges() -> dict:
+    found: dict = {}
+    with joined() as ranks:
+        assert current() is ranks
+        with joined() as inner:
+            assert inner is ranks
+        r = ranks.rank
+        found |= {"rank": r, "size": ranks.size, "main": ranks.main}
+        found["totals"] = ranks.totals(r, 0.1)
+        found["sum"] = ranks.sum(torch.tensor([[r, 1]])).tolist()
+        found["largest"] = ranks.largest([7, 15, 2][r])
+        found["told"] = ranks.told(lambda: {"from": r, "text": "ä"})
+        found["gathered"] = ranks.gathered("x" * r)
+        mine = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0)}
+        spread = ranks.spread(mine if ranks.main else None)
+        found["spread"] = {name: [str(t.dtype), t.tolist()] for name, t in spread.items()}
+        found["share"] = ranks.share(["aaaa", "b", "cc", "d"], len)
+        found["sums"] = summed(r)
+        try:
+            ranks.check_alike({"seed": 3, "data": "one" if r < 2 else "two"})
+        except RankError as error:
+            found["unlike"] = str(error)
+        order = []
+        with ranks.main_first():
+            order.append(ranks.rank)
+        ranks.wait()
+    assert current().size == 1
+    return found
+
+
+def summed(rank: int) -> list:
+    """Gradients that are there on some ranks only, in buckets of at most 16 bytes."""
+    gradients.BUCKET = 16
+    like = {"a": torch.zeros(2), "b": torch.zeros(2), "none": torch.zeros(1), "half": torch.zeros(1).bfloat16()}
+    like |= {"large": torch.zeros(5, 3), "turned": torch.zeros(3, 2)}
+    parameters = {name: nn.Parameter(t) for name, t in like.items()}
+    for name, p in parameters.items():
+        if name != "none" and not (name == "b" and rank != 1):
+            p.grad = torch.full_like(p, rank + 1.0)
+    parameters["turned"].grad = torch.arange(6.0).view(2, 3).T
+    gradients.add_up(list(parameters.values()))
+    return [None if p.grad is None else p.grad.tolist() for p in parameters.values()]
+
+
+def test_every_rank_gets_the_same_of_every_exchange(tmp_path):
+    ended = job(tmp_path, 3, exchanges)
+    assert [(e.status, e.said) for e in ended] == [(0, "")] * 3
+    found = [e.value for e in ended]
+    assert [f.pop("rank") for f in found] == [0, 1, 2]
+    assert [f.pop("main") for f in found] == [True, False, False]
+    assert [f.pop("share") for f in found] == [["aaaa"], ["cc"], ["b", "d"]]
+    assert found[0] == found[1] == found[2]
+    same = found[0]
+    assert same["totals"] == [3, pytest.approx(0.3)] and same["sum"] == [[3, 3]]
+    assert same["largest"] == 15 and same["size"] == 3
+    assert same["told"] == {"from": 0, "text": "ä"} and same["gathered"] == ["", "x", "xx"]
+    assert same["spread"] == {
+        "a": ["torch.float32", [[0, 3], [1, 4], [2, 5]]],
+        "b": ["torch.bfloat16", [1, 1]],
+        "none": ["torch.float32", []],
+    }
+    assert same["unlike"] == "rank 2 has other data than rank 0: two, not one"
+    assert same["sums"] == [[6, 6], [2, 2], None, [6], [[6, 6, 6]] * 5, [[0, 9], [3, 12], [6, 15]]]

@@ -1,0 +1,75 @@
+"""A run's folder, as every rank of a job has it."""
+
+import os
+
+import pytest
+import torch
+
+from esft.errors import InputError
+from esft.parallel.join import joined
+from esft.parallel.ranks import ALONE
+from esft.runs.checkpoints import State
+from esft.runs.config import TrainConfig
+from esft.runs.shared_run import shared_run
+from esft.selection import ExpertSelection
+from tests.esft.parallel.jobs import job
+
+CONFIG = TrainConfig(steps=7, lr=3e-3, clip=float("inf"))
+SELECTION = ExpertSelection({10: [3, 1], 2: [0]}, shared_experts=True)
+ORIGIN = {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}
+TENSORS = {"a": torch.tensor([1.0, float("-0.0")]), "b": torch.tensor([[3]], dtype=torch.uint8)}
+
+
+def begin(out, ranks=ALONE) -> None:
+    with shared_run(ranks, out, resume=False, overwrite=False) as run:
+        run.begin(CONFIG, ORIGIN, SELECTION)
+        with run.log(0) as log:
+            log(1, loss=2.0, lr=0.1, tokens_per_second=3.0)
+        run.save(State(1, [2.0], TENSORS))
+
+
+def go_on(out) -> list:
+    with joined() as ranks, shared_run(ranks, out, resume=True, overwrite=False) as run:
+        config, selection = run.begun_with(None, None)
+        taken = []
+        state = run.restore(taken.append)
+        assert state is not None and [taken[0].step, taken[0].losses] == [state.step, state.losses] == [1, [2.0]]
+        assert all(torch.equal(taken[0].tensors[name], t) for name, t in TENSORS.items())
+        assert (run.last_step(), run.metrics()[0]["loss"]) == (1, 2.0)
+        with run.log(1) as log:
+            log(2, loss=1.0, lr=0.1, tokens_per_second=3.0)
+        run.save(State(2, [2.0, 1.0], TENSORS))
+        stored = run.leave(lambda folder: (folder.path / "adapter").mkdir())
+        same = [config == CONFIG, selection == SELECTION, list((selection or SELECTION).experts) == [10, 2]]
+        return [*same, stored, sorted(os.listdir(out / "checkpoints"))]
+
+
+def test_every_rank_is_told_what_the_first_one_reads_and_only_that_one_writes(tmp_path):
+    begin(tmp_path / "run")
+    ended = job(tmp_path, 3, lambda: go_on(tmp_path / "run"))
+    expected = [True, True, True, 0, ["step-000001", "step-000002"]]
+    assert [(e.status, e.value, e.said) for e in ended] == [(0, expected, "")] * 3
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_one_process_writes_and_reads_the_run_itself(tmp_path):
+    begin(tmp_path / "run")
+    assert go_on(tmp_path / "run")[:3] == [True] * 3
+    with (
+        pytest.raises(InputError, match="holds something already"),
+        shared_run(ALONE, tmp_path / "run", resume=False, overwrite=False),
+    ):
+        pass
+
+
+def differ() -> None:
+    with joined() as ranks, shared_run(ranks, "run", resume=False, overwrite=False) as run:
+        run.check_alike(State(3, [1.0], TENSORS))
+        run.check_alike(State(4, [1.0], TENSORS | {"a": TENSORS["a"].abs() if ranks.rank else TENSORS["a"]}))
+
+
+def test_states_that_differ_in_a_bit_are_found_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = job(tmp_path, 2, differ)
+    assert "rank 1 has other state after step 4 than rank 0" in "".join(e.said for e in ended)
+    assert sorted(e.status for e in ended) == [1, 2]

@@ -1,0 +1,211 @@
+"""Trainings by several processes beside the same ones by one."""
+
+import importlib
+import os
+import shutil
+import signal
+import time
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import esft
+from esft.errors import Interrupted
+from esft.parallel.deal import dealt
+from esft.parallel.ranks import Ranks
+from esft.training.optim import MasterAdamW
+from tests.esft.models import save_tiny, write_records
+from tests.esft.parallel.jobs import job
+from tests.esft.small_runs import SELECTION, base_and_data, column, metrics, run, settings
+
+steps_module = importlib.import_module("esft.training.steps")
+loop = importlib.import_module("esft.training.loop")
+
+PLAIN = settings(steps=4, save_every=2, eval_every=4, dtype="float32")
+# Three records for four ranks leave one without any; the parts of a rank are uneven.
+BALANCED = settings(method="full", steps=2, batch_size=3, aux_loss=2.0, dtype="float32")
+UNEVEN = settings(steps=2, batch_size=7, micro_batch_size=2, dtype="float32")
+RUNS = {"plain": (PLAIN, SELECTION), "balanced": (BALANCED, None), "uneven": (UNEVEN, SELECTION)}
+
+
+class Recorded(MasterAdamW):
+    """Keeps the gradients of every step."""
+
+    kept: dict[str, torch.Tensor] = {}
+    count = 0
+
+    def step(self, lr: float) -> float:
+        Recorded.count += 1
+        for name, p in self.params.items():
+            if p.grad is not None:
+                Recorded.kept[f"{Recorded.count}/{name}"] = p.grad.clone()
+        return super().step(lr)
+
+
+class InTurn(Ranks):
+    """One process that does what two would, one after the other."""
+
+    def rounds(self, rows, length, together):
+        shares = dealt([length(row) for row in rows], 2)
+        return [([rows[i] for i in share], len(share)) for share in shares]
+
+
+def trainings(base, end: str) -> list[float]:
+    """Every one of ``RUNS``; gradients beside each. Returns their losses on evaluation data."""
+    steps_module.MasterAdamW = Recorded
+    losses = []
+    for name, (config, selection) in RUNS.items():
+        Recorded.kept, Recorded.count = {}, 0
+        losses.append(run(base, f"{name}-{end}", config, selection).eval_loss)
+        save_file(Recorded.kept, base.parent / f"{name}-{end}-{os.environ.get('RANK', 0)}.safetensors")
+    return losses
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint's folder with ``RUNS`` beside it, by one process, by 2 and by 4."""
+    base = base_and_data(tmp_path_factory.mktemp("ranks"))
+    write_records(base.parent / "d.jsonl", 21)
+    patched = steps_module.MasterAdamW
+    try:
+        trainings(base, "1")
+    finally:
+        steps_module.MasterAdamW = patched
+    for size in (2, 4):
+        (folder := base.parent / f"job-{size}").mkdir()
+        ended = job(folder, size, partial(trainings, base, str(size)))
+        assert [e.status for e in ended] == [0] * size, ended
+        assert [e.said for e in ended[1:]] == [""] * (size - 1)
+        assert all(e.value == ended[0].value for e in ended)
+    return base
+
+
+def gradients(base, name: str, size: int, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(base.parent / f"{name}-{size}-{rank}.safetensors")
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_loss_and_every_gradient_are_those_of_a_single_process(base, size: int, name: str):
+    alone, several = (base.parent / f"{name}-{n}" for n in (1, size))
+    figures = ("loss", "grad_norm", "eval_loss", *(["aux_loss"] if name == "balanced" else []))
+    for figure in figures:
+        assert column(several, figure) == pytest.approx(column(alone, figure), rel=2e-5)
+    expected, found = gradients(base, name, 1), gradients(base, name, size)
+    assert found.keys() == expected.keys()
+    first = {n: g for n, g in expected.items() if n.startswith("1/")}  # later ones are of weights that differ a little
+    assert first
+    for n, gradient in first.items():
+        torch.testing.assert_close(found[n], gradient, rtol=1e-4, atol=2e-6 * float(gradient.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_rank_steps_with_the_same_bits(base, size: int, name: str):
+    first, *others = (gradients(base, name, size, rank) for rank in range(size))
+    for other in others:
+        assert other.keys() == first.keys() and all(torch.equal(other[n], g) for n, g in first.items())
+
+
+def test_two_ranks_leave_the_bytes_of_one_process_that_adds_up_the_same_parts(base, monkeypatch):
+    monkeypatch.setattr(loop, "joined", lambda: nullcontext(InTurn()))
+    run(base, "plain-in-turn", *RUNS["plain"])
+    found, expected = (base.parent / f"plain-{end}" for end in ("2", "in-turn"))
+    # Not the checkpoint's own file: its losses are added up in another order.
+    for name in ("checkpoints/step-000002/state.safetensors", "adapter/adapter.safetensors", "adapter/expert_cfg.json"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_first_rank_alone_leaves_a_run_as_a_single_process_does(base, size: int):
+    alone, several = (base.parent / f"plain-{n}" for n in (1, size))
+    files = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (alone, several)]
+    board = [{name for name in found if "tfevents" in name} for found in files]
+    assert len(board[0]) == len(board[1]) == 1 and files[0] - board[0] == files[1] - board[1]
+    for name in ("config.yaml", "experts.json", "origin.json", "esft_run.json", "adapter/expert_cfg.json"):
+        assert (several / name).read_bytes() == (alone / name).read_bytes()
+    assert [line.keys() for line in metrics(several)] == [line.keys() for line in metrics(alone)]
+    expected = load_file(alone / "adapter" / "adapter.safetensors")
+    for name, tensor in load_file(several / "adapter" / "adapter.safetensors").items():
+        # Four steps of at most 3e-3: where a gradient is nearly zero, Adam makes much of a rounding.
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-4)
+
+
+def until_stopped(base) -> list:
+    config = settings(steps=10_000, save_every=10_000, dtype="float32")
+    try:
+        run(base, "stopped", config, eval_data=None)
+    except Interrupted as error:
+        return [error.signal, error.resumable]
+    return []
+
+
+def goes_on(base, steps: int, copy: str) -> float:
+    config = settings(steps=steps, save_every=10_000, dtype="float32")
+    return run(base, copy, config, eval_data=None, resume=True).train_loss
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_that_any_number_of_ranks_goes_on_from(base, tmp_path):
+    lines = base.parent / "stopped" / "metrics.jsonl"
+
+    def then(pids: list[int]) -> None:
+        while not lines.is_file() or lines.read_text().count("\n") < 3:
+            time.sleep(0.02)
+        os.kill(pids[1], signal.SIGTERM)
+
+    ended = job(tmp_path, 2, partial(until_stopped, base), then)
+    assert [(e.status, e.value) for e in ended] == [(0, [signal.SIGTERM, True])] * 2
+    (saved,) = (base.parent / "stopped" / "checkpoints").iterdir()
+    done = int(saved.name.removeprefix("step-"))
+    assert done == len(column(base.parent / "stopped", "loss"))
+    losses = []
+    for size in (1, 3):
+        shutil.copytree(base.parent / "stopped", base.parent / f"stopped-{size}")
+        work = partial(goes_on, base, done + 3, f"stopped-{size}")
+        losses.append(work() if size == 1 else job(tmp_path, size, work)[0].value)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert column(base.parent / "stopped-1", "loss") == pytest.approx(
+        column(base.parent / "stopped-3", "loss"), rel=1e-4
+    )
+
+
+def unlike(base, what: str) -> None:
+    second = os.environ["RANK"] == "1"
+    config, selection, data = settings(steps=1), SELECTION, base.parent / "d.jsonl"
+    if second and what == "setting lr":
+        config = settings(steps=1, lr=1e-3)
+    if second and what == "selection":
+        selection = esft.ExpertSelection({1: [2, 6], 2: [0]})
+    if second and what == "data":
+        write_records(data := base.parent / "other.jsonl", 20)
+    folder = base
+    if second and what == "model":
+        folder = save_tiny(base.parent / "other", seed=1)
+    esft.train(str(folder), data, base.parent / "unlike", config, selection, progress=False)
+
+
+@pytest.mark.parametrize("what", ["setting lr", "selection", "data", "model"])
+def test_ranks_that_differ_are_found_out_before_anything_is_written(base, tmp_path, what: str):
+    ended = job(tmp_path, 2, partial(unlike, base, what))
+    assert sorted(e.status for e in ended) == [1, 2]
+    assert f"esft.errors.RankError: rank 1 has other {what} than rank 0" in "".join(e.said for e in ended)
+    assert not (base.parent / "unlike").exists()
+
+
+def drifts(base) -> None:
+    class Drifting(MasterAdamW):
+        def step(self, lr: float) -> float:
+            return super().step(lr * (1 + 1e-6 * float(os.environ["RANK"])))
+
+    steps_module.MasterAdamW = Drifting
+    run(base, "drifted", settings(steps=4, save_every=2, lr=1e-2, dtype="float32"), eval_data=None)
+
+
+def test_ranks_that_have_drifted_apart_write_no_checkpoint(base, tmp_path):
+    ended = job(tmp_path, 2, partial(drifts, base))
+    assert sorted(e.status for e in ended) == [1, 2]
+    assert "rank 1 has other state after step 2 than rank 0" in "".join(e.said for e in ended)
+    assert not any((base.parent / "drifted").glob("checkpoints/*"))
