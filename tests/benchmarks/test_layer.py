@@ -88,4 +88,9 @@ def test_flops_count_the_matrix_products():
 def test_layers_of_another_layout_have_no_peers_but_ourselves():
     problem = layer.make_problem(LayerShape("o", 32, 16, 8, 3, GPT_OSS), 8, torch.float32, CPU)
     formats = [f"esft, frozen in {name}" for name in FORMATS]
-    assert list(layer.peers_of(problem, "cpu")) == ["esft, all trained", "esft, frozen packed", *formats]
+    assert list(layer.peers_of(problem, "cpu")) == [
+        "esft, all trained",
+        "esft, 8 adapters",
+        "esft, frozen packed",
+        *formats,
+    ]

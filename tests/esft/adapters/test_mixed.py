@@ -9,11 +9,13 @@ import torch
 import esft
 from esft.adapters.mixed import load_adapters
 from esft.checkpoint.adapter_tensors import adapter_tensors
+from esft.data.records import Record
 from esft.errors import InputError
 from esft.experts.model_state import MixedAdapters, model_state, swapped_state
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
-from tests.esft.models import tiny_model, token_batch
+from esft.training.evaluate import answer
+from tests.esft.models import tiny_model, tiny_tokenizer, token_batch
 
 NAMES = ["b", "__base__", "a", "b"]
 EMPTY = ExpertSelection({})
@@ -77,6 +79,15 @@ def test_generate_answers_every_prompt_with_its_adapter(folders):
     plain = model.generate(**batch, **how)
     assert torch.equal(plain, alone(folders, "__base__").generate(**batch, **how))
     assert not torch.equal(plain, found)
+
+
+def test_answers_are_those_of_each_prompts_adapter_however_they_are_batched(folders):
+    model, tokenizer = esft.load_adapters(tiny_model(), folders), tiny_tokenizer()
+    prompts = [Record([{"role": "user", "content": text}]) for text in ("hello", "a", "say", "b")]
+    found = answer(model, tokenizer, prompts, 6, batch_size=2, adapter_names=NAMES)
+    for prompt, name, reply in zip(prompts, NAMES, found, strict=True):
+        assert answer(alone(folders, name), tokenizer, [prompt], 6) == [reply]
+    assert answer(model, tokenizer, prompts, 6) != found
 
 
 def test_each_adapter_trains_on_its_own_sequences_and_is_saved(folders, tmp_path):

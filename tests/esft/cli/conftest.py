@@ -24,6 +24,7 @@ HOMES = {
     "exact_match": "esft.training.evaluate",
     "answer": "esft.training.evaluate",
     "load_with_adapter": "esft.adapters.load_any",
+    "load_adapters": "esft.adapters.mixed",
     "merge": "esft.adapters.merge",
     "report": "esft.runs.report",
 }
