@@ -14,7 +14,7 @@ from esft_kernels.autograd_op import expert_mlp, rows_to_keep, run_backward, run
 from esft_kernels.backend import Needs
 from esft_kernels.backends.resolve import resolve_backend
 from esft_kernels.pools import ExpertPools, pools_of
-from esft_kernels.routing import Routing, route
+from esft_kernels.routing import Routing
 
 _TRAINED = "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
 _POOLS = f"{_TRAINED}, Tensor[] frozen, Tensor? frozen_gate_up_bias, Tensor? frozen_down_bias"
@@ -38,7 +38,8 @@ def routed_mlp(
 ) -> Tensor:
     """``expert_mlp`` of a top-k choice: see there, and ``route``, for the arguments and the errors."""
     if not torch.compiler.is_compiling():
-        routing = route(top_k_index_TK, position, pools.num_trained, elsewhere, pools.num_experts, adapter_T)
+        module = resolve_backend(backend, x_TD.device)
+        routing = module.route(top_k_index_TK, position, pools.num_trained, elsewhere, pools.num_experts, adapter_T)
         return expert_mlp(x_TD, weights_TK, pools, routing, backend, recompute)
     a = pools.activation
     settings = (a.kind, a.gated, a.slope, a.limit, a.up_offset, pools.interleaved, pools.format, backend, elsewhere)
@@ -69,8 +70,9 @@ def _forward(x, index, weights, position, adapter, *rest):
     """The output [T, D], and for the backward H (all rows, the prefix or none) and the routing."""
     tensors, settings, keep = rest[:_POOL_ARGUMENTS], rest[_POOL_ARGUMENTS:-1], rest[-1]
     pools = _pools(tensors, settings)
-    routing = route(index, position, pools.num_trained, settings[-1], pools.num_experts, adapter)
-    out, h = run_forward(x, weights, pools, routing, resolve_backend(settings[-2], x.device), keep)
+    backend = resolve_backend(settings[-2], x.device)
+    routing = backend.route(index, position, pools.num_trained, settings[-1], pools.num_experts, adapter)
+    out, h = run_forward(x, weights, pools, routing, backend, keep)
     return out, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1
 
 

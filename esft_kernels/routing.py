@@ -88,15 +88,8 @@ def route(
     The sort is stable, so equal inputs give equal routings and the rows of an expert keep token order. Ids out of range
     raise ValueError on a CPU; on a GPU, where looking would wait for the device, only with ESFT_DEBUG=1.
     """
-    if top_k_index_TK.dim() != 2 or top_k_index_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"top_k_index must be an integer [T, K] tensor, got {top_k_index_TK.dtype} {tuple(top_k_index_TK.shape)}"
-        )
+    check_choice(top_k_index_TK, position, elsewhere, adapter_T)
     num_tokens, top_k = top_k_index_TK.shape
-    look = top_k_index_TK.device.type == "cpu" or os.environ.get("ESFT_DEBUG") == "1"
-    if look:
-        _check_ids(top_k_index_TK, None if elsewhere else position.shape[-1])
-    _check_adapters(adapter_T, position, num_tokens, look)
     positions = position.shape[-1] if num_positions is None else num_positions
     position_N = positions_of(top_k_index_TK, position, adapter_T, positions if elsewhere else None).reshape(-1)
     sorted_N, slot_N = torch.sort(position_N, stable=True)
@@ -127,6 +120,18 @@ def positions_of(
         top_k_index_TK = torch.add(top_k_index_TK, adapter_T[:, None], alpha=position.shape[-1])
         position = position.reshape(-1)
     return position[top_k_index_TK]
+
+
+def check_choice(top_k_index_TK: Tensor, position: Tensor, elsewhere: bool, adapter_T: Tensor | None) -> None:
+    """Raise ValueError for arguments of ``route`` that do not fit; at values it looks where that does not wait."""
+    if top_k_index_TK.dim() != 2 or top_k_index_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"top_k_index must be an integer [T, K] tensor, got {top_k_index_TK.dtype} {tuple(top_k_index_TK.shape)}"
+        )
+    look = top_k_index_TK.device.type == "cpu" or os.environ.get("ESFT_DEBUG") == "1"
+    if look:
+        _check_ids(top_k_index_TK, None if elsewhere else position.shape[-1])
+    _check_adapters(adapter_T, position, len(top_k_index_TK), look)
 
 
 def _check_ids(top_k_index_TK: Tensor, num_experts: int | None) -> None:
