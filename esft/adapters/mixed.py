@@ -112,7 +112,7 @@ def _hold(model: PreTrainedModel, mixed: MixedAdapters, paths: dict[str, Path]) 
                 tensor.write(weights.get_tensor(key))
     show_adapter(model, mixed, None)
     model_state(model).mixed = mixed
-    vars(model)["generate"] = OwnMethod(model, _generate)
+    vars(model)["generate"] = OwnMethod(model, "generate", _generate)
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
 

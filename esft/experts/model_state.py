@@ -197,20 +197,26 @@ def once_per_model(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 class OwnMethod:
-    """A function in the place of one model's method: in a deep copy it is the copy's. It does not keep the model alive.
+    """A function in the place of one model's method, which gets the model as its first argument.
 
-    The function gets the model as its first argument.
+    In a deep copy it is the copy's, and it does not keep the model alive. Where nothing else holds the model, as in
+    ``load(...).save_pretrained(out)``, it ends before this is called: what it consisted of is held here then. It and
+    this would hold each other, so the model's end takes this out of it.
     """
 
-    def __init__(self, model: nn.Module, function: Callable[..., Any]):
-        self.__setstate__((model, function))
+    def __init__(self, model: nn.Module, name: str, function: Callable[..., Any]):
+        self.__setstate__((model, name, function))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self._model(), *args, **kwargs)
+        if (model := self._model()) is None:
+            model = self._class.__new__(self._class)
+            model.__dict__ = self._held
+        return self._function(model, *args, **kwargs)
 
-    def __getstate__(self) -> tuple[nn.Module | None, Callable[..., Any]]:
-        return self._model(), self._function
+    def __getstate__(self) -> tuple[nn.Module | None, str, Callable[..., Any]]:
+        return self._model(), self._name, self._function
 
-    def __setstate__(self, state: tuple[nn.Module, Callable[..., Any]]) -> None:
-        model, self._function = state
-        self._model = weakref.ref(model)
+    def __setstate__(self, state: tuple[nn.Module, str, Callable[..., Any]]) -> None:
+        model, self._name, self._function = state
+        name, self._class, self._held = self._name, type(model), (held := vars(model))
+        self._model = weakref.ref(model, lambda _: held.pop(name, None))

@@ -129,6 +129,10 @@ class Experts(nn.Module):
         )
         return out_TD.to(hidden_states.dtype)
 
+    def activate(self, h_NG: Tensor) -> Tensor:
+        """What an expert computes between its projections, [N, G] -> [N, F]; differentiable."""
+        return self.pools.activation.forward(*self.pools.split(h_NG))
+
     def adapters_of(self, tokens: int) -> Tensor | None:
         """Which of the adapters side by side every token has, [T]; None where all have the one that is set, or none."""
         if self.mixed is None or (adapter_T := self.mixed.of_tokens(tokens)) is None:
