@@ -11,13 +11,13 @@
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it, and counts its launches; ``step`` times training
-steps of a small model, on the GPU where there is one. ``methods`` trains that model by several methods on several tasks
-and seeds, which takes hours, and goes on where it was stopped. ``data`` times the encoding of records, and says how much
-of batches is padding. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``gpu``
-checks and times the kernels on this machine's GPU, and leaves a page to attach to a report. ``tune`` tries other tiles
-there, and writes the fastest into a file that the kernels find. ``roofline`` computes what the kernels' FLOPs and bytes
-allow on GPUs that need not be here, ``plan`` what training known models takes; nothing in them is measured. Without a
-name, ``layer`` runs. Each prints a table for people and JSON for machines.
+steps of a small model, on the GPU where there is one. ``methods`` trains that model by several methods on several
+tasks and seeds, which takes hours, and goes on where it was stopped. ``data`` times the encoding of records, and says
+how much of batches is padding. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on
+it. ``gpu`` checks and times the kernels on this machine's GPU, and leaves a page to attach to a report. ``tune`` tries
+other tiles there, and writes the fastest into a file that the kernels find. ``roofline`` computes what the kernels'
+FLOPs and bytes allow on GPUs that need not be here, ``plan`` what training known models takes; nothing in them is
+measured. Without a name, ``layer`` runs. Each prints a table for people and JSON for machines.
 """
 
 from __future__ import annotations
