@@ -4,20 +4,22 @@
     python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
     python -m benchmarks methods  [--out build/methods] [--seeds 3] [--smoke]
     python -m benchmarks data     [--records 50000] [--words 80] [--processes 2] [--data train.jsonl]
-    python -m benchmarks tune     --out tiles.json [--shapes deepseek-v2-lite] [--tokens 4096]
+    python -m benchmarks gpu      [--out build/gpu] [--shapes deepseek-v2-lite] [--minutes 10]
+    python -m benchmarks tune     [--out tiles.json] [--shapes deepseek-v2-lite] [--tokens 4096]
     python -m benchmarks scale    --model deepseek-v2-lite --frozen nf4 [--optimizer adamw_8bit] [--memory-gb 24]
     python -m benchmarks plan     [--models olmoe-1b-7b,deepseek-v2-lite] [--experts-per-layer 1]
     python -m benchmarks ranks    [--model examples/tiny-moe] [--processes 1,2,4] [--gpus 8,64]
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
-``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
-model, on the GPU where there is one. ``methods`` trains that model by several methods on several tasks and seeds, which
-takes hours, and goes on where it was stopped. ``data`` times the encoding of records, and says how much of batches is
-padding. ``ranks`` times steps of several processes with a core each, and counts what they send. ``scale`` writes a
-checkpoint of a big model's true sizes and measures every stage on it. ``tune`` tries other tiles on this machine's GPU
-and writes the fastest into a file for ESFT_TILES to name. ``roofline`` computes what the kernels' FLOPs and bytes allow
-on GPUs that need not be here, ``plan`` what training known models takes: nothing in them is measured. Without a name,
-``layer`` runs. Each prints a table for people and one JSON line for machines.
+``layer`` checks one MoE layer on the device at hand, then times it, and counts its launches; ``step`` times training
+steps of a small model, on the GPU where there is one. ``methods`` trains that model by several methods on several
+tasks and seeds, which takes hours, and goes on where it was stopped. ``data`` times the encoding of records, and says
+how much of batches is padding. ``ranks`` times steps of several processes with a core each, and counts what they send.
+``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``gpu`` checks and times the
+kernels on this machine's GPU, and leaves a page to attach to a report. ``tune`` tries other tiles there, and writes the
+fastest into a file that the kernels find. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that
+need not be here, ``plan`` what training known models takes; nothing in them is measured. Without a name, ``layer``
+runs. Each prints a table for people and JSON for machines.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import data, layer, plan, random_checkpoint, ranks, roofline, scale, step, tune
+from benchmarks import data, gpu, launches, layer, plan, random_checkpoint, ranks, roofline, scale, step, tune
 from benchmarks.methods import study
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
 from esft.runs.report import table
+from esft_kernels.triton_ops.tiles import tuned_file
 
 
 def _shapes(parser: argparse.ArgumentParser, names: str) -> list[LayerShape]:
@@ -63,8 +66,11 @@ def _layer(argv: list[str]) -> None:
         for row in layer.run(shape, args.tokens, getattr(torch, args.dtype), device, args.backend, args.rounds, only)
     ]
     print(table(rows))
+    counted = [row for shape in shapes for row in launches.rows(shape, args.tokens)]
+    print("Counted, not measured: what a layer launches on a GPU with backend triton, from the router's choice on")
+    print(table(counted))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(json.dumps({"device": name, "dtype": args.dtype, "measured": rows}))
+    print(json.dumps({"device": name, "dtype": args.dtype, "measured": rows, "counted": counted}))
 
 
 def _roofline(argv: list[str]) -> None:
@@ -153,7 +159,11 @@ def _data(argv: list[str]) -> None:
 
 def _tune(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks tune", description="find the fastest tiles on this GPU")
-    parser.add_argument("--out", required=True, help="JSON file; what it holds of other shapes stays")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON file in the place of the one where the kernels look; what it holds of other shapes stays",
+    )
     parser.add_argument("--shapes", default="deepseek-v2-lite", help=f"comma-separated, of {', '.join(SHAPES)}")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -163,13 +173,37 @@ def _tune(argv: list[str]) -> None:
     if not torch.cuda.is_available():
         parser.error("no GPU here: nothing is tuned")
     device = torch.device("cuda")
+    out = args.out or tuned_file(device)
     rows = [
-        row
-        for s in shapes
-        for row in tune.run(s, args.tokens, getattr(torch, args.dtype), device, args.rounds, args.out)
+        row for s in shapes for row in tune.run(s, args.tokens, getattr(torch, args.dtype), device, args.rounds, out)
     ]
     print(table(rows))
+    print(f"Kept in {out}")
     print(json.dumps({"device": torch.cuda.get_device_name(device), "dtype": args.dtype, "measured": rows}))
+
+
+def _gpu(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks gpu", description="check and time the kernels on this GPU")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of results and page; goes on there")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, interpreted")
+    known = f"comma-separated, of {', '.join(SHAPES)}"
+    parser.add_argument("--shapes", default="deepseek-v2-lite,qwen3-30b-a3b,gpt-oss-20b", help=known)
+    parser.add_argument("--tokens", default="4096,16384", help="comma-separated")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tiles", type=int, default=6, help="of an op to check, the chosen ones first")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no new part after so many")
+    args = parser.parse_args(argv)
+    shapes, device, dtype = _shapes(parser, args.shapes), torch.device(args.device), getattr(torch, args.dtype)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here: nothing is timed")
+    if not all(count.isdecimal() for count in args.tokens.split(",")):
+        parser.error(f"--tokens takes whole numbers, got {args.tokens!r}")
+    about, tokens = gpu.about(device, dtype), [int(count) for count in args.tokens.split(",")]
+    todo = gpu.parts(shapes, tokens, dtype, device, args.rounds, args.tiles, about["device"])
+    done = gpu.run(todo, about, args.out, args.minutes)
+    print(gpu.page(about, done, list(todo)))
+    print(f"{len(done.keys() & todo.keys())} of {len(todo)} parts in {args.out}")
 
 
 def _scale(argv: list[str]) -> None:
@@ -201,6 +235,7 @@ def _scale(argv: list[str]) -> None:
 
 
 COMMANDS = {
+    "gpu": _gpu,
     "plan": _plan,
     "scale": _scale,
     "tune": _tune,

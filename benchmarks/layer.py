@@ -20,6 +20,7 @@ from esft_kernels.pools import PLAIN
 
 SHARE = 0.22  # of the rows on chosen experts, as in the published routing logs
 CHOSEN = 5  # experts of 64
+ADAPTERS = 8  # in a batch that mixes them
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
 
 
@@ -73,7 +74,10 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def peers_of(problem: Problem, backend: str) -> dict[str, Callable[[], Step]]:
     """What our step is timed beside, by name; only layers that transformers' plain experts can hold have others."""
     every = list(range(problem.shape.experts))
-    made: dict[str, Callable[[], Step]] = {"esft, all trained": lambda: peers.ours(problem, every, backend)}
+    made: dict[str, Callable[[], Step]] = {
+        "esft, all trained": lambda: peers.ours(problem, every, backend),
+        f"esft, {ADAPTERS} adapters": lambda: peers.mixed(problem, ADAPTERS, backend),
+    }
     if problem.x_TD.device.type == "cpu":
         made["esft, frozen packed"] = lambda: peers.ours(problem, problem.chosen, "cpu_packed")
     for name in FORMATS:

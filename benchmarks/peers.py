@@ -127,6 +127,25 @@ def _of_pools(problem: Problem, trained: list[int], pools: ExpertPools, backend:
     return PoolStep(forward, [t for t in pools.trained.tensors() if t is not None and t.requires_grad], pools)
 
 
+def mixed(problem: Problem, adapters: int, backend: str) -> PoolStep:
+    """Our step of as many adapters in one batch, a share of the tokens for each: all have experts of their own, which
+    are copies, so that the results are those of one."""
+    trained, tokens = problem.chosen, len(problem.x_TD)
+    one, base = ours(problem, trained, backend).pools, ours(problem, [], backend).pools
+    stacks = (None if t is None else t.detach().repeat(adapters, *[1] * (t.dim() - 1)) for t in one.trained.tensors())
+    pools = replace(base, trained=ExpertWeights(*(None if t is None else t.requires_grad_() for t in stacks)))
+    device, s = problem.x_TD.device, len(trained)
+    position = (torch.arange(base.num_experts, device=device) + adapters * s).repeat(adapters, 1)
+    position[:, trained] = torch.arange(adapters * s, device=device).view(adapters, s)
+    adapter_T = torch.arange(tokens, device=device) * adapters // max(tokens, 1)
+
+    def forward(x: Tensor, weights: Tensor) -> Tensor:
+        routing = route(problem.index_TK, position, adapters * s, False, pools.num_experts, adapter_T)
+        return expert_mlp(x, weights, pools, routing, backend)
+
+    return PoolStep(forward, [t for t in pools.trained.tensors() if t is not None], pools)
+
+
 def _stock_experts(problem: Problem, implementation: str, trains: bool) -> DeepseekV2Experts:
     """transformers' stacked experts of this layer; the weights are the problem's own, not copies."""
     shape = problem.shape

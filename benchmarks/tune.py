@@ -39,12 +39,12 @@ def candidates(first: Tiles, op: Op) -> list[Tiles]:
     return [first, *(t for t in found if t != first)]
 
 
-def _using(table: dict[str, Tiles]) -> AbstractContextManager[None]:
+def using(table: dict[str, Tiles]) -> AbstractContextManager[None]:
     """Inside, the tiles of a table where it has the key, else those that would be chosen anyway."""
     return chosen_by(lambda *asked: table.get(tile_key(*asked)) or choose_tiles(*asked))
 
 
-def _asked(step, problem) -> dict[str, tuple[Op, Tiles]]:
+def asked(step, problem) -> dict[str, tuple[Op, Tiles]]:
     """What the step asks for: key -> operation and the choice."""
     found: dict[str, tuple[Op, Tiles]] = {}
 
@@ -69,11 +69,11 @@ def run(
     best, rows = {}, []
 
     def seconds(table: dict[str, Tiles]) -> float:
-        with _using(table):
+        with using(table):
             times = layer.interleaved({"step": lambda: step.run(problem)}, rounds, device)["step"]
         return statistics.median(times)
 
-    for key, (op, first) in _asked(step, problem).items():
+    for key, (op, first) in asked(step, problem).items():
         before, fastest = seconds(best), None
         limit = before
         for candidate in candidates(first, op)[1:]:
@@ -88,9 +88,10 @@ def run(
         if fastest is not None:
             best[key] = fastest
         rows.append({"kernel": key, "tiles": str(fastest or first), "before ms": before * 1e3, "after ms": limit * 1e3})
-    with _using(best):
+    with using(best):
         layer.check(problem, dtype, "triton")
     out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps(kept | {key: asdict(t) for key, t in best.items()}, indent=1), encoding="utf-8")

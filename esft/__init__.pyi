@@ -1,5 +1,6 @@
 from .adapters.load import load_adapter, set_adapter
 from .adapters.merge import merge
+from .adapters.mixed import load_adapters
 from .adapters.save import save_adapter
 from .errors import DiskError, DivergenceError, ESFTError, InputError, OutOfMemory
 from .planning.plan import Plan, plan
@@ -24,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "load",
     "load_adapter",
+    "load_adapters",
     "merge",
     "plan",
     "save_adapter",

@@ -42,6 +42,18 @@ class Backend(Protocol):
     """
 
     @staticmethod
+    def route(
+        top_k_index_TK: Tensor,
+        position: Tensor,
+        num_trained: int,
+        elsewhere: bool = False,
+        num_positions: int | None = None,
+        adapter_T: Tensor | None = None,
+    ) -> Routing:
+        """See ``esft_kernels.routing.route``."""
+        ...
+
+    @staticmethod
     def forward(
         x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, keep_rows: int
     ) -> tuple[Tensor, Tensor]:

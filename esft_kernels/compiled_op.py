@@ -14,12 +14,13 @@ from esft_kernels.autograd_op import expert_mlp, rows_to_keep, run_backward, run
 from esft_kernels.backend import Needs
 from esft_kernels.backends.resolve import resolve_backend
 from esft_kernels.pools import ExpertPools, pools_of
-from esft_kernels.routing import Routing, route
+from esft_kernels.routing import Routing
 
 _TRAINED = "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
 _POOLS = f"{_TRAINED}, Tensor[] frozen, Tensor? frozen_gate_up_bias, Tensor? frozen_down_bias"
 _ACTIVATION = "str kind, bool gated, float slope, float? limit, float up_offset"
 _SETTINGS = f"{_ACTIVATION}, bool interleaved, str format, str backend, bool elsewhere"
+_CHOICE = "Tensor index, Tensor weights, Tensor position, Tensor? adapter"
 _ROUTING = "Tensor token_N, Tensor slot_N, Tensor row_TK, Tensor offsets_E1"
 _POOL_ARGUMENTS, _NUM_SETTINGS = 7, 9
 
@@ -28,15 +29,17 @@ def routed_mlp(
     x_TD: Tensor,
     top_k_index_TK: Tensor,
     weights_TK: Tensor,
-    position_E: Tensor,
+    position: Tensor,
     pools: ExpertPools,
     backend: str = "auto",
     recompute: str = "none",
     elsewhere: bool = False,
+    adapter_T: Tensor | None = None,
 ) -> Tensor:
     """``expert_mlp`` of a top-k choice: see there, and ``route``, for the arguments and the errors."""
     if not torch.compiler.is_compiling():
-        routing = route(top_k_index_TK, position_E, pools.num_trained, elsewhere)
+        module = resolve_backend(backend, x_TD.device)
+        routing = module.route(top_k_index_TK, position, pools.num_trained, elsewhere, pools.num_experts, adapter_T)
         return expert_mlp(x_TD, weights_TK, pools, routing, backend, recompute)
     a = pools.activation
     settings = (a.kind, a.gated, a.slope, a.limit, a.up_offset, pools.interleaved, pools.format, backend, elsewhere)
@@ -47,7 +50,8 @@ def routed_mlp(
         *(torch.is_grad_enabled() and want for want in (x_TD.requires_grad, weights_TK.requires_grad, trains))
     )
     keep = rows_to_keep(needs, recompute)
-    return torch.ops.esft.routed_mlp(x_TD, top_k_index_TK, weights_TK, position_E, *tensors, *settings, keep)[0]
+    choice = (top_k_index_TK, weights_TK, position, adapter_T)
+    return torch.ops.esft.routed_mlp(x_TD, *choice, *tensors, *settings, keep)[0]
 
 
 def _pools(tensors: tuple, settings: tuple) -> ExpertPools:
@@ -59,24 +63,29 @@ def _pools(tensors: tuple, settings: tuple) -> ExpertPools:
 @torch.library.custom_op(
     "esft::routed_mlp",
     mutates_args=(),
-    schema=f"(Tensor x, Tensor index, Tensor weights, Tensor position, {_POOLS}, {_SETTINGS}, str keep)"
+    schema=f"(Tensor x, {_CHOICE}, {_POOLS}, {_SETTINGS}, str keep)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(x, index, weights, position, *rest):
+def _forward(x, index, weights, position, adapter, *rest):
     """The output [T, D], and for the backward H (all rows, the prefix or none) and the routing."""
     tensors, settings, keep = rest[:_POOL_ARGUMENTS], rest[_POOL_ARGUMENTS:-1], rest[-1]
     pools = _pools(tensors, settings)
-    routing = route(index, position, pools.num_trained, settings[-1])
-    out, h = run_forward(x, weights, pools, routing, resolve_backend(settings[-2], x.device), keep)
+    backend = resolve_backend(settings[-2], x.device)
+    routing = backend.route(index, position, pools.num_trained, settings[-1], pools.num_experts, adapter)
+    out, h = run_forward(x, weights, pools, routing, backend, keep)
     return out, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1
 
 
 @_forward.register_fake
-def _(x, index, weights, position, *rest):
-    n, columns = index.numel(), rest[0].shape[1]
+def _(x, index, weights, position, adapter, *rest):
+    n, columns, positions = (
+        index.numel(),
+        rest[0].shape[1],
+        _pools(rest[:_POOL_ARGUMENTS], rest[_POOL_ARGUMENTS:-1]).num_experts,
+    )
     rows = {"all": n, "none": 0}.get(rest[-1])
     rows = torch.library.get_ctx().new_dynamic_size() if rows is None else rows
-    long = [index.new_empty(shape, dtype=torch.int64) for shape in ((n,), (n,), index.shape, (position.numel() + 1,))]
+    long = [index.new_empty(shape, dtype=torch.int64) for shape in ((n,), (n,), index.shape, (positions + 1,))]
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(rows, columns), *long
 
 
@@ -111,7 +120,7 @@ def _(grad_out, x, weights, h, token, slot, row, offsets, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    x, _, weights, _, *rest = inputs
+    x, _, weights, _, _, *rest = inputs
     *trained, frozen, gate_up_bias, down_bias = rest[:_POOL_ARGUMENTS]
     ctx.save_for_backward(x, weights, *output[1:], *trained, gate_up_bias, down_bias, *frozen)
     ctx.settings = rest[_POOL_ARGUMENTS:-1]
@@ -120,13 +129,13 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, grad_out, *_):
     needs = ctx.needs_input_grad
-    flags = [needs[0], needs[2], any(needs[4:8])]
+    flags = [needs[0], needs[2], any(needs[5:9])]
     # x, the routing weights, H, the routing's four and the trained pool's four; then the frozen pool's.
     saved, biases, frozen = ctx.saved_tensors[:11], ctx.saved_tensors[11:13], list(ctx.saved_tensors[13:])
     grads = torch.ops.esft.routed_mlp_backward(grad_out, *saved, frozen, *biases, *ctx.settings, flags)
-    wanted = (needs[0], needs[2], *needs[4:8])
+    wanted = (needs[0], needs[2], *needs[5:9])
     x, weights, *trained = (g if need else None for g, need in zip(grads, wanted, strict=True))
-    return x, None, weights, None, *trained, [None] * len(frozen), *(None,) * (2 + _NUM_SETTINGS + 1)
+    return x, None, weights, None, None, *trained, [None] * len(frozen), *(None,) * (2 + _NUM_SETTINGS + 1)
 
 
 torch.library.register_autograd("esft::routed_mlp", _gradients, setup_context=_setup_context)

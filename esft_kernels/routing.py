@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -64,34 +65,37 @@ class Routing:
         return int(self.offsets_E1[self.num_trained])
 
 
-def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int, elsewhere: bool = False) -> Routing:
+def route(
+    top_k_index_TK: Tensor,
+    position: Tensor,
+    num_trained: int,
+    elsewhere: bool = False,
+    num_positions: int | None = None,
+    adapter_T: Tensor | None = None,
+) -> Routing:
     """Sort the rows of a top-k choice by expert position.
 
     Args:
         top_k_index_TK: integer [T, K], expert ids in ``range(E)``; a token never names an expert twice.
-        position_E: int64 [E], expert id -> position (the inverse of ``expert_order``).
+        position: int64 [E], expert id -> position (the inverse of ``expert_order``); or such a row for each of several
+            adapters, [A, E].
         num_trained: S.
         elsewhere: ids of E and above are allowed, and name experts that are not here (of another rank).
+        num_positions: how many there are; E where it is not given. With adapters it is more, as each has its own copies
+            of the experts that it has trained.
+        adapter_T: integer [T], which row of ``position`` holds for a token; where there are several, and only there.
 
     The sort is stable, so equal inputs give equal routings and the rows of an expert keep token order. Ids out of range
     raise ValueError on a CPU; on a GPU, where looking would wait for the device, only with ESFT_DEBUG=1.
     """
-    if top_k_index_TK.dim() != 2 or top_k_index_TK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"top_k_index must be an integer [T, K] tensor, got {top_k_index_TK.dtype} {tuple(top_k_index_TK.shape)}"
-        )
+    check_choice(top_k_index_TK, position, elsewhere, adapter_T)
     num_tokens, top_k = top_k_index_TK.shape
-    if top_k_index_TK.device.type == "cpu" or os.environ.get("ESFT_DEBUG") == "1":
-        _check_ids(top_k_index_TK, None if elsewhere else position_E.numel())
-    index_N, num_experts = top_k_index_TK.reshape(-1), position_E.numel()
-    if elsewhere:
-        index_N = index_N.clamp(max=num_experts)
-        position_E = torch.cat([position_E, torch.full_like(position_E[:1], num_experts)])
-    position_N = position_E[index_N]
+    positions = position.shape[-1] if num_positions is None else num_positions
+    position_N = positions_of(top_k_index_TK, position, adapter_T, positions if elsewhere else None).reshape(-1)
     sorted_N, slot_N = torch.sort(position_N, stable=True)
     row_N = torch.empty_like(slot_N)
     row_N[slot_N] = torch.arange(slot_N.numel(), device=slot_N.device)
-    edges_E1 = torch.arange(num_experts + 1, device=slot_N.device)
+    edges_E1 = torch.arange(positions + 1, device=slot_N.device)
     return Routing(
         token_N=torch.div(slot_N, max(top_k, 1), rounding_mode="floor"),
         slot_N=slot_N,
@@ -99,6 +103,35 @@ def route(top_k_index_TK: Tensor, position_E: Tensor, num_trained: int, elsewher
         offsets_E1=torch.searchsorted(sorted_N, edges_E1),
         num_trained=num_trained,
     )
+
+
+def positions_of(
+    top_k_index_TK: Tensor, position: Tensor, adapter_T: Tensor | None = None, elsewhere: int | None = None
+) -> Tensor:
+    """The position of every chosen expert, int64 [T, K]: one lookup, however many adapters there are.
+
+    Args:
+        elsewhere: the position of ids of E and above, where there may be such; the others are those of ``route``.
+    """
+    if elsewhere is not None:
+        top_k_index_TK = top_k_index_TK.clamp(max=position.shape[-1])
+        position = F.pad(position, (0, 1), value=elsewhere)
+    if adapter_T is not None:
+        top_k_index_TK = torch.add(top_k_index_TK, adapter_T[:, None], alpha=position.shape[-1])
+        position = position.reshape(-1)
+    return position[top_k_index_TK]
+
+
+def check_choice(top_k_index_TK: Tensor, position: Tensor, elsewhere: bool, adapter_T: Tensor | None) -> None:
+    """Raise ValueError for arguments of ``route`` that do not fit; at values it looks where that does not wait."""
+    if top_k_index_TK.dim() != 2 or top_k_index_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"top_k_index must be an integer [T, K] tensor, got {top_k_index_TK.dtype} {tuple(top_k_index_TK.shape)}"
+        )
+    look = top_k_index_TK.device.type == "cpu" or os.environ.get("ESFT_DEBUG") == "1"
+    if look:
+        _check_ids(top_k_index_TK, None if elsewhere else position.shape[-1])
+    _check_adapters(adapter_T, position, len(top_k_index_TK), look)
 
 
 def _check_ids(top_k_index_TK: Tensor, num_experts: int | None) -> None:
@@ -109,3 +142,17 @@ def _check_ids(top_k_index_TK: Tensor, num_experts: int | None) -> None:
         token, slot = outside.nonzero()[0].tolist()
         found = f"top_k_index[{token}, {slot}] is {int(top_k_index_TK[token, slot])}"
         raise ValueError(f"{found}, not an expert" + (f" in 0..{num_experts - 1}" if num_experts is not None else ""))
+
+
+def _check_adapters(adapter_T: Tensor | None, position: Tensor, num_tokens: int, look: bool) -> None:
+    if (adapter_T is None) != (position.dim() == 1):
+        raise ValueError(f"positions {tuple(position.shape)} {'need' if adapter_T is None else 'have no'} adapters")
+    if adapter_T is None:
+        return
+    if adapter_T.shape != (num_tokens,) or adapter_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"adapters must be an integer [T] tensor for {num_tokens} tokens, "
+            f"got {adapter_T.dtype} {tuple(adapter_T.shape)}"
+        )
+    if look and ((adapter_T < 0) | (adapter_T >= len(position))).any():
+        raise ValueError(f"adapters must be in 0..{len(position) - 1}, got {adapter_T.unique().tolist()}")

@@ -41,7 +41,6 @@ from esft_kernels.backend import Needs
 from esft_kernels.backends import triton_backend
 from esft_kernels.formats.resolve import FORMATS
 from esft_kernels.pools import PLAIN, ExpertPools, ExpertWeights, QuantizedWeights
-from esft_kernels.routing import Routing
 from esft_kernels.triton_ops import tiles
 from tools.sass import read
 
@@ -194,8 +193,10 @@ def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN) -> No
     pools = ExpertPools(pool(s), frozen, shape.activation, shape.gpt_oss_layout)
     k = shape.top_k
     for t in (*(-(-rows * shape.experts // k) for rows in ROWS_PER_EXPERT), MANY_TOKENS):
-        index, offsets = meta(t * k, dtype=torch.int64), meta(shape.experts + 1, dtype=torch.int64)
-        routing = Routing(index, index, index.view(t, k), offsets, s)
+        index, position = meta(t, k, dtype=torch.int64), meta(shape.experts, dtype=torch.int64)
+        adapters = meta(t, dtype=torch.int64)
+        triton_backend.route(index, position.view(1, -1), s, False, shape.experts, adapters)
+        routing = triton_backend.route(index, position, s)
         x, weights = meta(t, d), meta(t, k, dtype=torch.float32)
         for keep in (0, t * k):
             _, h = triton_backend.forward(x, weights, pools, routing, keep)

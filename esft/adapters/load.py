@@ -16,6 +16,7 @@ from esft.adapters.folder import (
     open_adapter,
     selected_tensors,
 )
+from esft.adapters.mixed import show_adapter
 from esft.checkpoint.adapter_tensors import adapter_tensors
 from esft.checkpoint.digest import base_below, model_base
 from esft.errors import InputError
@@ -38,6 +39,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
     """
     check_model(model)
     path, state = Path(path), model_state(model)
+    if state.mixed is not None:
+        raise InputError("the model holds adapters side by side: load them all at once")
     if state.adapters is not None and name in state.adapters.held:
         raise InputError(f"{path}: the model holds an adapter named {name!r} already")
     manifest, settles = open_adapter(path), False
@@ -71,11 +74,14 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
 def set_adapter(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     """Switch, in place, to an adapter that the model holds, or with None to the base.
 
-    What has been trained of the adapter that was set until now is kept under its name. Raises InputError for a name
-    that the model does not hold.
+    Of adapters side by side it is the one that batches without names have. What has been trained of the adapter that
+    was set until now is kept under its name. Raises InputError for a name that the model does not hold.
     """
     check_model(model)
-    adapters = model_state(model).adapters
+    adapters, mixed = model_state(model).adapters, model_state(model).mixed
+    if mixed is not None:
+        show_adapter(model, mixed, name)
+        return model
     held = adapters.held if adapters is not None else {}
     if name is not None and name not in held:
         raise InputError(f"the model holds no adapter named {name!r}; it holds {sorted(held)}")

@@ -46,6 +46,8 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
     swapped, adapters = state.swapped, state.adapters
     if swapped is None:
         raise InputError("only a swapped model has an adapter to save")
+    if state.mixed is not None and state.mixed.active is None:
+        raise InputError("the model holds adapters side by side: set_adapter(model, NAME) says which one to save")
     tensors = adapter_tensors(model, swapped.selection)
     if uncovered := sorted(adapters.base.keys() - tensors.keys()) if adapters is not None else []:
         raise InputError(

@@ -31,8 +31,11 @@ def answer(
     max_new_tokens: int = 128,
     batch_size: int = 64,
     progress: bool = False,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[str]:
     """Greedy answers to conversations that end with a user turn, or to texts, in the given order.
+
+    ``adapter_names`` has a name for each prompt, of a model that holds adapters side by side.
 
     None goes beyond the model's positions, and nothing else that its generation settings say is used. Raises
     InputError, before any work, for a prompt that the model has no positions or tokens for; and for a model whose
@@ -51,6 +54,7 @@ def answer(
         part = order[start : start + batch_size]
         batch = collate([encoded[i] for i in part], pad, left=True)
         prompt_length = batch["input_ids"].shape[1]
+        adapters = {} if adapter_names is None else {"adapter_names": [adapter_names[i] for i in part]}
         left = (reach.positions or math.inf) - max(len(encoded[i].ids) for i in part)
         with _plain_settings(causal_lm_of(model)):
             out = model.generate(
@@ -61,6 +65,7 @@ def answer(
                 pad_token_id=pad,
                 eos_token_id=tokenizer.eos_token_id,
                 logits_processor=[_check_logits],
+                **adapters,
             )
         for i, row in zip(part, out, strict=True):
             answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from esft.errors import InputError
 from esft.selection import ExpertSelection
 
 DEFAULT_ADAPTER = "default"  # the name of one that is loaded without a name, as in PEFT
+BASE = "__base__"  # what PEFT calls none, in a batch that mixes adapters
 
 Result = TypeVar("Result")
 
@@ -79,18 +81,60 @@ class Adapters:
 
 
 @dataclass
+class MixedAdapters:
+    """The adapters that a model has side by side, so that the sequences of a batch may each have their own.
+
+    Attributes:
+        held: name -> selection. An adapter's number is its place here, from 1; 0 is the base.
+        active: the name of the one that a batch without names has, None for the base.
+        generating, running: the numbers of the sequences of the ``generate`` and of the forward pass that goes on,
+            int64 [B]; None where the batch has no names.
+    """
+
+    held: dict[str, ExpertSelection]
+    active: str | None = None
+    generating: Tensor | None = None
+    running: Tensor | None = None
+
+    def numbers(self, names: Sequence[str], rows: int | None, device: torch.device) -> Tensor:
+        """The numbers of the adapters of these names. Raises InputError for others, and for another count than rows."""
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise InputError(f"adapter_names must be a list of names, one for each sequence, got {names!r}")
+        known = [BASE, *self.held]
+        if strange := [name for name in names if name not in known]:
+            raise InputError(f"the model holds no adapter named {strange[0]!r}; it holds {sorted(self.held)}")
+        if rows is not None and len(names) != rows:
+            raise InputError(f"adapter_names has {len(names)} names, and the batch {rows} sequences")
+        return torch.tensor([known.index(name) for name in names], device=device)
+
+    def of_tokens(self, tokens: int) -> Tensor | None:
+        """The number of every token's adapter, [T], in a batch of so many; None where it has no names.
+
+        Beams and several answers to a prompt lie next to each other, as ``generate`` puts them.
+        """
+        numbers_B = self.generating if self.running is None else self.running
+        if numbers_B is None:
+            return None
+        if tokens % max(len(numbers_B), 1):
+            raise InputError(f"{tokens} tokens do not divide into {len(numbers_B)} sequences, as adapter_names has")
+        return numbers_B[:, None].expand(-1, tokens // max(len(numbers_B), 1)).reshape(-1)
+
+
+@dataclass
 class ModelState:
     """Everything that is remembered of one model.
 
     Attributes:
         swapped: None for a stock model.
         adapters: None where none was loaded.
+        mixed: None where none were loaded side by side.
         settled: the adapters' tensors that have become a part of the base, whose own values are gone.
         found: what functions under ``once_per_model`` have found out, by their names.
     """
 
     swapped: Swapped | None = None
     adapters: Adapters | None = None
+    mixed: MixedAdapters | None = None
     settled: frozenset[str] = frozenset()
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -150,3 +194,29 @@ def once_per_model(function: Callable[..., Result]) -> Callable[..., Result]:
         return found[function.__qualname__]
 
     return kept
+
+
+class OwnMethod:
+    """A function in the place of one model's method, which gets the model as its first argument.
+
+    In a deep copy it is the copy's, and it does not keep the model alive. Where nothing else holds the model, as in
+    ``load(...).save_pretrained(out)``, it ends before this is called: what it consisted of is held here then. It and
+    this would hold each other, so the model's end takes this out of it.
+    """
+
+    def __init__(self, model: nn.Module, name: str, function: Callable[..., Any]):
+        self.__setstate__((model, name, function))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (model := self._model()) is None:
+            model = self._class.__new__(self._class)
+            model.__dict__ = self._held
+        return self._function(model, *args, **kwargs)
+
+    def __getstate__(self) -> tuple[nn.Module | None, str, Callable[..., Any]]:
+        return self._model(), self._name, self._function
+
+    def __setstate__(self, state: tuple[nn.Module, str, Callable[..., Any]]) -> None:
+        model, self._name, self._function = state
+        name, self._class, self._held = self._name, type(model), (held := vars(model))
+        self._model = weakref.ref(model, lambda _: held.pop(name, None))

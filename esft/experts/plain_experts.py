@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from esft.experts.pooled_experts import Experts
 from esft_kernels.pools import ExpertPools, ExpertWeights
+from esft_kernels.routing import positions_of
 
 
 def plain_mlp(
@@ -76,6 +77,7 @@ class PlainExperts(Experts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
         x_TD = hidden_states.to(self.trained_gate_up_proj.dtype)
-        position_TK = self.position[top_k_index]
+        adapter_T = self.adapters_of(len(x_TD))
+        position_TK = positions_of(top_k_index, self.position if adapter_T is None else self.positions, adapter_T)
         out_TD = plain_mlp(x_TD, position_TK, top_k_weights, self.pools, self.gate, self.post_expert_norm)
         return out_TD.to(hidden_states.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from esft.experts.model_state import MixedAdapters
 from esft_kernels.activation import SWIGLU, Activation
 from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.formats.format import Stored
@@ -67,9 +68,11 @@ class Experts(nn.Module):
         self.stock_names: tuple[str, ...] = ()  # what the module in whose place this is calls its parameters
         self.frozen, self.format = frozen, None if frozen == BF16 else resolve_format(frozen)
         self.place = sorted(range(len(order)), key=order.__getitem__)  # of each expert, in the pools
+        self.mixed: MixedAdapters | None = None
         weights, device = (gate_up, down, gate_up_bias, down_bias), device or gate_up.device
         matrices = (gate_up.mT, down.mT) if transposed else (gate_up, down)
         s, r = len(self.trained), len(order) - len(self.trained)
+        self.num_frozen = r
         self.stored = {  # of the frozen pool: the tensors of a projection, by their names in its format
             name: self.format.layout(r, *matrix.shape[1:]) if self.format else {}
             for name, matrix in zip(PROJECTIONS, matrices, strict=False)
@@ -83,6 +86,7 @@ class Experts(nn.Module):
             if not self.stored.get(name):
                 self._add(f"frozen_{name}", plain and Stored((r, *plain.shape[1:]), plain.dtype), device)
         self.register_buffer("position", torch.tensor(self.place, device=device), persistent=False)
+        self.register_buffer("positions", None, persistent=False)  # [A, E], the base's and those of ``mixed``
         if not gate_up.is_meta:
             for expert in range(len(order)):
                 self.write(expert, [tensor[expert] for tensor in weights if tensor is not None])
@@ -118,12 +122,50 @@ class Experts(nn.Module):
         """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
         # Under autocast a norm hands on float32 where the weights are 16-bit, or the other way round.
         x_TD = hidden_states.to(self.trained_gate_up_proj.dtype)
-        out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, self.position, self.pools, self.backend, self.recompute)
+        adapter_T, pools = self.adapters_of(len(x_TD)), self.pools
+        position = self.position if adapter_T is None else self.positions
+        out_TD = routed_mlp(
+            x_TD, top_k_index, top_k_weights, position, pools, self.backend, self.recompute, adapter_T=adapter_T
+        )
         return out_TD.to(hidden_states.dtype)
 
     def activate(self, h_NG: Tensor) -> Tensor:
         """What an expert computes between its projections, [N, G] -> [N, F]; differentiable."""
         return self.pools.activation.forward(*self.pools.split(h_NG))
+
+    def adapters_of(self, tokens: int) -> Tensor | None:
+        """Which of the adapters side by side every token has, [T]; None where all have the one that is set, or none."""
+        if self.mixed is None or (adapter_T := self.mixed.of_tokens(tokens)) is None:
+            return None
+        return adapter_T.to(self.position.device)
+
+    def hold(self, mixed: MixedAdapters | None, adapters: Sequence[Sequence[int]]) -> None:
+        """Make the trained pool that of several adapters, one after the other, each with experts of its own.
+
+        Args:
+            mixed: which of them a batch's sequences have; None for none any more.
+            adapters: the ids of the experts of each. Their weights are for ``write`` to fill, after ``show``.
+
+        Only for experts that have all been frozen: those are the base's, and stay as they are.
+        """
+        base = torch.tensor(self.place, device=self.position.device) - len(self.trained)
+        self.mixed, self.trained = mixed, tuple(expert for ids in adapters for expert in ids)
+        s, rows, first = len(self.trained), [base + len(self.trained)], 0
+        for ids in adapters:
+            own = rows[0].clone()
+            own[list(ids)] = torch.arange(first, first := first + len(ids), device=own.device)
+            rows.append(own)
+        for name in PROJECTIONS:
+            like = getattr(self, f"trained_{name}")
+            plain = None if like is None else Stored((s, *like.shape[1:]), like.dtype)
+            self._add(f"trained_{name}", plain, base.device, trains=s > 0)
+        self.positions = torch.stack(rows)
+        self.show(0)
+
+    def show(self, number: int) -> None:
+        """Let the experts be those of one of the adapters side by side, by its number; 0 is the base."""
+        self.position = self.positions[number]
+        self.place = self.position.tolist()
 
     def is_packed(self, expert: int) -> bool:
         """Whether an expert is in a format, and so has no weights that are tensors."""
@@ -185,20 +227,19 @@ class Experts(nn.Module):
         """The frozen experts' weights of this name, detached, in the pool's order; read where they are in a format."""
         if not self.stored.get(name):
             return getattr(self, f"frozen_{name}").detach()
-        s, e = len(self.trained), self.num_experts
         which = PROJECTIONS.index(name)
-        whole = self.trained_gate_up_proj.new_empty(e - s, *getattr(self, f"trained_{name}").shape[1:])
-        for row in range(e - s):
-            found = self.pools.at(s + row)
+        whole = self.trained_gate_up_proj.new_empty(self.num_frozen, *getattr(self, f"trained_{name}").shape[1:])
+        for row in range(self.num_frozen):
+            found = self.pools.at(len(self.trained) + row)
             matrix = (found.gate_up_EGD, found.down_EDF)[which]
             whole[row] = matrix.mT if self.transposed else matrix
         return whole
 
     def in_order(self, trained: Tensor, frozen: Tensor) -> Tensor:
-        """The rows of two pools, [S, ...] and [E - S, ...], as one new tensor [E, ...] in expert-id order."""
-        ids, s = self.position.argsort().to(trained.device), len(self.trained)
-        whole = trained.new_empty(self.num_experts, *trained.shape[1:])
-        whole[ids[:s]], whole[ids[s:]] = trained, frozen
+        """The experts in two pools, [S, ...] and [R, ...], as one new tensor [E, ...] in expert-id order."""
+        whole, s = trained.new_empty(self.num_experts, *trained.shape[1:]), len(self.trained)
+        for expert, place in enumerate(self.place):
+            whole[expert] = trained[place] if place < s else frozen[place - s]
         return whole
 
     def extra_repr(self) -> str:

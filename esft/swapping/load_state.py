@@ -15,6 +15,7 @@ from esft.checkpoint.original_format import original_format
 from esft.checkpoint.tensor_names import expert_tensors, other_tensors
 from esft.checkpoint.views import Link, Part, StoredTensor
 from esft.errors import InputError
+from esft.experts.model_state import known_state
 from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
 from esft.experts.pooled_experts import BF16, PROJECTIONS, Experts
 from esft.swapping.packed_modules import PackedModule
@@ -34,10 +35,9 @@ def stock_shapes(layer: MoELayer) -> dict[str, tuple[int, ...]]:
 
 def whole_pools(layer: MoELayer, pools: Sequence[Tensor | None], advice: str) -> list[Tensor]:
     """The two pools. Raises InputError for shards, and for what stands for weights that are elsewhere."""
-    s = len(layer.experts.trained)
     held = [
         pool
-        for pool, rows in zip(pools, (s, layer.num_experts - s), strict=True)
+        for pool, rows in zip(pools, (len(layer.experts.trained), layer.experts.num_frozen), strict=True)
         if pool is not None and pool.shape[:1] == (rows,) and not hasattr(pool, "full_tensor")
     ]
     if len(held) < 2:
@@ -57,6 +57,8 @@ def read_stock(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: st
     names = [name.removeprefix(prefix) for name in state_dict]
     _check_not_packed(model, set(names) - own.keys())
     foreign = {name: state_dict.pop(prefix + name) for name in names if name not in own}
+    if foreign and known_state(model).mixed is not None:
+        raise InputError("the model holds adapters side by side: load the checkpoint before them")
     found = _read_experts(model, foreign) if foreign else {}
     if foreign:
         absent = [name for name in own if prefix + name not in state_dict and not is_pool(name)]

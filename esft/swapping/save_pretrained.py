@@ -7,7 +7,6 @@ through ``load_state_dict`` under a checkpoint's names is written to the pools. 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
 from os import PathLike
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.experts.model_state import check_lossless, known_state, swapped_state
+from esft.experts.model_state import OwnMethod, check_lossless, known_state, swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.swapping.load_state import is_pool, read_stock, stock_shapes, whole_pools
@@ -27,7 +26,9 @@ from esft.transformers_internals import has_peft_adapter, is_spread
 
 def attach(model: PreTrainedModel) -> None:
     """Make ``save_pretrained`` and ``load_state_dict`` of a swapped model do this, until ``detach``."""
-    vars(model)["save_pretrained"] = _Saving(model)  # and no subclass of the model's: its type is looked up by others
+    vars(model)["save_pretrained"] = OwnMethod(
+        model, save_pretrained
+    )  # and no subclass of the model's: its type is looked up by others
     swapped_state(model).load_hook = model.register_load_state_dict_pre_hook(read_stock)
 
 
@@ -36,30 +37,6 @@ def detach(model: PreTrainedModel) -> None:
     vars(model).pop("save_pretrained", None)
     if (swapped := known_state(model).swapped) is not None and swapped.load_hook is not None:
         swapped.load_hook.remove()
-
-
-class _Saving:
-    """``save_pretrained`` of one model: of the copy in a deep copy, and without keeping the model alive.
-
-    Where nothing else holds the model, as in ``load(...).save_pretrained(out)``, it ends before this is called: what it
-    consisted of is held here then. It and this would hold each other, so the model's end takes this out of it.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        self.__setstate__(model)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if (model := self._model()) is None:
-            model = self._class.__new__(self._class)
-            model.__dict__ = self._held
-        save_pretrained(model, *args, **kwargs)
-
-    def __getstate__(self) -> PreTrainedModel | None:
-        return self._model()
-
-    def __setstate__(self, model: PreTrainedModel) -> None:
-        self._class, self._held = type(model), (held := vars(model))
-        self._model = weakref.ref(model, lambda _: held.pop("save_pretrained", None))
 
 
 def save_pretrained(

@@ -190,8 +190,11 @@ def _warn_where_slow(layers: list[MoELayer], layouts: dict[str, Layout]) -> None
 def unswap(model: PreTrainedModel) -> PreTrainedModel:
     """Put the stock experts back, in place, with the tuned weights inside.
 
-    Raises InputError for a stock model, and for frozen experts in a format that has cost some of their precision.
+    Raises InputError for a stock model, for frozen experts in a format that has cost some of their precision, and for a
+    model that holds adapters side by side.
     """
+    if known_state(uncompiled(model)).mixed is not None:
+        raise InputError("the model holds adapters side by side, for which the stock modules have no place")
     check_lossless(uncompiled(model), "unswap")
     return _put_back(model)
 

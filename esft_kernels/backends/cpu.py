@@ -22,7 +22,9 @@ from torch import Tensor
 from esft_kernels.backend import Gradients, Needs
 from esft_kernels.backends.cpu_memory import take
 from esft_kernels.pools import ExpertPools, ExpertWeights, Projection, QuantizedWeights
-from esft_kernels.routing import Routing
+from esft_kernels.routing import Routing, route
+
+__all__ = ["backward", "forward", "rebuild", "route"]
 
 CACHE = 2 << 20  # bytes that one group's rows may take: what a core's second cache, or its share of the last, holds
 

@@ -64,6 +64,7 @@ def _pack(factor_IO: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(factor_IO.T.contiguous(), _ROWS)
 
 
+route = cpu.route
 forward = partial(cpu.forward, products=_Packed)
 rebuild = partial(cpu.rebuild, products=_Packed)
 backward = partial(cpu.backward, products=_Packed)

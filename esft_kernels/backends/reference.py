@@ -13,7 +13,9 @@ from torch import Tensor
 
 from esft_kernels.backend import Gradients, Needs
 from esft_kernels.pools import ExpertPools, ExpertWeights
-from esft_kernels.routing import Routing
+from esft_kernels.routing import Routing, route
+
+__all__ = ["backward", "forward", "rebuild", "route"]
 
 
 def grouped_gemm(rows: Tensor, weight, offsets: list[int], out_features: int, bias=None) -> Tensor:

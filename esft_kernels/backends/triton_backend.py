@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from esft_kernels.backend import Gradients, Needs
+from esft_kernels.backends.triton_parts import parts
 from esft_kernels.pools import ExpertPools, ExpertWeights
-from esft_kernels.routing import Routing
+from esft_kernels.routing import Routing, check_choice
+from esft_kernels.triton_ops import route as routing_op
 from esft_kernels.triton_ops.bias_dot import bias_dot
 from esft_kernels.triton_ops.bias_grad import bias_grad
-from esft_kernels.triton_ops.combine import combine
+from esft_kernels.triton_ops.combine import combine, combine_sums
 from esft_kernels.triton_ops.decode import stack
 from esft_kernels.triton_ops.grad_gemm import grad_gemm
 from esft_kernels.triton_ops.grouped_gemm import grouped_gemm
 from esft_kernels.triton_ops.grouped_wgrad import grouped_wgrad
-from esft_kernels.triton_ops.parts import parts
 from esft_kernels.triton_ops.up_gemm import up_gemm
 
 
@@ -31,6 +32,21 @@ def _paired(pools: ExpertPools) -> bool:
 
 def _by_token(rows_ND: Tensor, routing: Routing) -> Tensor:
     return combine(rows_ND.view(*routing.row_TK.shape, rows_ND.shape[1]), routing.row_TK, routing.offsets_E1)
+
+
+def route(
+    top_k_index_TK: Tensor,
+    position: Tensor,
+    num_trained: int,
+    elsewhere: bool = False,
+    num_positions: int | None = None,
+    adapter_T: Tensor | None = None,
+) -> Routing:
+    """``esft_kernels.routing.route`` in two launches."""
+    check_choice(top_k_index_TK, position, elsewhere, adapter_T)
+    positions = position.shape[-1] if num_positions is None else num_positions
+    with torch.cuda.device_of(top_k_index_TK):
+        return routing_op.route(top_k_index_TK, position, num_trained, positions, adapter_T)
 
 
 def forward(
@@ -92,11 +108,9 @@ def backward(
 
         grad_x_TD = grad_weights_TK = grads = None
         if sums_NX is not None:
-            grad_weight_N = sums_NX.sum(dim=1)
-            if trained.down_bias_ED is not None:
-                grad_weight_N += bias_dot(grad_out_TD, pools, routing)
-            here_TK = routing.row_TK < routing.offsets_E1[-1]
-            grad_weights_TK = grad_weight_N[routing.row_TK].where(here_TK, 0.0).to(weights_TK.dtype)
+            biases_N = bias_dot(grad_out_TD, pools, routing) if trained.down_bias_ED is not None else None
+            tables = routing.row_TK, routing.offsets_E1
+            grad_weights_TK = combine_sums(sums_NX, *tables, weights_TK.dtype, biases_N)
         if weighted_a_NF is not None:
             assert grad_h_NG is not None
             biased = trained.down_bias_ED is not None

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +86,7 @@ def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int,
         found = _chooser(arch, tensor.dtype, op, rows_per_expert, features)
     else:
         key = tile_key(arch, tensor.dtype, op, rows_per_expert, features)
-        found = tuned().get(key) or choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)
+        found = tuned(tensor.device).get(key) or choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)
     return decoding(found, tensor.dtype) if decodes else found
 
 
@@ -107,18 +110,33 @@ def tile_key(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, featur
 
 
 @cache
-def tuned() -> dict[str, Tiles]:
-    """The tiles in the file that the environment variable ESFT_TILES names; ``python -m benchmarks tune`` writes one.
+def tuned(device: torch.device) -> dict[str, Tiles]:
+    """Tiles that a GPU was tuned to: of the file that ESFT_TILES names, or else of ``tuned_file``.
 
-    Raises ValueError naming the file when it is not such a file.
+    Where a GPU has neither, a warning says once how to tune. Raises ValueError naming the file when it is not such one.
     """
-    path = os.environ.get("ESFT_TILES")
-    if not path:
+    named = os.environ.get("ESFT_TILES")
+    if not named and device.type != "cuda":
+        return {}
+    path = Path(named) if named else tuned_file(device)
+    if not named and not path.exists():
+        gpu = torch.cuda.get_device_name(device)
+        warnings.warn(
+            f"{gpu}: no tiles were tuned; `python -m benchmarks tune` finds the fastest and keeps them in {path}",
+            stacklevel=2,
+        )
         return {}
     try:
-        return {key: Tiles(**values) for key, values in json.loads(Path(path).read_text(encoding="utf-8")).items()}
+        return {key: Tiles(**values) for key, values in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"ESFT_TILES={path}: not a file of tuned tiles ({error})") from error
+        raise ValueError(f"{f'ESFT_TILES={named}' if named else path}: not a file of tuned tiles ({error})") from error
+
+
+def tuned_file(device: torch.device) -> Path:
+    """Where the tiles of a GPU are kept, in the user's cache, by its name and Triton's version."""
+    name = "-".join(re.findall(r"\w+", torch.cuda.get_device_name(device)))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "esft" / "tiles" / f"{name}-triton-{version('triton')}.json"
 
 
 def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:

@@ -42,6 +42,15 @@ def test_peers_give_their_gradients():
     torch.testing.assert_close(first_down, down[0])
 
 
+def test_adapters_in_one_batch_share_the_gradients_of_one():
+    problem = layer.make_problem(SMALL, 80, torch.float32, CPU)
+    several = peers.mixed(problem, 3, "cpu").run(problem)
+    assert [g.shape[0] for g in several[3:]] == [3 * len(problem.chosen)] * 2
+    for mixed, alone in zip(several, peers.ours(problem, problem.chosen, "cpu").run(problem), strict=True):
+        parts = mixed.unflatten(0, (3, -1)).sum(dim=0) if mixed.shape != alone.shape else mixed
+        torch.testing.assert_close(parts, alone, atol=1e-4, rtol=1e-4)
+
+
 def test_only_the_named_peers_and_the_limit_are_timed():
     rows = layer.run(SMALL, 40, torch.float32, CPU, "cpu", 2, {"per-expert, chosen"})
     assert [row["peer"] for row in rows] == ["per-expert, chosen", "dense GEMMs"]
@@ -79,4 +88,9 @@ def test_flops_count_the_matrix_products():
 def test_layers_of_another_layout_have_no_peers_but_ourselves():
     problem = layer.make_problem(LayerShape("o", 32, 16, 8, 3, GPT_OSS), 8, torch.float32, CPU)
     formats = [f"esft, frozen in {name}" for name in FORMATS]
-    assert list(layer.peers_of(problem, "cpu")) == ["esft, all trained", "esft, frozen packed", *formats]
+    assert list(layer.peers_of(problem, "cpu")) == [
+        "esft, all trained",
+        "esft, 8 adapters",
+        "esft, frozen packed",
+        *formats,
+    ]

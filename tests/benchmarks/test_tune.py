@@ -62,4 +62,4 @@ def test_a_file_that_holds_no_tiles_is_named(text, tmp_path, monkeypatch, fresh)
     (tmp_path / "tiles.json").write_text(text)
     monkeypatch.setenv("ESFT_TILES", str(tmp_path / "tiles.json"))
     with pytest.raises(ValueError, match="ESFT_TILES=.*tiles.json: not a file of tuned tiles"):
-        tiles.tuned()
+        tiles.tuned(CPU)

@@ -24,7 +24,6 @@ from esft.selection import ExpertSelection
 from esft_kernels.backend import Needs
 from esft_kernels.backends import triton_backend
 from esft_kernels.pools import ExpertPools, ExpertWeights
-from esft_kernels.routing import Routing, route
 from esft_kernels.triton_ops import tiles
 from tests.esft.models import tiny_model
 
@@ -100,8 +99,7 @@ def triton_launches() -> None:
     def check(s: int, e: int, t: int = 8, k: int = 2, d: int = 32, f: int = 16) -> None:
         pool = (ExpertWeights(on_gpu(n, 2 * f, d), on_gpu(n, d, f), on_gpu(n, 2 * f), on_gpu(n, d)) for n in (s, e - s))
         pools, long = ExpertPools(*pool), torch.int64
-        routing = route(on_gpu(t, k, dtype=long), on_gpu(e, dtype=long), s)
-        assert isinstance(routing, Routing)
+        routing = triton_backend.route(on_gpu(t, k, dtype=long), on_gpu(e, dtype=long), s)
         x, weights = on_gpu(t, d), on_gpu(t, k, dtype=torch.float32)
         out, h = triton_backend.forward(x, weights, pools, routing, t * k)
         h = triton_backend.rebuild(x, h[:3], pools, routing)

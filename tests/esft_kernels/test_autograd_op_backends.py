@@ -107,7 +107,7 @@ def quantized_backend(request, monkeypatch) -> str:
     if name == "triton":
         pytest.importorskip("triton")
         if first:
-            from esft_kernels.triton_ops import parts
+            from esft_kernels.backends import triton_parts as parts
 
             monkeypatch.setattr(parts, "FEW_ROWS", -1)
             monkeypatch.setattr(parts, "SCRATCH", 4 * 2 * 72 * 80)  # two experts of the usual layer

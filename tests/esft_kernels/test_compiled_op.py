@@ -15,8 +15,16 @@ from esft_kernels.backend import Needs
 from esft_kernels.backends import cpu, reference
 from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.pools import ExpertWeights
-from esft_kernels.routing import expert_order
-from tests.esft_kernels.layers import ACTIVATIONS, Layer, assert_close, make_layer, watch_calls
+from esft_kernels.routing import expert_order, route
+from tests.esft_kernels.layers import (
+    ACTIVATIONS,
+    TOLERANCE,
+    Layer,
+    assert_close,
+    make_layer,
+    watch_calls,
+    written_out,
+)
 
 TENSORS = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
 
@@ -41,7 +49,7 @@ def operands(layer: Layer, keep: str, wanted: tuple[str, ...] = TENSORS, **chang
     x, weights, pools, position, _ = leaves(layer, wanted)
     *frozen, gate_up_bias, down_bias = pools.frozen.tensors()
     tensors = (*pools.trained.tensors(), frozen, gate_up_bias, down_bias)
-    return x, layer.ids_TK, weights, position, *tensors, *settings(layer, **changes), keep
+    return x, layer.ids_TK, weights, position, None, *tensors, *settings(layer, **changes), keep
 
 
 def gradients(layer: Layer) -> tuple:
@@ -130,7 +138,7 @@ def test_every_tensor_gets_its_gradient_whichever_others_do(wanted, keep, calls)
     layer = small(biased=True)
     arguments = operands(layer, keep, wanted)
     out = torch.ops.esft.routed_mlp(*arguments)[0]
-    places = [place for place in (0, 2, 4, 5, 6, 7) if arguments[place].requires_grad]
+    places = [place for place in (0, 2, 5, 6, 7, 8) if arguments[place].requires_grad]
     grads = torch.autograd.grad(out, [arguments[place] for place in places], layer.grad_out_TD)
 
     (_, _, h, _, _, _, needs), routing = calls["backward"][0], layer.routing
@@ -212,6 +220,85 @@ def test_outside_of_a_graph_bad_arguments_are_named():
             routed_mlp(*arguments)
 
 
+ADAPTERS = ((4, 1), (), (1, 3))  # the experts of three; two have the same one
+
+
+def side_by_side(layer: Layer):
+    """Weights of the adapters' experts, and the arguments of ``routed_mlp`` for a batch of all of them and the base."""
+    experts, own = len(layer.down_EDF), []
+    weights = (layer.gate_up_EGD, layer.down_EDF, layer.gate_up_bias_EG, layer.down_bias_ED)
+    position = torch.arange(experts).repeat(1 + len(ADAPTERS), 1) + sum(map(len, ADAPTERS))
+    for number, ids in enumerate(ADAPTERS, 1):
+        position[number, list(ids)] = torch.arange(len(ids)) + sum(len(o[0]) for o in own)
+        own.append([None if t is None else t[list(ids)] + 0.3 * torch.randn_like(t[list(ids)]) for t in weights])
+    stacks = (None if parts[0] is None else torch.cat(parts) for parts in zip(*own, strict=True))
+    trained = ExpertWeights(*(None if t is None else t.requires_grad_() for t in stacks))
+    pools = replace(replace(layer, trained=[]).pools, trained=trained)
+    return own, pools, position, torch.randperm(len(layer.ids_TK)) % (1 + len(ADAPTERS))
+
+
+def alone(layer: Layer, ids: tuple[int, ...], own: list, rows: torch.Tensor) -> Layer:
+    """The layer of one adapter, with its own rows of the batch."""
+    names, changed = ("gate_up_EGD", "down_EDF", "gate_up_bias_EG", "down_bias_ED"), {}
+    for name, weights in zip(names, own, strict=True):
+        if weights is not None:
+            changed[name] = getattr(layer, name).clone()
+            changed[name][list(ids)] = weights.detach()
+    batch = {name: getattr(layer, name)[rows] for name in ("x_TD", "grad_out_TD", "ids_TK", "weights_TK")}
+    return replace(layer, trained=list(ids), **changed, **batch)
+
+
+@pytest.mark.parametrize("recompute", ["none", "frozen"])
+@pytest.mark.parametrize(
+    ("backend", "settings"),
+    [
+        ("reference", {}), ("reference", {"format": "int8"}), ("cpu", {"biased": True}), ("cpu", {"format": "nf4"}),
+        ("cpu_packed", {}), ("triton", {"biased": True}), ("triton", {"format": "int8"}),
+    ],
+)  # fmt: skip
+def test_rows_of_several_adapters_are_those_of_each_alone(backend, settings, recompute):
+    layer = make_layer(**{"tokens": 14, "hidden": 24, "intermediate": 16, "dtype": torch.float32, **settings})
+    own, pools, position, adapter_T = side_by_side(layer)
+    x, weights = layer.x_TD.clone().requires_grad_(), layer.weights_TK.clone().requires_grad_()
+    out = routed_mlp(x, layer.ids_TK, weights, position, pools, backend, recompute, adapter_T=adapter_T)
+    wanted = [x, weights, *(t for t in pools.trained.tensors() if t is not None)]
+    found = [out, *torch.autograd.grad(out, wanted, layer.grad_out_TD)]
+    first = 0
+    for number, ids in enumerate(((), *ADAPTERS)):
+        rows = adapter_T == number
+        mine = own[number - 1] if number else [None] * 4
+        one = written_out(alone(layer, ids, mine, rows)).to(torch.float64)
+        _, h = reference.forward(one.x_TD, one.weights_TK, one.pools, one.routing, one.routing.num_rows)
+        full, _ = reference.forward(one.x_TD, one.weights_TK, one.pools, one.routing, 0)
+        needs = Needs(x=True, weights=True, trained=True)
+        grads = reference.backward(one.grad_out_TD, one.x_TD, h, one.weights_TK, one.pools, one.routing, needs)
+        for mixed, expected in zip(found[:3], (full, grads.x_TD, grads.weights_TK), strict=True):
+            assert_close(mixed[rows], expected, TOLERANCE[torch.float32])
+        own_grads = [g for g in grads.trained.tensors() if g is not None]
+        for mixed, expected in zip(found[3:], own_grads, strict=True):
+            assert_close(mixed[first : first + len(ids)], expected, TOLERANCE[torch.float32])
+        first += len(ids)
+    assert all(g.shape[0] == first for g in found[3:])
+
+
+def test_adapters_are_one_more_argument_of_the_traced_operator(traced):
+    layer = small(tokens=9)
+    _, pools, position, adapter_T = side_by_side(layer)
+    arguments = (layer.x_TD, layer.ids_TK, layer.weights_TK, position, pools, "reference")
+    out = routed_mlp(*arguments, adapter_T=adapter_T)
+    routing = route(layer.ids_TK, position, pools.num_trained, False, pools.num_experts, adapter_T)
+    expected, _ = reference.forward(layer.x_TD, layer.weights_TK, pools, routing, 0)
+    assert torch.equal(out, expected)
+    (grad,) = torch.autograd.grad(out.sum(), pools.trained.down_EDF)
+    assert grad.shape == (4, 8, 6) and grad.count_nonzero()
+    *frozen, gate_up_bias, down_bias = pools.frozen.tensors()
+    tensors = (*pools.trained.tensors(), frozen, gate_up_bias, down_bias)
+    choice = (layer.x_TD, layer.ids_TK, layer.weights_TK, position, adapter_T)
+    fake = ("test_schema", "test_autograd_registration", "test_faketensor")
+    operator = torch.ops.esft.routed_mlp.default
+    torch.library.opcheck(operator, (*choice, *tensors, *settings(layer), "all"), test_utils=fake)
+
+
 def test_no_gradients_of_what_is_only_kept_are_made():
     """The kept H is an output as well, as large as the rest of the layer together; its gradient is never looked at."""
 
@@ -290,10 +377,10 @@ def test_the_fake_knows_shapes_strides_and_dtypes(layout: dict, keep: str, moved
     out, h, *routing = torch.ops.esft.routed_mlp(x, index, weights, *rest)
     grad = moved(torch.randn_like(out))
     for needs in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
-        arguments = (grad, x, weights, h, *routing, *rest[1:-1], needs)
+        arguments = (grad, x, weights, h, *routing, *rest[2:-1], needs)
         torch.library.opcheck(torch.ops.esft.routed_mlp_backward.default, arguments, test_utils=fake)
         grads = torch.ops.esft.routed_mlp_backward(*arguments)
-        inputs, wanted = (x, weights, *rest[1:5]), (needs[0], needs[1], *[needs[2]] * 4)
+        inputs, wanted = (x, weights, *rest[2:6]), (needs[0], needs[1], *[needs[2]] * 4)
         shapes = [t.shape if t is not None and want else (0,) for t, want in zip(inputs, wanted, strict=True)]
         assert [g.shape for g in grads] == shapes
         assert [g.dtype for g, t in zip(grads, inputs, strict=True) if g.numel() and t.dtype != g.dtype] == []

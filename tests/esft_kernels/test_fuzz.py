@@ -121,7 +121,7 @@ def test_so_do_quantized_layers(backend, layer, needs, recompute, few_rows):
     with pytest.MonkeyPatch.context() as patch:
         if backend == "triton":
             pytest.importorskip("triton")
-            from esft_kernels.triton_ops import parts
+            from esft_kernels.backends import triton_parts as parts
 
             patch.setattr(parts, "FEW_ROWS", few_rows)
             patch.setattr(parts, "SCRATCH", 20_000)  # bytes: an expert or many

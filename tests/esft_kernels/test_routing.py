@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from esft_kernels.routing import expert_order, route
+from esft_kernels.routing import expert_order, positions_of, route
 
 
 def test_expert_order_puts_trained_first_in_the_given_order():
@@ -133,3 +133,48 @@ def test_a_routing_cannot_be_changed():
     routing = route(torch.tensor([[0, 1]]), torch.arange(2), num_trained=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         routing.num_trained = 2  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Experts 0, 1, 2 of the base at 3, 4, 5; one adapter has its own 2 and 0 at 0 and 1, another its own 2 at 2.
+TABLE = torch.tensor([[3, 4, 5], [1, 4, 0], [3, 4, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_token_is_routed_by_the_row_of_its_adapter(dtype):
+    ids, adapters = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0]]), torch.tensor([0, 1, 1, 2], dtype=dtype)
+    assert positions_of(ids, TABLE, adapters).tolist() == [[3, 5], [0, 4], [1, 4], [2, 3]]
+    routing = route(ids, TABLE, num_trained=3, num_positions=6, adapter_T=adapters)
+    assert routing.offsets_E1.tolist() == [0, 1, 2, 3, 5, 7, 8]
+    assert routing.slot_N.tolist() == [2, 4, 6, 0, 7, 3, 5, 1]
+    assert (routing.num_experts, routing.prefix_rows()) == (6, 3)
+    alike = route(ids, TABLE, num_trained=3, num_positions=6, adapter_T=adapters * 0 + 1)
+    one = route(ids, TABLE[1], num_trained=3, num_positions=6)
+    assert [torch.equal(vars(alike)[name], vars(one)[name]) for name in list(vars(one))[:4]] == [True] * 4
+
+
+def test_experts_elsewhere_come_last_for_every_adapter():
+    ids, adapters = torch.tensor([[0, 3], [7, 2], [1, 2]]), torch.tensor([1, 2, 0])
+    routing = route(ids, TABLE, 3, elsewhere=True, num_positions=6, adapter_T=adapters)
+    assert routing.slot_N.tolist() == [0, 3, 4, 5, 1, 2]
+    assert routing.offsets_E1.tolist() == [0, 0, 1, 2, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("position", "adapters", "message"),
+    [
+        (TABLE, None, r"positions \(3, 3\) need adapters"),
+        (TABLE[0], torch.tensor([0, 1]), r"positions \(3,\) have no adapters"),
+        (TABLE, torch.tensor([0]), r"integer \[T\] tensor for 2 tokens, got torch.int64 \(1,\)"),
+        (TABLE, torch.tensor([0.0, 1.0]), r"integer \[T\] tensor for 2 tokens, got torch.float32 \(2,\)"),
+        (TABLE, torch.tensor([0, 3]), r"adapters must be in 0..2, got \[0, 3\]"),
+        (TABLE, torch.tensor([-1, 2]), r"adapters must be in 0..2, got \[-1, 2\]"),
+    ],
+)
+def test_route_refuses_adapters_that_do_not_fit(position, adapters, message):
+    with pytest.raises(ValueError, match=message):
+        route(torch.tensor([[0, 2], [2, 1]]), position, 3, num_positions=6, adapter_T=adapters)
+
+
+def test_an_id_out_of_range_is_not_taken_for_another_adapters_expert():
+    with pytest.raises(ValueError, match=r"^top_k_index\[0, 0\] is 3, not an expert in 0..2$"):
+        route(torch.tensor([[3, 2]]), TABLE, 3, num_positions=6, adapter_T=torch.tensor([0]))

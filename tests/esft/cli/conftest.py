@@ -23,6 +23,7 @@ HOMES = {
     "measure": "esft.evaluation.scores",
     "answer": "esft.evaluation.answers",
     "load_with_adapter": "esft.adapters.load_any",
+    "load_adapters": "esft.adapters.mixed",
     "merge": "esft.adapters.merge",
     "report": "esft.runs.report",
 }

@@ -27,7 +27,7 @@ BASE = Base("tiny", "digest", torch.float32, {})
 def test_looking_at_a_model_puts_nothing_on_it():
     model = nn.Linear(2, 2)
     before = set(vars(model))
-    assert known_state(model) == ModelState(None, None, frozenset(), {})
+    assert known_state(model) == ModelState(None, None, None, frozenset(), {})
     assert set(vars(model)) == before
 
 

@@ -12,7 +12,7 @@ from esft_kernels.formats.resolve import FORMATS
 
 pytest.importorskip("triton")
 from esft_kernels.backends import triton_backend
-from esft_kernels.triton_ops import parts
+from esft_kernels.backends import triton_parts as parts
 from tests.esft_kernels.bounds import check_bounds, poison_masked
 from tests.esft_kernels.layers import (
     ACTIVATIONS,

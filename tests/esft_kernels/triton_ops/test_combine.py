@@ -75,3 +75,26 @@ def test_a_token_past_what_32_bit_offsets_reach(top_k, tmp_path, monkeypatch):
     monkeypatch.setattr(op, "_combine_kernel", FirstColumns(op._combine_kernel))
     out = op.combine(y, torch.arange(3 * top_k).view(3, top_k), torch.tensor([3 * top_k]))
     assert_close(out[:, :1024], y[:, :, :1024].double().sum(1), TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("slots", [16, 256])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("tokens", "top_k"), [(7, 3), (1, 1), (0, 2), (64, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_rows_come_to_their_slots(tokens, top_k, biased, slots, dtype, monkeypatch):
+    monkeypatch.setattr(op, "_SLOTS", slots)
+    n = tokens * top_k
+    sums, more, row, end = torch.randn(5, n).T, torch.randn(n), torch.randperm(n).view(tokens, top_k), n - n // 3
+    sums[end:], more[end:] = float("nan"), float("nan")  # of no expert: nothing was written
+    out = op.combine_sums(sums, row, torch.tensor([0, end]), dtype, more if biased else None)
+    expected = (sums.double().sum(dim=1) + (more.double() if biased else 0)).nan_to_num(0)[row]
+    assert out.dtype == dtype
+    assert_close(out, expected, TOLERANCE[dtype])
+
+
+def test_sums_are_added_in_order_and_the_biases_part_at_last():
+    row, offsets = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([1])
+    for sums, more, expected in (([1e8, -1e8, 1.0], 0.0, 1.0), ([1.0, -1e8, 1e8], 0.0, 0.0), ([-1e8, 1.0], 1e8, 0.0)):
+        sums_NX = torch.tensor([sums]).T.contiguous().T
+        out = op.combine_sums(sums_NX, row, offsets, torch.float32, torch.tensor([more]))
+        assert out.item() == expected

@@ -1,6 +1,7 @@
 import dataclasses
 import gzip
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -167,7 +168,7 @@ def test_tuned_tiles_go_before_the_chosen_ones(tmp_path, monkeypatch, fresh):
     key = tile_key("interpreter", FP32, "up", 5, (12, 8))
     (tmp_path / "tiles.json").write_text(json.dumps({key: dataclasses.asdict(odd)}))
     monkeypatch.setenv("ESFT_TILES", str(tmp_path / "tiles.json"))
-    assert module.tuned() == {key: odd}
+    assert module.tuned(torch.device("cpu")) == {key: odd}
     assert tiles_for(tensor, "up", 5, (12, 8)) == odd
     assert tiles_for(tensor, "up", 8, (12, 8)) == Tiles(16, 32, 64, 4, 1)
     assert tiles_for(tensor, "wgrad", 5, (12, 8)) == Tiles(32, 64, 16, 4, 1)
@@ -180,8 +181,38 @@ def test_without_a_file_nothing_is_tuned(value, monkeypatch, fresh):
     monkeypatch.delenv("ESFT_TILES", raising=False)
     if value is not None:
         monkeypatch.setenv("ESFT_TILES", value)
-    assert module.tuned() == {}
+    assert module.tuned(torch.device("cpu")) == {}
     assert tiles_for(torch.empty(0), "up", 5, (12, 8)) == Tiles(16, 32, 64, 4, 1)
+
+
+def test_a_gpus_own_file_is_found_and_without_one_it_is_said_how_to_make_it(tmp_path, monkeypatch, fresh):
+    gpu, odd = torch.device("cuda", 0), Tiles(16, 64, 32, 4, 1, 3)
+    monkeypatch.delenv("ESFT_TILES", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", {gpu: "NVIDIA H100/80 GB: HBM3"}.__getitem__)
+    monkeypatch.setattr(module, "version", lambda name: f"1.2 of {name}")
+    file = tmp_path / "esft" / "tiles" / "NVIDIA-H100-80-GB-HBM3-triton-1.2 of triton.json"
+    assert module.tuned_file(gpu) == file
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(module.Path, "home", lambda: tmp_path / "home")
+    assert module.tuned_file(gpu) == tmp_path / "home" / ".cache" / file.relative_to(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"^NVIDIA H100/80 GB: HBM3: no tiles .* `python -m benchmarks tune` .*json$"):
+        assert module.tuned(gpu) == {}
+    with warnings.catch_warnings(action="error"):
+        assert module.tuned(gpu) == {}  # said once
+    module.tuned.cache_clear()
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"a key": dataclasses.asdict(odd)}))
+    assert module.tuned(gpu) == {"a key": odd}
+    module.tuned.cache_clear()
+    file.write_text("[")
+    with pytest.raises(ValueError, match=rf"^{file}: not a file of tuned tiles \(.+\)$"):
+        module.tuned(gpu)
+    module.tuned.cache_clear()
+    (tmp_path / "other.json").write_text(json.dumps({"another": dataclasses.asdict(odd)}))
+    monkeypatch.setenv("ESFT_TILES", str(tmp_path / "other.json"))
+    assert module.tuned(gpu) == {"another": odd}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +224,7 @@ def test_a_file_that_holds_no_tiles_is_named(text, tmp_path, monkeypatch, fresh)
         path.write_text(text)
     monkeypatch.setenv("ESFT_TILES", str(path))
     with pytest.raises(ValueError, match=r"^ESFT_TILES=.*/mine.json: not a file of tuned tiles \(.+\)$"):
-        module.tuned()
+        module.tuned(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("block_m", [1, 4, 16])
@@ -277,7 +308,7 @@ def test_little_is_padded_on_the_published_routing():
 def test_tiles_can_be_handed_in_for_a_while(monkeypatch):
     tensor, mine, asked = torch.empty(1), Tiles(16, 32, 64, 4, 1), []
     usual = module.tiles_for(tensor, "up", 5, (48, 32))
-    monkeypatch.setattr(module, "tuned", lambda: 1 / 0)  # what is handed in goes before what was tuned
+    monkeypatch.setattr(module, "tuned", lambda device: 1 / 0)  # what is handed in goes before what was tuned
     with module.chosen_by(lambda *what: asked.append(what) or mine):
         assert module.tiles_for(tensor, "up", 5, (48, 32)) is mine
         with module.chosen_by(lambda *what: usual):

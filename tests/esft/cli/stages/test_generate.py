@@ -4,6 +4,7 @@ from pathlib import Path
 
 from esft.cli.parser import main
 from esft.data.records import Record
+from esft.selection import ExpertSelection
 from tests.esft.cli.conftest import adapter, stage
 
 
@@ -16,6 +17,42 @@ def test_generate_loads_an_adapter_and_answers_every_prompt(work, calls, capsys)
     assert model == "a model" and longest == 7
     assert prompts == [Record([{"role": "user", "content": text}]) for text in "xy"]
     assert capsys.readouterr().out == "x\n    one\ny\n    two\n"
+
+
+def test_prompts_name_their_adapters_where_there_are_several(work, calls, capsys):
+    for name in ("a", "b=c"):
+        (work / name).mkdir()
+        ExpertSelection({1: [0]}).save(work / name / "expert_cfg.json")
+    calls.watch("answer", ["one", "two", "three"])
+    calls.watch("load_adapters", None)
+    prompts = ["--prompt", "y:a: b", "--prompt", "__base__:", "--prompt", "x:y:"]
+    assert main(["generate", "--model", "m", "--adapter", "x=a", "--adapter", "y=b=c", *prompts]) == 0
+    assert calls.of["load_with_adapter"][0][0][:2] == ("m", None)
+    assert calls.of["load_adapters"] == [(("a model", {"x": Path("a"), "y": Path("b=c")}), {})]
+    (((_, _, asked, _), named),) = calls.of["answer"]
+    assert [record.messages[0]["content"] for record in asked] == ["a: b", "", "y:"]
+    assert named == {"adapter_names": ("y", "__base__", "x")}
+    assert capsys.readouterr().out == "y:a: b\n    one\n__base__:\n    two\nx:y:\n    three\n"
+    calls.watch("answer", ["one"])
+    stage("generate --model m --adapter b=c --prompt x")  # a folder of this name is there
+    assert calls.of["load_with_adapter"][1][0][:2] == ("m", Path("b=c"))
+
+
+def test_adapters_and_prompts_that_do_not_fit_are_named(work, calls, capsys):
+    adapter(work)
+    for options, message in {
+        "--adapter a --adapter x=a --prompt x": "--adapter 'a': of several adapters each needs a name: NAME=FOLDER",
+        "--adapter x=a --adapter x=a --prompt x": "--adapter 'x=a': the name 'x' is taken",
+        "--adapter =a --prompt x": "--adapter '=a': has no name before =",
+        "--adapter x=b --prompt x": "b: not an adapter folder (no expert_cfg.json)",
+        "--adapter x=a --prompt x:y --prompt z:y": (
+            "--prompt 'z:y': begins with no adapter's name and a colon; there are x, __base__"
+        ),
+        "--adapter x=a --prompt x": "--prompt 'x': begins with no adapter's name and a colon; there are x, __base__",
+    }.items():
+        assert main(f"generate --model m {options}".split()) == 2
+        assert capsys.readouterr().err == f"esft: {message}\n"
+    assert "load_with_adapter" not in calls.of
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_the_model_is_loaded(work, calls, capsys):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from esft_kernels.backends import triton_parts as module
+from esft_kernels.backends.triton_parts import parts
 from esft_kernels.formats.resolve import FORMATS
 from esft_kernels.pools import ExpertPools, ExpertWeights, QuantizedWeights, dequantize, quantize
 from esft_kernels.routing import Routing, route
-from esft_kernels.triton_ops import parts as module
-from esft_kernels.triton_ops.parts import parts
 
 S, R, D, F = 2, 5, 12, 7
 

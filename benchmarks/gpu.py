@@ -1,0 +1,135 @@
+"""One GPU, whole: every op in every tile checked, layers timed beside others, and a page with all of it.
+
+Part by part, each kept as soon as it is there, so that a run that broke off or ran out of time goes on where it was.
+Times are of the wall clock between synchronisations, medians over rounds. Nothing is timed before it was checked.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import launches, layer, peers, tune
+from benchmarks.roofline import GPUS, Launch, even_rows, ours
+from benchmarks.shapes import LayerShape
+from esft.errors import InputError
+from esft.runs.report import table
+
+CHECKED_TOKENS = 512  # of the batch that every tile is checked on
+RESULTS, PAGE = "results.json", "report.md"
+
+Rows = list[dict]
+
+
+def check_tiles(shape: LayerShape, dtype: torch.dtype, device: torch.device, most: int) -> Rows:
+    """A row for every op: how many tiles near the chosen ones were right, did not fit the GPU, or were wrong.
+
+    Each takes its place in a whole step, whose results are held to the reference in float32. ``most``: tiles of an op.
+    """
+    problem = layer.make_problem(shape, CHECKED_TOKENS, dtype, device)
+    step, exact = peers.ours(problem, problem.chosen, "triton"), problem.to(torch.float32)
+    expected = peers.ours(exact, exact.chosen, "reference").run(exact)
+    rows = []
+    for key, (op, first) in tune.asked(step, problem).items():
+        row = {"kernel": key, "right": 0, "does not fit": 0, "wrong": [], "largest error": 0.0}
+        for tiles in tune.candidates(first, op)[:most]:
+            try:
+                with tune.using({key: tiles}):
+                    found = step.run(problem)
+            except Exception as error:  # whatever the compiler or the driver says of a tile too large
+                if "OutOfResources" not in type(error).__name__:
+                    raise
+                row["does not fit"] += 1
+                continue
+            error = max(layer.relative_error(a, b) for a, b in zip(found, expected, strict=True))
+            row["largest error"] = max(row["largest error"], error)
+            if error <= layer.TOLERANCE[dtype]:
+                row["right"] += 1
+            else:
+                row["wrong"].append(str(tiles))
+        rows.append(row)
+    return rows
+
+
+def time_layer(
+    shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int, name: str
+) -> Rows:
+    """``layer.run``, with the share of the GPU's peak and of the computed roofline where these are known."""
+    rows = layer.run(shape, tokens, dtype, device, "triton", rounds)
+    known = next((gpu for key, gpu in GPUS.items() if key in name), None)
+    if known is None:
+        return rows
+    trained = layer.chosen_experts(shape)
+    launch = Launch(shape, known.arch, tokens, even_rows(shape, tokens, trained, layer.SHARE))
+    flops = shape.flops(tokens, sum(launch.rows_E[:trained]))
+    least = sum(each.seconds(known) for each in ours(launch, trained))
+    for row in rows:
+        seconds = row["esft ms"] / 1e3
+        row |= {"of peak": f"{flops / seconds / known.flops:.0%}", "of roofline": f"{least / seconds:.0%}"}
+    return rows
+
+
+def parts(
+    shapes: list[LayerShape], tokens: list[int], dtype: torch.dtype, device: torch.device, rounds: int, most: int,
+    name: str,
+) -> dict[str, Callable[[], Rows]]:  # fmt: skip
+    """What there is to do, by name, in its order: all that is checked before all that is timed."""
+    made: dict[str, Callable[[], Rows]] = {}
+    for shape in shapes:
+        made[f"Launches of {shape.name}"] = lambda shape=shape: launches.rows(shape)
+        made[f"Tiles of {shape.name}"] = lambda shape=shape: check_tiles(shape, dtype, device, most)
+    for shape in shapes:
+        for count in tokens:
+            made[f"{shape.name}, {count:,} tokens"] = lambda shape=shape, count=count: time_layer(
+                shape, count, dtype, device, rounds, name
+            )
+    return made
+
+
+def run(todo: dict[str, Callable[[], Rows]], about: dict[str, str], folder: Path, minutes: float) -> dict[str, Rows]:
+    """Do what is not done yet, until it is done or the minutes are over; returns all that there is.
+
+    ``folder`` gets the results and the page. A part that fails is kept with its error, and done again the next time.
+    Raises InputError for results of another machine, version or dtype.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results, began = folder / RESULTS, time.monotonic()
+    kept = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"about": about, "parts": {}}
+    if kept["about"] != about:
+        raise InputError(f"{results}: is of {kept['about']}, and this is {about}; name another --out")
+    done: dict[str, Rows] = kept["parts"]
+    for name, part in todo.items():
+        if name in done and "error" not in done[name][0]:
+            continue
+        if time.monotonic() - began > 60 * minutes:
+            break
+        try:
+            done[name] = part()
+        except Exception as error:  # one that fails is a result too, and the others go on
+            done[name] = [{"error": f"{type(error).__name__}: {error}"}]
+        temporary = results.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"about": about, "parts": done}, indent=1), encoding="utf-8")
+        os.replace(temporary, results)
+        (folder / PAGE).write_text(page(about, done, list(todo)), encoding="utf-8")
+    return done
+
+
+def page(about: dict[str, str], done: dict[str, Rows], names: list[str]) -> str:
+    """All of it in Markdown; what is not done yet is named."""
+    text = ["# The kernels on " + about["device"], "", *(f"- {key}: {value}" for key, value in about.items())]
+    for name in names:
+        text += ["", f"## {name}", "", table(done[name]) if name in done else "Not done yet: run it again."]
+    return "\n".join(text) + "\n"
+
+
+def about(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What results are of: those of two machines are never mixed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, Triton's interpreter"
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "triton", "transformers")}
+    return {"device": name, "dtype": str(dtype).removeprefix("torch."), **versions}
