@@ -13,7 +13,7 @@ from types import ModuleType
 from esft.cli.allocator import settle_memory
 from esft.cli.arguments import Parser, resuming
 from esft.cli.output import complain, explain, hush_libraries, listen
-from esft.cli.stages import data, eval, generate, merge, plan, report, score, select, train
+from esft.cli.stages import compare, data, eval, generate, merge, plan, report, score, select, train
 from esft.errors import Interrupted
 
 STAGES: dict[str, ModuleType] = {
@@ -26,6 +26,7 @@ STAGES: dict[str, ModuleType] = {
     "generate": generate,
     "merge": merge,
     "report": report,
+    "compare": compare,
 }
 
 
