@@ -66,6 +66,24 @@ FLAGS = {  # gated, transposed, biased, a function of its own, a norm
 }
 
 
+def test_attention_may_be_another_where_it_is_fused_and_no_code_asks_for_its_name(monkeypatch):
+    assert internals.has_fused_attention(zoo.tiny("olmoe"))
+    assert not internals.has_fused_attention(zoo.tiny("gpt_oss"))  # plain, with sinks
+    assert not internals.has_fused_attention(zoo.tiny("deepseek_v32"))  # its indexer asks
+    monkeypatch.setattr(internals.inspect, "getsource", lambda module: (_ for _ in ()).throw(OSError()))
+    assert not internals.has_fused_attention(zoo.tiny("olmoe"))
+
+
+def test_plain_attention_stands_beside_a_models_own():
+    model = zoo.tiny("olmoe")
+    attention = model.model.layers[0].self_attn
+    query, key, value = (torch.randn(1, 4, 3, 8) for _ in range(3))
+    out, _ = internals.plain_attention(attention)(attention, query, key, value, None, scaling=0.5)
+    expected = torch.softmax(0.5 * query @ key.transpose(2, 3), -1) @ value
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert internals.plain_attention(torch.nn.Linear(1, 1)) is None
+
+
 @pytest.mark.parametrize("family", FLAGS)
 def test_what_stacked_experts_say_of_themselves(family: str):
     model = zoo.tiny(family)
@@ -105,8 +123,9 @@ def test_conversions_turn_a_models_tensors_into_the_checkpoints_even_where_those
         assert torch.equal(torch.stack([found[key] for key in sorted(found)]), value)
 
 
-def test_a_model_is_loaded_but_for_what_is_taken_out_and_no_quantization_is_acted_on(tmp_path):
-    stock, path = tiny_model(), "model.layers.1.mlp.experts"
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe"])
+def test_a_model_is_loaded_but_for_what_is_taken_out_and_no_quantization_is_acted_on(family: str, tmp_path):
+    stock, path = tiny_model(family), "model.layers.1.mlp.experts"
     stock.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.quantization_config = {"quant_method": "fp8"}
@@ -121,7 +140,8 @@ def test_a_model_is_loaded_but_for_what_is_taken_out_and_no_quantization_is_acte
     assert found.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
     assert not {"quantization_config", "_is_quantized"} & vars(found.config).keys()
-    assert not hasattr(found, "hf_quantizer") and config.quantization_config == {"quant_method": "fp8"}
+    assert not hasattr(found, "hf_quantizer") and not found.training
+    assert config.quantization_config == {"quant_method": "fp8"}
 
 
 def test_a_loaded_models_conversions_are_those_of_its_files_unless_they_held_its_own_tensors_or_few_bits(tmp_path):
@@ -139,8 +159,9 @@ def test_a_loaded_models_conversions_are_those_of_its_files_unless_they_held_its
     few_bits = SimpleNamespace(
         operations=[SimpleNamespace(hf_quantizer=None)], source_patterns=["a"], target_patterns=["b"]
     )
-    loaded._weight_conversions = [few_bits]
-    assert patterns(internals.conversions(loaded)) == family
+    for others in ([], [SimpleNamespace(operations=[object()], source_patterns=["c"], target_patterns=["d"])]):
+        loaded._weight_conversions = [*others, few_bits]
+        assert patterns(internals.conversions(loaded)) == family
 
 
 def test_marks_of_a_chat_template_are_places_in_the_text_that_it_renders():
