@@ -22,8 +22,11 @@ from esft.data.batches import windows
 from esft.data.cache import encoded
 from esft.data.encoding import Encoder
 from esft.data.sources import DataSource, read_records
+from esft.evaluation.loss import mean_loss
 from esft.evaluation.scores import exact_match
+from esft.reporting.run_page import Beside, write_run_page
 from esft.scoring.plot import plot_scores
+from esft.storage.files import write_json
 
 MODEL = Path(__file__).parent / "tiny-moe"
 # The best of the six settings tried on the validation data that keep the adapter under 15% of the parameters.
@@ -57,6 +60,14 @@ def task_score(model: torch.nn.Module, data: Path) -> tuple[float, list[dict]]:
     return exact_match(model, load_tokenizer(str(MODEL)), read_records(data), batch_size=128, progress=True)
 
 
+def measured(model: torch.nn.Module, data: Path, path: Path) -> tuple[float, list[dict]]:
+    """``task_score``, kept in a file as ``esft eval --out`` writes it, for the page at the end."""
+    tokenizer, (score, outcomes) = load_tokenizer(str(MODEL)), task_score(model, data)
+    loss = mean_loss(model, encoded(DataSource.of(data), Encoder(tokenizer, 512)), tokenizer.pad_token_id, 128)
+    write_json(path, {"records": len(outcomes), "loss": loss, "exact_match": score, "answers": outcomes})
+    return score, outcomes
+
+
 def size(folder: Path) -> float:
     """Megabytes of the weights in a folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
@@ -74,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True)
 
     headline("The base model on the task, before training")
-    before, outcomes = task_score(load(model), test)
+    before, outcomes = measured(load(model), test, args.out / "before.json")
     print(f"exact match on {len(outcomes)} commands worded by templates that training never shows: {before:.1%}")
 
     headline("Which experts does the task use?")
@@ -97,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     headline("The same commands, after")
     tuned = esft.load_adapter(load(model), run / "adapter")
-    after, outcomes = task_score(tuned, test)
+    after, outcomes = measured(tuned, test, args.out / "after.json")
     print(f"exact match: {before:.1%} -> {after:.1%}")
     print(f"adapter {size(run / 'adapter'):.1f} MB, checkpoint {size(MODEL):.1f} MB")
     for outcome in [*(o for o in outcomes if o["correct"])][:4] + [*(o for o in outcomes if not o["correct"])][:2]:
@@ -106,6 +117,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     headline("Merged into a checkpoint that stock transformers loads")
     print(esft.merge(MODEL, run / "adapter", args.out / "merged"))
+
+    headline("All of it as a page, to open in a browser")
+    files = Beside((), args.out / "scores.json", None, args.out / "before.json", args.out / "after.json")
+    write_run_page(run, args.out / "report.html", files)
+    print(args.out / "report.html")
     print(f"\n{time.monotonic() - started:.0f} s in all")
 
 

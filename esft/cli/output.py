@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import traceback
-import unicodedata
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -16,22 +15,11 @@ import wrapt
 
 from esft.errors import ESFTError, first_line, what_was_read
 from esft.parallel.environment import own_name
+from esft.text import printable
 
 DEBUG = "ESFT_DEBUG"
-# Characters that turn the direction of what follows: a name could be shown as another.
-_TURNS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # What messages call the arguments that are options here: they are made for callers from Python.
 _ARGUMENT = re.compile(r"`(overwrite|resume|trust_remote_code)=True`|`(max_length)=(\d+)`")
-_UNSEEN = ("Cc", "Cs", "Zl", "Zp")
-
-
-def printable(text: str) -> str:
-    """A text in one line: control characters, line ends and half surrogates as escapes."""
-    return "".join(_escaped(c) if c in _TURNS or unicodedata.category(c) in _UNSEEN else c for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def as_options(text: str) -> str:

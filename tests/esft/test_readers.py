@@ -32,6 +32,7 @@ from esft.data.examples import Example, Examples
 from esft.data.records import ROLES
 from esft.data.sources import read_records
 from esft.errors import InputError
+from esft.reporting.answers import Evaluation
 from esft.runs.config import TrainConfig
 from esft.runs.report import report
 from esft.scoring.expert_scores import ExpertScores
@@ -156,6 +157,18 @@ def test_selections(tmp_path: Path, content: bytes):
     selection.check(dict.fromkeys(selection.experts, 65_536), shared_experts=True)
     selection.save(path)
     assert ExpertSelection.load(path) == selection
+
+
+ANSWER = {"prompt": "p", "expected": "e", "given": "g", "correct": False}
+
+
+@property_of(dump({"records": 1, "loss": 0.5, "exact_match": 0, "answers": [ANSWER]}))
+def test_evaluations(tmp_path: Path, content: bytes):
+    if (evaluation := runs(path := tmp_path / "e.json", content, lambda: Evaluation.load(path))) is None:
+        return
+    assert all(type(value) in (int, float) and math.isfinite(value) for value in evaluation.figures.values())
+    for answer in evaluation.answers:
+        assert isinstance(answer.correct, bool) and type(answer.prompt) is type(answer.given) is str
 
 
 @property_of(

@@ -10,6 +10,7 @@ import esft
 from esft.checkpoint.load import load_model
 from examples import demo
 from tests.esft.models import save_tiny, token_batch, write_records
+from tests.esft.reporting.pages import read_page
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_demo_leaves_scores_picture_adapter_and_merged_checkpoint(small, capsys):
+def test_the_demo_leaves_scores_picture_adapter_merged_checkpoint_and_page(small, capsys):
     out = small / "out"
     out.mkdir()
     (out / "stale").write_text("of an earlier run")
@@ -30,7 +31,15 @@ def test_the_demo_leaves_scores_picture_adapter_and_merged_checkpoint(small, cap
     printed = capsys.readouterr().out
 
     left = {path.name for path in out.iterdir()}
-    assert left == {"scores.json", "experts.json", "experts.png", "run", "merged"}
+    assert left == {
+        "scores.json", "experts.json", "experts.png", "run", "merged", "before.json", "after.json", "report.html",
+    }  # fmt: skip
+    page = read_page(out / "report.html")
+    assert [section.attributes["id"] for section in page.all("section")] == [
+        "choice", "course", "answers", "sizes", "settings", "origin",
+    ]  # fmt: skip
+    assert "esft select --by token gives" in page.one("section", id="choice").text
+    assert page.one("section", id="answers").one("table").rows[1] == ["records", "10", "10"]
     assert (out / "experts.png").read_bytes().startswith(b"\x89PNG")
     selection = esft.ExpertSelection.load(out / "experts.json")
     chosen = esft.select_experts(esft.ExpertScores.load(out / "scores.json"), by="token", top_p=demo.TOP_P)

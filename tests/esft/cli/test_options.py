@@ -72,7 +72,14 @@ INFERENCE = {
             "merge --model m --adapter a --out o",
             {"model": "m", "adapter": "a", "out": "o", "overwrite": False, **TRUST},
         ),
-        ("report r", {"run": "r"}),
+        (
+            "report r",
+            {
+                "run": "r", "html": None, "with": [], "scores": None, "scores_after": None, "eval_before": None,
+                "eval_after": None, "overwrite": False,
+            },
+        ),
+        ("compare r s", {"runs": ["r", "s"], "html": None, "overwrite": False}),
     ],
 )  # fmt: skip
 def test_a_stage_gets_these_values_where_nothing_else_is_said(monkeypatch, text: str, expected: dict):

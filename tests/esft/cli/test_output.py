@@ -5,24 +5,8 @@ import warnings
 import pytest
 
 import esft
-from esft.cli.output import complain, explain, hush_libraries, listen, printable, say, say_marked
+from esft.cli.output import complain, explain, hush_libraries, listen, say, say_marked
 from esft.errors import reading
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain äöü 漢字 \U0001f600", "plain äöü 漢字 \U0001f600"),
-        ("a\x1b[31mb", "a\\x1b[31mb"),
-        ("a\nb\tc\rd", "a\\nb\\tc\\rd"),
-        ("\x00\x7f\x9b", "\\x00\\x7f\\x9b"),
-        ("a\u202eb\u2066c", "a\\u202eb\\u2066c"),
-        ("a\u2028b\ud800", "a\\u2028b\\ud800"),
-        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # Persian needs its joiners
-    ],
-)
-def test_what_would_move_the_cursor_is_escaped(text: str, shown: str):
-    assert printable(text) == shown
 
 
 def test_lines_of_ours_stay_lines(capsys):

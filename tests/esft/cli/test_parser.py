@@ -224,7 +224,7 @@ print(status, heavy, file=sys.stderr)
         (["--help"], 0),
         *(
             ([name, "--help"], 0)
-            for name in ("score", "select", "plan", "train", "eval", "generate", "merge", "report")
+            for name in ("score", "select", "plan", "train", "eval", "generate", "merge", "report", "compare")
         ),
         (["train", "--help-config"], 0),
         (["score", "--model", "m", "--data", "d", "--out", "o", "--batch-size", "0"], 2),
