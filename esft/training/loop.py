@@ -32,8 +32,8 @@ from esft.runs.run_folder import RunFolder
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
+from esft.training.auxiliary_losses import Base, balance_losses, held_loss
 from esft.training.evaluate import batch_loss, has_plain_head, mean_loss
-from esft.training.load_balancing import balance_losses
 from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft.training.run_data import Data, RunData, sources_of
@@ -108,6 +108,8 @@ def train(
             config, selection = folder.begun_with(config, selection)
         config = config or TrainConfig()
         config.check_selection(selection)
+        if config.kl_weight and mixed is None:
+            raise InputError("kl_weight holds the model to its base on data that is mixed in, and none is: --mix")
         reach = Reach.of(open_config(model_path, trust_remote_code))
         tokenizer = load_tokenizer(model_path, trust_remote_code)
         run_data = RunData(sources, tokenizer, reach, config, mixed).read(progress)
@@ -145,6 +147,7 @@ class _Loop:
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.losses: list[float] = []
         self.tokens = 0
+        self.base = Base(model) if config.kl_weight else None
         if config.packing or config.padding_free or config.eval_packing:
             check_separates(model)
         has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
@@ -246,19 +249,27 @@ class _Loop:
         """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
         parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
         targets = sum(record.targets for record in records)
-        losses, balances = [], []
+        losses, balances, divergences, held = [], [], [], 0
         for part in parts:
             share = len(part) / len(records)
             batch = collate([joined(part)] if self.config.padding_free else part, self.pad)
+            base = None if self.base is None else self.base.predictions(batch)
             watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
             with watched as aux:
-                total, _ = batch_loss(self.model, batch)
+                total, divergence = (
+                    (batch_loss(self.model, batch)[0], None) if base is None else held_loss(self.model, batch, base)
+                )
             loss = total / targets
             losses.append(loss.detach())
+            if base is not None and divergence is not None:
+                divergences.append(divergence.detach())
+                held += len(base.labels_N)
+                loss = loss + self.config.kl_weight * divergence / targets
             if aux:
                 balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
                 balances.append(balance.detach())
                 loss = loss + self.config.aux_loss * balance
             loss.backward()
         extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
+        extra |= {"kl": torch.stack(divergences).sum().item() / held} if held else {}
         return torch.stack(losses).sum().item(), extra

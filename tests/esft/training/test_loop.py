@@ -25,7 +25,7 @@ from esft.memory import peak_rss
 from esft.runs.checkpoints import State
 from esft.selection import ExpertSelection
 from esft.training import run_data
-from esft.training.load_balancing import balance_losses
+from esft.training.auxiliary_losses import balance_losses
 from esft.training.schedule import learning_rate
 from tests.esft.checkpoint.files import rewrite
 from tests.esft.models import chat, save_tiny, tiny_encoder, tiny_model, tiny_tokenizer, write_records
