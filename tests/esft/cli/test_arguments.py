@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from esft.cli import arguments as module
-from esft.cli.arguments import Parser, budget, count, factor, first_layer, picture, resuming, share
+from esft.cli.arguments import Parser, budget, count, factor, first_layer, gigabytes, picture, resuming, share
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("17", 17), ("100000", 100_000)])
@@ -73,6 +73,16 @@ def test_a_share_is_above_zero_and_at_most_one():
             share(text)
 
 
+def test_gigabytes_are_a_plain_number_above_zero():
+    assert [gigabytes(text) for text in ("24", "0.5", "999999999.000000001")] == [24.0, 0.5, 999_999_999.000_000_001]
+    for text in ("0", "0.0", "000.000000000"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^must be above 0, got {text}$"):
+            gigabytes(text)
+    for text in ("1e3", "-1", ".5", "5.", "nan", " 24", "24\n", "1_000", "\u0661", "9" * 10, "0.0000000001"):
+        with pytest.raises(ValueError):
+            gigabytes(text)
+
+
 def test_a_picture_has_a_format_that_can_be_drawn():
     assert [picture(name) for name in ("a.png", "b.PDF", "c/d.svg")] == ["a.png", "b.PDF", "c/d.svg"]
     for name in ("a.xyz", "png", "a.png/", ""):
@@ -83,6 +93,8 @@ def test_a_picture_has_a_format_that_can_be_drawn():
 def test_a_count_that_no_machine_word_holds_is_refused_in_short():
     with pytest.raises(argparse.ArgumentTypeError, match=r"^must be at least 1 and below 2\*\*63, got 9{40}$"):
         count("9" * 400)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"got {2**63}$"):
+        count(str(2**63))
     assert count(str(2**63 - 1)) == 2**63 - 1
 
 

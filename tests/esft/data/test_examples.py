@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from esft.data.examples import IGNORE, Example, Examples, joined
 
@@ -14,6 +15,10 @@ def test_examples_are_what_they_were_made_of():
     assert examples.lengths.tolist() == [3, 1, 2]
     with pytest.raises(IndexError):
         examples[3]
+
+
+def test_a_position_without_loss_has_the_label_that_pytorch_passes_over():
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE
 
 
 def test_no_examples_are_none():

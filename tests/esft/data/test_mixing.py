@@ -46,6 +46,17 @@ def test_what_is_drawn_depends_on_seed_and_epoch_alone():
     assert mix.drawn(1, 2) == mix.drawn(1, 2) != mix.drawn(2, 2)
 
 
+def test_sources_of_one_size_have_orders_of_their_own():
+    order = Mix([16, 16], [1, 1]).drawn(0, 0)
+    assert [i for i in order if i < 16] != [i - 16 for i in order if i >= 16]
+
+
+def test_each_epoch_goes_on_where_the_one_before_it_ended():
+    mix = Mix([5, 5], [3, 2])
+    drawn = [i for epoch in range(5) for i in mix.drawn(0, epoch) if i < 5]
+    assert len(drawn) == 30 and all(set(drawn[start : start + 5]) == set(range(5)) for start in range(0, 30, 5))
+
+
 def test_the_last_of_several_sources_may_be_mixed_in():
     assert [example.mixed for example in end_to_end([some(1, 2), some(3)], mixed=True)] == [(), (), (0,)]
     assert [example.mixed for example in end_to_end([some(1, 2), some(3)])] == [()] * 3

@@ -76,8 +76,12 @@ def test_what_wrapped_rows_cut_is_not_cut_before(tmp_path):
     path.write_text(json.dumps({"messages": chat("a", "b" * 99)}))
     rows = next(read(path, packing=True, packing_strategy="wrapped", max_length=30, batch_size=9).batches(0))
     assert sorted(len(row.ids) for row in rows) == [15, 30, 30, 30]
-    (row,) = next(read(path, packing=True, max_length=30, batch_size=9).batches(0))
-    assert len(row.ids) == 30
+    found = read(path, packing=True, max_length=30, batch_size=9)
+    (row,) = next(found.batches(0))
+    assert len(row.ids) == 30 and found.report().truncated == 1
+    for packing, whole in ((True, True), (False, False)):  # only where rows are packed does the strategy matter
+        found = read(path, packing=packing, packing_strategy="wrapped", max_length=30)
+        assert (len(found.examples[0].ids) > 30) == whole and found.report().truncated == (not whole)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,27 @@ def test_steps_and_batches_agree_on_packed_rows(paths):
     found = read(paths[0], packing=True, max_length=40)
     whole = steps(list(found.examples), 4, 0, 0, Packing(40, "bfd"))
     assert list(found.batches(0)) == [next(whole) for _ in range(9)]
+
+
+def test_what_is_held_out_is_cut_as_its_own_packing_needs(tmp_path):
+    """Wrapped rows have all of a record, though those of the training are not packed."""
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"messages": chat("a", "b" * 99)}))
+    length = len(tiny_encoder(999).encode(read_records(path)[0]).ids)
+    for packs, tokens in ((True, length), (False, 30)):
+        found = read(path, packing=not packs, eval_packing=packs, packing_strategy="wrapped", max_length=30)
+        assert sum(len(row.ids) for row in found.held_out(DataSource.of(path))) == tokens
+
+
+def test_several_streams_have_the_weights_and_the_seed_of_the_run(paths):
+    texts = [f"{paths[0]}:1", f"{paths[1]}:9"]
+    one, same, other = (list(read(texts, streaming=True, seed=seed).batches(0)) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_mix_of_one_source_is_that_source(paths):
+    found = read([f"{paths[0]}:3"])
+    assert found.mix is None and list(found.batches(0)) == list(read(paths[0]).batches(0))
 
 
 def with_mixed(paths, share: str, **settings) -> RunData:
