@@ -18,9 +18,9 @@ from benchmarks.dense import dense_products, flops_per_token
 from benchmarks.layer import interleaved
 from esft.checkpoint.load import load_model, load_skeleton
 from esft.data.examples import IGNORE
+from esft.evaluation.loss import batch_loss
 from esft.experts.moe_layers import moe_layers
 from esft.runs.config import TrainConfig
-from esft.training.evaluate import batch_loss
 from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft.training.short_attention import use_short_attention

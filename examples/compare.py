@@ -19,8 +19,8 @@ from pathlib import Path
 import esft
 from esft.adapters.load_any import load_any_adapter
 from esft.checkpoint.load import load_model, load_tokenizer
+from esft.evaluation.loss import mean_loss
 from esft.runs.report import table
-from esft.training.evaluate import mean_loss
 from examples.demo import ESFT, MODEL, choose, load, score_task, task_score
 from examples.general import encode_general
 

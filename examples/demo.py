@@ -22,8 +22,8 @@ from esft.data.batches import windows
 from esft.data.cache import encoded
 from esft.data.encoding import Encoder
 from esft.data.sources import DataSource, read_records
+from esft.evaluation.scores import exact_match
 from esft.scoring.plot import plot_scores
-from esft.training.evaluate import exact_match
 
 MODEL = Path(__file__).parent / "tiny-moe"
 # The best of the six settings tried on the validation data that keep the adapter under 15% of the parameters.

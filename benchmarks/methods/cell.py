@@ -13,8 +13,8 @@ import esft
 from esft.adapters.load_any import load_any_adapter
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.data.sources import read_records
+from esft.evaluation.scores import exact_match
 from esft.memory import peak_rss
-from esft.training.evaluate import exact_match
 from examples.compare import general_loss, read_general
 from examples.demo import ESFT, MODEL, TOP_P, load, score_task
 

@@ -6,8 +6,14 @@ What is heavy to import is imported in the functions, after the checks that do w
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from esft.errors import InputError
+
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,63})=(.+)")
 
 
 def source_of(text: str) -> Any:
@@ -17,6 +23,24 @@ def source_of(text: str) -> Any:
     source = DataSource.of(text)
     source.check()
     return source
+
+
+def named(texts: Sequence[str], option: str) -> dict[str, str]:
+    """What an option names that may come several times, ``NAME=DATA``, by name: the empty one where only one comes.
+
+    Raises InputError where of several one has no name, and for a name that comes twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, given = "", text
+        if (parts := _NAMED.fullmatch(text)) is not None and not Path(text).exists():
+            name, given = parts.groups()
+        if not name and len(texts) > 1:
+            raise InputError(f"{option} {text}: of several, each needs a name: {option} NAME={text}")
+        if name in found:
+            raise InputError(f"{option} {text}: two have the name {name}")
+        found[name] = given
+    return found
 
 
 def encoder_for(args: argparse.Namespace) -> Any:

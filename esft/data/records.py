@@ -20,7 +20,7 @@ SPEAKERS = {
 } | {role: role for role in ROLES}
 # What makes a record, in the order in which it is looked for; TRL's names but for ShareGPT's.
 KINDS = (("messages",), ("prompt", "completion"), ("conversations",), ("text",))
-COLUMNS = (*(name for kind in KINDS for name in kind), "tools", "chat_template_kwargs")
+COLUMNS = (*(name for kind in KINDS for name in kind), "tools", "chat_template_kwargs", "choices")
 # What a record may not set of a rendering: it is ours to say.
 _OURS = frozenset(
     "self conversation messages tools documents chat_template add_generation_prompt continue_final_message tokenize "
@@ -41,6 +41,7 @@ class Record:
         prompt: how much of it is the prompt: messages of a conversation, characters of a text.
         tools: JSON schemas of what the assistant may call.
         template: further variables of the chat template.
+        choices: texts of which the last answer is one, at least two and no two alike; None without such.
         place: where it was read, within its source: "line 3".
     """
 
@@ -49,6 +50,7 @@ class Record:
     prompt: int = 0
     tools: list[dict[str, Any]] | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
+    choices: list[str] | None = None
     place: str = field(default="", compare=False)
 
 
@@ -77,7 +79,8 @@ def as_record(row: Any, source: str, place: str) -> Record:
         return Record(text=_text(row["text"], "text", where), place=place)
     if kind == ("prompt", "completion") and not isinstance(row["prompt"], list):
         prompt = _text(row["prompt"], "prompt", where, empty=True)
-        return Record(text=prompt + _text(row["completion"], "completion", where), prompt=len(prompt), place=place)
+        text = prompt + _text(row["completion"], "completion", where)
+        return Record(text=text, prompt=len(prompt), choices=_choices(row.get("choices")), place=place)
     messages = [_message(message, where) for name in kind for message in _list(row[name], name, where)]
     prompt = len(row["prompt"]) if "prompt" in kind else 0
     if not any(message["role"] == "assistant" for message in messages[prompt:]):
@@ -86,7 +89,8 @@ def as_record(row: Any, source: str, place: str) -> Record:
         raise InputError(f"{where}: every assistant turn has the weight 0")
     if messages[0]["role"] == "assistant":
         raise InputError(f"{where}: begins with an assistant turn")
-    return Record(messages, "", prompt, _tools(row.get("tools"), where), _template(row, where), place)
+    tools, template = _tools(row.get("tools"), where), _template(row, where)
+    return Record(messages, "", prompt, tools, template, _choices(row.get("choices")), place)
 
 
 def _wanted() -> str:
@@ -151,3 +155,9 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if ours := sorted(value.keys() & _OURS):
         raise InputError(f"{where}: chat_template_kwargs cannot set {ours[0]}")
     return {name: each for name, each in value.items() if each is not None}
+
+
+def _choices(value: Any) -> list[str] | None:
+    """None for anything else in a column of that name, which may have nothing to do with an answer."""
+    texts = isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+    return value if texts and len(value) >= 2 and len(set(value)) == len(value) else None

@@ -1,16 +1,19 @@
-"""What a data set is as tokens: before a training, or alone."""
+"""What a data set is as tokens: before a training, or alone; and which records some tokens are of."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from esft.data.batches import Packing, collated_length, epoch_batches, lengths_of, packed_batches
+from esft.data.encoding import TOGETHER, Encoder
 from esft.data.examples import IGNORE, Example, Examples
 from esft.data.mixing import Mix
+from esft.data.sources import DataSource
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,52 @@ def pieces(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[tuple[s
             found.append((str(tokenizer.decode(example.ids[start:end])), counts[start]))
             start = end
     return found
+
+
+def places(
+    rows: Sequence[Example], sources: Sequence[DataSource], encoder: Encoder, streaming: bool = False
+) -> list[str]:
+    """Where each document of some rows was read, as "FILE: line 3", in their order; less what is not found again.
+
+    The sources are read and encoded again: examples carry nothing that says where they are from, and this is asked for
+    when a training has gone wrong. Of records with the same tokens the first is named.
+
+    Args:
+        sources: and ``encoder``: that the rows were made with.
+    """
+    wanted = [document for row in rows for document in _documents(row)]
+    found: dict[bytes, str] = {}
+    for place, tokens in _encoded(sources, encoder, streaming):
+        for document in wanted:
+            # Of a document that was cut where a row was full, each part is somewhere in its record.
+            if document not in found and len(document) <= len(tokens) and _within(document, tokens):
+                found[document] = place
+        if len(found) == len(set(wanted)):
+            break
+    return list(dict.fromkeys(found[document] for document in wanted if document in found))
+
+
+def _documents(row: Example) -> Iterator[bytes]:
+    for start, end in zip(row.starts, (*row.starts[1:], len(row.ids)), strict=True):
+        yield _bytes(row.ids[start:end])
+
+
+def _encoded(sources: Sequence[DataSource], encoder: Encoder, streaming: bool) -> Iterator[tuple[str, bytes]]:
+    for source in sources:
+        records, first = source.records(streaming), 1
+        while part := list(islice(records, TOGETHER)):
+            for record, (example, _) in zip(part, encoder.encode_some(part, first, source.name), strict=True):
+                yield f"{source.name}: {record.place}", _bytes(example.ids)
+            first += len(part)
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    return np.array(ids, np.int32).tobytes()
+
+
+def _within(part: bytes, whole: bytes) -> bool:
+    """Whether the numbers of one are among those of the other, in a row."""
+    at = whole.find(part)
+    while at % 4 and at >= 0:
+        at = whole.find(part, at + 1)
+    return at >= 0

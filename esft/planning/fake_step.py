@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esft.errors import InputError, first_line
+from esft.evaluation.cross_entropy import linear_cross_entropy
 from esft.planning.live_bytes import LiveBytes
 from esft.planning.stand_in import Sizes, StandIn
-from esft.training.loss import linear_cross_entropy
 from esft.training.short_attention import use_short_attention
 
 

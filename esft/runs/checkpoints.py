@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from esft.errors import InputError
+from esft.runs.config import TrainConfig
+from esft.selection import ExpertSelection
 from esft.storage.files import file_digest, open_safetensors, write_json
 from esft.storage.outputs import new_folder
 from esft.storage.reading import read_json
@@ -28,12 +30,32 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best of a run's evaluations so far.
+
+    Attributes:
+        step: that it came after, and ``value`` what it measured.
+        stale: how many have come since one was better than the best before it by more than a threshold.
+        seen: the step of the last one that this covers.
+    """
+
+    step: int
+    value: float
+    stale: int
+    seen: int
+
+
+@dataclass(frozen=True)
 class State:
-    """A run after a step, counted from 1: the optimizer's tensors, and the losses of the last ``RECENT`` steps."""
+    """A run after a step, counted from 1: the optimizer's tensors, and the losses of the last ``RECENT`` steps.
+
+    ``best`` is None before the first evaluation after a step.
+    """
 
     step: int
     losses: list[float]
     tensors: Mapping[str, Tensor]
+    best: Best | None = None
 
 
 def _name(step: int) -> str:
@@ -43,6 +65,21 @@ def _name(step: int) -> str:
 def digest_of(value: Any) -> str:
     """Of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digests_of(config: TrainConfig, selection: ExpertSelection | None) -> dict[str, str]:
+    """Of the settings and the selection that a run is begun with.
+
+    The number of steps may change, and settings that stand at their default do not enter: there may be more of them one
+    day.
+    """
+    usual = {each.name: each.default for each in fields(config)}
+    chosen = {name: value for name, value in asdict(config).items() if name != "steps" and value != usual[name]}
+    trained = None
+    if selection is not None:
+        layers = {str(layer): list(ids) for layer, ids in selection.experts.items()}
+        trained = [layers, selection.shared_experts, selection.non_expert_modules]
+    return {"settings": digest_of(chosen), "selection": digest_of(trained)}
 
 
 class Checkpoints:
@@ -57,17 +94,25 @@ class Checkpoints:
         self.folder, self.run = folder, dict(run)
 
     def save(self, state: State) -> None:
-        """Write one; those before it go when it is whole, but for the last of them."""
+        """Write one; those before it go when it is whole, but for the last, and for what either of both calls best."""
         with new_folder(self.folder / _name(state.step), lambda _: (_TENSORS, _STATE)) as folder:
             save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / _TENSORS)
-            values = {"step": state.step, "losses": state.losses, "run": self.run}
+            values: dict[str, Any] = {"step": state.step, "losses": state.losses, "run": self.run}
+            if state.best is not None:
+                values["best"] = asdict(state.best)
             values["tensors"] = file_digest(folder / _TENSORS)
             write_json(folder / _STATE, values | {"digest": digest_of(values)})
-        for path in [path for step, path in self._found() if step <= state.step][:-KEPT]:
+        found = [(step, path) for step, path in self._found() if step <= state.step]
+        best = {_best_of(path) for _, path in found[-KEPT:]}
+        for path in [path for step, path in found[:-KEPT] if step not in best]:
             for name in (_TENSORS, _STATE):
                 (path / name).unlink(missing_ok=True)
             with suppress(OSError):  # holds something else
                 path.rmdir()
+
+    def read(self, step: int) -> State:
+        """One of them. Raises InputError naming the file that is not as it was written, or not there."""
+        return self._read(step, self.folder / _name(step))
 
     def last_step(self) -> int:
         """The step of the last one, whatever its state; 0 without one."""
@@ -112,12 +157,13 @@ class Checkpoints:
         values = read_json(file)
         if not isinstance(values, dict) or values.get("step") != step or type(values["step"]) is not int:
             raise InputError(f"{file}: is not the state after step {step}")
-        losses = values.get("losses", [])
+        losses, best = values.get("losses", []), None
         if values.keys() != {"step"}:  # as runs of before these digests have it
             if values.pop("digest", None) != digest_of(values):
                 raise InputError(f"{file}: is not as it was written (digest)")
             if values.get("run") != self.run:
                 raise InputError(f"{file}: is of another run, or its settings or selection were changed")
+            best = _best(values.get("best"), step, file)
             numbers = isinstance(losses, list) and all(type(x) is float for x in losses)
             if not (numbers and math.isfinite(sum(losses))):
                 raise InputError(f"{file}: losses must be a list of numbers")
@@ -125,7 +171,27 @@ class Checkpoints:
                 raise InputError(f"{path / _TENSORS}: is not as it was written (digest)")
         with open_safetensors(path / _TENSORS) as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        return State(step, losses, tensors)
+        return State(step, losses, tensors, best)
+
+
+def _best(values: Any, step: int, file: Path) -> Best | None:
+    """What a checkpoint says is best. Raises InputError for what says nothing."""
+    if values is None:
+        return None
+    kinds = {"step": int, "value": float, "stale": int, "seen": int}
+    fits = isinstance(values, dict) and {name: type(value) for name, value in values.items()} == kinds
+    if not (fits and 0 < values["step"] <= values["seen"] <= step and values["stale"] >= 0):
+        raise InputError(f"{file}: does not say which step is best")
+    return Best(**values)
+
+
+def _best_of(path: Path) -> int | None:
+    """The step that a checkpoint calls best, whatever else is wrong with it."""
+    try:
+        step: Any = read_json(path / _STATE)["best"]["step"]
+    except (InputError, LookupError, TypeError):
+        return None
+    return step if type(step) is int else None
 
 
 def _digest_or_none(path: Path) -> str | None:

@@ -23,6 +23,10 @@ STRATEGIES = ("bfd", "wrapped")
 FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
 FROZEN_LINEAR = ("bf16", "int8", "nf4")
 DTYPES = ("auto", "bfloat16", "float32")
+SCHEDULES = ("constant", "linear", "cosine")
+# As ``esft.evaluation`` has them, which imports PyTorch, too.
+SCORES = ("loss", "exact_match", "json_match", "choices", "chrf", "rouge_l")
+REPORTS = ("tensorboard", "wandb", "none")
 
 _TRUTH = {"true": True, "false": False}
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d*)?([eE][+-]?\d{1,4})?|\.\d+([eE][+-]?\d{1,4})?|\.?inf)", re.ASCII)
@@ -75,8 +79,30 @@ class TrainConfig:
     eval_packing: bool | None = setting(None, "pack the evaluation data; where nothing is said, as packing")
     streaming: bool = setting(False, "read the data while training, where it exceeds the memory; then say the steps")
     warmup_steps: int = setting(0, "steps over which the learning rate rises linearly", "[0, inf)")
-    decay: float = setting(0.0, "share of the steps, at the end, over which it falls linearly to zero", "[0, 1]")
-    eval_every: int = setting(100, "steps between losses on the evaluation data", "[1, inf)")
+    warmup_ratio: float = setting(0.0, "the same as a share of all steps", "[0, 1)")
+    lr_scheduler_type: str = setting(
+        "constant",
+        "the learning rate after that: as it is, or falling to zero, linearly or as a cosine",
+        choices=SCHEDULES,
+    )
+    decay: float = setting(
+        0.0, "where it is constant, share of the steps, at the end, over which it falls linearly to zero", "[0, 1]"
+    )
+    eval_every: int = setting(100, "steps between evaluations", "[1, inf)")
+    eval_on_start: bool = setting(True, "evaluate before the first step, too")
+    eval_metrics: str = setting("loss", f"what is measured of evaluation data, with commas: of {', '.join(SCORES)}")
+    metric_for_best_model: str | None = setting(
+        None, "what tells which step is best, as the metrics call it; none: the first of the first evaluation data"
+    )
+    greater_is_better: bool | None = setting(None, "of that figure; where nothing is said, of any but a loss")
+    load_best_model_at_end: bool = setting(False, "keep what was best, not what came last")
+    early_stopping_patience: int | None = setting(
+        None, "end after so many evaluations in a row that are no better", "[1, inf)"
+    )
+    early_stopping_threshold: float = setting(0.0, "by how much one has to be better for that", "[0, inf)")
+    report_to: str = setting(
+        "tensorboard", "what shows the figures of the steps, beside metrics.jsonl", choices=REPORTS
+    )
     save_every: int = setting(100, "steps between resumable checkpoints", "[1, inf)")
     optimizer: str = setting(
         "adamw",
@@ -127,6 +153,17 @@ class TrainConfig:
     def learning_rate(self) -> float:
         return PAPER_LR[self.method] if self.lr is None else self.lr
 
+    @property
+    def scores(self) -> list[str]:
+        """The names of ``eval_metrics``."""
+        return scores_named(self.eval_metrics, "eval_metrics")
+
+    @property
+    def chooses(self) -> str | None:
+        """The setting by which evaluation data decides on the outcome; None where it does not."""
+        names = ("load_best_model_at_end", "early_stopping_patience")
+        return next((name for name in names if getattr(self, name)), None)
+
     @classmethod
     def load(cls, path: str | Path | None, **overrides: Any) -> TrainConfig:
         """Settings of a YAML file (None for the defaults), overridden by the arguments that are not None.
@@ -164,6 +201,16 @@ class TrainConfig:
                 raise InputError(f"cannot resume with {each.name} {mine}: the run was begun with {theirs}")
 
 
+def scores_named(text: str, where: str) -> list[str]:
+    """The scores that a text names, with commas between. Raises InputError for others, and for one that comes twice."""
+    names = [name.strip() for name in text.split(",")]
+    for place, name in enumerate(names):
+        if name not in SCORES or name in names[:place]:
+            twice = " twice" if name in SCORES else ""
+            raise InputError(f"{where} must be of {', '.join(SCORES)}, with commas, got {shown(name)}{twice}")
+    return names
+
+
 def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> None:
     """Raise InputError for two settings that contradict; ``called`` has other names that a user gave them."""
     micro, batch, aux, recompute, lr, decay = (
@@ -178,6 +225,11 @@ def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> N
     if settings["micro_batch_size"] is not None and settings["micro_batch_size"] > settings["batch_size"]:
         most = f"{batch} {settings['batch_size']}"
         raise InputError(f"{micro} must be at most {most}, got {settings['micro_batch_size']}")
+    if settings["warmup_steps"] and settings["warmup_ratio"]:
+        raise InputError(f"{called.get('warmup_steps', 'warmup_steps')} and warmup_ratio exclude each other")
+    if settings["decay"] and (kind := settings["lr_scheduler_type"]) != "constant":
+        raise InputError(f"{called.get('decay', 'decay')} goes with lr_scheduler_type constant, not with {kind}")
+    scores_named(settings["eval_metrics"], called.get("eval_metrics", "eval_metrics"))
     if settings["aux_loss"] and settings["recompute"] == "layers":
         raise InputError(f"{aux} and {recompute} layers do not go together: the second pass routes again")
     if settings["aux_loss"] and settings["method"] == "lora":

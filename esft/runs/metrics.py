@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from esft.errors import DiskError, InputError
+from esft.runs.reporting import Report
 from esft.storage.files import write_text
 from esft.storage.reading import parse_json, read_text, shown
 
+EVALUATED = "eval_"  # what the names of an evaluation's figures begin with
 LARGEST = 1e300  # of a figure, so that sums of some stay numbers
 
 
 @contextmanager
-def logging(path: Path, board: Path, done: int) -> Iterator[Callable[..., None]]:
-    """A function ``log(step, **values)`` that adds a line to a file and points to TensorBoard's events.
+def logging(path: Path, done: int, report: Report) -> Iterator[Callable[..., None]]:
+    """A function ``log(step, **values)`` that adds a line to a file and has it shown elsewhere.
 
     Args:
         path: the file.
-        board: the folder of the events.
-        done: steps that the run has done; both forget what they have of later ones.
+        done: steps that the run has done; what the file has of later ones goes.
+        report: shows the figures of a step.
     """
     lines = [line for line in read_metrics(path, torn=True) if line["step"] <= done] if path.is_file() else []
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    with open(path, "a", encoding="utf-8") as file, SummaryWriter(str(board), purge_step=done + 1) as events:
+    with open(path, "a", encoding="utf-8") as file:
 
         def log(step: int, **values: float) -> None:
             try:
                 print(json.dumps({"step": step, **values}), file=file, flush=True)
             except OSError as error:
                 raise DiskError(f"{path}: {error.strerror or error}") from error
-            for name, value in values.items():
-                events.add_scalar(name, value, step)
+            report(step, values)
 
         yield log
 
@@ -65,9 +64,20 @@ def read_metrics(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     return lines
 
 
+def evaluations(lines: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The figures of evaluation data, by the step that they come after: the last of each, 0 being before the first."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if figures := {name: value for name, value in line.items() if name.startswith(EVALUATED)}:
+            found[line["step"]] = found.get(line["step"], {}) | figures
+    return found
+
+
 def _check(values: Any, where: str) -> None:
     """Raise InputError for a line that is no step's figures."""
-    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 1:
+    step = values.get("step") if isinstance(values, dict) else None
+    before = step == 0 and any(name.startswith(EVALUATED) for name in values)  # the first step
+    if type(step) is not int or (step < 1 and not before):
         raise InputError(f"{where}: names no step")
     for name, value in values.items():
         if type(value) not in (int, float) or not abs(value) <= LARGEST:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, fields
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from esft.errors import DiskError, InputError
-from esft.runs.checkpoints import Checkpoints, digest_of
+from esft.runs.checkpoints import Checkpoints, digests_of
 from esft.runs.config import TrainConfig
 from esft.runs.metrics import logging, read_metrics
+from esft.runs.reporting import BOARD, WANDB, reporting
 from esft.selection import ExpertSelection
 from esft.storage.files import TEMPORARY, write_json, write_yaml
 from esft.storage.locks import locked
@@ -30,15 +31,15 @@ LOCK = ".esft.lock"
 ADAPTER, MODEL = "adapter", "model"  # the outcome is one of these
 NEXT = "overwriting"  # a run that takes this one's place when it is whole, in a folder of its own within this one's
 REPLACED = "replaced"  # in that one, while it takes the place: what it replaces
-_BOARD, _CHECKPOINTS = "tensorboard", "checkpoints"
+_CHECKPOINTS = "checkpoints"
 # What a run consists of, but for its outcome.
 _BEGINNING = re.compile("|".join((*map(re.escape, (RUN_MARKER, CONFIG, SELECTION, LOCK)), TEMPORARY.pattern)))
 _OWN = re.compile(
     "|".join(
         (
             _BEGINNING.pattern,
-            *map(re.escape, (ORIGIN, METRICS, SUMMARY)),
-            rf"{_BOARD}(/events\.out\.tfevents\.[^/]*)?",
+            *map(re.escape, (ORIGIN, METRICS, SUMMARY, WANDB)),
+            rf"{BOARD}(/events\.out\.tfevents\.[^/]*)?",
             rf"{_CHECKPOINTS}(/step-\d+(/state\.(json|safetensors))?)?",
         )
     )
@@ -151,7 +152,7 @@ class RunFolder:
         """Write what the run is begun with, the origin last: without it no run has begun."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._mark(self._outcome)
-        digests = origin["digests"] | _digests(config, selection)
+        digests = origin["digests"] | digests_of(config, selection)
         write_yaml(self.path / CONFIG, asdict(config))
         if selection is not None:
             selection.save(self.path / SELECTION)
@@ -183,7 +184,7 @@ class RunFolder:
         begun = TrainConfig.load(self.path / CONFIG)
         chosen = ExpertSelection.load(self.path / SELECTION) if self.holds(SELECTION) else None
         digests = self.origin()["digests"]
-        for name, value in _digests(begun, chosen).items():
+        for name, value in digests_of(begun, chosen).items():
             if digests.get(name, value) != value:  # runs of before have no such digests
                 raise InputError(f"{self.path / _FILES[name]}: was changed since the run was begun")
         if config is not None:
@@ -223,9 +224,15 @@ class RunFolder:
         """What the run resumes from."""
         return Checkpoints(self.path / _CHECKPOINTS, self.origin()["digests"])
 
-    def log(self, done: int) -> AbstractContextManager[Callable[..., None]]:
-        """``logging`` of this run, which has done so many steps."""
-        return logging(self.path / METRICS, self.path / _BOARD, done)
+    @contextmanager
+    def log(self, done: int) -> Iterator[Callable[..., None]]:
+        """``logging`` of this run, which has done so many steps, shown as its settings say."""
+        config = TrainConfig.load(self.path / CONFIG)
+        with (
+            reporting(config.report_to, self.path, done, asdict(config)) as report,
+            logging(self.path / METRICS, done, report) as log,
+        ):
+            yield log
 
     def metrics(self, torn: bool = False) -> list[dict[str, Any]]:
         """``read_metrics`` of this run. Raises InputError for a folder that is none of a run, too."""
@@ -283,18 +290,3 @@ def _is_count(value: Any) -> bool:
 
 
 _FILES = {"settings": CONFIG, "selection": SELECTION}
-
-
-def _digests(config: TrainConfig, selection: ExpertSelection | None) -> dict[str, str]:
-    """Of the settings and the selection.
-
-    The number of steps may change, and settings that stand at their default do not enter: there may be more of them one
-    day.
-    """
-    usual = {each.name: each.default for each in fields(config)}
-    chosen = {name: value for name, value in asdict(config).items() if name != "steps" and value != usual[name]}
-    trained = None
-    if selection is not None:
-        layers = {str(layer): list(ids) for layer, ids in selection.experts.items()}
-        trained = [layers, selection.shared_experts, selection.non_expert_modules]
-    return {"settings": digest_of(chosen), "selection": digest_of(trained)}

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from esft.data.examples import IGNORE
 from esft.errors import InputError
+from esft.evaluation.cross_entropy import chunk_rows
+from esft.evaluation.loss import Predictions, predictions
 from esft.scoring.routers import Choice, watch_routers
-from esft.training.evaluate import Predictions, predictions
-from esft.training.loss import chunk_rows
 
 
 def balance_loss(choice: Choice) -> Tensor:

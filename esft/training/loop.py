@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import logging
-import math
-import random
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
-from esft.data.batches import collate
-from esft.data.examples import Example, joined
+from esft.data.examples import Example
 from esft.data.mixing import mixed_in
-from esft.data.sources import DataSource
-from esft.errors import DivergenceError, InputError, Interrupted
+from esft.errors import InputError, Interrupted
 from esft.memory import peak_memory, peak_rss
-from esft.runs.checkpoints import RECENT, State
+from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
+from esft.runs.metrics import evaluations as evaluations_of
 from esft.runs.opened import opened
-from esft.runs.run_folder import RunFolder
+from esft.runs.progress import Bar
+from esft.runs.reporting import check_reporting
+from esft.runs.run_folder import METRICS, RunFolder
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
-from esft.training.auxiliary_losses import Base, balance_losses, held_loss
-from esft.training.evaluate import batch_loss, has_plain_head, mean_loss
+from esft.training.evaluations import Evaluations, deciding
 from esft.training.methods import METHODS, Source
-from esft.training.optim import MasterAdamW
-from esft.training.run_data import Data, RunData, sources_of
-from esft.training.schedule import learning_rate
-from esft.training.separation import check_separates
+from esft.training.run_data import Data, RunData, held_out_sources, sources_of
 from esft.training.short_attention import use_short_attention
+from esft.training.steps import Steps
 
 logger = logging.getLogger("esft")
 
@@ -48,13 +42,18 @@ logger = logging.getLogger("esft")
 class TrainResult:
     """What a run measured.
 
-    ``peak_rss`` is the process's largest resident memory so far and ``peak_gpu_memory`` that of its tensors on the
-    GPUs, in bytes; ``seconds`` is the loop's own time.
+    ``steps`` are those that were done, and ``best_step`` is the one whose model was kept, None where that is the last.
+    ``before`` and ``after`` hold the scores on the evaluation data by their names in the metrics, ``after`` and
+    ``eval_loss`` (the first of its losses) of the model that was kept. ``peak_rss`` is the process's largest resident
+    memory so far and ``peak_gpu_memory`` that of its tensors on the GPUs, in bytes; ``seconds`` is the loop's own time.
     """
 
     steps: int
     train_loss: float
     eval_loss: float | None
+    before: dict[str, float]
+    after: dict[str, float]
+    best_step: int | None
     trained_parameters: int
     stored_bytes: int
     seconds: float
@@ -69,7 +68,7 @@ def train(
     out: str | Path,
     config: TrainConfig | None = None,
     selection: ExpertSelection | None = None,
-    eval_data: str | Path | None = None,
+    eval_data: str | Path | Mapping[str, str | Path] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -88,7 +87,7 @@ def train(
         out: the run folder.
         config: the settings; where None the paper's, or those of the run to resume.
         selection: the experts to train; needed by "esft" and by nothing else. A run to resume has its own.
-        eval_data: one such, whose loss is measured every ``eval_every`` steps.
+        eval_data: one such, or several by name, which is measured every ``eval_every`` steps.
         resume: go on from the last checkpoint in ``out``, with the same base, data, selection and settings; only
             ``steps`` may differ, and not be fewer than are done.
         overwrite: replace a run that ``out`` holds, when this one is whole; until then it is in ``out/overwriting``.
@@ -100,9 +99,9 @@ def train(
     ``out``; DivergenceError for a loss or a gradient that is no number; DiskError for a full disk; Interrupted (a
     KeyboardInterrupt) when SIGINT or SIGTERM comes: then the step was finished and a checkpoint saved.
     """
-    sources, eval_source = sources_of(data), DataSource.of(eval_data) if eval_data is not None else None
+    sources, held_out = sources_of(data), held_out_sources(eval_data)
     mixed = mixed_in(mix) if mix is not None else None
-    check_apart(out, model_path, *(each.local for each in (*sources, eval_source, mixed) if each is not None))
+    check_apart(out, model_path, *(each.local for each in (*sources, *held_out.values(), mixed) if each is not None))
     with opened(out, resume, overwrite) as folder:
         if resume:
             config, selection = folder.begun_with(config, selection)
@@ -110,10 +109,12 @@ def train(
         config.check_selection(selection)
         if config.kl_weight and mixed is None:
             raise InputError("kl_weight holds the model to its base on data that is mixed in, and none is: --mix")
+        deciding(config, list(held_out))
+        check_reporting(config.report_to)
         reach = Reach.of(open_config(model_path, trust_remote_code))
         tokenizer = load_tokenizer(model_path, trust_remote_code)
         run_data = RunData(sources, tokenizer, reach, config, mixed).read(progress)
-        held_out = run_data.held_out(eval_source, progress)
+        sets = run_data.eval_sets(held_out, progress)
         if (report := run_data.report()) is not None:
             logger.info("%s: %s", run_data.name, report)
         torch.manual_seed(config.seed)
@@ -121,155 +122,112 @@ def train(
         model, base = METHODS[config.method].prepare(source, config, selection)
         use_short_attention(model)
         digests = {"model": base.digest, "data": run_data.digest()}
+        begun = {"model": model_path, "data": run_data.name}
+        if config.chooses:  # else nothing of the outcome depends on what it is evaluated on
+            digests["eval_data"] = digest_of({name: source.digest() for name, source in held_out.items()})
+            begun["eval_data"] = ", ".join(map(str, held_out.values()))
         if resume:
-            folder.check_origin(digests, base.settings, {"model": model_path, "data": run_data.name})
-        loop = _Loop(model, tokenizer, config, progress)
-        state = folder.checkpoints().restore(loop.load) if resume else None
+            folder.check_origin(digests, base.settings, begun)
+        steps = Steps(model, tokenizer.pad_token_id, config, run_data.places)
+        state = folder.checkpoints().restore(steps.load) if resume else None
         if resume and state is None and folder.last_step() > config.save_every:
             warnings.warn(f"{folder.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
-        origin = {"model": model_path, "data": run_data.name, "base_settings": base.settings}
-        folder.begin(config, origin | {"digests": digests}, selection)
-        done = 0 if state is None else state.step
-        measured = loop.run(folder, run_data.batches(done), held_out, done)
-        METHODS[config.method].save(loop.model.eval(), tokenizer, config, base, folder)
+        done, best = (0, None) if state is None else (state.step, state.best)
+        lines = folder.metrics(torn=True) if resume and folder.holds(METRICS) else []
+        recorded = evaluations_of([line for line in lines if line["step"] <= done])
+        folder.begin(config, begun | {"base_settings": base.settings, "digests": digests}, selection)
+        evaluations = Evaluations(model, tokenizer, config, sets, recorded, best)
+        logger.info(_about(model, config, selection, done, list(held_out)))
+        measured = _train(steps, run_data.batches(done), evaluations, folder, done, progress)
+        METHODS[config.method].save(model.eval(), tokenizer, config, base, folder)
         result = TrainResult(**measured, stored_bytes=folder.stored_bytes())
         folder.write_summary(vars(result))
     return result
 
 
-class _Loop:
-    """The steps of one run: batch, gradients, update, log; and now and then an evaluation and a checkpoint."""
+def _about(
+    model: nn.Module, config: TrainConfig, selection: ExpertSelection | None, done: int, held_out: list[str]
+) -> str:
+    """What is about to be done, in a line."""
+    experts = f"{selection.num_experts} experts of {len(selection.experts)} layers, " if selection is not None else ""
+    left = config.steps - done
+    begun = f"{left}{' more' * bool(done)} step{'s' * (left != 1)}"
+    rows = "packed rows" if config.packing else "records"
+    names = ", ".join(name or "evaluation data" for name in held_out)
+    measured = f", {config.eval_metrics} of {names} every {config.eval_every}" if held_out else ""
+    return f"{config.method}: {experts}{_trained(model):,} parameters, {begun} of {config.batch_size} {rows}{measured}"
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, progress: bool):
-        self.model, self.config, self.progress = model, config, progress
-        self.pad: int = tokenizer.pad_token_id
-        self.together = config.micro_batch_size or config.batch_size
-        self.optimizer = MasterAdamW(model.named_parameters(), config)
-        self.losses: list[float] = []
-        self.tokens = 0
-        self.base = Base(model) if config.kl_weight else None
-        if config.packing or config.padding_free or config.eval_packing:
-            check_separates(model)
-        has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
 
-    def load(self, state: State) -> None:
-        """Go on from a state. Raises InputError for one that is not of this model and these settings."""
-        if state.step >= self.config.steps and not state.losses:
-            raise InputError(f"step {state.step} is the last one, and its loss is not kept: ask for more steps")
-        self.optimizer.load_state(state.tensors)
-        self.losses = list(state.losses)
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def run(
-        self, folder: RunFolder, batches: Iterable[list[Example]], held_out: Sequence[Example], first: int
-    ) -> dict[str, float | None]:
-        """All steps after the first so many, of one batch each. Returns what ``TrainResult`` holds of them."""
-        config, checkpoints = self.config, folder.checkpoints()
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        eval_loss, started = None, time.monotonic()
-        self.model.train()
-        bar = tqdm(total=config.steps, initial=first, desc=config.method, disable=not self.progress, unit="step")
 
-        def save(step: int) -> None:
-            self._check_weights(step)
-            checkpoints.save(State(step, self.losses[-RECENT:], self.optimizer.state()))
+def _train(
+    steps: Steps,
+    batches: Iterable[list[Example]],
+    evaluations: Evaluations,
+    folder: RunFolder,
+    first: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """All steps after the first so many, of one batch each: now and then an evaluation and a checkpoint.
 
-        def leave_if_asked(step: int) -> None:
-            if (number := asked()) is not None:
-                save(step)
-                raise Interrupted(f"{folder.path}: stopped after step {step}, which is saved", number, resumable=True)
+    Leaves the model that is to be kept. Returns what ``TrainResult`` holds of the steps.
+    """
+    config, checkpoints = steps.config, folder.checkpoints()
+    started = time.monotonic()
+    steps.model.train()
 
-        def evaluation(step: int) -> float | None:
-            """What is due after a step; a run that was stopped may have had no time for it."""
-            if not (held_out and step and (step % config.eval_every == 0 or step == config.steps)):
-                return None
-            if step == first:  # of the run that is resumed
-                known = [m["eval_loss"] for m in folder.metrics() if m["step"] == step and "eval_loss" in m]
-                if known:
-                    return known[-1]
-            loss = mean_loss(self.model, held_out, self.pad, self.together)
-            self.model.train()
-            if not math.isfinite(loss):
-                raise DivergenceError(f"step {step}: loss {loss} on the evaluation data; lower the learning rate")
-            log(step, eval_loss=loss)
-            return loss
+    def save(step: int) -> None:
+        checkpoints.save(replace(steps.state(step), best=evaluations.best))
 
-        with stop_signals() as asked, folder.log(first) as log, bar:
-            step, eval_loss = first, evaluation(first)
-            for step, records in enumerate(batches, first + 1):
-                log(step, **self._step(step, records))
-                bar.set_postfix(loss=f"{self._recent_loss():.3f}", refresh=False)
-                bar.update()
-                leave_if_asked(step)
-                # Saved first: what a kill takes from the evaluation, a resumed run makes up for.
-                if step % config.save_every == 0 and step != config.steps:
-                    save(step)
-                if (found := evaluation(step)) is not None:
-                    eval_loss = found
+    def leave_if_asked(step: int) -> None:
+        if (number := asked()) is not None:
+            save(step)
+            raise Interrupted(f"{folder.path}: stopped after step {step}, which is saved", number, resumable=True)
+
+    with (
+        stop_signals() as asked,
+        folder.log(first) as log,
+        Bar(config.method, config.steps, first, progress) as bar,
+    ):
+        step = first
+        if evaluations.due(first):  # a run that was stopped may have had no time for it
+            evaluations.after(first, log)
+        for step, records in enumerate(() if evaluations.exhausted else batches, first + 1):
+            log(step, **(figures := steps.update(step, records)))
+            bar.step(steps.recent_loss, figures["tokens_per_second"], steps.supervised)
             leave_if_asked(step)
-        self._check_weights(step)
-        seconds = time.monotonic() - started
-        return {
-            "steps": config.steps,
-            "train_loss": self._recent_loss(),
-            "eval_loss": eval_loss,
-            "trained_parameters": trained,
-            "seconds": seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "peak_rss": peak_rss(),
-            "peak_gpu_memory": peak_memory(),
-        }
-
-    def _check_weights(self, step: int) -> None:
-        """Before they are stored: the gradients of the next step would show it too, but the last one has none."""
-        if (name := self.optimizer.overflowed()) is not None:
-            raise DivergenceError(f"step {step}: {name} holds what is no finite number; lower the learning rate")
-
-    def _recent_loss(self) -> float:
-        recent = self.losses[-RECENT:]
-        return sum(recent) / len(recent)
-
-    def _step(self, step: int, records: Sequence[Example]) -> dict[str, float]:
-        """One update from one batch; ``step`` counts from 1. Returns what to log."""
-        begun = time.monotonic()
-        # What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too.
-        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}").getrandbits(63))
-        loss, extra = self._gradients(records)
-        rate = learning_rate(self.config, step - 1)
-        norm = self.optimizer.step(rate)
-        if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
-            told = ", ".join(f"{name} {value}" for name, value in measured.items())
-            raise DivergenceError(f"step {step}: {told}; lower the learning rate")
-        count = sum(len(record.ids) for record in records)
-        self.losses.append(loss)
-        self.tokens += count
-        speed = count / (time.monotonic() - begun)
-        return {"loss": loss, **extra, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
-
-    def _gradients(self, records: Sequence[Example]) -> tuple[float, dict[str, float]]:
-        """Gradients of one batch. Returns the mean cross entropy of its supervised tokens, and what else to log."""
-        parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
-        targets = sum(record.targets for record in records)
-        losses, balances, divergences, held = [], [], [], 0
-        for part in parts:
-            share = len(part) / len(records)
-            batch = collate([joined(part)] if self.config.padding_free else part, self.pad)
-            base = None if self.base is None else self.base.predictions(batch)
-            watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
-            with watched as aux:
-                total, divergence = (
-                    (batch_loss(self.model, batch)[0], None) if base is None else held_loss(self.model, batch, base)
-                )
-            loss = total / targets
-            losses.append(loss.detach())
-            if base is not None and divergence is not None:
-                divergences.append(divergence.detach())
-                held += len(base.labels_N)
-                loss = loss + self.config.kl_weight * divergence / targets
-            if aux:
-                balance = share * torch.stack([each.to(loss.device) for each in aux]).sum()  # over several GPUs
-                balances.append(balance.detach())
-                loss = loss + self.config.aux_loss * balance
-            loss.backward()
-        extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
-        extra |= {"kl": torch.stack(divergences).sum().item() / held} if held else {}
-        return torch.stack(losses).sum().item(), extra
+            # Saved first: what a kill takes from the evaluation, a resumed run makes up for.
+            if step % config.save_every == 0 and step != config.steps:
+                save(step)
+            if evaluations.due(step):
+                evaluations.after(step, log)
+                if evaluations.exhausted:
+                    break
+                if evaluations.keeps(step) and step != config.steps:
+                    save(step)
+        leave_if_asked(step)
+    if step != config.steps:
+        patience = config.early_stopping_patience
+        logger.info("ended after step %d: %s no better in %s evaluations", step, evaluations.deciding, patience)
+    kept = evaluations.best.step if config.load_best_model_at_end and evaluations.best is not None else step
+    if kept != step:
+        steps.optimizer.load_state(checkpoints.read(kept).tensors)
+        logger.info("kept step %d, the best by %s", kept, evaluations.deciding)
+    steps.check_weights(kept)
+    seconds = time.monotonic() - started
+    after = evaluations.recorded.get(kept, {})
+    return {
+        "steps": step,
+        "train_loss": steps.recent_loss,
+        "eval_loss": next((value for name, value in after.items() if name.endswith("loss")), None),
+        "before": evaluations.recorded.get(0, {}),
+        "after": after,
+        "best_step": kept if kept != step else None,
+        "trained_parameters": _trained(steps.model),
+        "seconds": seconds,
+        "tokens_per_second": steps.tokens / seconds,
+        "peak_rss": peak_rss(),
+        "peak_gpu_memory": peak_memory(),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -39,10 +40,15 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """One update from the parameters' gradients, which it clears. Returns the gradient's norm before clipping."""
+        """One update from the parameters' gradients, which it clears. Returns the gradient's norm before clipping.
+
+        Where that is no finite number nothing changes.
+        """
         norms = [torch.linalg.vector_norm(self._gradient(*part)) for group in self._groups() for part in group]
         first = norms[0].device if norms else None
         norm = torch.linalg.vector_norm(torch.stack([each.to(first) for each in norms])) if norms else torch.zeros(())
+        if not math.isfinite(length := float(norm)):
+            return length
         shrink = (self.config.clip / (norm + _EPSILON)).clamp(max=1.0)
         for name, p in self.params.items():
             if p.grad is not None:
@@ -51,7 +57,7 @@ class MasterAdamW:
                 self.steps[name] += 1
         for group in self._groups():
             self._update(group, shrink, lr)
-        return float(norm)
+        return length
 
     def _begin(self, name: str, step: int) -> None:
         made = self._unused.pop(name, None) or MOMENTS[self.config.optimizer](self.params[name].detach())
@@ -109,6 +115,10 @@ class MasterAdamW:
             self.masters[name].write(span, master)
             if span.stop == self.params[name].numel():
                 self.params[name].grad = None
+
+    def gradients_are_finite(self) -> bool:
+        """Whether those that have been added up are numbers so far."""
+        return all(bool(p.grad.isfinite().all()) for p in self.params.values() if p.grad is not None)
 
     def overflowed(self) -> str | None:
         """The first parameter that holds what is no finite number; None where all are."""

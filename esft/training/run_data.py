@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,12 +16,16 @@ from esft.data.cache import encoded
 from esft.data.encoding import Encoder
 from esft.data.examples import Example, Examples
 from esft.data.mixing import Mix, end_to_end, mixed_weights, weights_of
-from esft.data.report import DataReport, data_report
-from esft.data.sources import DataSource
+from esft.data.report import DataReport, data_report, places
+from esft.data.sources import DataSource, read_records
 from esft.data.streaming import streamed
 from esft.errors import InputError
+from esft.evaluation.scores import EvalSet
 from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
+from esft.storage.reading import shown
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 Data = str | Path | Sequence[str | Path]
 
@@ -30,6 +35,15 @@ def sources_of(data: Data) -> list[DataSource]:
     sources = [DataSource.of(each) for each in ([data] if isinstance(data, str | Path) else data)]
     weights_of(sources)
     return sources
+
+
+def held_out_sources(data: str | Path | Mapping[str, str | Path] | None) -> dict[str, DataSource]:
+    """Evaluation data by name, the empty one where there is one without. Raises InputError for a name that is none."""
+    named = {} if data is None else {"": data} if isinstance(data, str | Path) else data
+    for name in named:
+        if not (_NAME.fullmatch(name) or (not name and len(named) == 1)):
+            raise InputError(f"{shown(name)} is no name of evaluation data: letters, digits, - and _ make one")
+    return {name: DataSource.of(source) for name, source in named.items()}
 
 
 @dataclass(frozen=True)
@@ -72,13 +86,17 @@ class RunData:
         mix = Mix(sizes, weights) if weights and len(parts) > 1 else None
         return replace(self, mix=mix, examples=end_to_end(parts, self.mixed is not None))
 
-    def held_out(self, source: DataSource | None, progress: bool = False) -> Sequence[Example]:
-        """The rows to evaluate on. Raises InputError as ``read`` does."""
-        if source is None:
-            return []
+    def eval_sets(self, sources: Mapping[str, DataSource], progress: bool = False) -> list[EvalSet]:
+        """What to evaluate on, of sources by name. Raises InputError as ``read`` and ``EvalSet.check`` do."""
         packs = self.config.packing if self.config.eval_packing is None else self.config.eval_packing
-        examples = encoded(source, self._encoder(packs), self.config.dataset_num_proc, progress)
-        return self._packing.rows(examples) if packs else examples
+        sets = []
+        for name, source in sources.items():
+            examples = encoded(source, self._encoder(packs), self.config.dataset_num_proc, progress)
+            records = read_records(source) if set(self.config.scores) - {"loss"} else []
+            rows = self._packing.rows(examples) if packs else examples
+            sets.append(EvalSet(name, source.name, rows, records))
+            sets[-1].check(self.tokenizer, self.reach, self.config.scores)
+        return sets
 
     def batches(self, first: int) -> Iterator[list[Example]]:
         """The rows of every step from ``first`` on, counted from 0, to the last."""
@@ -89,6 +107,10 @@ class RunData:
         else:
             rows = steps(self.examples, config.batch_size, config.seed, first, packing, self.mix)
         return islice(rows, config.steps - first)
+
+    def places(self, rows: Sequence[Example]) -> list[str]:
+        """Where the records of some rows were read; see ``report.places``."""
+        return places(rows, self._all_sources, self._encoder(self.config.packing), self.config.streaming)
 
     def report(self) -> DataReport | None:
         """Figures of the examples as they are trained on; None of a stream."""

@@ -22,8 +22,9 @@ from esft.data.batches import windows
 from esft.data.encoding import Encoder, encode_all
 from esft.data.examples import Example
 from esft.data.records import Record
+from esft.evaluation.loss import mean_loss
+from esft.evaluation.scores import exact_match
 from esft.runs.report import table
-from esft.training.evaluate import exact_match, mean_loss
 from examples.pretrain import data
 from examples.pretrain.instruction_words import Lexicon
 from examples.pretrain.instructions import KINDS, probes

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from transformers import AttentionInterface, DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
+from esft.evaluation.cross_entropy import linear_cross_entropy
 from esft.experts.pooled_experts import Experts
-from esft.training.loss import linear_cross_entropy
 from examples.pretrain import data
 from examples.pretrain.muon import Muon
 

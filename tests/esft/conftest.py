@@ -1,14 +1,13 @@
 """Runs on a tiny base: the fixtures that the tests of runs and of training share."""
 
-import importlib
 import shutil
 
 import pytest
 
+from esft.evaluation import scores
+from esft.training import steps as step_module
 from esft.training.optim import MasterAdamW
 from tests.esft.small_runs import FakeLoss, base_and_data
-
-loop = importlib.import_module("esft.training.loop")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,8 @@ def out(base):
 def fake(monkeypatch):
     """A FakeLoss in the forward pass's place, and a fixed loss on evaluation data."""
     loss = FakeLoss()
-    monkeypatch.setattr(loop, "batch_loss", loss)
-    monkeypatch.setattr(loop, "mean_loss", lambda *_: 0.25)
+    monkeypatch.setattr(step_module, "batch_loss", loss)
+    monkeypatch.setattr(scores, "mean_loss", lambda *_: 0.25)
     return loss
 
 
@@ -48,5 +47,5 @@ def steps(monkeypatch):
             told.append((lr, {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None}))
             return super().step(lr)
 
-    monkeypatch.setattr(loop, "MasterAdamW", Recorded)
+    monkeypatch.setattr(step_module, "MasterAdamW", Recorded)
     return told

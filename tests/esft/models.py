@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from esft.data.encoding import Encoder
@@ -123,3 +124,29 @@ def token_batch(rows: int = 3, length: int = 17, seed: int = 1) -> dict[str, tor
     mask = torch.ones(rows, length, dtype=torch.long)
     mask[-1, -5:] = 0
     return {"input_ids": torch.randint(0, 256, (rows, length), generator=generator), "attention_mask": mask}
+
+
+def adds_a_start(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """As many tokenizers do to a text by itself."""
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def record_generate(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """What the model is told to generate, call by call, from now on; it says "a"."""
+    calls = []
+
+    def generate(**options):
+        calls.append(options)
+        rows, length = options["input_ids"].shape
+        return torch.full((rows, length + 1), 64)
+
+    model.generate = generate
+    return calls
+
+
+def conversation(prompt: str) -> Record:
+    return Record(chat(prompt, "")[:1])

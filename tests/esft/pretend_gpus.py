@@ -19,8 +19,8 @@ from torch.utils import backend_registration
 from triton.runtime.jit import JITFunction
 
 import esft
+from esft.evaluation.loss import batch_loss, has_plain_head
 from esft.selection import ExpertSelection
-from esft.training.evaluate import batch_loss, has_plain_head
 from esft_kernels.backend import Needs
 from esft_kernels.backends import triton_backend
 from esft_kernels.pools import ExpertPools, ExpertWeights

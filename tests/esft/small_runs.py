@@ -53,8 +53,11 @@ def breaks(at: int) -> Callable[[], None]:
     return count
 
 
+_SETTINGS = {"lr": 3e-3, "steps": 12, "batch_size": 8, "eval_every": 6, "eval_on_start": False, "save_every": 5}
+
+
 def settings(**more: Any) -> TrainConfig:
-    return TrainConfig(**({"lr": 3e-3, "steps": 12, "batch_size": 8, "eval_every": 6, "save_every": 5} | more))
+    return TrainConfig(**(_SETTINGS | more))
 
 
 def base_and_data(folder: Path) -> Path:

@@ -1,62 +1,88 @@
-"""``esft eval``: loss and exact match of a model, with an adapter or without."""
+"""``esft eval``: what a model does on records, with an adapter or without."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from esft.cli.arguments import count
-from esft.cli.inputs import adapter_of, encoder_for, load_for, source_of
+from esft.cli.inputs import adapter_of, encoder_for, load_for, named, source_of
 from esft.cli.options import DATA, Stages, add_inference, add_stage
 from esft.cli.output import say
 from esft.errors import InputError, reading
+from esft.runs.config import SCORES, scores_named
 from esft.storage.files import write_json
 from esft.storage.outputs import check_new_file
 from esft.storage.reading import read_json
 
 
 def add(stages: Stages) -> None:
-    sub = add_stage(stages, "eval", "loss and exact match on chat records")
+    sub = add_stage(stages, "eval", "loss, exact match and other scores on records")
     add_inference(sub, "tokens of a record; longer ones are cut")
-    sub.add_argument("--data", required=True, help=DATA)
-    sub.add_argument("--limit", type=count, help="only the first records")
-    sub.add_argument("--loss-only", action="store_true", help="do not generate answers")
+    sub.add_argument("--data", required=True, action="append", help=f"{DATA}; again for more, NAME=DATA each")
+    sub.add_argument("--limit", type=count, help="only the first records of each")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--metrics", default="loss,exact_match", help=f"with commas: of {', '.join(SCORES)}")
+    what.add_argument("--loss-only", dest="metrics", action="store_const", const="loss", help="generate no answers")
     sub.add_argument("--out", help="also write the figures and every answer as JSON")
     sub.add_argument("--overwrite", action="store_true")
 
 
 def run(args: argparse.Namespace) -> None:
-    source = source_of(args.data)
+    scores = scores_named(args.metrics, "--metrics")
+    sources = {name: source_of(text) for name, text in named(args.data, "--data").items()}
     if args.out is not None:
-        inputs = [args.model, args.adapter, source.local]
+        inputs = [args.model, args.adapter, *(source.local for source in sources.values())]
         check_new_file(args.out, _check_result if args.overwrite else None, inputs)
+    from esft.checkpoint.source import Reach, open_config
     from esft.data.encoding import encode_all
     from esft.data.sources import read_records
-    from esft.training.evaluate import exact_match, mean_loss
+    from esft.evaluation.scores import EvalSet
 
-    adapter, records = adapter_of(args), read_records(source)[: args.limit]
+    adapter = adapter_of(args)
     with reading(args.model):
-        encoder = encoder_for(args)
-        examples, tokenizer = encode_all(encoder, records, source.name, progress=not args.quiet), encoder.tokenizer
+        encoder, sets = encoder_for(args), []
+        reach = Reach.of(open_config(args.model, args.trust_remote_code))
+        for name, source in sources.items():
+            records = read_records(source)[: args.limit]
+            examples = encode_all(encoder, records, source.name, progress=not args.quiet) if "loss" in scores else ()
+            sets.append(EvalSet(name, source.name, examples, records))
+            sets[-1].check(encoder.tokenizer, reach, scores)
         model = load_for(args, adapter)
-        loss = mean_loss(model, examples, tokenizer.pad_token_id, args.batch_size)
-        if not math.isfinite(loss):
-            source = args.model if adapter is None else f"{args.model} with {adapter}"
-            raise InputError(f"{source}: loss on {args.data} is {loss}: weights hold what is no number, or too much")
-        result: dict[str, Any] = {"records": len(records), "loss": loss}
-        outcomes = []
-        if not args.loss_only:
-            result["exact_match"], outcomes = exact_match(model, tokenizer, records, args.batch_size, not args.quiet)
-    say(json.dumps(result, allow_nan=False))
+        results = {each.name: _measured(args, model, encoder.tokenizer, each, scores) for each in sets}
+    say(json.dumps(_joined({name: figures for name, (figures, _) in results.items()}), allow_nan=False))
     if args.out is not None:
-        write_json(args.out, result | {"answers": outcomes})
+        write_json(args.out, _joined({name: each | {"answers": answers} for name, (each, answers) in results.items()}))
+
+
+def _measured(
+    args: argparse.Namespace, model: Any, tokenizer: Any, data: Any, scores: list[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of one set, and its answers."""
+    from esft.evaluation.scores import measure
+    from esft.evaluation.text_scores import share_by_field
+
+    found = measure(model, tokenizer, data, scores, args.batch_size, not args.quiet)
+    figures: dict[str, Any] = {"records": len(data.records), **found.scores}
+    if (loss := figures.get("loss")) is not None and not abs(loss) < float("inf"):
+        model = args.model if args.adapter is None else f"{args.model} with {args.adapter}"
+        raise InputError(f"{model}: loss on {data.source} is {loss}: weights hold what is no number, or too much")
+    if "json_match" in scores:
+        figures["json_fields"] = share_by_field([(each["given"], each["expected"]) for each in found.answers])
+    return figures, found.answers
+
+
+def _joined(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of one set as they are, those of several by their names."""
+    return results.get("", {"data": results})
 
 
 def _check_result(path: Path) -> None:
     """Raise InputError for a file that is no outcome of ``esft eval``."""
     result = read_json(path)
-    if not isinstance(result, dict) or not result.keys() >= {"records", "loss", "answers"}:
+    parts = result.get("data", {"": result}) if isinstance(result, dict) else None
+    whole = isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values())
+    if not parts or not whole or not all(part.keys() >= {"records", "answers"} for part in parts.values()):
         raise InputError(f"{path}: not an outcome of esft eval")

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     from esft.checkpoint.load import load_tokenizer
     from esft.checkpoint.source import Reach, open_config
     from esft.data.records import Record
-    from esft.training.evaluate import answer, encode_prompts
+    from esft.evaluation.answers import answer, encode_prompts
 
     adapter = adapter_of(args)
     prompts = [Record([{"role": "user", "content": text}]) for text in args.prompt]

@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
     check_new_file(args.out, ExpertScores.load if args.overwrite else None, [args.model, args.adapter, source.local])
     from esft.data.batches import collate, epoch_batches, windows
     from esft.data.cache import encoded
+    from esft.evaluation.loss import batch_loss
     from esft.scoring.gradients import gradient_scores
     from esft.scoring.score import score_experts
-    from esft.training.evaluate import batch_loss
 
     adapter = adapter_of(args)
     with reading(args.model):

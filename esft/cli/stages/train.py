@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from esft.cli.inputs import source_of
+from esft.cli.inputs import named, source_of
 from esft.cli.options import DATA, Stages, add_quiet, add_settings, add_stage, add_trust, as_text
 from esft.cli.output import say
 from esft.errors import InputError, reading
@@ -20,7 +20,7 @@ def add(stages: Stages) -> None:
     sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
     sub.add_argument("--data", required=True, action="append", help=f"{DATA}; again for more, with :WEIGHT each")
     sub.add_argument("--mix", metavar="DATA:SHARE", help="general records, and the share of all that come of them")
-    sub.add_argument("--eval-data", help="the same, whose loss is watched")
+    sub.add_argument("--eval-data", action="append", help="the same, to measure; again for more, NAME=DATA each")
     sub.add_argument("--experts", help="selection file, for method esft")
     sub.add_argument("--out", required=True, help="run folder")
     sub.add_argument("--config", help="YAML settings; the arguments here override it")
@@ -60,16 +60,20 @@ def run(args: argparse.Namespace) -> None:
     selection = ExpertSelection.load(args.experts) if args.experts is not None else None
     if selection is None and config.method == "esft" and not args.resume:
         raise InputError("--method esft needs an expert selection: --experts")
-    for data in (*args.data, args.eval_data, args.mix):
-        if data is not None:
-            source_of(data)
+    held_out = named(args.eval_data or (), "--eval-data")
+    for data in (*args.data, *held_out.values(), *([args.mix] if args.mix is not None else [])):
+        source_of(data)
     from esft.training.loop import train
 
     with reading(args.model):
         result = train(
-            args.model, args.data, args.out, config, selection, args.eval_data, args.resume, args.overwrite,
+            args.model, args.data, args.out, config, selection, held_out, args.resume, args.overwrite,
             progress=not args.quiet, trust_remote_code=args.trust_remote_code, mix=args.mix,
         )  # fmt: skip
+    if result.after:
+        from esft.runs.report import scores_table
+
+        say(*scores_table(result.before, result.after).split("\n"))
     say(
         f"loss {result.train_loss:.3f}, {result.trained_parameters:,} parameters trained, "
         f"{result.stored_bytes:,} bytes stored, {result.seconds:.0f} s, run in {args.out}"

@@ -60,8 +60,8 @@ INFERENCE = {
         (
             "eval --model m --data d",
             {
-                **INFERENCE, "batch_size": 64, "adapter": None, "data": "d", "limit": None, "loss_only": False,
-                "out": None, "overwrite": False,
+                **INFERENCE, "batch_size": 64, "adapter": None, "data": ["d"], "limit": None,
+                "metrics": "loss,exact_match", "out": None, "overwrite": False,
             },
         ),
         (

@@ -107,3 +107,11 @@ def test_what_cannot_be_used_in_a_row_is_named_with_its_place(row, message: str)
 
 def test_what_a_user_says_may_have_the_weight_0():
     assert read({"messages": [USER | {"weight": 0}, REPLY | {"weight": 1}]}).messages[0]["weight"] == 0
+
+
+@pytest.mark.parametrize("kind", ["messages", "prompt"])
+def test_choices_are_kept_where_they_are_texts_and_are_passed_over_where_they_are_not(kind: str):
+    row = {"messages": chat("a", "b")} if kind == "messages" else {"prompt": "a", "completion": "b"}
+    assert as_record({**row, "choices": ["b", "c"]}, "f", "line 1").choices == ["b", "c"]
+    for other in (None, [], ["b"], ["b", "b"], ["b", ""], ["b", 1], "bc", {"text": ["b", "c"]}):
+        assert as_record({**row, "choices": other}, "f", "line 1").choices is None

@@ -1,12 +1,16 @@
+import dataclasses
+import json
 import random
 
 import pytest
 
+from esft.data import report
 from esft.data.batches import Packing, collate, packed_batches, steps
 from esft.data.encoding import encode_all
 from esft.data.examples import Example, Examples, joined
-from esft.data.report import data_report, filled, pieces
-from tests.esft.models import record, tiny_encoder
+from esft.data.report import data_report, filled, pieces, places
+from esft.data.sources import DataSource, read_records
+from tests.esft.models import chat, record, tiny_encoder
 
 
 def drawn(count: int, longest: int) -> list[Example]:
@@ -58,3 +62,47 @@ def test_a_text_falls_into_parts_by_what_is_learnt():
     # The first token has nothing before it that it could be learnt from.
     assert pieces(text, Example(example.ids[:2], example.ids[:2])) == [("<|bos|>", False), ("<|user|>", True)]
     assert pieces(text, Example([], [])) == []
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two files; the second has the fourth record of the first once more, and 300 others before its last."""
+    first = [chat("abcdef"[n] * (n + 1), "uvwxyz"[n] * (n + 1)) for n in range(6)]
+    second = [first[3], *(chat(f"say {n}", f"{n}") for n in range(300)), chat("the last", "of all")]
+    for name, records in (("one", first), ("two", second)):
+        (tmp_path / f"{name}.jsonl").write_text("\n" + "".join(json.dumps({"messages": r}) + "\n" for r in records))
+    return [DataSource.of(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+
+
+def named(sources, *found: tuple[int, int]) -> list[str]:
+    return [f"{sources[i].path}: line {line}" for i, line in found]
+
+
+def test_rows_are_traced_to_the_first_records_that_have_their_tokens(sources):
+    encoder = tiny_encoder()
+    one, two = (encode_all(encoder, read_records(source), source.name) for source in sources)
+    assert places([two[301], one[4], two[0]], sources, encoder) == named(sources, (1, 303), (0, 6), (0, 5))
+    assert places([one[2], one[2]], sources, encoder) == named(sources, (0, 4))
+    assert places([one[0]], sources[1:], encoder) == []
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_of_a_packed_row_every_document_is_traced_also_where_it_is_cut(sources, strategy: str):
+    encoder = tiny_encoder()
+    if strategy == "wrapped":
+        encoder = dataclasses.replace(encoder, max_length=None)
+    examples = encode_all(encoder, read_records(sources[0]), "one")
+    rows = Packing(30, strategy).rows(examples)
+    assert any(len(row.starts) > 1 for row in rows)
+    for row in rows:
+        found = places([row], sources, encoder)
+        assert len(found) == len(row.starts) and all(place.startswith(sources[0].path) for place in found)
+    assert sorted(set(places(rows, sources, encoder))) == named(sources, *((0, line) for line in range(2, 8)))
+
+
+def test_tokens_that_lie_across_the_bytes_of_others_are_not_found(tmp_path):
+    """The bytes of [1, 0] are within those of [256, 1 << 24], a byte on."""
+    assert report._bytes([1, 0])[:5] in report._bytes([256, 0, 0]) and not report._within(
+        report._bytes([1, 0]), report._bytes([256, 0, 0])
+    )
+    assert report._within(report._bytes([1, 0]), report._bytes([256, 0, 0, 1, 0]))

@@ -10,12 +10,12 @@ from torch import nn
 
 import esft
 from esft.data.examples import IGNORE
+from esft.evaluation.loss import batch_loss
 from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
 from esft.experts.plain_experts import PlainExperts
 from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.experts.stock_layout import read_layout
 from esft.selection import ExpertSelection
-from esft.training.evaluate import batch_loss
 from tests.esft import zoo
 from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import tiny_model

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import esft
+from esft.evaluation.loss import batch_loss, has_plain_head
 from esft.experts.moe_layers import moe_layers
 from esft.planning.fake_step import Batch, fake_step
 from esft.planning.live_bytes import LiveBytes
 from esft.planning.outline import outline, require_beside, skeleton_of
 from esft.planning.stand_in import Sizes
-from esft.training.evaluate import batch_loss, has_plain_head
 from esft.training.short_attention import use_short_attention
 from tests.esft.models import tiny_model
 

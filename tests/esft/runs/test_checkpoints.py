@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from esft.errors import InputError
-from esft.runs.checkpoints import Checkpoints, State, digest_of, file_digest
+from esft.runs.checkpoints import Best, Checkpoints, State, digest_of, file_digest
 
 RUN = {"model": "1", "data": "2", "settings": "3", "selection": "4"}
 
@@ -170,6 +171,47 @@ def test_tensors_of_any_strides_are_saved_as_their_values(saved):
 def test_a_step_after_a_damaged_one_does_not_drop_the_sound_one_before(tmp_path, saved):
     saved.save(state(3))  # after step 4 was found damaged
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-00000{n}" for n in (2, 3, 4)]
+
+
+def best_of(step: int, best: int, **more) -> State:
+    return replace(state(step), best=Best(best, 0.5, 1, step, **more))
+
+
+def test_what_a_kept_state_calls_best_is_kept_and_goes_when_neither_of_two_does(tmp_path):
+    checkpoints = Checkpoints(tmp_path, RUN)
+
+    def steps() -> list[int]:
+        return sorted(int(path.name[5:]) for path in tmp_path.iterdir())
+
+    for step, best, there in (
+        (1, 1, [1]), (2, 1, [1, 2]), (3, 1, [1, 2, 3]), (4, 4, [1, 3, 4]), (5, 4, [4, 5]), (6, 4, [4, 5, 6]),
+    ):  # fmt: skip
+        checkpoints.save(best_of(step, best))
+        assert steps() == there
+    assert restored(checkpoints) is not None and checkpoints.read(4).best == Best(4, 0.5, 1, 4)
+    checkpoints.save(state(7))
+    assert steps() == [4, 6, 7]
+    with pytest.raises(InputError, match="step-000005"):
+        checkpoints.read(5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [], {}, {"step": 4, "value": 0.5, "stale": 0}, {"step": 4, "value": "x", "stale": 0, "seen": 4},
+        {"step": 0, "value": 0.5, "stale": 0, "seen": 4}, {"step": 4, "value": 0.5, "stale": 0, "seen": 3},
+        {"step": 4, "value": 0.5, "stale": 0, "seen": 5}, {"step": 4, "value": 0.5, "stale": -1, "seen": 4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_state_that_does_not_say_which_step_is_best_is_named(tmp_path, saved, wrong: object):
+    file = tmp_path / "checkpoints" / "step-000004" / "state.json"
+    values = json.loads(file.read_text()) | {"best": wrong}
+    del values["digest"]
+    file.write_text(json.dumps(values | {"digest": digest_of(values)}))
+    with pytest.raises(InputError, match="state.json: does not say which step is best$"):
+        saved.read(4)
+    saved.save(best_of(6, 6))  # and is no reason to fail for the next
 
 
 def test_a_link_to_a_checkpoint_of_another_run_is_none(tmp_path, saved):

@@ -6,8 +6,9 @@ import yaml
 
 import esft
 import esft_kernels
+from esft.evaluation.text_scores import TEXT_SCORES
 from esft.experts.pooled_experts import FROZEN as POOLS_FROZEN
-from esft.runs.config import BACKENDS, FROZEN, FROZEN_LINEAR, METHODS, OPTIMIZERS, RECOMPUTES, TrainConfig
+from esft.runs.config import BACKENDS, FROZEN, FROZEN_LINEAR, METHODS, OPTIMIZERS, RECOMPUTES, SCORES, TrainConfig
 from esft.selection import ExpertSelection
 from esft.storage.files import write_yaml
 from esft.swapping.packed_modules import FROZEN_LINEAR as MODULES_FROZEN
@@ -55,12 +56,16 @@ OTHER = {
     "backend": "reference", "recompute": "frozen", "frozen": "bf16", "frozen_linear": "int8", "optimizer": "adamw_8bit",
     "assistant_only_loss": False, "completion_only_loss": False, "dataset_num_proc": 3, "packing": True,
     "packing_strategy": "wrapped", "padding_free": True, "eval_packing": False, "streaming": True,
+    "warmup_ratio": 0.25, "lr_scheduler_type": "cosine", "eval_on_start": False, "eval_metrics": "exact_match,loss",
+    "metric_for_best_model": "loss", "greater_is_better": False, "load_best_model_at_end": True,
+    "early_stopping_patience": 4, "early_stopping_threshold": 0.5, "report_to": "none",
 }  # fmt: skip
-ESFT = {"method": "esft"}  # what few bits go with
+# What few bits go with, and what excludes another.
+TOGETHER = {"method": "esft", "decay": 0.0, "warmup_ratio": 0.0}
 
 
 def test_a_saved_config_loads_again_and_lists_every_setting(tmp_path):
-    config = TrainConfig(**(OTHER | ESFT))
+    config = TrainConfig(**(OTHER | TOGETHER))
     write_yaml(tmp_path / "c.yaml", asdict(config))
     assert TrainConfig.load(tmp_path / "c.yaml") == config
     assert list(yaml.safe_load((tmp_path / "c.yaml").read_text())) == [f.name for f in fields(TrainConfig)]
@@ -97,6 +102,10 @@ def test_whole_numbers_are_read_as_the_kind_of_their_setting(tmp_path):
         *({"dtype": dtype} for dtype in ("auto", "bfloat16", "float32")),
         *({"backend": backend} for backend in ("auto", "reference", "cpu", "triton")),
         *({"optimizer": optimizer} for optimizer in ("adamw", "adamw_8bit")),
+        {"early_stopping_patience": 1, "early_stopping_threshold": 0.0},
+        {"warmup_ratio": 0.5, "lr_scheduler_type": "cosine"},
+        {"decay": 0.5, "lr_scheduler_type": "constant"},
+        {"eval_metrics": "chrf, loss"},
         *({"recompute": recompute} for recompute in ("none", "frozen", "layers")),
     ],
     ids=str,
@@ -186,6 +195,9 @@ def test_an_argument_is_named_as_the_flag_that_it_came_by():
         ({"weight_decay": "1e3", "method": "full", "lr": "2e-3"}, "--lr 0.002 times --weight-decay 1000.0 must be"),
         ({"aux_loss": "1", "recompute": "layers"}, "--aux-loss and --recompute layers do not go together"),
         ({"aux_loss": "1", "method": "lora"}, "--aux-loss goes with the methods esft and full"),
+        ({"eval_metrics": "x"}, "--eval-metrics must be of "),
+        ({"warmup_ratio": "0.1", "warmup_steps": "2"}, "--warmup-steps and warmup_ratio exclude each other"),
+        ({"decay": "0.1", "lr_scheduler_type": "cosine"}, "--decay goes with lr_scheduler_type constant"),
         ({"frozen": "nf4", "method": "lora"}, "--frozen nf4 goes with the method esft, not with lora"),
         ({"frozen_linear": "int8", "method": "full"}, "--frozen-linear int8 goes with the method esft, not with full"),
     ):
@@ -199,6 +211,7 @@ def test_the_choices_are_those_of_the_kernels():
 
 
 def test_the_choices_are_those_of_the_kernels_and_the_training():
+    assert {"loss", "choices", *TEXT_SCORES} == set(SCORES)
     assert tuple(MOMENTS) == OPTIMIZERS
     assert BACKENDS == esft_kernels.BACKENDS and (*esft_kernels.RECOMPUTE, "layers") == RECOMPUTES
 
@@ -243,6 +256,16 @@ def test_the_choices_are_those_of_the_kernels_and_the_training():
         ({"aux_loss": 0.1, "method": "lora"}, "aux_loss goes with the methods esft and full, not with lora"),
         *(({"clip": clip}, rf"clip must be in \[1e-8, inf\], got {clip}") for clip in (0.0, 1e-9, -1.0, math.nan)),
         ({"warmup_steps": -1}, r"warmup_steps must be in \[0, inf\), got -1"),
+        ({"warmup_ratio": 1.0}, r"warmup_ratio must be in \[0, 1\), got 1.0"),
+        ({"warmup_ratio": 0.5, "warmup_steps": 1}, "warmup_steps and warmup_ratio exclude each other"),
+        ({"decay": 0.5, "lr_scheduler_type": "linear"}, "decay goes with lr_scheduler_type constant, not with linear"),
+        ({"lr_scheduler_type": "wsd"}, "lr_scheduler_type must be one of constant, linear, cosine, got 'wsd'"),
+        ({"eval_metrics": "loss,bleu"}, "eval_metrics must be of loss, .*, rouge_l, with commas, got 'bleu'$"),
+        ({"eval_metrics": "loss, loss"}, "eval_metrics must be of loss, .*, got 'loss' twice$"),
+        ({"eval_metrics": ""}, "eval_metrics must be of loss, .*, got ''$"),
+        ({"early_stopping_patience": 0}, r"early_stopping_patience must be in \[1, inf\), got 0"),
+        ({"early_stopping_threshold": -1.0}, r"early_stopping_threshold must be in \[0, inf\), got -1.0"),
+        ({"report_to": "mlflow"}, "report_to must be one of tensorboard, wandb, none, got 'mlflow'"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
         ({"seed": 2**63}, r"seed must be in \[0, 2\*\*63\), got 9223372036854775808"),
     ],
@@ -270,6 +293,13 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(esft.InputError, match="c.yaml: not UTF-8"):
         TrainConfig.load(tmp_path / "c.yaml")
+
+
+def test_evaluation_data_decides_where_the_best_is_kept_or_patience_ends():
+    assert TrainConfig(metric_for_best_model="loss").chooses is None
+    assert TrainConfig(load_best_model_at_end=True, early_stopping_patience=1).chooses == "load_best_model_at_end"
+    assert TrainConfig(early_stopping_patience=1).chooses == "early_stopping_patience"
+    assert TrainConfig(eval_metrics="chrf , loss").scores == ["chrf", "loss"]
 
 
 def test_esft_needs_a_selection_and_the_other_methods_take_none():

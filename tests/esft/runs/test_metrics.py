@@ -1,10 +1,9 @@
 import json
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esft
-from esft.runs.metrics import logging, read_metrics
+from esft.runs.metrics import evaluations, logging, read_metrics
 
 STEP = {"step": 1, "loss": 2.0, "lr": 0.1, "tokens_per_second": 3.0}
 
@@ -20,6 +19,12 @@ def test_metrics_are_read_line_by_line(path):
     assert read_metrics(path) == lines
 
 
+def test_an_evaluation_may_come_before_the_first_step_and_the_last_of_a_step_counts(path):
+    lines = [{"step": 0, "eval_loss": 5.0}, STEP, {"step": 1, "eval_loss": 4.0}, {"step": 1, "eval_a_chrf": 1, "lr": 2}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 1, "eval_loss": 3.0}]))
+    assert evaluations(read_metrics(path)) == {0: {"eval_loss": 5.0}, 1: {"eval_loss": 3.0, "eval_a_chrf": 1}}
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -28,6 +33,8 @@ def test_metrics_are_read_line_by_line(path):
         ("{}", "names no step"),
         ('{"step": "2"}', "names no step"),
         ('{"step": 0}', "names no step"),
+        ('{"step": 0, "loss": 1.0}', "names no step"),
+        ('{"step": -1, "eval_loss": 1.0}', "names no step"),
         ('{"step": true}', "names no step"),
         ('{"step": 1}', "step 1 comes after step 2"),
         ('{"step": 2, "loss": NaN}', "NaN is no JSON number"),
@@ -54,31 +61,28 @@ def test_the_last_line_that_a_kill_has_torn_is_left_out_and_no_other(path):
             read_metrics(path, torn=True)
 
 
-def test_what_is_of_later_steps_than_are_done_is_forgotten(path, tmp_path):
-    with logging(path, tmp_path / "board", 0) as log:
-        for step in (1, 2, 3):
-            log(step, lr=step / 4)
-    (events,) = (tmp_path / "board").iterdir()  # read in the order of their seconds, which a short test may share
-    events.rename(events.with_name(events.name.replace(events.name.split(".")[3], "0000000001")))
-    with logging(path, tmp_path / "board", 2) as log:
-        log(3, lr=9.0)
-    assert read_metrics(path) == [{"step": 1, "lr": 0.25}, {"step": 2, "lr": 0.5}, {"step": 3, "lr": 9.0}]
-    board = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("lr")] == [(1, 0.25), (2, 0.5), (3, 9.0)]
+def test_what_is_of_later_steps_than_are_done_is_forgotten(path):
+    shown = []
+    for first, done in ((1, 0), (3, 2)):
+        with logging(path, done, lambda step, values: shown.append((step, values))) as log:
+            for step in (first, *range(first + 1, 4)):
+                log(step, lr=step / 4 + done)
+    assert read_metrics(path) == [{"step": 1, "lr": 0.25}, {"step": 2, "lr": 0.5}, {"step": 3, "lr": 2.75}]
+    assert shown == [(1, {"lr": 0.25}), (2, {"lr": 0.5}), (3, {"lr": 0.75}), (3, {"lr": 2.75})]
 
 
-def test_a_disk_that_is_full_is_named_when_a_step_is_logged(path, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_named_when_a_step_is_logged(path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    with logging(path, tmp_path / "board", 0) as log:
+    with logging(path, 0, lambda step, values: None) as log:
         monkeypatch.setattr("builtins.print", full)
         with pytest.raises(esft.DiskError, match=r"metrics\.jsonl: No space left on device$"):
             log(1, loss=1.0)
 
 
-def test_a_step_is_in_the_file_as_soon_as_it_is_logged(path, tmp_path):
-    with logging(path, tmp_path / "board", 0) as log:
+def test_a_step_is_in_the_file_as_soon_as_it_is_logged(path):
+    with logging(path, 0, lambda step, values: None) as log:
         for step in (1, 2):
             log(step, lr=0.5)
             assert read_metrics(path)[-1] == {"step": step, "lr": 0.5}

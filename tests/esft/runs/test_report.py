@@ -3,7 +3,7 @@ import json
 import pytest
 
 import esft
-from esft.runs.report import report, table
+from esft.runs.report import report, scores_table, table
 
 
 def write_metrics(folder, lines: list[dict]):
@@ -106,3 +106,33 @@ def test_a_summary_is_shown_in_short(tmp_path):
     (tmp_path / "run" / "summary.json").write_text(json.dumps({"data": "d" * 200, "deep": [[[[[[[[1]]]]]]]], "n": 1.5}))
     last = report(tmp_path / "run").splitlines()[-3:]
     assert last[0] == "data: " + "d" * 200 and len(last[1]) < 100 and last[2] == "n: 1.5"
+
+
+def test_every_figure_of_evaluation_data_has_its_column_and_what_came_before_the_first_step_has_no_row(tmp_path):
+    step = {"loss": 1.0, "lr": 1e-3, "tokens_per_second": 5.0}
+    lines = [
+        {"step": 0, "eval_a_loss": 9.0, "eval_b_chrf": 1.0},
+        {"step": 1} | step,
+        {"step": 1, "eval_a_loss": 2.0, "eval_b_chrf": 50.0},
+        {"step": 2} | step,
+    ]
+    names, _, *rows = cells(report(write_metrics(tmp_path, lines)))
+    assert names == ["steps", "loss", "eval a_loss", "eval b_chrf", "lr", "tokens/s"]
+    assert rows == [["1-1", "1.000", "2.000", "50.000", "1.00e-03", "5"], ["2-2", "1.000", "", "", "1.00e-03", "5"]]
+    write_metrics(tmp_path, lines[1::2])
+    assert cells(report(tmp_path))[0] == ["steps", "loss", "lr", "tokens/s"]
+
+
+def test_the_scores_of_a_run_that_has_ended_are_told_before_and_after(tmp_path):
+    write_run(tmp_path, 1, ended=False)
+    scores = {"before": {"eval_loss": 3.5}, "after": {"eval_loss": 0.25, "eval_chrf": 90.0}}
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 1} | scores))
+    _, table, rest = report(tmp_path).split("\n\n")
+    assert table == scores_table(scores["before"], scores["after"])
+    assert cells(table) == [["score", "before", "after"], ["-" * 11, "-" * 8, "-" * 8]] + [
+        ["eval loss", "3.500", "0.250"],
+        ["eval chrf", "", "90.000"],
+    ]
+    assert rest == "steps: 1"
+    (tmp_path / "summary.json").write_text(json.dumps({"before": {}, "after": [1], "n": 1}))
+    assert report(tmp_path).endswith("\n\nbefore: {}\nafter: [1]\nn: 1")

@@ -6,10 +6,10 @@ import torch
 import esft
 from esft.data.batches import collate
 from esft.data.examples import IGNORE, Example
+from esft.evaluation.loss import batch_loss
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import read_layout
 from esft.scoring.gradients import gradient_scores
-from esft.training.evaluate import batch_loss
 from tests.esft import zoo
 from tests.esft.models import tiny_model
 

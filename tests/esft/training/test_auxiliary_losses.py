@@ -6,11 +6,11 @@ import torch
 import esft
 from esft.data.batches import collate
 from esft.data.examples import IGNORE, Example, joined
+from esft.evaluation.loss import batch_loss, has_plain_head
 from esft.experts.moe_layers import moe_layers
 from esft.scoring.routers import Choice
 from esft.selection import ExpertSelection
 from esft.training.auxiliary_losses import Base, balance_loss, balance_losses, held_loss
-from esft.training.evaluate import batch_loss, has_plain_head
 from tests.esft.models import tiny_model, token_batch
 
 

@@ -372,6 +372,22 @@ def test_a_parameter_that_is_no_longer_finite_is_named(dtype: torch.dtype):
         assert optimizer.overflowed() == "b"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_a_gradient_whose_norm_is_no_number_changes_nothing(value: float):
+    named = [(name, nn.Parameter(torch.ones(3))) for name in ("a", "b")]
+    optimizer = MasterAdamW(named, TrainConfig())
+    for _, p in named:
+        p.grad = torch.ones(3)
+    assert optimizer.gradients_are_finite()
+    optimizer.step(0.1)
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    named[0][1].grad, named[1][1].grad = torch.ones(3), torch.tensor([1.0, value, value])
+    assert optimizer.gradients_are_finite() == (value == 3e38)  # each is a number, their norm is not
+    assert not torch.tensor(optimizer.step(0.1)).isfinite()
+    assert optimizer.state().keys() == before.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.state().items())
+
+
 def test_what_lies_on_two_devices_is_not_stepped_together():
     optimizer = MasterAdamW([], TrainConfig())
     places = {"a": "cuda:0", "b": "cuda:0", "c": "cuda:1", "d": "cuda:0"}

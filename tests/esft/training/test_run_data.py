@@ -10,7 +10,7 @@ from esft.data.sources import DataSource, read_records
 from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
 from esft.storage.files import file_digest
-from esft.training.run_data import RunData, sources_of
+from esft.training.run_data import RunData, held_out_sources, sources_of
 from tests.esft.models import chat, tiny_encoder, tiny_tokenizer, write_records
 
 REACH = Reach(256, 300)
@@ -90,12 +90,31 @@ def test_what_wrapped_rows_cut_is_not_cut_before(tmp_path):
 )
 def test_the_evaluation_is_packed_as_the_training_unless_it_is_said(paths, packing, eval_packing, packs: bool):
     found = read(paths[0], packing=packing, eval_packing=eval_packing, max_length=60)
-    rows = found.held_out(DataSource.of(paths[1]))
+    (data,) = found.eval_sets({"task": DataSource.of(paths[1])})
+    rows = data.examples
+    assert (data.name, data.source, data.records) == ("task", str(paths[1]), [])
     assert (max(len(row.starts) for row in rows) > 1) == packs
     assert sum(len(row.ids) for row in rows) == sum(
         len(tiny_encoder().encode(record).ids) for record in read_records(paths[1])
     )
-    assert found.held_out(None) == []
+    assert found.eval_sets({}) == []
+
+
+def test_evaluation_data_has_its_records_where_answers_are_compared_and_they_are_tried(paths, tmp_path):
+    config = {"eval_metrics": "loss,exact_match"}
+    (data,) = read(paths[0], **config).eval_sets({"": DataSource.of(paths[1])})
+    assert data.records == read_records(paths[1])
+    (tmp_path / "t.jsonl").write_text('{"text": "all of it"}\n')
+    with pytest.raises(esft.InputError, match=r"t\.jsonl: line 1: is a text without a prompt"):
+        read(paths[0], **config).eval_sets({"a": DataSource.of(tmp_path / "t.jsonl")})
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-a", "a/b", "a" * 65, "é"])
+def test_a_name_of_evaluation_data_is_a_word(name: str):
+    assert list(held_out_sources({"a-1_B": "x", "b": "y"})) == ["a-1_B", "b"]
+    assert held_out_sources(None) == {} and list(held_out_sources("x")) == [""] == list(held_out_sources({"": "x"}))
+    with pytest.raises(esft.InputError, match="is no name of evaluation data: letters, digits, - and _ make one$"):
+        held_out_sources({name: "x", "other": "y"})
 
 
 def test_settings_of_the_loss_reach_the_labels(paths):
@@ -130,7 +149,8 @@ def test_what_is_held_out_is_cut_as_its_own_packing_needs(tmp_path):
     length = len(tiny_encoder(999).encode(read_records(path)[0]).ids)
     for packs, tokens in ((True, length), (False, 30)):
         found = read(path, packing=not packs, eval_packing=packs, packing_strategy="wrapped", max_length=30)
-        assert sum(len(row.ids) for row in found.held_out(DataSource.of(path))) == tokens
+        (data,) = found.eval_sets({"": DataSource.of(path)})
+        assert sum(len(row.ids) for row in data.examples) == tokens
 
 
 def test_several_streams_have_the_weights_and_the_seed_of_the_run(paths):

@@ -1,6 +1,5 @@
 """Whole training runs: every method learns, saves memory alike, and goes on after it broke."""
 
-import importlib
 import json
 
 import pytest
@@ -14,12 +13,11 @@ from esft.adapters.load_any import load_any_adapter
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.data.encoding import encode_all
 from esft.data.sources import read_records
+from esft.evaluation.loss import mean_loss
 from esft.selection import ExpertSelection
-from esft.training.evaluate import mean_loss
+from esft.training import steps
 from tests.esft.models import chat, tiny_encoder, token_batch, write_records
 from tests.esft.small_runs import SELECTION, base_and_data, breaks, column, metrics, run, settings
-
-train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 
 
 @pytest.fixture
@@ -86,7 +84,7 @@ def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, method, dtype: 
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"attention_dropout": dropout}))
     whole = run(base, "whole", how, selection)
-    real, calls = train_module.batch_loss, []
+    real, calls = steps.batch_loss, []
 
     def breaks(*args):
         calls.append(1)
@@ -94,10 +92,10 @@ def test_a_broken_run_resumes_to_the_same_end(base, monkeypatch, method, dtype: 
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(train_module, "batch_loss", breaks)
+    monkeypatch.setattr(steps, "batch_loss", breaks)
     with pytest.raises(KeyboardInterrupt):
         run(base, "broken", how, selection)
-    monkeypatch.setattr(train_module, "batch_loss", real)
+    monkeypatch.setattr(steps, "batch_loss", real)
     assert not (base.parent / "broken" / "adapter").exists()
     resumed = run(base, "broken", how, selection, resume=True)
     assert column(base.parent / "broken", "loss") == column(base.parent / "whole", "loss")
@@ -167,9 +165,9 @@ PACKED = [
 def test_a_run_whose_rows_are_made_otherwise_resumes_to_the_same_end(base, monkeypatch, how: dict):
     config = settings(steps=4, save_every=2, eval_every=4, **how)
     whole = run(base, "whole", config)
-    real, count = train_module.batch_loss, breaks(3 if "padding_free" not in how else 6)
+    real, count = steps.batch_loss, breaks(3 if "padding_free" not in how else 6)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_module, "batch_loss", lambda *args: count() or real(*args))
+        patch.setattr(steps, "batch_loss", lambda *args: count() or real(*args))
         run(base, "broken", config)
     assert run(base, "broken", None, None, resume=True).train_loss == whole.train_loss
     one, other = (load_file(base.parent / name / "adapter" / "adapter.safetensors") for name in ("whole", "broken"))
@@ -193,7 +191,7 @@ def test_a_model_that_does_not_keep_documents_apart_is_refused_before_anything_i
     def refuse(model) -> None:
         raise esft.InputError("packing: they see each other")
 
-    monkeypatch.setattr(train_module, "check_separates", refuse)
+    monkeypatch.setattr(steps, "check_separates", refuse)
     for how in ({"packing": True}, {"padding_free": True}, {"eval_packing": True}):
         with pytest.raises(esft.InputError, match="^packing: they see each other$"):
             run(base, "run", settings(**how))
@@ -204,10 +202,21 @@ def test_a_model_that_does_not_keep_documents_apart_is_refused_before_anything_i
 def test_the_data_is_reported_before_it_is_trained_on(base, caplog):
     with caplog.at_level("INFO", "esft"):
         run(base, "run", settings(steps=1), eval_data=None)
-    (line,) = (each.getMessage() for each in caplog.records if each.levelname == "INFO")
+    line, about = (each.getMessage() for each in caplog.records if each.levelname == "INFO")
     assert line.startswith(
         f"{base.parent / 'd.jsonl'}: 24 records, 312 tokens (longest 13), 0 truncated, 0 left out; loss"
     )
+    assert about == "esft: 3 experts of 2 layers, 5,760 parameters, 1 step of 8 records"
+    caplog.clear()
+    with caplog.at_level("INFO", "esft"):
+        run(base, "full", settings(method="full", steps=2, save_every=1, packing=True, eval_packing=False), None)
+        run(base, "full", settings(method="full", steps=3, save_every=1, packing=True, eval_packing=False), None,
+            resume=True)  # fmt: skip
+    about = [line for each in caplog.records if (line := each.getMessage()).startswith("full: ")]
+    assert [line.split(" parameters, ")[1] for line in about] == [
+        "2 steps of 8 packed rows, loss of evaluation data every 6",
+        "2 more steps of 8 packed rows, loss of evaluation data every 6",
+    ]
 
 
 def test_several_sources_train_and_are_remembered(base):
@@ -248,8 +257,8 @@ def test_a_model_is_held_to_its_base_on_what_is_mixed_in_and_a_resumed_run_to_th
     selection = SELECTION if method == "esft" else None
     mix = f"{write_records(base.parent / 'general.jsonl', 7)}:0.5"
     found = {}
-    for name, weight, steps in (("loose", 1e-6, 8), ("held", 100.0, 8), ("broken", 100.0, 4)):
-        config = settings(method=method, steps=steps, save_every=4, kl_weight=weight, micro_batch_size=3)
+    for name, weight, last in (("loose", 1e-6, 8), ("held", 100.0, 8), ("broken", 100.0, 4)):
+        config = settings(method=method, steps=last, save_every=4, kl_weight=weight, micro_batch_size=3)
         run(base, name, config, selection, mix=mix)
         found[name] = column(base.parent / name, "kl")
     assert found["held"][0] == pytest.approx(0, abs=1e-5)  # it begins as its base

@@ -9,7 +9,7 @@ from torch import nn
 import esft
 from esft.data.batches import collate
 from esft.data.examples import Example, joined
-from esft.training.evaluate import batch_loss
+from esft.evaluation.loss import batch_loss
 from esft.training.separation import check_separates
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model

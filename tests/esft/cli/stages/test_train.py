@@ -12,7 +12,9 @@ from esft.selection import ExpertSelection
 from esft.storage.files import write_yaml
 from tests.esft.cli.conftest import stage
 
-RESULT = SimpleNamespace(train_loss=1.23456, trained_parameters=12345, stored_bytes=67890, seconds=5.6)
+RESULT = SimpleNamespace(
+    train_loss=1.23456, trained_parameters=12345, stored_bytes=67890, seconds=5.6, before={}, after={}
+)
 
 
 def test_train_hands_over_everything_that_it_is_told(work, calls, capsys):
@@ -28,7 +30,7 @@ def test_train_hands_over_everything_that_it_is_told(work, calls, capsys):
         method="esft", lr=0.25, steps=3, batch_size=4, micro_batch_size=2, max_length=9, seed=5, dtype="float32",
         backend="reference", recompute="frozen", warmup_steps=6, decay=0.5, clip=3.0,
     )  # fmt: skip
-    expected = ("m", ["d.jsonl"], "run", config, ExpertSelection({1: [0]}), "d.jsonl", False, True)
+    expected = ("m", ["d.jsonl"], "run", config, ExpertSelection({1: [0]}), {"": "d.jsonl"}, False, True)
     assert calls.of["train"] == [(expected, {"progress": False, "trust_remote_code": False, "mix": None})]
     assert capsys.readouterr().out == ("loss 1.235, 12,345 parameters trained, 67,890 bytes stored, 6 s, run in run\n")
 
@@ -47,10 +49,28 @@ def test_train_takes_several_sources_and_settings_that_are_true_or_false(work, c
     )  # fmt: skip
 
 
+def test_train_measures_several_sets_by_name_and_tells_them_before_and_after(work, calls, capsys):
+    scores = {"before": {"eval_a_loss": 2.0}, "after": {"eval_a_loss": 1.0}}
+    calls.watch("train", SimpleNamespace(**(vars(RESULT) | scores)))
+    stage("train --model m --data d.jsonl --out run --method full --eval-data a=d.jsonl --eval-data b=d.jsonl")
+    assert calls.of["train"][0][0][5] == {"a": "d.jsonl", "b": "d.jsonl"}
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["eval a_loss", "2.000", "1.000"]
+    assert lines[3].startswith("loss 1.235, ")
+    assert (
+        main("train --model m --data d.jsonl --out run --method full --eval-data d.jsonl --eval-data b=d.jsonl".split())
+        == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == "esft: --eval-data d.jsonl: of several, each needs a name: --eval-data NAME=d.jsonl\n"
+    )
+
+
 def test_train_leaves_to_the_settings_what_it_is_not_told(work, calls):
     calls.watch("train", RESULT)
     stage("train --model m --data d.jsonl --out run --method full --trust-remote-code --mix d.jsonl:0.5")
-    expected = ("m", ["d.jsonl"], "run", TrainConfig(method="full"), None, None, False, False)
+    expected = ("m", ["d.jsonl"], "run", TrainConfig(method="full"), None, {}, False, False)
     assert calls.of["train"] == [(expected, {"progress": True, "trust_remote_code": True, "mix": "d.jsonl:0.5"})]
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from esft.training import loss
-from esft.training.loss import CHUNK_LOGITS, CHUNK_ROWS, FEWEST_ROWS, chunk_rows, linear_cross_entropy
+from esft.evaluation import cross_entropy as loss
+from esft.evaluation.cross_entropy import CHUNK_LOGITS, CHUNK_ROWS, FEWEST_ROWS, chunk_rows, linear_cross_entropy
 
 
 def case(rows: int, train_hidden: bool = True, train_head: bool = True, dtype: torch.dtype = torch.float32):

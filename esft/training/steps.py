@@ -1,0 +1,172 @@
+"""The steps of a training: gradients of a batch, the update, and what is told of both."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from esft.data.batches import collate
+from esft.data.examples import Example, joined
+from esft.errors import DivergenceError, InputError
+from esft.evaluation.loss import batch_loss, has_plain_head
+from esft.runs.checkpoints import RECENT, State
+from esft.runs.config import TrainConfig
+from esft.training.auxiliary_losses import Base, balance_losses, held_loss
+from esft.training.optim import MasterAdamW
+from esft.training.schedule import learning_rate
+from esft.training.separation import check_separates
+
+NAMED = 16  # records, in the message about a step that went wrong
+
+Parts = Sequence[Sequence[Example]]  # the rows of a batch, by micro batch
+
+
+class Steps:
+    """Updates of a model, one a batch.
+
+    Attributes:
+        losses: of the steps so far; of those before the last checkpoint, that a run goes on from, the last ones.
+        supervised: share of the last batch's tokens.
+        tokens: that went through the model, not those of steps before that checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pad: int,
+        config: TrainConfig,
+        places: Callable[[Sequence[Example]], list[str]] = lambda rows: [],
+    ):
+        """
+        Args:
+            model: in which exactly that requires gradients which is to train.
+            pad: token id.
+            config: of the run.
+            places: tells where the records of some rows are from.
+
+        Raises InputError for a model that does not keep documents apart which the settings put into one row.
+        """
+        self.model, self.pad, self.config, self.places = model, pad, config, places
+        self.together = config.micro_batch_size or config.batch_size
+        self.optimizer = MasterAdamW(model.named_parameters(), config)
+        self.losses: list[float] = []
+        self.tokens, self.supervised = 0, 0.0
+        self.base = Base(model) if config.kl_weight else None
+        if config.packing or config.padding_free or config.eval_packing:
+            check_separates(model)
+        has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
+
+    def load(self, state: State) -> None:
+        """Go on from a state. Raises InputError for one that is not of this model and these settings."""
+        if state.step >= self.config.steps and not state.losses:
+            raise InputError(f"step {state.step} is the last one, and its loss is not kept: ask for more steps")
+        self.optimizer.load_state(state.tensors)
+        self.losses = list(state.losses)
+
+    def state(self, step: int) -> State:
+        """What to go on from after this step. Raises DivergenceError as ``check_weights`` does."""
+        self.check_weights(step)
+        return State(step, self.losses[-RECENT:], self.optimizer.state())
+
+    def check_weights(self, step: int) -> None:
+        """Raise DivergenceError for weights that are no numbers, before they are stored.
+
+        The gradients of the next step would show it too, but the last one has none.
+        """
+        if (name := self.optimizer.overflowed()) is not None:
+            raise DivergenceError(f"step {step}: {name} holds what is no finite number; lower the learning rate")
+
+    @property
+    def recent_loss(self) -> float:
+        recent = self.losses[-RECENT:]
+        return sum(recent) / len(recent)
+
+    def update(self, step: int, records: Sequence[Example]) -> dict[str, float]:
+        """One update from one batch; ``step`` counts from 1. Returns what to log.
+
+        Raises DivergenceError naming micro batch and records for a loss or a gradient that is no number.
+        """
+        begun = time.monotonic()
+        self._seed(step)
+        parts = [records[i : i + self.together] for i in range(0, len(records), self.together)]
+        targets = sum(record.targets for record in records)
+        losses, extra = self._gradients(parts, targets)
+        loss = losses.sum().item()
+        rate = learning_rate(self.config, step - 1)
+        norm = self.optimizer.step(rate)
+        if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
+            told = ", ".join(f"{name} {value}" for name, value in measured.items())
+            raise DivergenceError(f"step {step}: {told}; lower the learning rate. {self._held(step, parts, losses)}")
+        count = sum(len(record.ids) for record in records)
+        self.supervised = targets / count
+        self.losses.append(loss)
+        self.tokens += count
+        speed = count / (time.monotonic() - begun)
+        return {"loss": loss, **extra, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
+
+    def _seed(self, step: int) -> None:
+        """What a model draws (dropout, jitter) depends on the step alone, so that a resumed run draws it too."""
+        torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}").getrandbits(63))
+
+    def _gradients(self, parts: Parts, targets: int, until_broken: bool = False) -> tuple[Tensor, dict[str, float]]:
+        """Gradients of one batch, added up over its micro batches.
+
+        Args:
+            parts: the micro batches.
+            targets: supervised tokens of all.
+            until_broken: end after the first micro batch with which they hold what is no number.
+
+        Returns [P], what each micro batch adds to the mean cross entropy of the supervised tokens; what else to log.
+        """
+        count = sum(map(len, parts))
+        losses, balances, divergences, held = [], [], [], 0
+        for part in parts:
+            batch = collate([joined(part)] if self.config.padding_free else part, self.pad)
+            base = None if self.base is None else self.base.predictions(batch)
+            watched = balance_losses(self.model, batch["attention_mask"]) if self.config.aux_loss else nullcontext([])
+            with watched as aux:
+                total, divergence = (
+                    (batch_loss(self.model, batch)[0], None) if base is None else held_loss(self.model, batch, base)
+                )
+            loss = total / targets
+            losses.append(loss.detach())
+            if base is not None and divergence is not None:
+                divergences.append(divergence.detach())
+                held += len(base.labels_N)
+                loss = loss + self.config.kl_weight * divergence / targets
+            if aux:
+                # Over several GPUs they are on several.
+                balance = len(part) / count * torch.stack([each.to(loss.device) for each in aux]).sum()
+                balances.append(balance.detach())
+                loss = loss + self.config.aux_loss * balance
+            loss.backward()
+            if until_broken and not self.optimizer.gradients_are_finite():
+                break
+        extra = {"aux_loss": torch.stack(balances).sum().item()} if balances else {}
+        extra |= {"kl": torch.stack(divergences).sum().item() / held} if held else {}
+        return torch.stack(losses), extra
+
+    def _held(self, step: int, parts: Parts, losses: Tensor) -> str:
+        """Which micro batch a step came to grief with, and what it held: the first whose loss is no number.
+
+        If only the gradient is none, the step is computed again, with a look at the gradient after each micro batch.
+        """
+        broken = next((i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)), None)
+        if broken is None:
+            self.model.zero_grad()
+            self._seed(step)
+            targets = sum(record.targets for part in parts for record in part)
+            computed, _ = self._gradients(parts, targets, until_broken=True)
+            # On a GPU it need not come out the same.
+            broken = None if self.optimizer.gradients_are_finite() else len(computed) - 1
+        rows = parts[broken] if broken is not None else [record for part in parts for record in part]
+        named = self.places(rows)
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        what = f"Micro batch {broken + 1} of {len(parts)}" if broken is not None else "The batch"
+        return f"{what} held {', '.join(named[:NAMED])}{more}" if named else what
