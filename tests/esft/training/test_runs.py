@@ -248,8 +248,8 @@ def test_a_model_is_held_to_its_base_on_what_is_mixed_in_and_a_resumed_run_to_th
     selection = SELECTION if method == "esft" else None
     mix = f"{write_records(base.parent / 'general.jsonl', 7)}:0.5"
     found = {}
-    for name, weight, steps in (("loose", 1e-6, 8), ("held", 100.0, 8), ("broken", 100.0, 4)):
-        config = settings(method=method, steps=steps, save_every=4, kl_weight=weight, micro_batch_size=3)
+    for name, weight, last in (("loose", 1e-6, 8), ("held", 100.0, 8), ("broken", 100.0, 4)):
+        config = settings(method=method, steps=last, save_every=4, kl_weight=weight, micro_batch_size=3)
         run(base, name, config, selection, mix=mix)
         found[name] = column(base.parent / name, "kl")
     assert found["held"][0] == pytest.approx(0, abs=1e-5)  # it begins as its base
