@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,11 +61,41 @@ def _gives_products(causal_lm: Any, weight_VD: Tensor) -> bool:
     return plain.shape == logits.shape and bool((plain - logits).abs().max() <= tolerance * plain.abs().max())
 
 
-def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """Summed cross entropy in nats over the supervised positions of a batch in the CPU's memory, and their number.
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts at the supervised positions of a batch, N of them.
 
-    Logits are made for supervised positions only, where the model has nothing but a matrix between hidden states and
-    logits.
+    Attributes:
+        hidden_ND: the last hidden states there; the logits [N, V] where ``weight_VD`` is None.
+        weight_VD: what makes logits of them, where nothing else does.
+        labels_N: int64, the tokens that come there.
+    """
+
+    hidden_ND: Tensor
+    weight_VD: Tensor | None
+    labels_N: Tensor
+
+    @property
+    def vocabulary(self) -> int:
+        return self.hidden_ND.shape[1] if self.weight_VD is None else self.weight_VD.shape[0]
+
+    def cross_entropy(self) -> Tensor:
+        """Summed, in nats; never with more than one chunk of logits made of hidden states."""
+        if self.weight_VD is None:
+            return F.cross_entropy(self.hidden_ND.float(), self.labels_N, reduction="sum")
+        return linear_cross_entropy(self.hidden_ND, self.weight_VD, self.labels_N)
+
+
+def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Summed cross entropy in nats over the supervised positions of a batch, and their number: see ``predictions``."""
+    predicted = predictions(model, batch)
+    return predicted.cross_entropy(), len(predicted.labels_N)
+
+
+def predictions(model: nn.Module, batch: dict[str, Tensor]) -> Predictions:
+    """What a model predicts at the supervised positions of a batch in the CPU's memory.
+
+    No logits are made where the model has nothing but a matrix between hidden states and logits.
     """
     causal_lm = causal_lm_of(model)
     # Where documents share rows, transformers makes its mask of their positions, and of them only without another.
@@ -73,18 +104,17 @@ def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]
     # The supervised positions are found on the CPU and sent ahead: afterwards, either would wait for the forward pass.
     labels = batch["labels"][:, 1:]
     wanted = torch.where(labels != IGNORE)
-    count = len(wanted[0])
     if not has_plain_head(model):
-        labels = labels.to(causal_lm.device)
-        logits = causal_lm(**inputs, use_cache=False).logits[:, :-1].float()
-        labels = labels.to(logits.device)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"), count
+        places = tuple(place.to(causal_lm.device) for place in wanted)
+        logits = causal_lm(**inputs, use_cache=False).logits
+        logits = logits[tuple(place.to(logits.device) for place in places)]
+        return Predictions(logits, None, labels[wanted].to(logits.device))
     weight = causal_lm.get_output_embeddings().weight
     where = weight.device  # over several GPUs not every layer is where the inputs go
     labels, *places = (tensor.to(where) for tensor in (labels[wanted], *wanted))
     hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[tuple(place.to(hidden.device) for place in places)]
-    return linear_cross_entropy(hidden.to(where), weight, labels), count
+    return Predictions(hidden.to(where), weight, labels)
 
 
 @torch.no_grad()

@@ -117,6 +117,11 @@ class TrainConfig:
     aux_loss: float = setting(
         0.0, "weight of the load-balancing loss, summed over layers; the router trains only where selected", "[0, 1000]"
     )
+    kl_weight: float = setting(
+        0.0,
+        "weight of the KL divergence from the base on the tokens that --mix mixes in; 1: as much as their own loss",
+        "[0, 1000]",
+    )
     lora_rank: int = setting(8, "rank of LoRA's matrices", "[1, 65536]")
     lora_alpha: int = setting(16, "LoRA's scaling times its rank", "[1, 65536]")
     dtype: str = setting(

@@ -18,7 +18,7 @@ from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.data.examples import Example
 from esft.data.mixing import mixed_in
-from esft.errors import Interrupted
+from esft.errors import InputError, Interrupted
 from esft.memory import peak_memory, peak_rss
 from esft.parallel.join import joined
 from esft.parallel.sharding import shard_frozen
@@ -110,6 +110,8 @@ def train(
             config, selection = run.begun_with(config, selection)
         config = config or TrainConfig()
         config.check_selection(selection)
+        if config.kl_weight and mixed is None:
+            raise InputError("kl_weight holds the model to its base on data that is mixed in, and none is: --mix")
         deciding(config, list(held_out))
         check_reporting(config.report_to)
         reach = Reach.of(open_config(model_path, trust_remote_code))

@@ -18,7 +18,7 @@ from esft.evaluation.loss import batch_loss, has_plain_head
 from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.checkpoints import RECENT, State
 from esft.runs.config import TrainConfig
-from esft.training.load_balancing import balance_losses
+from esft.training.auxiliary_losses import Base, balance_losses, held_loss
 from esft.training.optim import MasterAdamW
 from esft.training.schedule import learning_rate
 from esft.training.separation import check_separates
@@ -53,13 +53,17 @@ class Steps:
             places: tells where the records of some rows are from.
             ranks: that share the rows of every batch.
 
-        Raises InputError for a model that does not keep documents apart which the settings put into one row.
+        Raises InputError for a model that does not keep documents apart which the settings put into one row, and for a
+        model that is held to its base while its weights are cut up over the ranks.
         """
         self.model, self.pad, self.config, self.places, self.ranks = model, pad, config, places, ranks
         self.together = config.micro_batch_size or config.batch_size
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.losses: list[float] = []
         self.tokens, self.supervised = 0, 0.0
+        if config.kl_weight and ranks.lockstep:  # some ranks may have nothing that is mixed in, and would not go along
+            raise InputError("kl_weight does not go together with frozen weights that are sharded over processes")
+        self.base = Base(model) if config.kl_weight else None
         if config.packing or config.padding_free or config.eval_packing:
             check_separates(model)
         has_plain_head(model)  # tries the model out the first time, which a step that watches its routers cannot have
@@ -98,10 +102,11 @@ class Steps:
         self._seed(step)
         parts = self.ranks.rounds(records, lambda record: len(record.ids), self.together)
         targets = sum(record.targets for record in records)
-        losses, balance = self._gradients(parts, targets)
+        losses, *sums = self._gradients(parts, targets)
         self.ranks.add_up([*self.optimizer.params.values()])
-        loss, balance = self.ranks.totals(losses.sum().item(), balance)
+        loss, balance, divergence, held = self.ranks.totals(losses.sum().item(), *sums)
         extra = {"aux_loss": balance} if self.config.aux_loss else {}
+        extra |= {"kl": divergence / held} if held else {}
         rate = learning_rate(self.config, step - 1)
         norm = self.optimizer.step(rate)
         if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
@@ -119,7 +124,7 @@ class Steps:
         own = f"/{self.ranks.rank}" if self.ranks.rank else ""  # unlike rows need unlike draws
         torch.manual_seed(random.Random(f"{self.config.seed}/{step - 1}{own}").getrandbits(63))
 
-    def _gradients(self, parts: Parts, targets: int, until_broken: bool = False) -> tuple[Tensor, float]:
+    def _gradients(self, parts: Parts, targets: int, until_broken: bool = False) -> tuple[Tensor, float, float, int]:
         """Gradients of this rank's part of a batch, added up over its micro batches.
 
         Args:
@@ -127,16 +132,27 @@ class Steps:
             targets: supervised tokens of the whole batch.
             until_broken: end after the first micro batch with which they hold what is no number.
 
-        Returns [P], what each micro batch adds to the mean cross entropy of the supervised tokens; the auxiliary loss.
+        Returns [P], what each micro batch adds to the mean cross entropy of the supervised tokens; the auxiliary loss;
+        the divergence from the base, summed over the tokens that are held to it, and their number.
         """
         every = sum(count for _, count in parts)
-        losses, balances = [], []
+        losses, balances, divergences, held = [], [], [], 0
         for part, count in parts:
             batch = collate([joined(part)] if self.config.padding_free else part, self.pad) if part else {}
             loss = torch.zeros(()) if part or not self.ranks.lockstep else self._loss_of_nothing()
+            base = None if self.base is None or not part else self.base.predictions(batch)
+            divergence = None
             with self._balance_losses(batch) as aux:
-                loss = batch_loss(self.model, batch)[0] / targets if part else loss
+                if base is not None:
+                    total, divergence = held_loss(self.model, batch, base)
+                    loss = total / targets
+                elif part:
+                    loss = batch_loss(self.model, batch)[0] / targets
             losses.append(loss.detach())
+            if base is not None and divergence is not None:
+                divergences.append(divergence.detach())
+                held += len(base.labels_N)
+                loss = loss + self.config.kl_weight * divergence / targets
             if aux:
                 # Over several GPUs they are on several.
                 balance = count / every * torch.stack([each.to(loss.device) for each in aux]).sum()
@@ -146,7 +162,8 @@ class Steps:
                 loss.backward()
             if until_broken and not self.optimizer.gradients_are_finite():
                 break
-        return torch.stack(losses), torch.stack(balances).sum().item() if balances else 0.0
+        balance, divergence = (torch.stack(each).sum().item() if each else 0.0 for each in (balances, divergences))
+        return torch.stack(losses), balance, divergence, held
 
     def _loss_of_nothing(self) -> Tensor:
         """Of a rank without rows that has to go along with the others."""
@@ -167,7 +184,7 @@ class Steps:
             self.model.zero_grad()
             self._seed(step)
             targets = sum(record.targets for part, _ in parts for record in part)
-            computed, _ = self._gradients(parts, targets, until_broken=True)
+            computed, *_ = self._gradients(parts, targets, until_broken=True)
             # On a GPU it need not come out the same.
             broken = None if self.optimizer.gradients_are_finite() else len(computed) - 1
         rows = parts[broken][0] if broken is not None else [record for part, _ in parts for record in part]

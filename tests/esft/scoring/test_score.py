@@ -9,7 +9,7 @@ from esft.data.batches import collate
 from esft.data.examples import Example, joined
 from esft.experts.moe_layers import GATE, moe_layers
 from esft.selection import ExpertSelection
-from esft.training.load_balancing import balance_losses
+from esft.training.auxiliary_losses import balance_losses
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model, token_batch
 

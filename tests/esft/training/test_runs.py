@@ -248,3 +248,24 @@ def test_general_data_that_is_mixed_in_trains_and_is_a_part_of_what_a_run_goes_o
     with pytest.raises(esft.InputError, match=r"general.jsonl:2: mixed in is a share of the records below 1"):
         run(base, "other", mixed, SELECTION, mix=f"{general}:2")
     assert not (base.parent / "other").exists()
+
+
+@pytest.mark.parametrize("method", ["esft", "lora"])
+def test_a_model_is_held_to_its_base_on_what_is_mixed_in_and_a_resumed_run_to_the_same_base(base, method: str):
+    if method == "lora":
+        pytest.importorskip("peft")
+    selection = SELECTION if method == "esft" else None
+    mix = f"{write_records(base.parent / 'general.jsonl', 7)}:0.5"
+    found = {}
+    for name, weight, last in (("loose", 1e-6, 8), ("held", 100.0, 8), ("broken", 100.0, 4)):
+        config = settings(method=method, steps=last, save_every=4, kl_weight=weight, micro_batch_size=3)
+        run(base, name, config, selection, mix=mix)
+        found[name] = column(base.parent / name, "kl")
+    assert found["held"][0] == pytest.approx(0, abs=1e-5)  # it begins as its base
+    assert 0 < found["held"][-1] < 0.5 * found["loose"][-1]
+    config = settings(method=method, steps=8, save_every=4, kl_weight=100.0, micro_batch_size=3)
+    run(base, "broken", config, selection, resume=True, mix=mix)
+    assert column(base.parent / "broken", "kl") == found["held"]
+    with pytest.raises(esft.InputError, match=r"^kl_weight holds the model to its base on data that is mixed in"):
+        run(base, "other", config, selection)
+    assert not (base.parent / "other").exists()

@@ -18,7 +18,7 @@ from esft.data.sources import read_records
 from esft.runs.checkpoints import State
 from esft.training import run_data
 from esft.training import steps as module
-from esft.training.load_balancing import balance_losses
+from esft.training.auxiliary_losses import balance_losses
 from tests.esft.checkpoint.files import rewrite
 from tests.esft.models import tiny_encoder, tiny_model, tiny_tokenizer, write_records
 from tests.esft.small_runs import SELECTION, column, metrics, run, settings

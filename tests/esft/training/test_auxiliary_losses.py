@@ -4,10 +4,13 @@ import pytest
 import torch
 
 import esft
+from esft.data.batches import collate
+from esft.data.examples import IGNORE, Example, joined
+from esft.evaluation.loss import batch_loss, has_plain_head
 from esft.experts.moe_layers import moe_layers
 from esft.scoring.routers import Choice
 from esft.selection import ExpertSelection
-from esft.training.load_balancing import balance_loss, balance_losses
+from esft.training.auxiliary_losses import Base, balance_loss, balance_losses, held_loss
 from tests.esft.models import tiny_model, token_batch
 
 
@@ -127,3 +130,118 @@ def test_nothing_watches_the_model_after_the_block():
         pass
     model(**batch)
     assert losses == []
+
+
+EVERYTHING = esft.ExpertSelection({1: list(range(8)), 2: list(range(8))}, True, True)
+SOME = esft.ExpertSelection({1: [2, 7], 2: [0]}, shared_experts=True)
+
+
+def example(length: int, seed: int, mixed: bool = False) -> Example:
+    drawn = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 256, (length,), generator=drawn).tolist()
+    return Example(ids, [IGNORE] * (length // 2) + ids[length // 2 :], mixed=(0,) if mixed else ())
+
+
+BATCHES = {
+    "rows": collate([example(9, 1), example(7, 2, True), example(5, 3), example(8, 4, True)], 258),
+    "packed": collate([joined([example(9, 1), example(7, 2, True)]), example(12, 3)], 258),
+    "all mixed": collate([example(9, 1, True), example(7, 2, True)], 258),
+}
+
+
+def twice(selection, plain: bool = True) -> tuple:
+    """A model that has moved away from its base, and the base."""
+    models = []
+    for _ in range(2):
+        model = tiny_model(dtype=torch.float64)
+        model.set_experts_implementation("eager")  # the others have no float64
+        if not plain:
+            model.lm_head.register_forward_hook(lambda module, args, out: 0.5 * out)
+        models.append(esft.swap(model, selection, "reference").train())
+    held = Base(models[0])
+    move(models[0])
+    return models[0], models[1], held
+
+
+@torch.no_grad()
+def move(model) -> None:
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+
+
+def divergence(model, base, batch) -> torch.Tensor:
+    """From all logits of two models."""
+    inputs = {"input_ids": batch["input_ids"]}
+    inputs |= {name: batch[name] for name in ["position_ids" if "position_ids" in batch else "attention_mask"]}
+    wanted = (batch["labels"][:, 1:] != IGNORE) & batch["mixed"][:, 1:]
+    log_probs = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1)[wanted]
+    with torch.no_grad():
+        target = base(**inputs, use_cache=False).logits[:, :-1].softmax(-1)[wanted]
+    return (target * (target.log() - log_probs)).sum()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("selection", [SOME, EVERYTHING], ids=["some", "everything"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_divergence_and_its_gradient_are_those_of_two_models(monkeypatch, batch: str, selection, plain: bool):
+    monkeypatch.setattr("esft.training.auxiliary_losses.chunk_rows", lambda vocabulary: 3)
+    model, base, held = twice(selection, plain)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted = divergence(model, base, BATCHES[batch])
+    wanted_grads = torch.autograd.grad(wanted, trained, allow_unused=True)
+    predicted = held.predictions(BATCHES[batch])
+    total, found = held_loss(model, BATCHES[batch], predicted)
+    grads = torch.autograd.grad(found, trained, retain_graph=True, allow_unused=True)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-9) and found > 0.001
+    for grad, expected in zip(grads, wanted_grads, strict=True):
+        assert (grad is None) == (expected is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, expected, rtol=1e-7, atol=1e-12)
+    expected, _ = batch_loss(model, BATCHES[batch])
+    assert total.item() == pytest.approx(expected.item(), rel=1e-12)
+    of_both = (torch.autograd.grad(loss, trained, allow_unused=True) for loss in (total, expected))
+    for grad, alone in zip(*of_both, strict=True):
+        assert (grad is None) == (alone is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, alone)
+
+
+def test_the_model_is_left_as_it_was_and_the_base_stays_where_it_was():
+    model, base, held = twice(SOME)
+    before = [(p.data_ptr(), p.detach().clone()) for p in model.parameters()]
+    first = held.predictions(BATCHES["rows"])
+    assert all(module.training for module in model.modules())
+    for parameter, (place, values) in zip(model.parameters(), before, strict=True):
+        assert parameter.data_ptr() == place and torch.equal(parameter, values)
+    move(model)
+    again = held.predictions(BATCHES["rows"])
+    assert torch.equal(first.hidden_ND, again.hidden_ND) and not again.hidden_ND.requires_grad
+
+
+def test_an_error_leaves_the_model_as_it_was(monkeypatch):
+    model, _, held = twice(SOME)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyError):
+        held.predictions({name: BATCHES["rows"][name] for name in ("mixed", "labels", "attention_mask")})
+    assert all(map(torch.equal, model.parameters(), before)) and model.training
+
+
+def test_a_batch_with_nothing_mixed_in_asks_nothing_of_the_base():
+    model, _, held = twice(SOME)
+    model.register_forward_pre_hook(lambda *args: pytest.fail("ran"))
+    assert held.predictions(collate([example(9, 1)], 258)) is None
+    unsupervised = Example([5, 6, 7], [IGNORE] * 3, mixed=(0,))
+    assert held.predictions(collate([example(9, 1), unsupervised], 258)) is None
+
+
+def test_only_rows_with_something_mixed_in_go_through_the_base():
+    model, _, held = twice(SOME)
+    has_plain_head(model)  # tries the model out
+    rows = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    held.predictions(BATCHES["rows"])
+    assert rows == [2]
