@@ -1,6 +1,8 @@
+import inspect
 import re
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import esft
 from esft.data.records import Record, as_record
@@ -107,3 +109,10 @@ def test_what_cannot_be_used_in_a_row_is_named_with_its_place(row, message: str)
 
 def test_what_a_user_says_may_have_the_weight_0():
     assert read({"messages": [USER | {"weight": 0}, REPLY | {"weight": 1}]}).messages[0]["weight"] == 0
+
+
+def test_what_a_rendering_says_itself_is_not_a_records_to_say():
+    said = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters.keys() - {"kwargs"}
+    for name in (*said, "messages"):  # the last one is what the template calls the conversation
+        with pytest.raises(esft.InputError, match=f"line 3: chat_template_kwargs cannot set {name}$"):
+            read({"messages": [USER, REPLY], "chat_template_kwargs": {name: None, "mood": "kind"}})
