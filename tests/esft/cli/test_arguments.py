@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from esft.cli import arguments as module
-from esft.cli.arguments import Parser, count, gigabytes, picture, resuming, share
+from esft.cli.arguments import Parser, budget, count, factor, first_layer, gigabytes, picture, resuming, share
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("17", 17), ("100000", 100_000)])
@@ -104,3 +104,35 @@ def test_only_plain_digits_are_a_count_or_a_share(text: str):
         count(text)
     with pytest.raises((ValueError, argparse.ArgumentTypeError)):
         share(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("24", 24), ("15%", 0.15), ("2.5%", 0.025), ("100%", 1.0)])
+def test_a_budget_is_a_number_or_a_share(text: str, value: float):
+    found = budget(text)
+    assert found == pytest.approx(value) and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["0%", "101%"])
+def test_a_budget_beyond_all_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^must be above 0% and at most 100%, got {text}$"):
+        budget(text)
+
+
+@pytest.mark.parametrize("text", ["0.5", "%", "-3%", "nan%", "1e2%", "many"])
+def test_a_budget_that_is_neither_is_refused(text: str):
+    with pytest.raises(ValueError):
+        budget(text)
+
+
+def test_a_factor_is_a_number_from_nothing_on():
+    assert (factor("0"), factor("1.25")) == (0, 1.25)
+    for text in ("-1", "nan", "inf", ""):
+        with pytest.raises(ValueError):
+            factor(text)
+
+
+def test_layers_from_one_on_are_its_number_and_a_colon():
+    assert (first_layer("0:"), first_layer("12:")) == (0, 12)
+    for text in ("12", ":12", "-1:", "a:", "12:14"):
+        with pytest.raises(argparse.ArgumentTypeError, match="^must be the first layer's number and a colon, as 12:, "):
+            first_layer(text)

@@ -14,7 +14,6 @@ from esft.experts.pooled_experts import Experts
 from esft.experts.stock_layout import is_stacked, read_layout, recognise
 from esft.selection import ExpertSelection
 from esft_kernels.activation import Activation
-from tests.esft import zoo
 from tests.esft.models import tiny_model, token_batch
 
 
@@ -418,22 +417,6 @@ def all_negative() -> Stacked:
 def test_a_module_that_computes_what_its_layout_says_up_to_rounding_is_read(stock: Callable):
     found, drawn = stock(), torch.get_rng_state()
     assert read_layout(found, "x").names == ("gate_up_proj", "down_proj") and torch.equal(torch.get_rng_state(), drawn)
-
-
-def test_experts_without_the_decorator_and_with_a_gate_of_their_own_train_through_plain_pytorch():
-    # Its experts clamp the activation's value, which the kernels cannot: they clamp before it.
-    config = {"swiglu_limits": [0.02, 0.02], "sliding_window": 16}
-    stock, swapped = zoo.tiny("step3p7", **config), zoo.tiny("step3p7", **config)
-    layers = moe_layers(stock)
-    with pytest.warns(UserWarning, match="Step3p7Experts: the kernels do not compute these experts"):
-        esft.swap(swapped, ExpertSelection({layers[-1].index: [3, 6]}))
-    direction = torch.randn(2, 9, 32)
-    for model in (stock, swapped):
-        (model(input_ids=zoo.tokens(), use_cache=False).last_hidden_state * direction).mean().backward()
-    expected = layers[-1].experts.gate_up_proj.grad[[3, 6]]
-    found = moe_layers(swapped)[-1].experts.trained_gate_up_proj.grad
-    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
-    assert expected.count_nonzero()
 
 
 def listed(model):

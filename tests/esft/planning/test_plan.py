@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft_kernels.formats.resolve import resolve_format
 from tests.esft import zoo
+from tests.esft.checkpoint.files import rewrite_json
 from tests.esft.models import save_tiny, tiny_model
 
 SELECTION = ExpertSelection({1: [2, 7], 2: [0]})
@@ -193,3 +195,10 @@ def test_of_layers_with_unlike_numbers_of_experts_each_trains_as_many_as_it_has(
     assert _assumed(SimpleNamespace(layers=layers), 0.2, 64)[1] == 64
     with pytest.raises(esft.InputError, match="^65 experts a layer: the model's layers have 64$"):
         _assumed(SimpleNamespace(layers=layers), 0.2, 65)
+
+
+def test_a_configuration_that_has_changed_is_planned_anew(folder):
+    before = plan(folder, SELECTION, config(), tokens=64)
+    rewrite_json(Path(folder) / "config.json", lambda values: values.update(hidden_size=128))
+    after = plan(folder, SELECTION, config(), tokens=64)
+    assert after.parameters > before.parameters and after.step > before.step

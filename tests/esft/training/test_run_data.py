@@ -5,7 +5,7 @@ import pytest
 import esft
 from esft.checkpoint.source import Reach
 from esft.data.batches import Packing, epoch_batches, steps
-from esft.data.mixing import Mix
+from esft.data.mixing import Mix, mixed_in
 from esft.data.report import data_report
 from esft.data.sources import DataSource, read_records
 from esft.runs.checkpoints import digest_of
@@ -167,3 +167,29 @@ def test_the_report_is_of_the_batches_that_are_trained_on(tmp_path, more: dict):
     assert found.report() == expected and found.mix is not None
     for other in ((None, together, alone), (found.mix, 1, False)):
         assert data_report(found.examples, 4, found.packing, *other).fill != expected.fill
+
+
+def with_mixed(paths, share: str, **settings) -> RunData:
+    config = TrainConfig(**({"batch_size": 4, "steps": 9} | settings))
+    return RunData(sources_of(paths[0]), tiny_tokenizer(), REACH, config, mixed_in(f"{paths[1]}:{share}")).read()
+
+
+def test_general_data_is_mixed_in_with_its_share_of_the_records(paths):
+    found = with_mixed(paths, "0.25", steps=100)
+    rows = [row for batch in found.batches(0) for row in batch]
+    assert sum(bool(row.mixed) for row in rows) / len(rows) == pytest.approx(0.25, abs=0.03)
+    of_task = [tiny_encoder(256).encode(record).ids for record in read_records(paths[0])]
+    assert all(row.ids in of_task for row in rows if not row.mixed)
+    assert found.report() is not None and found.report().records == 17
+    assert found.name == f"{paths[0]}, mixed with {paths[1]}:0.25"
+
+
+def test_what_is_mixed_in_is_a_part_of_the_digest(paths):
+    digests = [with_mixed(paths, share).digest() for share in ("0.25", "0.5")]
+    assert len({*digests, read(paths).digest(), read(paths[0]).digest()}) == 4
+    assert with_mixed(paths, "0.25").digest() == digests[0]
+
+
+def test_nothing_is_mixed_into_a_stream(paths):
+    with pytest.raises(esft.InputError, match=r"b.jsonl:0.25: nothing is mixed into data that is streamed$"):
+        with_mixed(paths, "0.25", streaming=True)
