@@ -203,6 +203,8 @@ def test_a_template_that_takes_all_memory_is_broken_off():
     tokenizer.chat_template = "{{ '%3000000000d' % 1 }}"
     with pytest.raises(esft.InputError, match=r"record 1: the chat template cannot render it \(MemoryError\)$"):
         encode_all(Encoder(tokenizer, 64), [record("a", "b")], "d.jsonl")
+    with pytest.raises(esft.InputError, match=r"^the chat template cannot render it \(MemoryError\)$"):
+        encode_prompt(tokenizer, Record([{"role": "user", "content": "a"}]))
 
 
 def test_a_bar_of_records_is_shown_on_a_terminal_where_it_is_asked_for(monkeypatch, capsys):

@@ -96,6 +96,14 @@ def test_compressed_lines_are_those_lines(tmp_path, suffix: str):
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
+def test_a_compressed_list_is_that_list(tmp_path, suffix: str):
+    path = tmp_path / f"d.json{suffix}"
+    path.write_bytes(PACKERS[suffix](b"\n [" + b'{"a": 1},' * 9000 + b'{"a": 2}]'))
+    found = read(path)
+    assert len(found) == 9001 and found[-1] == ("record 9001", {"a": 2})
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
 def test_a_compressed_file_that_is_none_or_cut_is_named(tmp_path, suffix: str):
     path = tmp_path / f"d.jsonl{suffix}"
     whole = PACKERS[suffix](b'{"a": 2}\n' * 5000)

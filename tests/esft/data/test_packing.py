@@ -3,7 +3,7 @@ import random
 import pytest
 
 from esft.data.examples import IGNORE, Example
-from esft.data.packing import Piece, laid, packed
+from esft.data.packing import Piece, _closing, laid, packed
 
 
 def drawn(count: int, longest: int, seed: int = 0) -> list[int]:
@@ -98,3 +98,19 @@ def test_of_what_leaves_equally_little_two_short_ones_close_a_row():
 def test_what_just_fits_is_in_the_row():
     assert packed([5, 3], [0, 1], 8, "bfd") == [[Piece(0, 0, 5), Piece(1, 0, 3)]]
     assert len(packed([5, 4], [0, 1], 8, "bfd")) == 2
+
+
+def test_what_opens_and_closes_rows_comes_from_behind_so_that_the_others_keep_their_order():
+    rows = packed([4, 2, 2, 2], range(4), 6, "bfd")
+    assert [[piece.example for piece in row] for row in rows] == [[0, 3], [2, 1]]
+
+
+def test_no_one_or_two_of_those_waiting_would_leave_less_of_a_room():
+    rng = random.Random(0)
+    for _ in range(300):
+        waiting = {size: range(rng.randint(1, 3)) for size in rng.sample(range(1, 40), rng.randint(1, 8))}
+        sizes, room = sorted(waiting), rng.randint(min(waiting), 60)
+        found = _closing(sizes, waiting, room)
+        pairs = [[a, b] for a in sizes for b in sizes if a != b or len(waiting[a]) > 1]
+        assert [size in waiting for size in found] == [True] * len(found) and found in [*pairs, *([a] for a in sizes)]
+        assert sum(found) == max(sum(some) for some in [*pairs, *([a] for a in sizes)] if sum(some) <= room)

@@ -1,6 +1,8 @@
+import inspect
 import re
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import esft
 from esft.data.records import Record, as_record
@@ -115,3 +117,10 @@ def test_choices_are_kept_where_they_are_texts_and_are_passed_over_where_they_ar
     assert as_record({**row, "choices": ["b", "c"]}, "f", "line 1").choices == ["b", "c"]
     for other in (None, [], ["b"], ["b", "b"], ["b", ""], ["b", 1], "bc", {"text": ["b", "c"]}):
         assert as_record({**row, "choices": other}, "f", "line 1").choices is None
+
+
+def test_what_a_rendering_says_itself_is_not_a_records_to_say():
+    said = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters.keys() - {"kwargs"}
+    for name in (*said, "messages"):  # the last one is what the template calls the conversation
+        with pytest.raises(esft.InputError, match=f"line 3: chat_template_kwargs cannot set {name}$"):
+            read({"messages": [USER, REPLY], "chat_template_kwargs": {name: None, "mood": "kind"}})

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,3 +166,21 @@ def test_a_folder_of_other_kinds_of_files_is_not_read(folder):
 def test_what_the_hub_does_not_have_is_named():
     with pytest.raises(esft.InputError, match=r"^no/such: no such file or folder, and no data set of"):
         read_records("no/such")
+
+
+def test_a_stream_is_opened_as_one_and_what_is_not_is_read_whole(folder, monkeypatch):
+    asked, real = [], datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append(k) or real(*a, **k))
+    for streaming in (True, False):
+        assert len(list(DataSource.of(f"{folder}@test").records(streaming))) == 2
+    assert asked == [{"split": "test", "streaming": True}, {"split": "test", "streaming": False}]
+
+
+def test_the_digest_of_a_stream_is_of_its_split_and_of_what_its_files_are(folder):
+    def digests() -> list[str]:
+        return [DataSource.of(text).digest(streaming=True) for text in (folder, f"{folder}@test")]
+
+    before = digests()
+    assert before == digests() and before[0] != before[1]
+    os.utime(folder / "train.jsonl", (1, 1))
+    assert all(one != other for one, other in zip(before, digests(), strict=True))

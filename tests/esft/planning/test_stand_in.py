@@ -89,6 +89,8 @@ def test_a_share_of_rows_that_experts_do_not_divide_is_the_largest_ones():
     assert sizes.longest(20, 2, backward=True, all_rows=False) == 3  # of 5 rows, of two experts
     assert sizes.longest(20, 2, backward=False, all_rows=False) == 5  # both together
     assert sizes.longest(20, 2, backward=True) == 15  # those of all that are frozen
+    few = Sizes(8, 2, (2 * F, D, F), 0.01)
+    assert few.longest(100_000, 2, backward=False) == rounded(99_000 // 6)  # those of one of six frozen experts
 
 
 def test_a_pass_has_buffers_weights_of_the_rows_and_room_to_unpack():

@@ -35,7 +35,7 @@ def same(one, other) -> bool:
     kept = [(s.selection, s.base, s.required_grad, s.frozen) for s in map(swapped_state, (one, other))]
     trains = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (one, other)]
     alike = all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*(t.values() for t in tensors), strict=True))
-    return alike and kept[0] == kept[1] and trains[0] == trains[1] and not one.training
+    return alike and kept[0] == kept[1] and trains[0] == trains[1] and not any(m.training for m in one.modules())
 
 
 def streams(monkeypatch) -> None:

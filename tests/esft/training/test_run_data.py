@@ -6,10 +6,12 @@ import esft
 from esft.checkpoint.source import Reach
 from esft.data.batches import Packing, epoch_batches, steps
 from esft.data.mixing import Mix, mixed_in
+from esft.data.report import data_report
 from esft.data.sources import DataSource, read_records
 from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
 from esft.storage.files import file_digest
+from esft.training import run_data
 from esft.training.run_data import RunData, held_out_sources, sources_of
 from tests.esft.models import chat, tiny_encoder, tiny_tokenizer, write_records
 
@@ -162,6 +164,29 @@ def test_several_streams_have_the_weights_and_the_seed_of_the_run(paths):
 def test_a_mix_of_one_source_is_that_source(paths):
     found = read([f"{paths[0]}:3"])
     assert found.mix is None and list(found.batches(0)) == list(read(paths[0]).batches(0))
+
+
+def test_how_records_are_encoded_is_what_the_settings_say(paths, monkeypatch):
+    asked, real = [], run_data.encoded
+    monkeypatch.setattr(run_data, "encoded", lambda source, encoder, *how: asked.append(how) or real(source, encoder))
+    settings = TrainConfig(batch_size=4, steps=9, dataset_num_proc=3)
+    for progress in (True, False):
+        found = RunData(sources_of(paths), tiny_tokenizer(), REACH, settings).read(progress)
+        found.held_out(DataSource.of(paths[0]), progress)
+    assert asked == [(3, True)] * 3 + [(3, False)] * 3
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_batch_size": 2}, {"padding_free": True}, {"packing": True}], ids=str)
+def test_the_report_is_of_the_batches_that_are_trained_on(tmp_path, more: dict):
+    for name, lengths in (("a", range(1, 30)), ("b", (1, 60))):
+        lines = [{"messages": chat("a", "b" * length)} for length in lengths]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read([f"{tmp_path}/a:1", f"{tmp_path}/b:3"], max_length=90, batch_size=4, **more)
+    together, alone = more.get("micro_batch_size"), more.get("padding_free", False)
+    expected = data_report(found.examples, 4, found.packing, found.mix, together, alone)
+    assert found.report() == expected and found.mix is not None
+    for other in ((None, together, alone), (found.mix, 1, False)):
+        assert data_report(found.examples, 4, found.packing, *other).fill != expected.fill
 
 
 def with_mixed(paths, share: str, **settings) -> RunData:

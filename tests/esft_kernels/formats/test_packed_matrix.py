@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from esft_kernels.formats import packed_matrix
+from esft_kernels.formats import nf4, packed_matrix
 from esft_kernels.formats.packed_matrix import ROW_FORMATS, decode, encode, layout, nbytes, packed_linear
 from esft_kernels.formats.resolve import FORMATS
 
@@ -87,3 +87,11 @@ def test_bad_weights_and_formats_are_refused():
         encode("int8", torch.full((2, 64), torch.nan), parts)
     with pytest.raises(ValueError, match="a matrix is kept in one of int8, nf4, got 'fp8'"):
         layout("fp8", 2, 64)
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_with_bitsandbytes_and_without_it_the_matrix_is_the_same(name, monkeypatch):
+    parts = encoded(name, torch.randn(9, 70))
+    found = decode(name, parts, 70, torch.bfloat16).clone()
+    monkeypatch.setattr(nf4, "bitsandbytes", lambda: None)
+    assert torch.equal(decode(name, parts, 70, torch.bfloat16), found)
