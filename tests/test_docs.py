@@ -35,7 +35,7 @@ def lines(page: Path) -> Iterator[tuple[str, bool]]:
 
 
 def spelled(line: str) -> Iterator[str]:
-    """A line of usage with the first of all its [choices | among | some] and this|or|that; with the second; and so on."""
+    """A line of usage with the first of its [choices | among | some] and this|or|that; with the second; and so on."""
     choices = re.compile(r"\[([^]]*)\]|(?<= )(\w+(?:\|\w+)+)")
     for i in range(1 + line.count("|")):
 
