@@ -95,7 +95,7 @@ def test_libraries_are_hushed_and_our_own_warnings_are_not(monkeypatch):
             assert not logging.getLogger("some.library").isEnabledFor(logging.WARNING)
             assert logging.getLogger("esft").isEnabledFor(logging.WARNING)
             warnings.warn_explicit("of others", UserWarning, "x.py", 1, module="torch.nn")
-            warnings.warn_explicit("ours", UserWarning, "y.py", 1, module="esft.cli.commands")
+            warnings.warn_explicit("ours", UserWarning, "y.py", 1, module="esft.cli.parser")
         assert [str(each.message) for each in heard] == ["ours"]
     finally:
         theirs.set_verbosity(before)

@@ -1,0 +1,70 @@
+"""``esft select``: choose the experts to train, from their scores."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from esft.cli.arguments import picture, share
+from esft.cli.options import Stages, add_stage, add_trust
+from esft.cli.output import say
+from esft.errors import InputError, reading
+from esft.scoring.expert_scores import ExpertScores
+from esft.selection import ExpertSelection
+from esft.storage.outputs import check_new_file
+
+
+def add(stages: Stages) -> None:
+    sub = add_stage(stages, "select", "choose the experts to train from their scores")
+    sub.add_argument("--scores", required=True)
+    sub.add_argument("--by", choices=("token", "gate"), default="token")
+    sub.add_argument("--top-p", type=share, default=0.2, help="share of a layer's scores to reach (default 0.2)")
+    sub.add_argument("--out", required=True, help="selection file (expert_cfg.json layout)")
+    sub.add_argument("--model", help="check that the scores are of this model")
+    sub.add_argument("--shared-experts", action="store_true", help="train the shared experts as well")
+    sub.add_argument("--non-expert-modules", action="store_true", help="train everything that is no expert as well")
+    sub.add_argument("--plot", type=picture, metavar="PNG", help="also draw the scores with the chosen experts marked")
+    sub.add_argument("--overwrite", action="store_true")
+    add_trust(sub)
+
+
+def run(args: argparse.Namespace) -> None:
+    inputs = [args.scores, args.model]
+    check_new_file(args.out, ExpertSelection.load if args.overwrite else None, [*inputs, args.plot])
+    if args.plot is not None:
+        check_new_file(args.plot, _check_plot if args.overwrite else None, [*inputs, args.out])
+    from esft.scoring.select import select_experts
+
+    scores = ExpertScores.load(args.scores)
+    if args.model is not None:
+        _check_model(args, scores)
+    chosen = select_experts(scores, args.by, args.top_p)
+    selection = replace(chosen, shared_experts=args.shared_experts, non_expert_modules=args.non_expert_modules)
+    if args.plot is not None:
+        from esft.scoring.plot import plot_scores
+
+        plot_scores(scores, selection, args.plot, by=args.by)
+    selection.save(args.out)
+    for layer, ids in selection.experts.items():
+        say(f"layer {layer}: {ids}")
+    total = sum(len(experts) for experts in scores.token_scores.values())
+    say(f"{selection.num_experts} of {total} experts in {args.out}")
+
+
+def _check_model(args: argparse.Namespace, scores: ExpertScores) -> None:
+    from esft.checkpoint.load import load_skeleton
+    from esft.experts.moe_layers import moe_layers
+
+    with reading(args.model):
+        layers = moe_layers(load_skeleton(args.model, args.trust_remote_code))
+    scores.check({layer.index: layer.num_experts for layer in layers})
+    chosen = ExpertSelection({}, shared_experts=args.shared_experts)
+    chosen.check({}, any(layer.shared_experts for layer in layers))
+
+
+def _check_plot(path: Path) -> None:
+    """Raise InputError for a file that is no picture of ``plot_scores``."""
+    content = path.read_bytes()
+    if not content.startswith((b"\x89PNG", b"%PDF", b"<?xml")) or b"Matplotlib" not in content:
+        raise InputError("not a picture that matplotlib has drawn")

@@ -1,0 +1,75 @@
+"""``esft train``: fine-tune, into a run folder."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from esft.cli.inputs import source_of
+from esft.cli.options import DATA, Stages, add_quiet, add_settings, add_stage, add_trust, as_text
+from esft.cli.output import say
+from esft.errors import InputError, reading
+from esft.runs.config import TrainConfig
+from esft.selection import ExpertSelection
+from esft.storage.outputs import check_apart
+
+
+def add(stages: Stages) -> None:
+    sub = add_stage(stages, "train", "fine-tune on chat records")
+    sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    sub.add_argument("--data", required=True, action="append", help=f"{DATA}; again for more, with :WEIGHT each")
+    sub.add_argument("--eval-data", help="the same, whose loss is watched")
+    sub.add_argument("--experts", help="selection file, for method esft")
+    sub.add_argument("--out", required=True, help="run folder")
+    sub.add_argument("--config", help="YAML settings; the arguments here override it")
+    sub.add_argument("--help-config", action=_Settings, help="list the settings of such a file and exit")
+    add_settings(sub)
+    sub.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
+    add_trust(sub)
+    add_quiet(sub)
+
+
+class _Settings(argparse.Action):
+    """Lists every setting of a training run, as a YAML file has it, and ends."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**(options | {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}))
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        for each in fields(TrainConfig):
+            allowed = ", ".join(each.metadata["choices"]) or each.metadata["within"]
+            kind = ", ".join(filter(None, (each.type, allowed)))
+            print(f"{each.name}: {as_text(each.default)}  # {kind}: {each.metadata['text']}")
+        parser.exit()
+
+
+def run(args: argparse.Namespace) -> None:
+    overrides = {each.name: getattr(args, each.name) for each in fields(TrainConfig)}
+    settings = args.config
+    if not args.resume:  # a run that goes on may be told its own files
+        check_apart(args.out, args.config, args.experts)
+    elif settings is None:
+        from esft.runs.opened import latest
+
+        begun = latest(args.out).path / "config.yaml"
+        settings = begun if begun.is_file() else None
+    config = TrainConfig.load(settings, **overrides)
+    selection = ExpertSelection.load(args.experts) if args.experts is not None else None
+    if selection is None and config.method == "esft" and not args.resume:
+        raise InputError("--method esft needs an expert selection: --experts")
+    for data in (*args.data, args.eval_data):
+        if data is not None:
+            source_of(data)
+    from esft.training.loop import train
+
+    with reading(args.model):
+        result = train(
+            args.model, args.data, args.out, config, selection, args.eval_data, args.resume, args.overwrite,
+            progress=not args.quiet, trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+    say(
+        f"loss {result.train_loss:.3f}, {result.trained_parameters:,} parameters trained, "
+        f"{result.stored_bytes:,} bytes stored, {result.seconds:.0f} s, run in {args.out}"
+    )

@@ -1,0 +1,50 @@
+"""What ``esft plan`` hands to the Python calls that it covers, and what it prints and writes."""
+
+import json
+
+import pytest
+import torch
+
+import esft
+from esft.cli.parser import main
+from esft.runs.config import TrainConfig
+from esft.selection import ExpertSelection
+from tests.esft.models import save_tiny
+
+
+def test_plan_prints_what_fits_what_to_change_and_json(tmp_path, capsys):
+    model = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    (model / "model.safetensors").unlink()
+    ExpertSelection({1: [2, 7], 2: [0]}).save(tmp_path / "e.json")
+    usual = ["plan", "--model", str(model), "--tokens", "64", "--experts", str(tmp_path / "e.json")]
+    assert main([*usual, "--memory-gb", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "Computed, not measured: esft, 64 tokens in 1 records" in shown and "Fits 16 GB." in shown
+    assert main([*usual, "--memory-gb", "0.001"]) == 0
+    assert "Does not fit 0.001 GB; nor with any setting" in capsys.readouterr().out
+    assert main([*usual, "--frozen", "all", "--optimizer", "adamw_8bit", "--batch-size", "4", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["frozen"] for line in lines] == ["bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4"]
+    assert all((line["optimizer"], line["records"], line["tokens"]) == ("adamw_8bit", 4, 64) for line in lines)
+    config = TrainConfig(batch_size=4, optimizer="adamw_8bit")
+    assert lines[2] == vars(
+        esft.plan(str(model), ExpertSelection.load(tmp_path / "e.json"), config, frozen="nf4", tokens=64)
+    )
+    assert main([*usual, "--memory-gb", "16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"] is True
+
+
+def test_plan_names_what_is_wrong(tmp_path, capsys):
+    model = save_tiny(tmp_path / "base")
+    for more, message in (
+        (["--frozen", "nf4", "--method", "lora"], "frozen nf4 goes with the method esft, not with lora"),
+        (["--experts-per-layer", "9"], "9 experts a layer: the model's layers have 8"),
+        (["--experts", str(tmp_path / "no.json")], "no.json"),
+        (["--tokens", "3", "--batch-size", "4"], "3 tokens cannot be those of 4 records"),
+    ):
+        assert main(["plan", "--model", str(model), *more]) == 2
+        assert message in capsys.readouterr().err
+    for more in (["--memory-gb", "0"], ["--memory-gb", "x"], ["--tokens", "0"], ["--top-p", "2"], ["--frozen", "x"]):
+        with pytest.raises(SystemExit):
+            main(["plan", "--model", str(model), *more])
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,45 @@
+"""What ``esft score`` hands to the Python calls that it covers, and what it prints and writes."""
+
+import pytest
+import torch
+
+import esft
+from esft.cli.parser import main
+from tests.esft.cli.conftest import stage
+from tests.esft.models import save_tiny
+
+
+def test_score_loads_the_model_and_scores_windows_of_the_data(work, calls, capsys):
+    scores = esft.ExpertScores({1: {0: 1.0}, 2: {0: 1.0}}, {1: {0: 1.0}, 2: {0: 1.0}})
+    calls.watch("score_experts", scores)
+    calls.watch("windows", "batches")
+    stage(
+        "score --model m --data d.jsonl --out s.json --max-length 30 --batch-size 2 --max-tokens 77 --dtype float32 "
+        "--backend reference --frozen nf4 --frozen-linear int8"
+    )
+    assert calls.of["load_with_adapter"] == [(("m", None, "nf4", "float32", "reference", False, True, "int8"), {})]
+    assert calls.of["load_tokenizer"] == calls.of["open_config"] == [(("m", False), {})]
+    (((examples, length, batch_size), _),) = calls.of["windows"]
+    assert (len(examples), length, batch_size) == (6, 30, 2)
+    assert calls.of["score_experts"] == [(("a model", "batches", 77), {"progress": True})]
+    assert esft.ExpertScores.load("s.json") == scores
+    assert capsys.readouterr().out == "scores of 2 layers in s.json\n"
+
+
+def test_score_keeps_a_file_that_is_there_and_replaces_it_where_it_is_told(work, calls, capsys):
+    calls.watch("score_experts", esft.ExpertScores({1: {0: 1.0}}, {1: {0: 1.0}}))
+    esft.ExpertScores({1: {0: 0.5, 1: 0.5}}, {1: {0: 0.5, 1: 0.5}}).save(work / "s.json")
+    assert main("score --model m --data d.jsonl --out s.json".split()) == 2
+    assert "s.json: exists already" in capsys.readouterr().err and "load_with_adapter" not in calls.of
+    stage("score --model m --data d.jsonl --out s.json --overwrite")
+    assert esft.ExpertScores.load("s.json").token_scores == {1: {0: 1.0}}
+
+
+def test_scores_of_a_real_model_add_up(work):
+    save_tiny(work / "base")
+    stage("score --model base --data d.jsonl --out s.json --max-length 64")
+    scores = esft.ExpertScores.load("s.json")
+    assert list(scores.token_scores) == [1, 2]
+    for layer in scores.token_scores.values():
+        assert sum(layer.values()) == pytest.approx(1, abs=1e-3)
+    assert torch.is_grad_enabled()

@@ -1,0 +1,63 @@
+"""What ``esft select`` hands to the Python calls that it covers, and what it prints and writes."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import esft
+from esft.cli.parser import main
+from esft.selection import ExpertSelection
+from tests.esft.cli.conftest import put, stage
+
+
+@pytest.fixture
+def scored(work):
+    token = {1: {0: 0.6, 1: 0.4}, 2: {0: 0.1, 1: 0.9}}
+    gate = {1: {0: 0.2, 1: 0.8}, 2: {0: 0.7, 1: 0.3}}
+    esft.ExpertScores(token, gate).save(work / "s.json")
+    return work
+
+
+@pytest.mark.parametrize(
+    ("more", "experts", "flags"),
+    [
+        ("", {1: [0], 2: [1]}, (False, False)),
+        ("--by gate", {1: [1], 2: [0]}, (False, False)),
+        ("--top-p 0.7 --shared-experts", {1: [0, 1], 2: [1]}, (True, False)),
+        ("--non-expert-modules", {1: [0], 2: [1]}, (False, True)),
+    ],
+)
+def test_select_writes_and_prints_the_choice(scored, capsys, more: str, experts: dict, flags: tuple):
+    stage(f"select --scores s.json --out e.json {more}")
+    chosen = ExpertSelection.load("e.json")
+    assert (chosen.experts, (chosen.shared_experts, chosen.non_expert_modules)) == (experts, flags)
+    count = sum(map(len, experts.values()))
+    lines = [f"layer {layer}: {ids}" for layer, ids in experts.items()]
+    assert capsys.readouterr().out.splitlines() == [*lines, f"{count} of 4 experts in e.json"]
+    assert main(f"select --scores s.json --out e.json {more}".split()) == 2
+    assert "e.json: exists already" in capsys.readouterr().err
+    stage(f"select --scores s.json --out e.json --overwrite {more}")
+
+
+def test_select_draws_what_it_chose_by_and_keeps_a_picture_that_is_there(scored, calls, capsys):
+    calls.watch("plot_scores", None)
+    stage("select --scores s.json --out e.json --by gate --plot p.png")
+    ((arguments, named),) = calls.of["plot_scores"]
+    assert arguments == (esft.ExpertScores.load("s.json"), ExpertSelection.load("e.json"), "p.png")
+    assert named == {"by": "gate"}
+    (scored / "p.png").write_text("")
+    assert main("select --scores s.json --out new.json --plot p.png".split()) == 2
+    assert "p.png: exists already" in capsys.readouterr().err and not (scored / "new.json").exists()
+    stage("select --scores s.json --out new.json --plot p.png --overwrite")
+
+
+def test_select_holds_the_scores_to_the_model(scored, calls, monkeypatch, capsys):
+    put(monkeypatch, "moe_layers", lambda model: [SimpleNamespace(index=1, num_experts=2)])
+    assert main("select --scores s.json --out e.json --model m".split()) == 2
+    assert "another model" in capsys.readouterr().err
+    two = [SimpleNamespace(index=index, num_experts=2, shared_experts=[]) for index in (1, 2)]
+    put(monkeypatch, "moe_layers", lambda model: two)
+    assert main("select --scores s.json --out e.json --model m --shared-experts".split()) == 2
+    assert "selection names shared experts; the model has none" in capsys.readouterr().err
+    stage("select --scores s.json --out e.json --model m --trust-remote-code")
+    assert calls.of["load_skeleton"][-1] == (("m", True), {})
