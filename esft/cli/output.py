@@ -21,6 +21,7 @@ DEBUG = "ESFT_DEBUG"
 _TURNS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # What messages call the arguments that are options here: they are made for callers from Python.
 _ARGUMENT = re.compile(r"`(overwrite|resume|trust_remote_code)=True`|`(max_length)=(\d+)`")
+_NO_LINE_END = re.compile(r"[^\n\t]+")
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")
 
 
@@ -45,6 +46,11 @@ def _option(flag: str | None, name: str | None, value: str | None) -> str:
 def say(*lines: str) -> None:
     """Lines on standard output."""
     print("\n".join(map(printable, lines)))
+
+
+def say_part(text: str) -> None:
+    """A part of a text on standard output, at once; line ends and tabs are its own."""
+    print(_NO_LINE_END.sub(lambda found: printable(found[0]), text), end="", flush=True)
 
 
 def say_marked(parts: Iterable[tuple[str, bool]]) -> None:

@@ -13,7 +13,7 @@ from types import ModuleType
 from esft.cli.allocator import settle_memory
 from esft.cli.arguments import Parser, resuming
 from esft.cli.output import complain, explain, hush_libraries, listen
-from esft.cli.stages import data, eval, generate, merge, plan, report, score, select, train
+from esft.cli.stages import chat, data, eval, generate, merge, plan, report, score, select, train
 from esft.errors import Interrupted
 
 STAGES: dict[str, ModuleType] = {
@@ -24,6 +24,7 @@ STAGES: dict[str, ModuleType] = {
     "plan": plan,
     "eval": eval,
     "generate": generate,
+    "chat": chat,
     "merge": merge,
     "report": report,
 }

@@ -30,6 +30,6 @@ def run(args: argparse.Namespace) -> None:
         reach = Reach.of(open_config(args.model, args.trust_remote_code))
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
         encode_prompts(tokenizer, prompts, reach, reach.length(args.max_length))  # before the model is loaded
-        replies = answer(load_for(args, adapter), tokenizer, prompts, args.max_new_tokens)
+        replies = answer(load_for(args, adapter), tokenizer, prompts, args.max_new_tokens, args.batch_size)
     for text, reply in zip(args.prompt, replies, strict=True):
         say(text, *f"    {reply}".split("\n"))
