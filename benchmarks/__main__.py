@@ -2,6 +2,7 @@
 
     python -m benchmarks layer    [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
     python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
+    python -m benchmarks methods  [--out build/methods] [--seeds 3] [--smoke]
     python -m benchmarks data     [--records 50000] [--words 80] [--processes 2] [--data train.jsonl]
     python -m benchmarks tune     --out tiles.json [--shapes deepseek-v2-lite] [--tokens 4096]
     python -m benchmarks scale    --model deepseek-v2-lite --frozen nf4 [--optimizer adamw_8bit] [--memory-gb 24]
@@ -9,11 +10,12 @@
     python -m benchmarks roofline [--shapes deepseek-v2-lite] [--tokens 16384] [--gpu H100]
 
 ``layer`` checks one MoE layer on the device at hand, then times it; ``step`` does so with training steps of a small
-model, on the GPU where there is one. ``data`` times the encoding of records, and says how much of batches is padding.
-``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``tune`` tries other tiles on
-this machine's GPU and writes the fastest into a file for ESFT_TILES to name. ``roofline`` computes what the kernels'
-FLOPs and bytes allow on GPUs that need not be here, ``plan`` what training known models takes: nothing in them is
-measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
+model, on the GPU where there is one. ``methods`` trains that model by several methods on several tasks and seeds, which
+takes hours, and goes on where it was stopped. ``data`` times the encoding of records, and says how much of batches is
+padding. ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``tune`` tries other
+tiles on this machine's GPU and writes the fastest into a file for ESFT_TILES to name. ``roofline`` computes what the
+kernels' FLOPs and bytes allow on GPUs that need not be here, ``plan`` what training known models takes: nothing in them
+is measured. Without a name, ``layer`` runs. Each prints a table for people and one JSON line for machines.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import data, layer, plan, random_checkpoint, roofline, scale, step, tune
+from benchmarks.methods import study
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
 from esft.runs.report import table
@@ -159,6 +162,7 @@ def _scale(argv: list[str]) -> None:
     parser.add_argument("--frozen-linear", choices=FROZEN_LINEAR, default="bf16", help="and other frozen layers")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--recompute", choices=RECOMPUTES, default="none")
+    parser.add_argument("--micro-batch-size", type=int, default=scale.RECORDS, help="records computed together")
     parser.add_argument("--memory-gb", type=float, help="hold every stage to this, in a control group")
     every = f"{', '.join(scale.STAGES)}; and of others {', '.join(scale.PEERS)}"
     parser.add_argument("--stages", default=",".join(scale.STAGES), help=f"comma-separated: {every}")
@@ -169,7 +173,8 @@ def _scale(argv: list[str]) -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         file = args.folder / f"{args.model}.{args.experts_per_layer}.json"
         args.experts = scale.first_experts(args.model, args.experts_per_layer, file)
-    settings = {name: getattr(args, name) for name in ("frozen", "frozen_linear", "optimizer", "recompute")}
+    kept = "frozen frozen_linear optimizer recompute micro_batch_size".split()
+    settings = {name: str(getattr(args, name)) for name in kept}
     rows = scale.measure(args.model, settings, args.experts, args.folder, args.memory_gb, stages)
     print(table(scale.shown(rows)))
     print(json.dumps({"model": args.model, "memory_gb": args.memory_gb, **settings, "measured": rows}))
@@ -181,6 +186,7 @@ COMMANDS = {
     "tune": _tune,
     "layer": _layer,
     "step": _step,
+    "methods": study.main,
     "data": _data,
     "roofline": _roofline,
 }

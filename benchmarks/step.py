@@ -22,6 +22,7 @@ from esft.runs.config import TrainConfig
 from esft.training.evaluate import batch_loss
 from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
+from esft.training.short_attention import use_short_attention
 
 RATE = 1e-6  # small enough that a model timed for long stays what it was
 TRAINED_SHARE = 5 / 64  # of the experts, as published
@@ -61,7 +62,7 @@ def ours(path: str, batch: dict[str, Tensor], method: str) -> Trainer:
         selection = esft.ExpertSelection(chosen)
     config = TrainConfig(method=method, lr=RATE, dtype="bfloat16")
     model, _ = METHODS[method].prepare(Source(path), config, selection)
-    model.train()
+    use_short_attention(model.train())
     optimizer = MasterAdamW(model.named_parameters(), config)
 
     def loss() -> Tensor:

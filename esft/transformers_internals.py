@@ -6,7 +6,9 @@ When a new version changes some of this, only this file has to follow it, and ``
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +24,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -30,7 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 TRIED = ("5.20.2", "5.23.0")  # the versions of transformers with which all tests have passed
 
-__all__ = ["ALL_EXPERTS_FUNCTIONS", "CHAT_TEMPLATE_DIR"]
+__all__ = ["ALL_EXPERTS_FUNCTIONS", "CHAT_TEMPLATE_DIR", "eager_mask", "sdpa_attention_forward", "sdpa_mask"]
 
 
 # Chat templates.
@@ -52,6 +56,29 @@ def render_with_marks(
     )
     (text,), (marks,) = rendered
     return text, marks
+
+
+# Attention.
+
+
+def plain_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """The attention in plain products that stands in a model's own file; None where there is none.
+
+    It takes the module, query, key and value [B, heads, L, head size], what is added to the scores, and options.
+    """
+    return vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
+
+
+def has_fused_attention(model: PreTrainedModel) -> bool:
+    """Whether a model's attention is PyTorch's fused one, and may be another: some models' code asks for its name, and
+    computes something else where it does not know it."""
+    if model.config._attn_implementation != "sdpa":
+        return False
+    try:
+        code = inspect.getsource(sys.modules[type(model).__module__])
+    except OSError:  # nobody knows
+        return False
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", code) is None
 
 
 # Models.

@@ -15,6 +15,7 @@ from esft.errors import InputError, first_line
 from esft.planning.live_bytes import LiveBytes
 from esft.planning.stand_in import Sizes, StandIn
 from esft.training.loss import linear_cross_entropy
+from esft.training.short_attention import use_short_attention
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def _materialise(model: nn.Module) -> None:
 def _measured(causal_lm: Any, batch: Batch, recompute_layers: bool) -> StepBytes:
     if recompute_layers:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    use_short_attention(causal_lm)
     ids = torch.zeros(batch.records, batch.length, dtype=torch.int64)
     labels, mask = ids.flatten(), torch.ones_like(ids)
     head = causal_lm.get_output_embeddings().weight

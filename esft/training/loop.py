@@ -38,6 +38,7 @@ from esft.training.optim import MasterAdamW
 from esft.training.run_data import Data, RunData, sources_of
 from esft.training.schedule import learning_rate
 from esft.training.separation import check_separates
+from esft.training.short_attention import use_short_attention
 
 logger = logging.getLogger("esft")
 
@@ -112,6 +113,7 @@ def train(
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
         model, base = METHODS[config.method].prepare(source, config, selection)
+        use_short_attention(model)
         digests = {"model": base.digest, "data": run_data.digest()}
         if resume:
             folder.check_origin(digests, base.settings, {"model": model_path, "data": run_data.name})

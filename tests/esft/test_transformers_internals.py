@@ -66,6 +66,24 @@ FLAGS = {  # gated, transposed, biased, a function of its own, a norm
 }
 
 
+def test_attention_may_be_another_where_it_is_fused_and_no_code_asks_for_its_name(monkeypatch):
+    assert internals.has_fused_attention(zoo.tiny("olmoe"))
+    assert not internals.has_fused_attention(zoo.tiny("gpt_oss"))  # plain, with sinks
+    assert not internals.has_fused_attention(zoo.tiny("deepseek_v32"))  # its indexer asks
+    monkeypatch.setattr(internals.inspect, "getsource", lambda module: (_ for _ in ()).throw(OSError()))
+    assert not internals.has_fused_attention(zoo.tiny("olmoe"))
+
+
+def test_plain_attention_stands_beside_a_models_own():
+    model = zoo.tiny("olmoe")
+    attention = model.model.layers[0].self_attn
+    query, key, value = (torch.randn(1, 4, 3, 8) for _ in range(3))
+    out, _ = internals.plain_attention(attention)(attention, query, key, value, None, scaling=0.5)
+    expected = torch.softmax(0.5 * query @ key.transpose(2, 3), -1) @ value
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert internals.plain_attention(torch.nn.Linear(1, 1)) is None
+
+
 @pytest.mark.parametrize("family", FLAGS)
 def test_what_stacked_experts_say_of_themselves(family: str):
     model = zoo.tiny(family)

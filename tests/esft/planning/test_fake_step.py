@@ -12,6 +12,7 @@ from esft.planning.live_bytes import LiveBytes
 from esft.planning.outline import outline, require_beside, skeleton_of
 from esft.planning.stand_in import Sizes
 from esft.training.evaluate import batch_loss, has_plain_head
+from esft.training.short_attention import use_short_attention
 from tests.esft.models import tiny_model
 
 WIDE = {"hidden_size": 128, "vocab_size": 3000, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -39,6 +40,7 @@ def measured(model, trained: int, batch: Batch, layers: bool = False, others: bo
     selection = esft.ExpertSelection(chosen, non_expert_modules=others, shared_experts=others)
     esft.swap(model, selection, "cpu", recompute)
     has_plain_head(model.eval())
+    use_short_attention(model)
     ids = torch.randint(5, 250, (batch.records, batch.length))
     # Padding somewhere, as in most batches: attention has a mask then.
     mask = torch.ones_like(ids)

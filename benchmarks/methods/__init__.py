@@ -1,0 +1,1 @@
+"""Fine-tuning methods on several tasks and seeds: the comparison of the paper's tables, with error bars."""

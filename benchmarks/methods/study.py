@@ -1,0 +1,114 @@
+"""All cells of the comparison, each in a process of its own; what is measured already is not measured again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import tables, tasks
+from benchmarks.methods.cell import METHODS, Cell, measure
+from esft.storage.files import write_json
+
+RESULTS = Path(__file__).parent / "results.json"  # what docs/comparison.md is made from
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared: tasks, methods, seeds of the test, steps of a training, and sizes of the tasks' splits."""
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    sizes: dict[str, int]
+
+    def trials(self) -> list[Cell]:
+        """For the choice of each method's rate, on the validation split."""
+        return [
+            Cell(task, method, rate, 0, "validation", self.steps)
+            for task in self.tasks
+            for method in self.methods
+            for rate in METHODS[method].rates
+            if len(METHODS[method].rates) > 1
+        ]
+
+    def finals(self, known: dict[Cell, dict[str, Any]]) -> list[Cell]:
+        """For the tables, at the rates that the trials have shown to be best; of those whose trials are all known."""
+        cells = []
+        for task in self.tasks:
+            for method in self.methods:
+                rates = METHODS[method].rates
+                tried = [Cell(task, method, rate, 0, "validation", self.steps) for rate in rates]
+                if len(rates) == 1 or all(cell in known for cell in tried):
+                    best = (max(tried, key=lambda cell: known[cell]["score"]) if len(tried) > 1 else tried[0]).rate
+                    seeds = self.seeds if METHODS[method].train else self.seeds[:1]
+                    cells += [Cell(task, method, best, seed, "test", self.steps) for seed in seeds]
+        return cells
+
+
+def measured(study: Study, folder: Path, workers: int) -> dict[Cell, dict[str, Any]]:
+    """All cells, ``workers`` at a time; of a study that is stopped, those that are done count when it goes on."""
+    for task in study.tasks:
+        tasks.files(task, folder / "tasks", study.sizes)
+    tasks.general(folder)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    for cells in (study.trials, lambda: study.finals(dict(_known(folder)))):
+        known = dict(_known(folder))
+        left = [cell for cell in cells() if cell not in known]
+        with ThreadPoolExecutor(workers) as pool:
+            for done, _ in enumerate(pool.map(lambda cell: _in_a_process(cell, folder), left), 1):
+                print(f"{done} of {len(left)} cells", flush=True)
+    wanted = [*study.trials(), *study.finals(known := dict(_known(folder)))]
+    return {cell: known[cell] for cell in wanted}
+
+
+def _known(folder: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    for file in sorted((folder / "cells").glob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        yield Cell(**{name: found[name] for name in Cell.__dataclass_fields__}), found
+
+
+def _in_a_process(cell: Cell, folder: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.methods.study", str(folder), json.dumps(asdict(cell))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{cell.name}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def one(folder: Path, cell: Cell) -> None:
+    """Measure a cell and leave what was found in its file."""
+    task = folder / "tasks" / cell.task
+    found = measure(cell, task, folder / "general.jsonl", folder / "runs" / cell.name)
+    write_json(folder / "cells" / f"{cell.name}.json", found)
+
+
+SMOKE = Study(("settings",), ("base", "esft-token, shared"), (1, 2), 2, {"train": 64, "validation": 16, "test": 16})
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks methods", description="fine-tuning methods with error bars")
+    parser.add_argument("--out", type=Path, default=Path("build/methods"), help="of everything written; goes on there")
+    parser.add_argument("--tasks", default=",".join(tasks.TASKS), help="comma-separated (default: all)")
+    parser.add_argument("--methods", default=";".join(METHODS), help="separated by ; (default: all)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time")
+    parser.add_argument("--smoke", action="store_true", help="two methods on a few records, to see that all works")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures go")
+    args = parser.parse_args(argv)
+    chosen = tuple(args.tasks.split(",")), tuple(args.methods.split(";")), tuple(range(1, args.seeds + 1))
+    study = SMOKE if args.smoke else Study(*chosen, args.steps, tasks.SIZES)
+    found = measured(study, args.out, args.workers)
+    write_json(args.results, [found[cell] for cell in sorted(found)])
+    print(tables.page([found[cell] for cell in sorted(found)]))
+
+
+if __name__ == "__main__":
+    one(Path(sys.argv[1]), Cell(**json.loads(sys.argv[2])))
