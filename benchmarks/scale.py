@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import time
 from pathlib import Path
 
-import torch
-
+from benchmarks.dense import dense_rate, flops_per_token
 from benchmarks.measured_process import python, run
 from benchmarks.random_checkpoint import MODELS, write_checkpoint
 from esft.checkpoint.load import load_skeleton, load_tokenizer
@@ -109,35 +107,6 @@ def _of_training(run_folder: Path, base: Path, experts: Path) -> dict:
         "share_of_dense": speed * flops / rate,
         "disk_gb": _size(run_folder / "adapter"),
     }
-
-
-def flops_per_token(path: str, selection: ExpertSelection) -> float:
-    """Of a training step: two for each weight that a token meets in the forward and in the backward down to the lowest
-    trained layer, and two for each trained one's gradient. Attention's own products are left out."""
-    model = load_skeleton(path)
-    layers = {layer.index: layer for layer in moe_layers(model)}
-    config = model.config.get_text_config()
-    embedding = model.get_input_embeddings()
-    others = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in embedding.parameters())
-    others -= sum(p.numel() for layer in layers.values() for p in layer.parameters)
-    expert = {index: sum(w.numel() for w in layer.weights(0).values()) for index, layer in layers.items()}
-    active = sum(size * config.num_experts_per_tok for size in expert.values())
-    trained = sum(
-        size * config.num_experts_per_tok * len(selection.experts.get(index, [])) / layers[index].num_experts
-        for index, size in expert.items()
-    )
-    return 2 * (2 * (others + active) + trained)
-
-
-def dense_rate(size: int = 2048, seconds: float = 2.0) -> float:
-    """FLOPs a second of square bf16 products, the median of some."""
-    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
-    out, rates, begun = torch.empty(size, size, dtype=torch.bfloat16), [], time.monotonic()
-    while time.monotonic() - begun < seconds:
-        start = time.monotonic()
-        torch.mm(a, b, out=out)
-        rates.append(2 * size**3 / (time.monotonic() - start))
-    return sorted(rates)[len(rates) // 2]
 
 
 def _size(folder: Path) -> float:

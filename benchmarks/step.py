@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import esft
+from benchmarks.dense import dense_products, flops_per_token
 from benchmarks.layer import interleaved
 from esft.checkpoint.load import load_model, load_skeleton
 from esft.data.examples import IGNORE
@@ -27,6 +28,7 @@ from esft.training.short_attention import use_short_attention
 RATE = 1e-6  # small enough that a model timed for long stays what it was
 TRAINED_SHARE = 5 / 64  # of the experts, as published
 SUPERVISED = 0.35  # share of a record's tokens in assistant turns, as in the examples' task
+DENSE = "the FLOPs of our step, as one dense product"
 BACKENDS = ("eager", "batched_mm", "grouped_mm")  # of transformers
 
 
@@ -53,13 +55,15 @@ def make_batch(vocabulary: int, records: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def chosen_experts(path: str) -> esft.ExpertSelection:
+    """As many experts a layer as the published selections choose."""
+    layers = moe_layers(load_skeleton(path))
+    return esft.ExpertSelection({m.index: list(range(max(1, round(TRAINED_SHARE * m.num_experts)))) for m in layers})
+
+
 def ours(path: str, batch: dict[str, Tensor], method: str) -> Trainer:
-    """Our training loop's step. For ``esft`` as many experts a layer as the published selections choose."""
-    selection = None
-    if method == "esft":
-        layers = moe_layers(load_skeleton(path))
-        chosen = {m.index: list(range(max(1, round(TRAINED_SHARE * m.num_experts)))) for m in layers}
-        selection = esft.ExpertSelection(chosen)
+    """Our training loop's step, for ``esft`` of ``chosen_experts``."""
+    selection = chosen_experts(path) if method == "esft" else None
     config = TrainConfig(method=method, lr=RATE, dtype="bfloat16")
     model, _ = METHODS[method].prepare(Source(path), config, selection)
     use_short_attention(model.train())
@@ -113,18 +117,14 @@ def run(path: str, records: int, length: int, rounds: int, only: set[str] | None
     model = load_model(path)
     batch, device = make_batch(model.config.vocab_size, records, length), model.device
     del model
-    mine = ours(path, batch, "esft")
+    mine, tokens = ours(path, batch, "esft"), batch["input_ids"].numel()
     first, rows = mine.loss().item(), []
-    for name, make in peers_of(path, batch).items():
-        if only is not None and name not in only:
-            continue
-        peer = make()
-        if not abs((theirs := peer.loss().item()) - first) <= 0.02 * first:
-            raise RuntimeError(f"{name}: loss {theirs:.4f} where esft has {first:.4f}; not timed")
-        seconds = interleaved({"esft": mine.step, name: peer.step}, rounds, device)
+
+    def timed(name: str, step: Callable[[], object]) -> None:
+        seconds = interleaved({"esft": mine.step, name: step}, rounds, device)
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        speeds = [batch["input_ids"].numel() / statistics.median(values) for values in seconds.values()]
+        speeds = [tokens / statistics.median(values) for values in seconds.values()]
         rows.append(
             {
                 "peer": name,
@@ -134,4 +134,14 @@ def run(path: str, records: int, length: int, rounds: int, only: set[str] | None
                 "quartiles": f"{low:.2f}-{high:.2f}",
             }
         )
+
+    for name, make in peers_of(path, batch).items():
+        if only is not None and name not in only:
+            continue
+        peer = make()
+        if not abs((theirs := peer.loss().item()) - first) <= 0.02 * first:
+            raise RuntimeError(f"{name}: loss {theirs:.4f} where esft has {first:.4f}; not timed")
+        timed(name, peer.step)
+    if only is None or DENSE in only:
+        timed(DENSE, dense_products(tokens * flops_per_token(path, chosen_experts(path)), device))
     return rows

@@ -176,7 +176,7 @@ def is_transposed(experts: nn.Module) -> bool:
 
 
 def has_gate(experts: nn.Module) -> bool:
-    return bool(getattr(experts, "has_gate", hasattr(experts, "gate_up_proj")))
+    return getattr(experts, "has_gate", hasattr(experts, "gate_up_proj"))
 
 
 def has_bias(experts: nn.Module) -> bool:

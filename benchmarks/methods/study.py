@@ -16,8 +16,6 @@ from benchmarks.methods import tables, tasks
 from benchmarks.methods.cell import METHODS, Cell, measure
 from esft.storage.files import write_json
 
-RESULTS = Path(__file__).parent / "results.json"  # what docs/comparison.md is made from
-
 
 @dataclass(frozen=True)
 class Study:
@@ -101,12 +99,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--smoke", action="store_true", help="two methods on a few records, to see that all works")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures go")
+    parser.add_argument("--results", type=Path, help="file of all figures (default: results.json in --out)")
     args = parser.parse_args(argv)
     chosen = tuple(args.tasks.split(",")), tuple(args.methods.split(";")), tuple(range(1, args.seeds + 1))
     study = SMOKE if args.smoke else Study(*chosen, args.steps, tasks.SIZES)
     found = measured(study, args.out, args.workers)
-    write_json(args.results, [found[cell] for cell in sorted(found)])
+    write_json(args.results or args.out / "results.json", [found[cell] for cell in sorted(found)])
     print(tables.page([found[cell] for cell in sorted(found)]))
 
 

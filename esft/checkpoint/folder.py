@@ -40,10 +40,17 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The safetensors files of a folder: which tensor lies in which file."""
+    """The safetensors files of a folder: which tensor lies in which file.
+
+    Attributes:
+        folder: that holds them.
+        stored: the names that the files have of their tensors -> the names of the files.
+        config: the configuration.
+        trust_remote_code: whether Python files of the folder may be run.
+    """
 
     folder: Path
-    files: dict[str, str]  # tensor name -> file name
+    stored: dict[str, str]
     config: PreTrainedConfig
     trust_remote_code: bool = False
 
@@ -76,6 +83,23 @@ class Checkpoint:
             raise InputError(f"{self.folder / 'config.json'}: makes no model ({first_line(error)})") from error
 
     @cached_property
+    def files(self) -> dict[str, str]:
+        """Tensor name -> file name. The names are those of the model with a head, where the files have none, too."""
+        return {self._prefix + name: file for name, file in self.stored.items()}
+
+    @cached_property
+    def _prefix(self) -> str:
+        """Where a model with a head keeps the one without, whose names the files have; empty where they have its own.
+
+        transformers loads both. Only a head that is tied to an embedding need not be in the files.
+        """
+        own, prefix = self.skeleton.state_dict(), f"{self.skeleton.base_model_prefix}."
+        if self.stored.keys() & own.keys() or not any(prefix + name in own for name in self.stored):
+            return ""
+        original = {name for name, _ in original_format(self.skeleton)(own, own.__getitem__)}
+        return "" if self.stored.keys() & original else prefix
+
+    @cached_property
     def as_in_memory(self) -> bool:
         """Whether the files hold the tensors as the model does, and not in the original format."""
         own = self.skeleton.state_dict()
@@ -104,7 +128,8 @@ class Checkpoint:
 
     @cached_property
     def _headers(self) -> dict[str, dict[str, TensorInfo]]:
-        return {file: safetensors_header(self.folder / file) for file in set(self.files.values())}
+        headers = {file: safetensors_header(self.folder / file) for file in set(self.stored.values())}
+        return {file: {self._prefix + name: info for name, info in held.items()} for file, held in headers.items()}
 
     def info(self, name: str) -> TensorInfo:
         """Where in its file a tensor lies. Raises InputError where the index is wrong about the file."""
@@ -145,8 +170,9 @@ class Checkpoint:
             held: dict[str, Callable[[], Tensor]] = {}
             for file in sorted(set(self.files.values())):
                 handle = stack.enter_context(open_safetensors(self.folder / file))
-                names = filter(self.belongs, handle.keys())
-                held |= {self.tied.get(own, own): partial(handle.get_tensor, own) for own in names}
+                for name in handle.keys():  # noqa: SIM118
+                    if self.belongs(own := self._prefix + name):
+                        held[self.tied.get(own, own)] = partial(handle.get_tensor, name)
             held = dict(sorted(held.items(), key=lambda item: _by_number(item[0])))
             if self.as_in_memory:
                 yield from original_format(self.skeleton)(held, lambda name: held[name]())
@@ -190,7 +216,8 @@ class Checkpoint:
         kinds = {(info.dtype, info.shape) for info in map(self.info, names)}
         with ExitStack() as stack:
             handles = {name: stack.enter_context(open_safetensors(self.folder / self.files[name])) for name in names}
-            return len(kinds) == 1 and torch.equal(*(handles[name].get_tensor(name) for name in names))
+            tensors = (handles[name].get_tensor(name.removeprefix(self._prefix)) for name in names)
+            return len(kinds) == 1 and torch.equal(*tensors)
 
     def names_of(self, name: str) -> list[str]:
         """Under which names the files hold a tensor: one, or each of those that are tied; none where they lack it."""

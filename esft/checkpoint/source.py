@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from esft.checkpoint.configuration import check_model, check_numbers
 from esft.checkpoint.packed_tensors import check_pairs
 from esft.errors import InputError, first_line
-from esft.storage.files import FLOATS, open_safetensors, safetensors_header
+from esft.storage.files import FLOATS, file_digest, open_safetensors, safetensors_header
 from esft.storage.reading import read_json, shown
 
 CONFIG = "config.json"
@@ -76,6 +76,13 @@ def open_config(path: str | Path, trust_remote_code: bool = False) -> PreTrained
         raise
     except Exception as error:  # the configurations' validators raise errors of their own kinds
         raise _refused(path, folder, where, error, trust_remote_code) from error
+
+
+def configuration_digests(path: str | Path) -> tuple[str, ...]:
+    """What tells whether a checkpoint folder's configuration and code are still the same; empty for a hub id."""
+    folder = check_folder(path)
+    files = () if folder is None else (p for p in folder.iterdir() if p.name == CONFIG or p.suffix == ".py")
+    return tuple(file_digest(file) for file in sorted(files) if file.is_file())
 
 
 def _check_generation(path: Path) -> None:

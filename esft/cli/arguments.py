@@ -54,6 +54,40 @@ def share(text: str) -> float:
 share.__name__ = "number"
 
 
+def budget(text: str) -> int | float:
+    """An argument that is a number of experts, or with a % a share of all."""
+    return share_of_hundred(text[:-1]) if text.endswith("%") else count(text)
+
+
+budget.__name__ = "number or share"
+
+
+def share_of_hundred(text: str) -> float:
+    """Of a number above 0 and at most 100, as a share of 1."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError
+    if not 0 < (value := float(text)) <= 100:
+        raise argparse.ArgumentTypeError(f"must be above 0% and at most 100%, got {text}%")
+    return value / 100
+
+
+def factor(text: str) -> float:
+    """An argument that is a number of at least 0."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError
+    return float(text)
+
+
+factor.__name__ = "number"
+
+
+def first_layer(text: str) -> int:
+    """An argument that names all layers from one on, as 12: does."""
+    if not re.fullmatch(r"[0-9]{1,4}:", text):
+        raise argparse.ArgumentTypeError(f"must be the first layer's number and a colon, as 12:, got {text[:40]!r}")
+    return int(text[:-1])
+
+
 def gigabytes(text: str) -> float:
     """An argument that is a number of 10^9 bytes above 0."""
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):

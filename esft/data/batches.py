@@ -25,7 +25,8 @@ def collate(examples: Sequence[Example], pad: int, left: bool = False) -> dict[s
 
     L is a multiple of 8: matrix units like that, and libraries that prepare code per shape meet few shapes. Where a row
     holds several documents there are position_ids as well, which begin anew with each document and with the padding:
-    with these, and without a mask, no document sees another.
+    with these, and without a mask, no document sees another. Where documents are mixed in there is "mixed", bool
+    [B, L].
     """
     length = collated_length(max(len(e.ids) for e in examples))
 
@@ -40,7 +41,19 @@ def collate(examples: Sequence[Example], pad: int, left: bool = False) -> dict[s
     }
     if any(len(e.starts) > 1 for e in examples):
         batch["position_ids"] = torch.tensor([_positions(e, length) for e in examples])
+    if any(e.mixed for e in examples):
+        batch["mixed"] = torch.tensor([padded(_mixed(e), 0) for e in examples], dtype=torch.bool)
     return batch
+
+
+def _mixed(example: Example) -> list[int]:
+    """1 where a row's documents are mixed in, else 0."""
+    ends = [*example.starts[1:], len(example.ids)]
+    return [
+        int(number in example.mixed)
+        for number, (start, end) in enumerate(zip(example.starts, ends, strict=True))
+        for _ in range(start, end)
+    ]
 
 
 def _positions(example: Example, length: int) -> list[int]:

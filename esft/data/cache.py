@@ -88,7 +88,7 @@ def _digest(arrays: dict[str, np.ndarray], counts: dict[str, int]) -> str:
         if arrays[name].dtype != dtype or arrays[name].ndim != 1:
             raise ValueError(name)
         digest.update(f"{name} {len(arrays[name])}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8))
+        digest.update(np.ascontiguousarray(arrays[name]))
     return digest.hexdigest()
 
 

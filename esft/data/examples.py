@@ -20,11 +20,13 @@ class Example:
         labels: ``ids[i]`` where the loss covers it, else IGNORE.
         starts: where in the row each document begins. The first token of any but the first has no label: nothing of
             its own document comes before it.
+        mixed: the numbers of those documents that are not the task's but mixed in.
     """
 
     ids: list[int]
     labels: list[int]
     starts: tuple[int, ...] = (0,)
+    mixed: tuple[int, ...] = ()
 
     @property
     def targets(self) -> int:
@@ -33,7 +35,7 @@ class Example:
 
     def cut(self, start: int, end: int) -> Example:
         """A part of a row that is one document."""
-        return Example(self.ids[start:end], self.labels[start:end])
+        return Example(self.ids[start:end], self.labels[start:end], mixed=self.mixed)
 
 
 def joined(documents: Sequence[Example]) -> Example:
@@ -41,11 +43,13 @@ def joined(documents: Sequence[Example]) -> Example:
     ids: list[int] = []
     labels: list[int] = []
     starts: list[int] = []
+    mixed: list[int] = []
     for document in documents:
+        mixed += [len(starts) + number for number in document.mixed]
         starts += [len(ids) + start for start in document.starts]
         ids += document.ids
         labels += [IGNORE, *document.labels[1:]] if labels else document.labels
-    return Example(ids, labels, tuple(starts))
+    return Example(ids, labels, tuple(starts), tuple(mixed))
 
 
 class Examples(Sequence[Example]):
@@ -57,11 +61,20 @@ class Examples(Sequence[Example]):
         ends: int64 [R], where each example ends.
         records: of the source; those without an answer within the length are no examples.
         truncated: records that are longer than the length, or as long.
+        mixed_from: the number of the first example that is mixed in, as are all behind it; None where none is.
     """
 
-    def __init__(self, ids: np.ndarray, counted: np.ndarray, ends: np.ndarray, records: int, truncated: int):
+    def __init__(
+        self,
+        ids: np.ndarray,
+        counted: np.ndarray,
+        ends: np.ndarray,
+        records: int,
+        truncated: int,
+        mixed_from: int | None = None,
+    ):
         self.ids, self.counted, self.ends = ids, counted, ends
-        self.records, self.truncated = records, truncated
+        self.records, self.truncated, self.mixed_from = records, truncated, mixed_from
 
     @classmethod
     def of(cls, examples: Iterable[Example], records: int, truncated: int) -> Examples:
@@ -91,4 +104,5 @@ class Examples(Sequence[Example]):
         place = range(len(self))[index]
         part = slice(int(self.ends[place - 1]) if place else 0, int(self.ends[place]))
         ids, counted = self.ids[part], self.counted[part]
-        return Example(ids.tolist(), np.where(counted, ids, IGNORE).tolist())
+        mixed = (0,) if self.mixed_from is not None and place >= self.mixed_from else ()
+        return Example(ids.tolist(), np.where(counted, ids, IGNORE).tolist(), mixed=mixed)

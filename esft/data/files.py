@@ -25,7 +25,7 @@ _BATCH = 100  # rows of a Parquet file that are looked at together
 def _zstandard(path: Path) -> Any:
     import pyarrow
 
-    return pyarrow.input_stream(str(path), compression="zstd")
+    return pyarrow.input_stream(str(path))  # which tells it by the suffix
 
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {
@@ -52,7 +52,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     with _opened(path) as file:
-        head = file.peek(1 << 10)
+        head = file.peek()
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         rows = parse_json(_whole(path), str(path))
         yield from ((f"record {number}", row) for number, row in enumerate(rows, 1))

@@ -1,4 +1,4 @@
-"""Several sources in one: each record once an epoch, or by weight."""
+"""Several sources in one: each record once an epoch, by weight, or general data mixed in with a share."""
 
 from __future__ import annotations
 
@@ -22,8 +22,28 @@ def weights_of(sources: Sequence[DataSource]) -> list[float] | None:
     return weights or None
 
 
-def end_to_end(parts: Sequence[Examples]) -> Examples:
-    """The examples of several sources, one source after the other."""
+def mixed_in(text: str) -> DataSource:
+    """A source of general data and its share, as DATA:SHARE. Raises InputError unless the share is below 1."""
+    source = DataSource.of(text)
+    if source.weight is None or source.weight >= 1:
+        raise InputError(f"{text}: mixed in is a share of the records below 1, as {source.name}:0.25")
+    return source
+
+
+def mixed_weights(sizes: Sequence[int], weights: Sequence[float] | None, share: float) -> list[float]:
+    """Weights of a task's sources and of what is mixed in behind them, by which this share of the examples comes of it.
+
+    Args:
+        sizes: examples of all sources, the last of which is mixed in.
+        weights: of the task's sources; None where each of their examples comes as often as the others.
+        share: in (0, 1).
+    """
+    of_task = sizes[:-1] if weights is None else weights
+    return [*((1 - share) * weight / sum(of_task) for weight in of_task), share]
+
+
+def end_to_end(parts: Sequence[Examples], mixed: bool = False) -> Examples:
+    """The examples of several sources, one source after the other; the last one's may be mixed in."""
     if len(parts) == 1:
         return parts[0]
     ends, before = [], 0
@@ -36,6 +56,7 @@ def end_to_end(parts: Sequence[Examples]) -> Examples:
         np.concatenate(ends),
         sum(part.records for part in parts),
         sum(part.truncated for part in parts),
+        sum(map(len, parts[:-1])) if mixed else None,
     )
 
 

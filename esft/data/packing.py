@@ -102,9 +102,4 @@ def _wrapped(lengths: Sequence[int], order: Sequence[int], length: int) -> list[
 
 def laid(row: Row, examples: Sequence[Example]) -> Example:
     """A row's tokens."""
-    documents = []
-    for piece in row:
-        example = examples[piece.example]
-        whole = piece.end - piece.start == len(example.ids)
-        documents.append(example if whole else example.cut(piece.start, piece.end))
-    return joined(documents)
+    return joined([examples[piece.example].cut(piece.start, piece.end) for piece in row])

@@ -72,12 +72,11 @@ def _endless(source: DataSource, encoder: Encoder) -> Iterator[Example]:
 
 def _once(source: DataSource, encoder: Encoder) -> Iterator[Example]:
     """The examples of one pass over a source."""
-    records, number, found = source.records(streaming=True), 1, False
+    records, found = source.records(streaming=True), False
     while part := list[Record](islice(records, TOGETHER)):
-        for example, _ in encoder.encode_some(part, number, source.name):
+        for example, _ in encoder.encode_some(part, source=source.name):
             if example.targets:
                 found = True
                 yield example
-        number += len(part)
     if not found:
         raise InputError(f"{source.name}: holds no record with an answer within {encoder.max_length} tokens")

@@ -69,6 +69,10 @@ class PlainExperts(Experts):
         super().__init__(*args, **kwargs)
         self.gate, self.post_expert_norm = gate, norm
 
+    def activate(self, h_NG: Tensor) -> Tensor:
+        """What an expert computes between its projections, [N, G] -> [N, F]; differentiable."""
+        return self.gate(h_NG)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
         x_TD = hidden_states.to(self.trained_gate_up_proj.dtype)

@@ -121,6 +121,10 @@ class Experts(nn.Module):
         out_TD = routed_mlp(x_TD, top_k_index, top_k_weights, self.position, self.pools, self.backend, self.recompute)
         return out_TD.to(hidden_states.dtype)
 
+    def activate(self, h_NG: Tensor) -> Tensor:
+        """What an expert computes between its projections, [N, G] -> [N, F]; differentiable."""
+        return self.pools.activation.forward(*self.pools.split(h_NG))
+
     def is_packed(self, expert: int) -> bool:
         """Whether an expert is in a format, and so has no weights that are tensors."""
         return self.format is not None and self.place[expert] >= len(self.trained)

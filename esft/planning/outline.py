@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from esft.checkpoint.device import compute_dtype
 from esft.checkpoint.load import load_skeleton
 from esft.checkpoint.packed_tensors import packed_format
+from esft.checkpoint.source import configuration_digests
 from esft.errors import InputError
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import stacked_weights
@@ -78,10 +79,17 @@ def skeleton_of(model: str, dtype: str = "auto", trust_remote_code: bool = False
     return skeleton if wanted == "auto" else skeleton.to(getattr(torch, wanted))
 
 
-@cache
 def outline(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Outline:
-    """Raises InputError for a configuration that makes no model with stacked experts, or one quantized by a method that
-    is not read."""
+    """Kept for the next time, as long as the files that it is read off are the same.
+
+    Raises InputError for a configuration that makes no model with stacked experts, or one quantized by a method that is
+    not read.
+    """
+    return _outline(model, dtype, trust_remote_code, configuration_digests(model))
+
+
+@cache
+def _outline(model: str, dtype: str, trust_remote_code: bool, digests: tuple[str, ...]) -> Outline:
     skeleton, found = skeleton_of(model, dtype, trust_remote_code), []
     packed_format(skeleton.config, model)
     for layer in moe_layers(skeleton):

@@ -7,6 +7,7 @@ from functools import cache
 from math import ceil
 from typing import Any
 
+from esft.checkpoint.source import configuration_digests
 from esft.errors import InputError
 from esft.planning.fake_step import Batch, StepBytes, fake_step
 from esft.planning.outline import Outline, outline, require_beside, skeleton_of
@@ -122,7 +123,7 @@ def plan(
     chosen = _counts(whole, config, selection)
     # What the step does not depend on is left out, so that plans which differ in that alone share it.
     same = TrainConfig(method=config.method, recompute=config.recompute, lora_rank=config.lora_rank, dtype=config.dtype)
-    trained, step = _step(model, trust_remote_code, same, chosen, share, batch)
+    trained, step = _step(model, configuration_digests(model), trust_remote_code, same, chosen, share, batch)
     return _summed(whole, config, frozen, chosen, trained, step, batch, assumed)
 
 
@@ -169,7 +170,7 @@ def _counts(whole: Outline, config: TrainConfig, selection: ExpertSelection | No
 
 @cache
 def _step(
-    model: str, trust: bool, config: TrainConfig, chosen: _Chosen, share: float, batch: Batch
+    model: str, digests: tuple[str, ...], trust: bool, config: TrainConfig, chosen: _Chosen, share: float, batch: Batch
 ) -> tuple[_Trained, StepBytes]:
     """What trains, tensor by tensor, and what a step takes, without the room in which few bits are unpacked."""
     whole, skeleton = outline(model, config.dtype, trust), skeleton_of(model, config.dtype, trust)

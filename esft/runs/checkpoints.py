@@ -95,10 +95,16 @@ class Checkpoints:
         return None
 
     def _found(self) -> list[tuple[int, Path]]:
-        """Steps and folders, the earliest first; what is named otherwise is nobody's business here."""
+        """Steps and folders, the earliest first; what is named otherwise is nobody's business here.
+
+        Raises InputError for a link to one: what it leads to would be replaced, and cleared away in time.
+        """
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
         steps = {int(name[1]): path for path in paths if (name := _NAME.fullmatch(path.name)) and path.is_dir()}
-        return sorted((step, path) for step, path in steps.items() if path.name == _name(step))
+        found = sorted((step, path) for step, path in steps.items() if path.name == _name(step))
+        if link := next((path for _, path in found if path.is_symlink()), None):
+            raise InputError(f"{link}: is a link, where a run has a folder of its own")
+        return found
 
     def _read(self, step: int, path: Path) -> State:
         """A checkpoint's state. Raises InputError naming the file that is not as it was written."""

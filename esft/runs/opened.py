@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from esft.errors import InputError
-from esft.runs.run_folder import LOCK, MARKER, NEXT, REPLACED, SUMMARY, RunFolder
-from esft.storage.outputs import check_new_folder, entries, resolved
+from esft.runs.run_folder import LOCK, NEXT, REPLACED, SUMMARY, RunFolder
+from esft.storage.outputs import RUN_MARKER, check_new_folder, entries, resolved
 
 _DONE = "overwriting-done"  # in the run's folder: what was ``NEXT``, from when all of the earlier run is put aside
 
@@ -53,7 +53,7 @@ def latest(out: str | Path) -> RunFolder:
 
 def _is_run(run: RunFolder) -> bool:
     parts = (run, RunFolder(run.path / NEXT), RunFolder(run.path / _DONE))
-    return run.broken_off or any(part.begun or part.holds(MARKER) for part in parts)
+    return run.broken_off or any(part.begun or part.holds(RUN_MARKER) for part in parts)
 
 
 def _place(run: RunFolder, resume: bool, overwrite: bool) -> RunFolder:
@@ -72,9 +72,9 @@ def _place(run: RunFolder, resume: bool, overwrite: bool) -> RunFolder:
         raise InputError(
             f"{run.path}: holds something already (`overwrite=True` replaces it, `resume=True` goes on with it)"
         )
-    if not run.holds(MARKER):
+    if not run.holds(RUN_MARKER):
         hint = "; it may be a run of an earlier version: `resume=True` first" if run.begun else ""
-        raise InputError(f"{run.path}: holds no run (no {MARKER}), and is not overwritten{hint}")
+        raise InputError(f"{run.path}: holds no run (no {RUN_MARKER}), and is not overwritten{hint}")
     if following.path.is_dir():
         following.recover()
     run.check_ours()
@@ -99,7 +99,7 @@ def _replace(run: RunFolder) -> None:
     if done.is_dir():
         RunFolder(done).check_ours(REPLACED)
         # The marker last: it says what is of the run.
-        for path in sorted(done.iterdir(), key=lambda path: (path.name == MARKER, path.name)):
+        for path in sorted(done.iterdir(), key=lambda path: (path.name == RUN_MARKER, path.name)):
             if path.name != REPLACED:
                 os.replace(path, run.path / path.name)
         shutil.rmtree(done)

@@ -17,10 +17,9 @@ from esft.runs.metrics import logging, read_metrics
 from esft.selection import ExpertSelection
 from esft.storage.files import TEMPORARY, write_json, write_yaml
 from esft.storage.locks import locked
-from esft.storage.outputs import check_new_folder, entries, new_folder, recover
+from esft.storage.outputs import RUN_MARKER, check_new_folder, entries, new_folder, recover
 from esft.storage.reading import check_name, read_json, shown
 
-MARKER = "esft_run.json"
 FORMAT_VERSION = 1
 CONFIG = "config.yaml"
 SELECTION = "experts.json"
@@ -33,7 +32,7 @@ NEXT = "overwriting"  # a run that takes this one's place when it is whole, in a
 REPLACED = "replaced"  # in that one, while it takes the place: what it replaces
 _BOARD, _CHECKPOINTS = "tensorboard", "checkpoints"
 # What a run consists of, but for its outcome.
-_BEGINNING = re.compile("|".join((*map(re.escape, (MARKER, CONFIG, SELECTION, LOCK)), TEMPORARY.pattern)))
+_BEGINNING = re.compile("|".join((*map(re.escape, (RUN_MARKER, CONFIG, SELECTION, LOCK)), TEMPORARY.pattern)))
 _OWN = re.compile(
     "|".join(
         (
@@ -65,9 +64,9 @@ class RunFolder:
         self.path = Path(path)
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there. Raises InputError for anything else in its place."""
+        """Whether a file is there. Raises InputError for anything else in its place, links included."""
         path = self.path / name
-        if os.path.lexists(path) and not path.is_file():
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
             raise InputError(f"{path}: is no regular file, where a run has one")
         return path.is_file()
 
@@ -79,7 +78,7 @@ class RunFolder:
     @property
     def why_not_begun(self) -> str:
         """For the message about a run that cannot go on; empty where there is none at all."""
-        if not self.holds(MARKER):
+        if not self.holds(RUN_MARKER):
             return ""
         if self.broken_off:
             return ", it was broken off before its first step: begin it again"
@@ -87,10 +86,11 @@ class RunFolder:
 
     @property
     def broken_off(self) -> bool:
-        """Whether there is nothing, or no more than a kill leaves of a run before its first step."""
+        """Whether there is nothing, or no more than a kill leaves before a first step. Raises what ``holds`` does."""
         found = list(entries(self.path)) if self.path.is_dir() else []
         nothing = all(entry == LOCK or TEMPORARY.fullmatch(entry) for entry in found)
-        return nothing or (self.holds(MARKER) and all(map(_BEGINNING.fullmatch, found)))
+        beginning = self.holds(RUN_MARKER) and all(map(_BEGINNING.fullmatch, found))
+        return nothing or (beginning and all(map(self.holds, found)))  # which are written anew
 
     def check_ours(self, within: str = NEXT) -> None:
         """Raise InputError naming the first file that no run has written.
@@ -109,15 +109,15 @@ class RunFolder:
     @property
     def _outcome(self) -> set[str]:
         """The files of the outcome, as paths below the run's. Raises InputError where the marker is none."""
-        if not self.holds(MARKER):
+        if not self.holds(RUN_MARKER):
             unlisted = entries(self.path) if self.path.is_dir() else ()
             return {entry for entry in unlisted if _UNLISTED.fullmatch(entry)}
-        marker = read_json(self.path / MARKER)
+        marker = read_json(self.path / RUN_MARKER)
         files = marker.get("outcome") if isinstance(marker, dict) else None
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise InputError(f"{self.path / MARKER}: is no run's marker")
+            raise InputError(f"{self.path / RUN_MARKER}: is no run's marker")
         if type(version := marker.get("format_version")) is not int or version != FORMAT_VERSION:
-            raise InputError(f"{self.path / MARKER}: format_version must be {FORMAT_VERSION}")
+            raise InputError(f"{self.path / RUN_MARKER}: format_version must be {FORMAT_VERSION}")
         return set(files)
 
     @contextmanager
@@ -256,7 +256,7 @@ class RunFolder:
         return {file.removeprefix(f"{name}/") for file in self._outcome if file.startswith(f"{name}/")}
 
     def _mark(self, outcome: set[str]) -> None:
-        write_json(self.path / MARKER, {"format_version": FORMAT_VERSION, "outcome": sorted(outcome)})
+        write_json(self.path / RUN_MARKER, {"format_version": FORMAT_VERSION, "outcome": sorted(outcome)})
 
     def stored_bytes(self) -> int:
         """Of the outcome's tensors."""

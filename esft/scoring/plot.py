@@ -28,7 +28,7 @@ def plot_scores(
         from matplotlib.patches import Rectangle
     except ModuleNotFoundError as error:
         raise InputError("a picture needs matplotlib: pip install 'esft[plot]'") from error
-    per_layer = scores.token_scores if by == "token" else scores.gate_scores
+    per_layer = getattr(scores, f"{by}_scores")
     layers = list(per_layer)
     ranked = {layer: sorted(per_layer[layer].items(), key=lambda item: (-item[1], item[0])) for layer in layers}
     width = max(map(len, ranked.values()))

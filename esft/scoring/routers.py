@@ -56,12 +56,19 @@ class Choice:
             router's weights are no numbers. None where each token has one expert and the family is not in ``GATE``:
             then the weights do not tell the gate function.
         index_TK: [T, K] chosen experts.
-        taken_TK: bool [T, K], false for an empty slot: some routers can skip the experts, with a weight of 0.
+        weights_TK: [T, K] what the experts' outputs are multiplied by.
+        x_TD: [T, D] what the experts get.
     """
 
     gates_TE: Tensor | None
     index_TK: Tensor
-    taken_TK: Tensor
+    weights_TK: Tensor
+    x_TD: Tensor
+
+    @property
+    def taken_TK(self) -> Tensor:
+        """Bool [T, K], false for an empty slot: some routers can skip the experts, with a weight of 0."""
+        return self.weights_TK != 0
 
 
 @contextmanager
@@ -104,7 +111,7 @@ class _Watcher:
         self.logits = next((t for t in outputs if t.is_floating_point() and t.shape[-1] >= experts), None)
 
     def on_experts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        _, index_TK, weights_TK = (*args, *kwargs.values())
+        x_TD, index_TK, weights_TK = (*args, *kwargs.values())
         if self.logits is None:
             raise InputError(f"{self.layer.name}: the router gives no logits, so its tokens cannot be scored")
         if index_TK.shape[0] != self.keep_T.numel():
@@ -122,4 +129,4 @@ class _Watcher:
             raise InputError(f"{self.layer.name}: the router makes of its logits none of {', '.join(GATES)}")
         else:
             gates_TE = None if gate is None else GATES[gate](logits_TE.float())
-        self.then(self.layer, Choice(gates_TE, index_TK, weights_TK != 0))
+        self.then(self.layer, Choice(gates_TE, index_TK, weights_TK, x_TD.detach()[keep_T]))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from esft.errors import InputError
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.scoring.expert_scores import ExpertScores
+from esft.scoring.outputs import output_sums
 from esft.scoring.routers import Choice, watch_routers
 
 
@@ -23,6 +24,7 @@ class _Counts:
         self.layer = layer
         self.rows_E = torch.zeros(num_experts, dtype=torch.float64)
         self.gates_E: Tensor | None = torch.zeros(num_experts, dtype=torch.float64)
+        self.outputs_E = torch.zeros(num_experts, dtype=torch.float64)
 
     def add(self, choice: Choice) -> None:
         taken = choice.taken_TK.flatten().cpu()
@@ -47,6 +49,7 @@ def score_experts(
     batches: Iterable[Mapping[str, Tensor]],
     max_tokens: int = 131_072,
     progress: bool = False,
+    outputs: bool = False,
 ) -> ExpertScores:
     """Run the model over a task's data and count which experts its tokens go to.
 
@@ -56,6 +59,7 @@ def score_experts(
             With ``position_ids`` [B, L] that begin anew, rows hold several documents that do not see each other.
         max_tokens: stop after this many tokens (the paper's 32 x 4096).
         progress: show a bar, in tokens.
+        outputs: also score what the experts put out (``output_scores``); each layer's experts compute twice for that.
 
     Scores are token means per layer, as in the published score files. What the router applies to its logits is told
     from the weights that it makes of them (see ``esft.routers``), or is known of the family; one expert a token tells
@@ -72,6 +76,8 @@ def score_experts(
     def count(layer: MoELayer, choice: Choice) -> None:
         nonlocal calls
         counts[layer.index].add(choice)
+        if outputs:
+            counts[layer.index].outputs_E += output_sums(layer, choice)
         calls += 1
         if calls == last:
             raise _Watched
@@ -100,11 +106,12 @@ def score_experts(
     if seen == 0:
         raise InputError("no tokens to score: the data set is empty")
     counts = {index: c for index, c in counts.items() if c.rows_E.any()}  # without a tower that saw no token
-    token_scores = {index: _by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
+    token_scores = {index: by_expert(c.rows_E / c.rows_E.sum()) for index, c in counts.items()}
     gates = {index: c.gates_E for index, c in counts.items() if c.gates_E is not None}
-    gate_scores = {index: _by_expert(gates_E / seen) for index, gates_E in gates.items()}
-    return ExpertScores(token_scores, gate_scores)
+    gate_scores = {index: by_expert(gates_E / seen) for index, gates_E in gates.items()}
+    output_scores = {index: by_expert(c.outputs_E / seen) for index, c in counts.items() if outputs}
+    return ExpertScores(token_scores, gate_scores, output_scores)
 
 
-def _by_expert(score_E: Tensor) -> dict[int, float]:
+def by_expert(score_E: Tensor) -> dict[int, float]:
     return dict(enumerate(score_E.tolist()))

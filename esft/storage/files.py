@@ -108,9 +108,12 @@ def file_digest(path: Path) -> str:
     """SHA-256 of its bytes, in hex. Raises InputError for a file that cannot be read."""
     check_regular(path)
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
     return digest.hexdigest()
 
 

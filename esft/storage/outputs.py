@@ -17,6 +17,8 @@ from esft.errors import DiskError, ESFTError, InputError
 from esft.storage.locks import locked
 from esft.storage.reading import check_name
 
+# What a folder of weights or of a run is known by: any other file in it may be a part of it.
+_WEIGHTS, RUN_MARKER = "*.safetensors", "esft_run.json"
 _LOCK, _NEW, _OLD = "lock", "new", "old"  # what is beside a folder while it is written
 
 
@@ -50,7 +52,7 @@ def check_new_file(
 
     Args:
         overwrite: reads a file of the kind that is written, and raises InputError for another: only one of that kind,
-            or an empty file, is replaced. None where nothing is.
+            or an empty file, is replaced, and none in a folder of weights or of a run. None where nothing is.
         inputs: files and folders that are read; see ``check_apart``. The file may not lie in one of the folders.
     """
     place, path = resolved(path), Path(path)
@@ -72,6 +74,8 @@ def check_new_file(
                 overwrite(place)
             except InputError as error:
                 raise InputError(f"{path}: holds something else, and is not overwritten ({error})") from error
+        if part := next((each.name for kind in (_WEIGHTS, RUN_MARKER) for each in place.parent.glob(kind)), None):
+            raise InputError(f"{path}: lies beside {part}, may be a part of the same, and is not overwritten")
     _check_parent(path)
 
 

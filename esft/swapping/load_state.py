@@ -17,6 +17,7 @@ from esft.checkpoint.views import Link, Part, StoredTensor
 from esft.errors import InputError
 from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
 from esft.experts.pooled_experts import BF16, PROJECTIONS, Experts
+from esft.swapping.packed_modules import PackedModule
 
 _POOL = re.compile(rf".*\.(trained|frozen)_({'|'.join(PROJECTIONS[:2])})\w*")
 
@@ -54,12 +55,24 @@ def read_stock(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: st
         return
     own = model.state_dict()
     names = [name.removeprefix(prefix) for name in state_dict]
+    _check_not_packed(model, set(names) - own.keys())
     foreign = {name: state_dict.pop(prefix + name) for name in names if name not in own}
     found = _read_experts(model, foreign) if foreign else {}
     if foreign:
         absent = [name for name in own if prefix + name not in state_dict and not is_pool(name)]
         found |= _read_others(model, {name: own[name] for name in absent}, foreign)
     state_dict.update({prefix + name: tensor for name, tensor in (foreign | found).items()})
+
+
+def _check_not_packed(model: PreTrainedModel, foreign: set[str]) -> None:
+    """Raise InputError naming a tensor of a checkpoint that belongs to a layer whose weights are kept in few bits."""
+    packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    weights = {name: torch.empty(m.rows, m.columns, device="meta") for name, m in packed.items()}
+    stored = other_tensors(original_format(model), weights)
+    owners = {own: own for own in packed} | {name: tensor.links[0].parameter for name, tensor in stored.items()}
+    if found := sorted(foreign & owners.keys()):
+        kept = packed[owners[found[0]]].format_name
+        raise InputError(f"{found[0]}: the frozen linear layers are in {kept}; load it with esft.load")
 
 
 def _read_experts(model: PreTrainedModel, foreign: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,21 +39,27 @@ def detach(model: PreTrainedModel) -> None:
 
 
 class _Saving:
-    """``save_pretrained`` of one model: of the copy in a deep copy, and without keeping the model alive."""
+    """``save_pretrained`` of one model: of the copy in a deep copy, and without keeping the model alive.
+
+    Where nothing else holds the model, as in ``load(...).save_pretrained(out)``, it ends before this is called: what it
+    consisted of is held here then. It and this would hold each other, so the model's end takes this out of it.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.__setstate__(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        model = self._model()
-        assert model is not None
+        if (model := self._model()) is None:
+            model = self._class.__new__(self._class)
+            model.__dict__ = self._held
         save_pretrained(model, *args, **kwargs)
 
     def __getstate__(self) -> PreTrainedModel | None:
         return self._model()
 
     def __setstate__(self, model: PreTrainedModel) -> None:
-        self._model = weakref.ref(model)
+        self._class, self._held = type(model), (held := vars(model))
+        self._model = weakref.ref(model, lambda _: held.pop("save_pretrained", None))
 
 
 def save_pretrained(

@@ -21,6 +21,7 @@ from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.source import Reach, open_config
 from esft.data.batches import collate
 from esft.data.examples import Example, joined
+from esft.data.mixing import mixed_in
 from esft.data.sources import DataSource
 from esft.errors import DivergenceError, InputError, Interrupted
 from esft.memory import peak_memory, peak_rss
@@ -73,6 +74,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
     trust_remote_code: bool = False,
+    mix: str | None = None,
 ) -> TrainResult:
     """Fine-tune a checkpoint on chat records or texts and leave everything in a run folder.
 
@@ -92,13 +94,15 @@ def train(
         overwrite: replace a run that ``out`` holds, when this one is whole; until then it is in ``out/overwriting``.
         progress: show bars.
         trust_remote_code: whether Python files of the checkpoint may be run; no setting, so that no file can say it.
+        mix: general records, as DATA:SHARE with the share of all examples that come of them.
 
     Raises InputError, before anything is written, for bad input of any kind, and where another process trains in
     ``out``; DivergenceError for a loss or a gradient that is no number; DiskError for a full disk; Interrupted (a
     KeyboardInterrupt) when SIGINT or SIGTERM comes: then the step was finished and a checkpoint saved.
     """
     sources, eval_source = sources_of(data), DataSource.of(eval_data) if eval_data is not None else None
-    check_apart(out, model_path, *(each.local for each in (*sources, eval_source) if each is not None))
+    mixed = mixed_in(mix) if mix is not None else None
+    check_apart(out, model_path, *(each.local for each in (*sources, eval_source, mixed) if each is not None))
     with opened(out, resume, overwrite) as folder:
         if resume:
             config, selection = folder.begun_with(config, selection)
@@ -106,7 +110,7 @@ def train(
         config.check_selection(selection)
         reach = Reach.of(open_config(model_path, trust_remote_code))
         tokenizer = load_tokenizer(model_path, trust_remote_code)
-        run_data = RunData(sources, tokenizer, reach, config).read(progress)
+        run_data = RunData(sources, tokenizer, reach, config, mixed).read(progress)
         held_out = run_data.held_out(eval_source, progress)
         if (report := run_data.report()) is not None:
             logger.info("%s: %s", run_data.name, report)

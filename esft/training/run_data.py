@@ -14,10 +14,11 @@ from esft.data.batches import Packing, steps
 from esft.data.cache import encoded
 from esft.data.encoding import Encoder
 from esft.data.examples import Example, Examples
-from esft.data.mixing import Mix, end_to_end, weights_of
+from esft.data.mixing import Mix, end_to_end, mixed_weights, weights_of
 from esft.data.report import DataReport, data_report
 from esft.data.sources import DataSource
 from esft.data.streaming import streamed
+from esft.errors import InputError
 from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
 
@@ -40,6 +41,7 @@ class RunData:
         tokenizer: the model's.
         reach: the model's.
         config: of the run.
+        mixed: a source of general data that is mixed in, its weight the share of the examples that come of it.
         mix: of the sources, by weight; None where each example comes once an epoch.
         examples: of all sources; None where they are streamed.
     """
@@ -48,6 +50,7 @@ class RunData:
     tokenizer: PreTrainedTokenizerBase
     reach: Reach
     config: TrainConfig
+    mixed: DataSource | None = None
     mix: Mix | None = None
     examples: Examples | None = None
 
@@ -58,11 +61,16 @@ class RunData:
         """
         weights, encoder = weights_of(self.sources), self._encoder(self.config.packing)
         if self.config.streaming:
+            if self.mixed is not None:
+                raise InputError(f"{self.mixed}: nothing is mixed into data that is streamed")
             next(streamed(self.sources, encoder, 1, self.config.seed))
             return self
-        parts = [encoded(source, encoder, self.config.dataset_num_proc, progress) for source in self.sources]
-        mix = Mix([len(part) for part in parts], weights) if weights and len(parts) > 1 else None
-        return replace(self, mix=mix, examples=end_to_end(parts))
+        parts = [encoded(source, encoder, self.config.dataset_num_proc, progress) for source in self._all_sources]
+        sizes = [len(part) for part in parts]
+        if self.mixed is not None and self.mixed.weight is not None:
+            weights = mixed_weights(sizes, weights, self.mixed.weight)
+        mix = Mix(sizes, weights) if weights and len(parts) > 1 else None
+        return replace(self, mix=mix, examples=end_to_end(parts, self.mixed is not None))
 
     def held_out(self, source: DataSource | None, progress: bool = False) -> Sequence[Example]:
         """The rows to evaluate on. Raises InputError as ``read`` does."""
@@ -108,10 +116,18 @@ class RunData:
         return Encoder(self.tokenizer, most, self.reach.vocabulary, **learnt)
 
     @property
+    def _all_sources(self) -> list[DataSource]:
+        return [*self.sources, *([] if self.mixed is None else [self.mixed])]
+
+    @property
     def name(self) -> str:
-        return ", ".join(map(str, self.sources))
+        mixed = "" if self.mixed is None else f", mixed with {self.mixed}"
+        return ", ".join(map(str, self.sources)) + mixed
 
     def digest(self) -> str:
         """Of the content: of a single source its own."""
-        digests = [source.digest(self.config.streaming) for source in self.sources]
-        return digests[0] if len(digests) == 1 else digest_of([digests, weights_of(self.sources)])
+        digests = [source.digest(self.config.streaming) for source in self._all_sources]
+        if len(digests) == 1:
+            return digests[0]
+        mixed = [] if self.mixed is None else [{"mixed": self.mixed.weight}]
+        return digest_of([digests, weights_of(self.sources), *mixed])

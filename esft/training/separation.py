@@ -46,7 +46,7 @@ def _separates(causal_lm: Any) -> bool:
     causal_lm.eval()
     try:
         embedded, out = _run(causal_lm, ids)
-        (gradient,) = torch.autograd.grad(out[:, _LENGTH:].float().square().sum(), embedded)
+        (gradient,) = torch.autograd.grad(out[:, _LENGTH:].square().sum(), embedded)
         if gradient[:, :_LENGTH].any() or not gradient[:, _LENGTH:].any():
             return False
         _, changed = _run(causal_lm, other)

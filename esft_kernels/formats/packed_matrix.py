@@ -39,7 +39,7 @@ def encode(format_name: str, weight_OI: Tensor, parts: Sequence[Tensor]) -> None
     """Write a matrix of any float dtype to tensors of ``layout``. Raises ValueError where it is not finite."""
     surplus = _width(format_name, weight_OI.shape[1]) - weight_OI.shape[1]
     for first in range(0, weight_OI.shape[0], STRIP):
-        strip = F.pad(weight_OI[first : first + STRIP].detach(), (0, surplus))
+        strip = F.pad(weight_OI[first : first + STRIP], (0, surplus))
         if not strip.isfinite().all():
             raise ValueError(f"{format_name}: weights are not finite")
         for whole, part in zip(parts, FORMATS[format_name].encode(strip.float()), strict=True):

@@ -1,27 +1,9 @@
 import pytest
 
 from benchmarks import scale
-from benchmarks.scale import flops_per_token, measure
+from benchmarks.scale import measure
 from esft.selection import ExpertSelection
 from tests.benchmarks.test_random_checkpoint import small
-from tests.esft.models import save_tiny, tiny_model
-
-
-def test_flops_are_two_a_weight_forward_and_backward_and_two_a_trained_one(tmp_path):
-    base = save_tiny(tmp_path / "base")
-    model = tiny_model()
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    others = sum(sizes.values()) - experts - sizes["model.embed_tokens.weight"]
-    active = experts * model.config.num_experts_per_tok / 8
-    frozen = flops_per_token(str(base), ExpertSelection({}))
-    assert frozen == pytest.approx(4 * (others + active))
-    every = flops_per_token(str(base), ExpertSelection({1: list(range(8)), 2: list(range(8))}))
-    assert every == pytest.approx(frozen + 2 * active)
-
-
-def test_a_dense_rate_is_of_products():
-    assert 1e8 < scale.dense_rate(256, 0.05) < 1e16
 
 
 @pytest.mark.slow

@@ -85,9 +85,11 @@ def test_a_model_too_large_is_not_loaded(how, tmp_path, monkeypatch):
     [
         (RuntimeError(CPU), ": 4,611,686,018,427,387,904 bytes more were asked for"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0"), ": 1,610,612,736 bytes more"),
+        (torch.OutOfMemoryError("Tried to allocate 20.00 MiB."), ": 20,971,520 bytes more"),
+        (torch.OutOfMemoryError("Tried to allocate 3.00 KiB."), ": 3,072 bytes more"),
         (MemoryError(), "; esft plan --model base"),
     ],
-    ids=["cpu", "cuda", "python"],
+    ids=["cpu", "cuda", "mebibytes", "kibibytes", "python"],
 )
 def test_an_allocation_that_fails_names_the_tensor_and_what_was_asked_for(error, more):
     with pytest.raises(esft.OutOfMemory) as found, memory_watched("base") as reads:

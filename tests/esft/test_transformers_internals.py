@@ -123,8 +123,9 @@ def test_conversions_turn_a_models_tensors_into_the_checkpoints_even_where_those
         assert torch.equal(torch.stack([found[key] for key in sorted(found)]), value)
 
 
-def test_a_model_is_loaded_but_for_what_is_taken_out_and_no_quantization_is_acted_on(tmp_path):
-    stock, path = tiny_model(), "model.layers.1.mlp.experts"
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe"])
+def test_a_model_is_loaded_but_for_what_is_taken_out_and_no_quantization_is_acted_on(family: str, tmp_path):
+    stock, path = tiny_model(family), "model.layers.1.mlp.experts"
     stock.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.quantization_config = {"quant_method": "fp8"}
@@ -139,7 +140,8 @@ def test_a_model_is_loaded_but_for_what_is_taken_out_and_no_quantization_is_acte
     assert found.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
     assert not {"quantization_config", "_is_quantized"} & vars(found.config).keys()
-    assert not hasattr(found, "hf_quantizer") and config.quantization_config == {"quant_method": "fp8"}
+    assert not hasattr(found, "hf_quantizer") and not found.training
+    assert config.quantization_config == {"quant_method": "fp8"}
 
 
 def test_a_loaded_models_conversions_are_those_of_its_files_unless_they_held_its_own_tensors_or_few_bits(tmp_path):
@@ -157,8 +159,9 @@ def test_a_loaded_models_conversions_are_those_of_its_files_unless_they_held_its
     few_bits = SimpleNamespace(
         operations=[SimpleNamespace(hf_quantizer=None)], source_patterns=["a"], target_patterns=["b"]
     )
-    loaded._weight_conversions = [few_bits]
-    assert patterns(internals.conversions(loaded)) == family
+    for others in ([], [SimpleNamespace(operations=[object()], source_patterns=["c"], target_patterns=["d"])]):
+        loaded._weight_conversions = [*others, few_bits]
+        assert patterns(internals.conversions(loaded)) == family
 
 
 def test_marks_of_a_chat_template_are_places_in_the_text_that_it_renders():

@@ -6,11 +6,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from esft.cli.arguments import picture, share
+from esft.cli.arguments import budget, count, factor, first_layer, picture, share
 from esft.cli.options import Stages, add_stage, add_trust
 from esft.cli.output import say
 from esft.errors import InputError, reading
-from esft.scoring.expert_scores import ExpertScores
+from esft.scoring.expert_scores import RULES, ExpertScores
 from esft.selection import ExpertSelection
 from esft.storage.outputs import check_new_file
 
@@ -18,8 +18,15 @@ from esft.storage.outputs import check_new_file
 def add(stages: Stages) -> None:
     sub = add_stage(stages, "select", "choose the experts to train from their scores")
     sub.add_argument("--scores", required=True)
-    sub.add_argument("--by", choices=("token", "gate"), default="token")
-    sub.add_argument("--top-p", type=share, default=0.2, help="share of a layer's scores to reach (default 0.2)")
+    sub.add_argument("--by", choices=RULES, default="token", help="which scores (default token); see docs/selection.md")
+    size = sub.add_mutually_exclusive_group()
+    size.add_argument("--top-p", type=share, default=0.2, help="share of a layer's scores to reach (default 0.2)")
+    size.add_argument("--experts-per-layer", type=count, metavar="N", help="so many in each layer instead")
+    size.add_argument("--budget", type=budget, metavar="N", help="so many over all layers, or a share of all as 15%%")
+    size.add_argument("--like", metavar="FILE", help="as many in each layer as this selection has, and the same beside")
+    sub.add_argument("--against", metavar="SCORES", help="of general text: its shares are taken off the task's")
+    sub.add_argument("--weight", type=factor, metavar="L", help="of general text, with --against (default 1)")
+    sub.add_argument("--layers", type=first_layer, default=0, metavar="FROM:", help="only layers from this one on")
     sub.add_argument("--out", required=True, help="selection file (expert_cfg.json layout)")
     sub.add_argument("--model", help="check that the scores are of this model")
     sub.add_argument("--shared-experts", action="store_true", help="train the shared experts as well")
@@ -30,7 +37,12 @@ def add(stages: Stages) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    inputs = [args.scores, args.model]
+    if args.weight is not None and args.against is None:
+        raise InputError("--weight goes with --against")
+    everywhere = {"--shared-experts": args.shared_experts, "--non-expert-modules": args.non_expert_modules}
+    if args.layers and (named := [option for option, given in everywhere.items() if given]):
+        raise InputError(f"--layers and {named[0]} do not go together: these train in all layers")
+    inputs = [args.scores, args.model, args.against, args.like]
     check_new_file(args.out, ExpertSelection.load if args.overwrite else None, [*inputs, args.plot])
     if args.plot is not None:
         check_new_file(args.plot, _check_plot if args.overwrite else None, [*inputs, args.out])
@@ -39,8 +51,24 @@ def run(args: argparse.Namespace) -> None:
     scores = ExpertScores.load(args.scores)
     if args.model is not None:
         _check_model(args, scores)
-    chosen = select_experts(scores, args.by, args.top_p)
-    selection = replace(chosen, shared_experts=args.shared_experts, non_expert_modules=args.non_expert_modules)
+    like = ExpertSelection.load(args.like) if args.like is not None else None
+    chosen = select_experts(
+        scores,
+        args.by,
+        args.top_p,
+        experts_per_layer=args.experts_per_layer,
+        budget=args.budget,
+        like=like,
+        against=ExpertScores.load(args.against) if args.against is not None else None,
+        weight=1.0 if args.weight is None else args.weight,
+        first_layer=args.layers,
+    )
+    beside = like or ExpertSelection({})
+    selection = replace(
+        chosen,
+        shared_experts=args.shared_experts or beside.shared_experts,
+        non_expert_modules=args.non_expert_modules or beside.non_expert_modules,
+    )
     if args.plot is not None:
         from esft.scoring.plot import plot_scores
 

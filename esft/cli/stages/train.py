@@ -19,6 +19,7 @@ def add(stages: Stages) -> None:
     sub = add_stage(stages, "train", "fine-tune on chat records")
     sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
     sub.add_argument("--data", required=True, action="append", help=f"{DATA}; again for more, with :WEIGHT each")
+    sub.add_argument("--mix", metavar="DATA:SHARE", help="general records, and the share of all that come of them")
     sub.add_argument("--eval-data", help="the same, whose loss is watched")
     sub.add_argument("--experts", help="selection file, for method esft")
     sub.add_argument("--out", required=True, help="run folder")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     selection = ExpertSelection.load(args.experts) if args.experts is not None else None
     if selection is None and config.method == "esft" and not args.resume:
         raise InputError("--method esft needs an expert selection: --experts")
-    for data in (*args.data, args.eval_data):
+    for data in (*args.data, args.eval_data, args.mix):
         if data is not None:
             source_of(data)
     from esft.training.loop import train
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     with reading(args.model):
         result = train(
             args.model, args.data, args.out, config, selection, args.eval_data, args.resume, args.overwrite,
-            progress=not args.quiet, trust_remote_code=args.trust_remote_code,
+            progress=not args.quiet, trust_remote_code=args.trust_remote_code, mix=args.mix,
         )  # fmt: skip
     say(
         f"loss {result.train_loss:.3f}, {result.trained_parameters:,} parameters trained, "

@@ -250,6 +250,10 @@ def test_our_own_file_is_read_alone(tmp_path):
     [
         ([], r"holds no safetensors file \(pickled weights are never loaded\)"),
         ([one_expert(), {ONE.format("up"): torch.zeros(20, 32)}], rf"holds tensor {ONE.format('up')} twice"),
+        (
+            [one_expert(), {ONE.format("up").removeprefix("model."): torch.zeros(20, 32)}],
+            rf"holds tensor {ONE.format('up')} twice",
+        ),
         ([{ONE.format("gate"): torch.zeros(20, 32)}], rf"tensor {ONE.format('down')} is missing \(2 missing in all\)"),
         (
             [one_expert() | {"z": torch.zeros(1), "model.a": torch.zeros(1)}],

@@ -1,6 +1,7 @@
 import importlib
 import json
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,7 @@ def test_a_base_of_links_into_a_cache_is_copied_without_its_weights_in_other_for
     assert {blob: blob.read_bytes() for blob in blobs.iterdir()} == content
     found = {p.relative_to(merged): p.read_bytes() for p in merged.rglob("*") if p.is_file()}
     assert not any(p.is_symlink() for p in merged.rglob("*"))
+    assert all(p.stat().st_mode & stat.S_IWUSR for p in merged.rglob("*"))  # though the cache's are read-only
     assert found.keys() == copied.keys() | {Path("esft_manifest.json")}
     assert {p.name for p in copied if copied[p] != found[p]} == {"model.safetensors"}
 
@@ -432,3 +434,15 @@ def test_a_tensor_without_elements_stays_as_it_is():
     module = importlib.import_module("esft.adapters.merge")
     patch = module._Patch("f", "n", TensorInfo("F32", (0, 4), 8, 8), 8, 8, (0, 4), [])
     assert patch.content(b"", None) == b""
+
+
+def test_a_base_without_its_head_is_merged_into_as_it_is(tmp_path):
+    model = tiny_model("qwen3_moe", tie_word_embeddings=True)
+    model.base_model.save_pretrained(tmp_path / "base")
+    tuned = tune(tmp_path / "base", ExpertSelection({1: [0]}))
+    esft.save_adapter(tuned, tmp_path / "adapter")
+    esft.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == names and "embed_tokens.weight" in names
+    merged, stock = load_model(str(tmp_path / "out")), esft.unswap(tuned)
+    assert torch.equal(merged(**token_batch()).logits, stock(**token_batch()).logits)

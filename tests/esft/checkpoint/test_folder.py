@@ -194,3 +194,19 @@ def test_further_prediction_layers_and_what_is_computed_are_no_weights_of_the_mo
         ("model.layers.0.rotary_emb.inv_freq", False),
     ):
         assert checkpoint.belongs(name) is belongs, name
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_files_of_a_model_without_its_head_have_the_names_of_the_one_with_it(tmp_path, original: bool):
+    model = tiny_model("qwen3_moe", tie_word_embeddings=True)
+    model.base_model.save_pretrained(tmp_path, save_original_format=original, max_shard_size="100KB")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert "embed_tokens.weight" in checkpoint.stored and EMBEDDING in checkpoint.files
+    assert checkpoint.as_in_memory is not original and checkpoint.misfit() is None
+    assert checkpoint.digest() == model_digest(model) and checkpoint.names_of(HEAD) == []
+    assert checkpoint.info(EMBEDDING).shape == (300, 32)
+
+
+def test_files_of_a_model_without_a_head_that_it_needs_lack_it(tmp_path):
+    tiny_model().base_model.save_pretrained(tmp_path)
+    assert Checkpoint.open(tmp_path).misfit() == f"tensor {HEAD} is missing"

@@ -20,6 +20,7 @@ from esft.checkpoint.source import (
     Reach,
     check_dtypes,
     check_folder,
+    configuration_digests,
     open_config,
     weight_files,
 )
@@ -305,3 +306,15 @@ def test_generation_settings_that_are_none_are_refused_and_not_passed_over(read,
         (base / "generation_config.json").write_text(text)
     with pytest.raises(esft.InputError, match=rf"base/generation_config\.json: {said}"):
         read(base)
+
+
+def test_digests_of_a_configuration_are_another_when_it_or_code_beside_it_changes(tmp_path):
+    seen = [configuration_digests("hub/id"), configuration_digests(tmp_path)]
+    assert seen == [(), ()]
+    for name, text in (("config.json", "1"), ("config.json", "2"), ("modeling.py", "1"), ("modeling.py", "2")):
+        (tmp_path / name).write_text(text)
+        found = configuration_digests(tmp_path)
+        assert found not in seen
+        seen.append(found)
+        (tmp_path / "other.txt").write_text(name + text)
+        assert configuration_digests(tmp_path) == found

@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from esft.cli import arguments as module
-from esft.cli.arguments import Parser, count, picture, resuming, share
+from esft.cli.arguments import Parser, budget, count, factor, first_layer, gigabytes, picture, resuming, share
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("17", 17), ("100000", 100_000)])
@@ -73,6 +73,16 @@ def test_a_share_is_above_zero_and_at_most_one():
             share(text)
 
 
+def test_gigabytes_are_a_plain_number_above_zero():
+    assert [gigabytes(text) for text in ("24", "0.5", "999999999.000000001")] == [24.0, 0.5, 999_999_999.000_000_001]
+    for text in ("0", "0.0", "000.000000000"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^must be above 0, got {text}$"):
+            gigabytes(text)
+    for text in ("1e3", "-1", ".5", "5.", "nan", " 24", "24\n", "1_000", "\u0661", "9" * 10, "0.0000000001"):
+        with pytest.raises(ValueError):
+            gigabytes(text)
+
+
 def test_a_picture_has_a_format_that_can_be_drawn():
     assert [picture(name) for name in ("a.png", "b.PDF", "c/d.svg")] == ["a.png", "b.PDF", "c/d.svg"]
     for name in ("a.xyz", "png", "a.png/", ""):
@@ -83,6 +93,8 @@ def test_a_picture_has_a_format_that_can_be_drawn():
 def test_a_count_that_no_machine_word_holds_is_refused_in_short():
     with pytest.raises(argparse.ArgumentTypeError, match=r"^must be at least 1 and below 2\*\*63, got 9{40}$"):
         count("9" * 400)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"got {2**63}$"):
+        count(str(2**63))
     assert count(str(2**63 - 1)) == 2**63 - 1
 
 
@@ -92,3 +104,35 @@ def test_only_plain_digits_are_a_count_or_a_share(text: str):
         count(text)
     with pytest.raises((ValueError, argparse.ArgumentTypeError)):
         share(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("24", 24), ("15%", 0.15), ("2.5%", 0.025), ("100%", 1.0)])
+def test_a_budget_is_a_number_or_a_share(text: str, value: float):
+    found = budget(text)
+    assert found == pytest.approx(value) and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["0%", "101%"])
+def test_a_budget_beyond_all_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^must be above 0% and at most 100%, got {text}$"):
+        budget(text)
+
+
+@pytest.mark.parametrize("text", ["0.5", "%", "-3%", "nan%", "1e2%", "many"])
+def test_a_budget_that_is_neither_is_refused(text: str):
+    with pytest.raises(ValueError):
+        budget(text)
+
+
+def test_a_factor_is_a_number_from_nothing_on():
+    assert (factor("0"), factor("1.25")) == (0, 1.25)
+    for text in ("-1", "nan", "inf", ""):
+        with pytest.raises(ValueError):
+            factor(text)
+
+
+def test_layers_from_one_on_are_its_number_and_a_colon():
+    assert (first_layer("0:"), first_layer("12:")) == (0, 12)
+    for text in ("12", ":12", "-1:", "a:", "12:14"):
+        with pytest.raises(argparse.ArgumentTypeError, match="^must be the first layer's number and a colon, as 12:, "):
+            first_layer(text)

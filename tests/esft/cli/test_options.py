@@ -37,20 +37,22 @@ INFERENCE = {
             "score --model m --data d --out o",
             {
                 **INFERENCE, "data": "d", "out": "o", "batch_size": 1, "max_tokens": 131_072, "overwrite": False,
+                "outputs": False, "gradients": False, "adapter": None,
             },
         ),
         (
             "select --scores s --out o",
             {
                 "scores": "s", "by": "token", "top_p": 0.2, "out": "o", "model": None, "shared_experts": False,
-                "non_expert_modules": False, "plot": None, "overwrite": False, **TRUST,
+                "non_expert_modules": False, "plot": None, "overwrite": False, "experts_per_layer": None,
+                "budget": None, "like": None, "against": None, "weight": None, "layers": 0, **TRUST,
             },
         ),
         (
             "train --model m --data d --out o",
             {
                 **dict.fromkeys(field.name for field in fields(esft.TrainConfig)),
-                **dict.fromkeys(("eval_data", "experts", "config")),
+                **dict.fromkeys(("eval_data", "experts", "config", "mix")),
                 "model": "m", "data": ["d"], "out": "o", "resume": False, "overwrite": False, "quiet": False,
                 **TRUST,
             },
@@ -132,6 +134,7 @@ def test_a_choice_that_there_is_not_is_refused(capsys, text: str):
     ("stage", "option"),
     [
         ("score", "--max-tokens"), ("score", "--batch-size"), ("score", "--max-length"), ("select", "--top-p"),
+        ("select", "--experts-per-layer"), ("select", "--budget"),
         ("eval", "--batch-size"), ("eval", "--max-length"), ("eval", "--limit"),
         ("generate", "--max-new-tokens"),
     ],

@@ -32,6 +32,8 @@ FOREIGN = [
     ),
     ("select --scores s.json --out d.jsonl --overwrite", "d.jsonl: holds something else"),
     ("select --scores s.json --out base/config.json --overwrite", "base/config.json: holds something else"),
+    ("select --scores s.json --out adapter/expert_cfg.json --overwrite", "lies beside adapter.safetensors, may be a"),
+    ("select --scores s.json --out run/experts.json --overwrite", "lies beside esft_run.json, may be a part of the"),
     ("select --scores s.json --out new.json --plot photo.png --overwrite", "photo.png: holds something else"),
     ("select --scores s.json --out new.json --plot s.json --overwrite", "must end in .png, .pdf or .svg, got 's.json'"),
     ("eval --model base --data g.jsonl --out g.jsonl --overwrite", "would replace g.jsonl, which is read"),
@@ -66,7 +68,7 @@ def precious(tmp_path, monkeypatch):
     ):
         (tmp_path / folder).mkdir()
         for name in names:
-            (tmp_path / folder / name).write_text(text)
+            (tmp_path / folder / name).write_text('{"experts": {}}' if name == "expert_cfg.json" else text)
     for name in ("d.jsonl", "g.jsonl"):
         write_records(tmp_path / name)
     os.link("g.jsonl", "hard.jsonl")

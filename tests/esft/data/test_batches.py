@@ -5,6 +5,7 @@ import torch
 
 from esft.data.batches import Packing, collate, epoch_batches, lengths_of, packed_batches, steps, windows
 from esft.data.examples import IGNORE, Example, Examples, joined
+from esft.data.mixing import Mix
 from tests.esft.models import record, tiny_encoder
 
 
@@ -126,9 +127,44 @@ def test_steps_go_on_from_any_one_with_what_it_would_have_had(packing: Packing |
         assert whole == [[examples[i] for i in batch] for batch in batches[:20]]
 
 
+@pytest.mark.parametrize("packing", [None, Packing(5, "bfd")])
+def test_by_weight_an_epoch_holds_what_is_drawn_of_each_source(packing: Packing | None):
+    examples, mix = some(20), Mix([4, 16], [1, 1])  # of the first source each example comes more than once
+    for epoch in (0, 3):
+        if packing is None:
+            found = [i for batch in epoch_batches(examples, 3, 7, epoch, mix) for i in batch]
+        else:
+            rows = packed_batches(examples, 3, 7, epoch, packing, mix)
+            found = [piece.example for batch in rows for row in batch for piece in row]
+        assert sorted(found) == sorted(mix.drawn(7, epoch)) and len(found) == 20
+    count = 7 if packing is None else len(packed_batches(examples, 3, 7, 0, packing, mix))
+    ids = [
+        token
+        for batch in itertools.islice(steps(examples, 3, 7, 0, packing, mix), count)
+        for row in batch
+        for token in row.ids
+    ]
+    assert sorted(ids) == sorted(token for i in mix.drawn(7, 0) for token in examples[i].ids)
+
+
+def test_the_order_of_rows_is_drawn_anew_though_the_examples_are_all_alike():
+    examples = [Example([i] * 5, [i] * 5) for i in range(30)]  # one a row, so that packing leaves their order alone
+    first, second = (packed_batches(examples, 1, seed, 0, Packing(5, "bfd")) for seed in (0, 1))
+    assert first != second
+
+
 def test_examples_in_arrays_give_the_same_batches():
     examples = some(22)
     kept = Examples.of(examples, 22, 0)
     assert epoch_batches(kept, 4, 7, 0) == epoch_batches(examples, 4, 7, 0)
     assert lengths_of(kept) == lengths_of(examples) == [len(each.ids) for each in examples]
     assert all(type(length) is int for length in lengths_of(kept))
+
+
+def test_a_batch_says_which_of_its_tokens_are_mixed_in():
+    task, mixed = Example([1, 2], [1, 2]), Example([3, 4, 5], [3, 4, 5], mixed=(0,))
+    batch = collate([joined([task, mixed, task]), mixed], pad=0)
+    assert batch["mixed"].dtype == torch.bool
+    assert batch["mixed"].int().tolist() == [[0, 0, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert collate([mixed], pad=0, left=True)["mixed"].int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
+    assert "mixed" not in collate([task], pad=0)

@@ -1,8 +1,11 @@
+import hashlib
 import json
 import os
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import esft
 from esft.data import cache
@@ -105,3 +108,35 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, kept, monkeypa
     monkeypatch.setattr(cache, "cached_assets_path", lambda *a, **k: kept.mkdir())
     assert len(encoded(source, tiny_encoder())) == 5
     assert len(counted) == 3
+
+
+def test_a_file_that_says_nothing_of_itself_is_none(kept):
+    path = folder() / "a.safetensors"
+    save_file({"ids": SOME.ids, "counted": SOME.counted, "ends": SOME.ends}, path)
+    assert load(path) is None
+
+
+def test_the_same_bytes_in_other_arrays_are_none(kept):
+    """Not only the bytes of all arrays are compared, but where each of them ends."""
+    ids, counted = np.array([1, 0x01010101], np.int32), np.array([True, False])
+    whole = Examples(ids, counted, np.array([2]), 1, 0)
+    save(path := folder() / "a.safetensors", whole)
+    with safe_open(path, framework="np") as handle:
+        about = handle.metadata()
+    other = {"ids": ids[:1], "counted": np.array([True] * 5 + [False]), "ends": np.array([2])}
+    save_file(other, path, about)
+    assert load(path) is None
+
+
+def test_a_file_that_was_used_is_as_new(kept):
+    save(path := folder() / "a.safetensors", SOME)
+    os.utime(path, (1, 1))
+    assert load(path) is not None and path.stat().st_mtime > 1e9
+
+
+def test_examples_are_of_the_first_version_of_the_format(tmp_path):
+    """What decides on a file's name: a change of what is in there is another version."""
+    source, encoder = DataSource.of(write_records(tmp_path / "d.jsonl", 2)), tiny_encoder()
+    encoded(source, encoder)
+    name = hashlib.sha256(json.dumps([1, source.digest(), encoder.digest()]).encode()).hexdigest()
+    assert [path.stem for path in folder().iterdir()] == [name]

@@ -1,5 +1,7 @@
 import logging
 import sys
+from datetime import date
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
@@ -326,3 +328,34 @@ def test_a_digest_tells_all_apart_that_decides_on_the_tokens():
     ]  # fmt: skip
     assert None not in found and len(set(found)) == len(found)
     assert digest() == found[0]
+
+
+def test_the_date_is_in_the_digest_of_a_template_that_renders_it(monkeypatch):
+    plain, dated = tiny_tokenizer(), tiny_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d') }}" + str(plain.chat_template)
+    found = []
+    for day in (1, 2):
+        monkeypatch.setattr(encoding, "date", SimpleNamespace(today=lambda day=day: date(2025, 1, day)))
+        found.append([Encoder(tokenizer, 9).digest() for tokenizer in (plain, dated)])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
+def test_of_a_text_the_tokens_that_the_tokenizer_adds_count_as_well():
+    tokenizer = tiny_tokenizer()
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|end|>", special_tokens=[("<|bos|>", bos), ("<|end|>", end)]
+    )
+    found = Encoder(tokenizer, 99).encode(Record(text="ab"))
+    assert (found.ids[0], found.ids[-1], found.labels) == (bos, end, found.ids)
+    part = Encoder(tokenizer, 99).encode(Record(text="ab", prompt=1))
+    assert part.labels == [IGNORE, IGNORE, *found.ids[2:]]
+
+
+def test_of_spans_that_overlap_the_last_one_holds():
+    """As of a turn of weight 0 in a conversation of which everything else counts."""
+    messages = [*chat("hi", "yes"), *chat("why?", "no")]
+    messages[1]["weight"] = 0
+    found = tiny_encoder(assistant_only_loss=False).encode(Record(messages))
+    silent = [i for i, label in enumerate(found.labels) if label == IGNORE]
+    assert tiny_tokenizer().decode([found.ids[i] for i in silent]) == "yes<|end|>"

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from esft.data.examples import IGNORE, Example, Examples, joined
 
@@ -14,6 +15,10 @@ def test_examples_are_what_they_were_made_of():
     assert examples.lengths.tolist() == [3, 1, 2]
     with pytest.raises(IndexError):
         examples[3]
+
+
+def test_a_position_without_loss_has_the_label_that_pytorch_passes_over():
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE
 
 
 def test_no_examples_are_none():
@@ -39,3 +44,18 @@ def test_documents_end_to_end_keep_their_labels_but_for_their_first_ones():
 
 def test_a_part_has_the_tokens_and_labels_from_one_place_to_another():
     assert SOME[0].cut(1, 3) == Example([6, 7], [6, 7])
+
+
+def test_documents_that_are_mixed_in_are_known_in_whatever_row_they_come_to_lie():
+    task, mixed = Example([1, 2], [1, 2]), Example([3, 4, 5], [3, 4, 5], mixed=(0,))
+    row = joined([mixed, task, mixed])
+    assert row.starts == (0, 3, 5) and row.mixed == (0, 2)
+    assert joined([task, row]).mixed == (1, 3) and joined([task, task]).mixed == ()
+    assert mixed.cut(1, 3) == Example([4, 5], [4, 5], mixed=(0,)) and task.cut(0, 1).mixed == ()
+
+
+def test_examples_from_one_on_are_mixed_in():
+    plain = Examples.of([Example([n, n], [n, n]) for n in range(4)], 4, 0)
+    found = Examples(plain.ids, plain.counted, plain.ends, 4, 0, mixed_from=3)
+    assert [example.mixed for example in found] == [(), (), (), (0,)]
+    assert [example.mixed for example in plain] == [()] * 4

@@ -42,6 +42,13 @@ def test_one_record_over_several_lines_is_told_what_is_expected(tmp_path):
     assert str(raised.value) == f"{path}: one JSON value over several lines; {WANTED}"
 
 
+def test_a_first_line_that_is_cut_is_not_taken_for_a_value_over_several(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"messages": [\n{"a": 1}\n')
+    with pytest.raises(esft.InputError, match=r"d.jsonl: line 1: not JSON \("):
+        read(path)
+
+
 def test_lines_are_read_in_order_without_blank_ones(tmp_path):
     (tmp_path / "d.jsonl").write_text('\n{"a": 1}\n  \n\t\r\n{"a": 2}')
     assert read(tmp_path / "d.jsonl") == read(str(tmp_path / "d.jsonl")) == [("line 2", {"a": 1}), ("line 5", {"a": 2})]
@@ -94,7 +101,7 @@ def test_a_compressed_file_that_is_none_or_cut_is_named(tmp_path, suffix: str):
     whole = PACKERS[suffix](b'{"a": 2}\n' * 5000)
     for content in (b'{"a": 2}\n', whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(esft.InputError, match=rf"d\.jsonl{suffix}: (cannot be unfolded \(|not |line )"):
+        with pytest.raises(esft.InputError, match=rf"d\.jsonl{suffix}: (cannot be unfolded \((?!None)|not |line )"):
             read(path)
 
 
@@ -107,6 +114,28 @@ def test_what_unfolds_without_end_is_not_read(tmp_path, monkeypatch, suffix: str
         read(path)
     monkeypatch.setattr(files, "UNFOLDED_BYTES", 1 << 25)
     assert len(read(path)) == 1
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_what_unfolds_to_just_as_much_as_it_may_is_read(tmp_path, monkeypatch, suffix: str):
+    monkeypatch.setattr(files, "UNFOLDED", 0)
+    path, content = tmp_path / f"d.jsonl{suffix}", b'{"a": "' + b"x" * 100_000 + b'"}\n'
+    path.write_bytes(PACKERS[suffix](content))
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", len(content))
+    assert len(read(path)) == 1
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", len(content) - 1)
+    with pytest.raises(esft.InputError, match="unfolds to more than"):
+        read(path)
+
+
+def test_a_json_list_may_have_just_as_many_bytes_as_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "d.json"
+    path.write_text('[{"a": 1}]')
+    monkeypatch.setattr(files, "JSON_BYTES", 10)
+    assert read(path) == [("record 1", {"a": 1})]
+    monkeypatch.setattr(files, "JSON_BYTES", 9)
+    with pytest.raises(esft.InputError, match="d.json: a JSON list of over 9 bytes; write a record a line instead$"):
+        read(path)
 
 
 def parquet(path, rows: list[dict], **settings) -> None:
@@ -135,4 +164,16 @@ def test_parquet_that_is_none_or_unfolds_without_end_is_named(tmp_path, monkeypa
     monkeypatch.setattr(files, "UNFOLDED_BYTES", 1 << 16)
     parquet(path, [{"text": "x" * 10_000}] * 5000)
     with pytest.raises(esft.InputError, match="d.parquet: unfolds to more than 200 times its size"):
+        read(path)
+
+
+def test_parquet_may_unfold_to_just_as_much_as_it_may(tmp_path, monkeypatch):
+    rows = [{"text": "x" * (i % 7)} for i in range(250)]
+    parquet(path := tmp_path / "d.parquet", rows)
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches(100, columns=["text"])  # as many as are read together
+    monkeypatch.setattr(files, "UNFOLDED", 0)
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", size := sum(batch.nbytes for batch in batches))
+    assert [row for _, row in read(path)] == rows
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", size - 1)
+    with pytest.raises(esft.InputError, match="unfolds to more than"):
         read(path)

@@ -82,3 +82,19 @@ def test_a_row_has_the_tokens_of_its_pieces():
     examples = [Example([1, 2, 3], [1, 2, 3]), Example([4, 5], [IGNORE, 5])]
     assert laid([Piece(1, 0, 2), Piece(0, 1, 3)], examples) == Example([4, 5, 2, 3], [IGNORE, 5, IGNORE, 3], (0, 2))
     assert laid([Piece(0, 0, 3)], examples) == examples[0]
+
+
+def test_the_first_of_the_order_comes_first_after_the_opener():
+    rows = packed([1, 2, 9, 1, 2, 3], range(6), 20, "bfd")
+    assert [piece.example for piece in rows[0]][:2] == [2, 0]
+
+
+def test_of_what_leaves_equally_little_two_short_ones_close_a_row():
+    """So the longer one, which fits into fewer rows, is not what is left at the end."""
+    rows = packed([7, 6, 3, 3], range(4), 14, "bfd")
+    assert [[piece.end for piece in row] for row in rows] == [[7, 3, 3], [6]]
+
+
+def test_what_just_fits_is_in_the_row():
+    assert packed([5, 3], [0, 1], 8, "bfd") == [[Piece(0, 0, 5), Piece(1, 0, 3)]]
+    assert len(packed([5, 4], [0, 1], 8, "bfd")) == 2

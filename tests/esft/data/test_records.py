@@ -38,7 +38,7 @@ def read(row) -> Record:
 )
 def test_a_row_is_a_record_by_its_columns(row: dict, expected: Record):
     assert read(row) == expected
-    assert read(row).place == "line 3"
+    assert read(row).place == "line 3"  # which is of no account to whether records are equal
 
 
 def test_an_assistant_may_call_tools_and_say_nothing():
@@ -58,6 +58,9 @@ def test_an_assistant_may_call_tools_and_say_nothing():
         ),
         ({"a": 1, "prompt": "x"}, "has none of the columns that make a record (it has: a, prompt); a record has"),
         ({}, "has none of the columns that make a record (it has: none)"),
+        (dict.fromkeys("abcdefghij", 1), "has none of the columns that make a record (it has: "
+                                         "a, b, c, d, e, f, g, h, i);"),
+        ({7: 1}, "has none of the columns that make a record (it has: 7);"),
         ({"messages": []}, 'no "messages" list'),
         ({"messages": "user"}, 'no "messages" list'),
         ({"conversations": {}}, 'no "conversations" list'),

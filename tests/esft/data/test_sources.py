@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -24,6 +26,11 @@ from tests.esft.models import chat, record, write_records
 def test_a_source_is_a_path_with_split_and_weight(text: str, path: str, split: str | None, weight: float | None):
     assert DataSource.of(text) == DataSource(path, split, weight)
     assert DataSource.of(str(DataSource.of(text))) == DataSource.of(text)
+
+
+def test_a_path_is_the_source_that_its_text_is(tmp_path):
+    for path in (write_records(tmp_path / "d.jsonl", 1), tmp_path, Path("absent.jsonl")):
+        assert DataSource.of(path) == DataSource(str(path))
 
 
 def test_a_file_of_that_very_name_is_itself(tmp_path, monkeypatch):
@@ -105,6 +112,31 @@ def test_a_folder_is_read_by_split(folder):
     assert DataSource.of(folder).local == folder
     with pytest.raises(esft.InputError, match=rf"^{folder}@best: cannot be read \("):
         read_records(f"{folder}@best")
+
+
+def test_a_folder_is_no_configuration_of_the_hubs_though_its_path_could_be_one(folder, monkeypatch):
+    (folder.parent / "owner" / "name").mkdir(parents=True)
+    folder.rename(folder.parent / "owner" / "name" / "set")
+    monkeypatch.chdir(folder.parent)
+    assert len(read_records("owner/name/set")) == 3
+
+
+@pytest.mark.parametrize("module", ["somebody.else.json.json", "datasets.packaged_modules.pandas.pandas"])
+def test_what_is_no_reader_of_plain_rows_is_not_run(folder, monkeypatch, module: str):
+    builder = type("Builder", (SimpleNamespace,), {"__module__": module})
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder())
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(esft.InputError, match=f"set: holds files of the kind {module.rpartition('.')[2]}; json, "):
+        read_records(folder)
+
+
+def test_the_order_of_a_rows_columns_is_not_in_its_digest(monkeypatch):
+    rows: list[list[dict]] = [[{"a": 1, "b": {"c": 2, "d": 3}}], [{"b": {"d": 3, "c": 2}, "a": 1}], [{"a": 1}]]
+    found = []
+    for each in rows:
+        monkeypatch.setattr(DataSource, "rows", lambda self, each=each: ((str(i), row) for i, row in enumerate(each)))
+        found.append(DataSource("owner/name").digest())
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_digest_of_a_folder_is_of_the_splits_rows(folder):

@@ -85,3 +85,33 @@ def test_a_bad_record_far_behind_is_named_when_it_comes(tmp_path):
     next(batches)
     with pytest.raises(esft.InputError, match="d.jsonl: line 601: has none of the columns"):
         list(batches)
+
+
+def test_of_packed_rows_as_many_tokens_are_held_as_fill_32_batches(tmp_path):
+    """40 examples of 9 tokens are the fewest that have 32 times 11: each has a row of its own, and comes in a batch
+    before any later one does."""
+    lines = [{"messages": chat(f"{i:02d}", "ab")} for i in range(100)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = taken([DataSource.of(tmp_path / "d.jsonl")], tiny_encoder(), 1, 0, packing=Packing(11, "bfd"), count=80)
+    numbers = [int(tiny_encoder().tokenizer.decode(row.ids[2:4])) for (row,) in rows]
+    assert {len(row.ids) for (row,) in rows} == {9}
+    assert sorted(numbers[:40]) == list(range(40)) and sorted(numbers[40:]) == list(range(40, 80))
+    assert max(numbers[:5]) >= 20  # of all that are held, and not of the first few
+
+
+def test_which_source_comes_next_depends_on_the_seed(tmp_path):
+    sources = [DataSource(write(tmp_path / f"{c}.jsonl", 20, c).path, None, 1) for c in "xy"]
+    one, same, other = (taken(sources, tiny_encoder(), 8, seed, count=32) for seed in (0, 0, 1))
+    letters = [
+        sorted(row.ids[2] for batch in batches for row in batch) for batches in (one, same, other)
+    ]  # how often each source came
+    assert one == same and letters[0] != letters[2]
+
+
+def test_a_record_that_cannot_be_encoded_is_named_by_its_place(tmp_path):
+    lines = [{"messages": chat("a", "b")}, {"messages": chat("a", "b"), "chat_template_kwargs": {"add": 1}}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    encoder = tiny_encoder()
+    encoder.tokenizer.chat_template = "{{ 1 / 0 if add else 'x' }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(esft.InputError, match=r"d.jsonl: line 3: the chat template cannot render it"):
+        next(streamed([DataSource.of(tmp_path / "d.jsonl")], encoder, 4, 0))

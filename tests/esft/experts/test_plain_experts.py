@@ -2,9 +2,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import esft
+from esft.experts.moe_layers import moe_layers
 from esft.experts.plain_experts import PlainExperts, plain_mlp
 from esft.experts.pooled_experts import Experts
+from esft.selection import ExpertSelection
 from esft_kernels.pools import ExpertPools, ExpertWeights
+from tests.esft import zoo
 
 E, D, F_ = 5, 4, 3
 
@@ -138,3 +142,19 @@ def test_the_module_computes_in_the_dtype_of_its_weights_and_returns_that_of_its
     found = module(x, index, routing)
     assert found.dtype == of_x
     assert torch.equal(found, module(x.to(of_weights), index, routing).to(of_x))
+
+
+def test_experts_without_the_decorator_and_with_a_gate_of_their_own_train_through_plain_pytorch():
+    # Its experts clamp the activation's value, which the kernels cannot: they clamp before it.
+    config = {"swiglu_limits": [0.02, 0.02], "sliding_window": 16}
+    stock, swapped = zoo.tiny("step3p7", **config), zoo.tiny("step3p7", **config)
+    layers = moe_layers(stock)
+    with pytest.warns(UserWarning, match="Step3p7Experts: the kernels do not compute these experts"):
+        esft.swap(swapped, ExpertSelection({layers[-1].index: [3, 6]}))
+    direction = torch.randn(2, 9, 32)
+    for model in (stock, swapped):
+        (model(input_ids=zoo.tokens(), use_cache=False).last_hidden_state * direction).mean().backward()
+    expected = layers[-1].experts.gate_up_proj.grad[[3, 6]]
+    found = moe_layers(swapped)[-1].experts.trained_gate_up_proj.grad
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert expected.count_nonzero()

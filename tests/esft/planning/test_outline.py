@@ -91,3 +91,17 @@ def test_weights_quantized_in_a_way_that_is_not_read_are_refused(tmp_path):
     assert outline(str(tmp_path / "fp8")).layers
     with pytest.raises(esft.InputError, match="gptq: weights quantized by 'gptq' are not supported"):
         outline(str(tmp_path / "gptq"))
+
+
+def test_a_configuration_that_has_changed_is_read_again_and_one_that_has_not_is_not(tmp_path, monkeypatch):
+    read, real = [], load_skeleton
+    monkeypatch.setattr("esft.planning.outline.load_skeleton", lambda *how: read.append(how) or real(*how))
+    for vocabulary, times in ((300, 1), (300, 1), (340, 2), (300, 2)):
+        tiny_model(vocab_size=vocabulary).config.save_pretrained(tmp_path)
+        assert outline(str(tmp_path)).others == tiny_outline(vocabulary)
+        assert len(read) == times
+
+
+def tiny_outline(vocabulary: int) -> int:
+    model = tiny_model(vocab_size=vocabulary)
+    return sum(weight.numel() for weight in stock_weights(model).others.values())

@@ -1,10 +1,12 @@
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import esft
-from esft.planning.plan import BASE, FORMATS, ROW_SHARE, plan
+from esft.planning.plan import BASE, FORMATS, ROW_SHARE, _assumed, plan
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from esft.swapping.load_state import is_pool
@@ -12,6 +14,7 @@ from esft.training.methods import METHODS, Source
 from esft.training.optim import MasterAdamW
 from esft_kernels.formats.resolve import resolve_format
 from tests.esft import zoo
+from tests.esft.checkpoint.files import rewrite_json
 from tests.esft.models import save_tiny, tiny_model
 
 SELECTION = ExpertSelection({1: [2, 7], 2: [0]})
@@ -182,3 +185,20 @@ def test_what_does_not_fit_is_named(folder, how: dict, message: str):
 def test_a_plan_is_numbers_and_words_that_json_has(folder):
     found = plan(folder, SELECTION, config(), tokens=64)
     assert json.loads(json.dumps(vars(found))) == vars(found)
+
+
+def test_of_layers_with_unlike_numbers_of_experts_each_trains_as_many_as_it_has():
+    layers = [SimpleNamespace(index=index, experts=experts) for index, experts in ((1, 8), (3, 64), (5, 16))]
+    selection, number = _assumed(SimpleNamespace(layers=layers), 0.2, 12)
+    assert number == 12 and {layer: len(ids) for layer, ids in selection.experts.items()} == {1: 8, 3: 12, 5: 12}
+    assert _assumed(SimpleNamespace(layers=layers), 0.2, None)[1] == 5  # of the most, 64
+    assert _assumed(SimpleNamespace(layers=layers), 0.2, 64)[1] == 64
+    with pytest.raises(esft.InputError, match="^65 experts a layer: the model's layers have 64$"):
+        _assumed(SimpleNamespace(layers=layers), 0.2, 65)
+
+
+def test_a_configuration_that_has_changed_is_planned_anew(folder):
+    before = plan(folder, SELECTION, config(), tokens=64)
+    rewrite_json(Path(folder) / "config.json", lambda values: values.update(hidden_size=128))
+    after = plan(folder, SELECTION, config(), tokens=64)
+    assert after.parameters > before.parameters and after.step > before.step

@@ -5,7 +5,7 @@ import torch
 
 from esft.experts.pooled_experts import Experts
 from esft.planning.live_bytes import LiveBytes
-from esft.planning.stand_in import Sizes, StandIn
+from esft.planning.stand_in import Sizes, StandIn, _scratch
 from esft_kernels.backends.cpu import CACHE, rounded
 
 E, D, F, T, K = 8, 64, 48, 512, 2
@@ -82,3 +82,26 @@ def test_no_tokens_take_nothing_but_gradients():
     out = stand_in(empty, torch.empty(0, K, dtype=torch.int64), torch.empty(0, K))
     out.sum().backward()
     assert out.shape == (0, D) and all(p.grad.shape == p.shape for p in stand_in.parameters())
+
+
+def test_a_share_of_rows_that_experts_do_not_divide_is_the_largest_ones():
+    sizes = Sizes(8, 2, (2 * F, D, F), 0.25)
+    assert sizes.longest(20, 2, backward=True, all_rows=False) == 3  # of 5 rows, of two experts
+    assert sizes.longest(20, 2, backward=False, all_rows=False) == 5  # both together
+    assert sizes.longest(20, 2, backward=True) == 15  # those of all that are frozen
+
+
+def test_a_pass_has_buffers_weights_of_the_rows_and_room_to_unpack():
+    sizes = Sizes(E, 2, (2 * F, D, F), 0.25, scratch=77)
+    buffers, weights, room = _scratch(torch.empty(1, dtype=torch.bfloat16), sizes, 40, 9, 100)
+    assert (buffers.nbytes, weights.nbytes, room.nbytes) == (40 * 9 * 2, 100 * 2, 77)
+
+
+def test_under_autocast_inputs_are_kept_in_the_dtype_of_the_weights():
+    kept: list[torch.Tensor] = []
+    x, index, weights = routed()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = StandIn(Sizes(E, 3, (2 * F, D, F), 0.2), torch.bfloat16)(x.float(), index, weights)
+    assert out.dtype == torch.float32
+    assert [t.dtype for t in kept if t.shape == x.shape] == [torch.bfloat16]
+    assert [t.dtype for t in kept if t.shape == weights.shape] == [torch.float32]

@@ -170,3 +170,13 @@ def test_tensors_of_any_strides_are_saved_as_their_values(saved):
 def test_a_step_after_a_damaged_one_does_not_drop_the_sound_one_before(tmp_path, saved):
     saved.save(state(3))  # after step 4 was found damaged
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-00000{n}" for n in (2, 3, 4)]
+
+
+def test_a_link_to_a_checkpoint_of_another_run_is_none(tmp_path, saved):
+    (tmp_path / "checkpoints" / "step-000004").rename(tmp_path / "another")
+    (tmp_path / "checkpoints" / "step-000004").symlink_to(tmp_path / "another")
+    for ask in (saved.last_step, lambda: restored(saved)):
+        with pytest.raises(
+            InputError, match="checkpoints/step-000004: is a link, where a run has a folder of its own$"
+        ):
+            ask()

@@ -75,3 +75,10 @@ def test_a_disk_that_is_full_is_named_when_a_step_is_logged(path, tmp_path, monk
         monkeypatch.setattr("builtins.print", full)
         with pytest.raises(esft.DiskError, match=r"metrics\.jsonl: No space left on device$"):
             log(1, loss=1.0)
+
+
+def test_a_step_is_in_the_file_as_soon_as_it_is_logged(path, tmp_path):
+    with logging(path, tmp_path / "board", 0) as log:
+        for step in (1, 2):
+            log(step, lr=0.5)
+            assert read_metrics(path)[-1] == {"step": step, "lr": 0.5}

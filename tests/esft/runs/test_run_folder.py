@@ -123,6 +123,16 @@ def test_a_run_has_begun_when_its_origin_stands_and_before_that_it_was_broken_of
     assert kinds == [(False, True)] * 4 and folder.begun and not folder.broken_off
 
 
+def test_a_link_among_what_is_left_of_a_beginning_is_not_written_through(tmp_path):
+    folder = begun(tmp_path / "run")
+    (folder.path / "origin.json").unlink()
+    assert folder.broken_off
+    (folder.path / "config.yaml").rename(tmp_path / "mine.yaml")
+    (folder.path / "config.yaml").symlink_to(tmp_path / "mine.yaml")
+    with pytest.raises(esft.InputError, match=r"run/config\.yaml: is no regular file, where a run has one$"):
+        _ = folder.broken_off
+
+
 @pytest.mark.parametrize("mine", ["thesis", "experts.json.bak", "checkpoints/thesis", "adapter/thesis"])
 def test_what_a_run_has_not_written_is_named(tmp_path, mine: str):
     folder = begun(tmp_path / "run")
@@ -293,10 +303,15 @@ def test_a_summary_that_is_none_is_named(tmp_path):
             RunFolder(tmp_path).summary()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "origin.json", "summary.json", "esft_run.json"])
+NAMES = ["config.yaml", "experts.json", "origin.json", "summary.json", "metrics.jsonl", "esft_run.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_no_file_in_a_files_place_is_named(tmp_path, name: str):
     path = tmp_path / name
-    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path), lambda path: path.symlink_to(os.devnull)):
+    (tmp_path / "mine").touch()
+    links = [lambda path, to=to: path.symlink_to(to) for to in (path, os.devnull, tmp_path / "mine", "nothing")]
+    for make in (Path.mkdir, os.mkfifo, *links):
         assert not RunFolder(tmp_path).holds(name)
         make(path)
         with pytest.raises(esft.InputError, match=f"/{name}: is no regular file, where a run has one$"):

@@ -108,3 +108,41 @@ def test_scores_of_experts_that_the_model_does_not_have_are_refused(wrong: str):
     scores = {"token_scores": right, "gate_scores": right} | {wrong: strange}
     with pytest.raises(esft.InputError, match="score file is of another model: layer 1 has no expert 4"):
         esft.ExpertScores(**scores).check({1: 4})
+
+
+ADDED = esft.ExpertScores(
+    {1: {0: 0.5, 1: 0.5}}, {}, output_scores={1: {0: 1e9, 1: 0.0}}, fisher_rows_scores={1: {0: 1e-20, 1: 3.0}}
+)
+
+
+def test_further_scores_are_further_parts_of_the_file(tmp_path):
+    ADDED.save(tmp_path / "s.json")
+    raw = json.loads((tmp_path / "s.json").read_text())
+    assert list(raw) == ["token_scores", "gate_scores", "output_scores", "fisher_rows_scores"]
+    assert raw["output_scores"] == {"1": {"0": 1e9, "1": 0.0}}
+    assert esft.ExpertScores.load(tmp_path / "s.json") == ADDED
+    ADDED.check({1: 2})
+
+
+def test_scores_are_found_by_their_rule():
+    assert ADDED.by("token") == ADDED.token_scores and ADDED.by("fisher_rows") == ADDED.fisher_rows_scores
+    for rule in ("gate", "fisher"):
+        with pytest.raises(esft.InputError, match=f"^there are no {rule} scores to select by$"):
+            ADDED.by(rule)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ('{"2": {"0": 1}}', "layer 2 has fisher_scores of other experts than token_scores"),
+        ('{"1": {"0": 1}}', "layer 1 has fisher_scores of other experts than token_scores"),
+        ('{"1": {"0": 1, "1": 1e31}}', "fisher_scores: layer 1: expert 1 has score 1e\\+31"),
+        ('{"1": {"0": 1, "1": -1}}', "fisher_scores: layer 1: expert 1 has score -1"),
+        ("[]", "fisher_scores must be"),
+    ],
+)
+def test_further_scores_are_read_as_strictly(tmp_path, added: str, message: str):
+    text = f'{{"token_scores": {{"1": {{"0": 0.5, "1": 0.5}}}}, "gate_scores": {{}}, "fisher_scores": {added}}}'
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(esft.InputError, match=f"s.json: .*{message}"):
+        esft.ExpertScores.load(tmp_path / "s.json")

@@ -165,7 +165,7 @@ class Model(nn.Module):
 
     def forward(self):
         for layer in self.layers:
-            layer["mlp"](torch.zeros(1))
+            layer["mlp"](torch.arange(len(layer["mlp"].index))[:, None])
 
 
 def watched(model: Model, keep: torch.Tensor) -> list[tuple[int, Choice]]:
@@ -244,6 +244,7 @@ def test_tokens_that_do_not_count_are_left_out_of_everything():
     assert torch.equal(choice.index_TK, INDEX[[0, 2, 3]])
     assert choice.taken_TK.shape == (3, 2)
     torch.testing.assert_close(choice.gates_TE, logits.sigmoid()[[0, 2, 3]])
+    assert torch.equal(choice.weights_TK, weights[[0, 2, 3]]) and choice.x_TD.tolist() == [[0], [2], [3]]
 
 
 def test_a_pass_without_a_token_that_counts_is_not_reported():

@@ -96,7 +96,9 @@ def test_scores_that_are_not_there_are_refused(by: str):
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(esft.InputError, match="by must be 'token' or 'gate', got 'rank'"):
+    with pytest.raises(
+        esft.InputError, match="by must be one of 'token', 'gate', 'output', 'fisher', 'fisher_rows', got 'rank'"
+    ):
         esft.select_experts(scores_of(1.0), by="rank")
 
 
@@ -104,3 +106,110 @@ def test_a_layer_without_the_scores_to_select_by_is_named():
     scores = ExpertScores({1: {0: 1.0}, 2: {0: 1.0}}, {1: {0: 0.5}})
     with pytest.raises(esft.InputError, match="^layer 2 has no gate scores to select by$"):
         esft.select_experts(scores, by="gate", top_p=0.1)
+
+
+# Two layers; every number is exact in binary, so that sums are too.
+TASK = ExpertScores(
+    {1: {0: 0.5, 1: 0.25, 2: 0.25, 3: 0.0}, 4: {0: 0.125, 1: 0.0, 2: 0.75, 3: 0.125}},
+    {},
+    output_scores={1: {0: 2.0, 1: 4.0, 2: 1.0, 3: 1.0}, 4: {0: 64.0, 1: 0.0, 2: 32.0, 3: 32.0}},
+)
+GENERAL = ExpertScores({1: {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, 4: {0: 0.0, 1: 0.5, 2: 0.25, 3: 0.25}}, {})
+
+
+def test_a_number_per_layer_takes_the_highest_of_each():
+    chosen = esft.select_experts(TASK, experts_per_layer=2)
+    assert chosen.experts == {1: [0, 1], 4: [2, 0]}
+    assert chosen.chosen_by == {"by": "token", "experts_per_layer": 2}
+    assert esft.select_experts(TASK, experts_per_layer=4).experts == {1: [0, 1, 2, 3], 4: [2, 0, 3, 1]}
+
+
+def test_a_budget_goes_to_the_highest_of_all_layers_with_ties_to_the_lower_layer_and_id():
+    assert esft.select_experts(TASK, budget=1).experts == {1: [], 4: [2]}
+    assert esft.select_experts(TASK, budget=3).experts == {1: [0, 1], 4: [2]}
+    chosen = esft.select_experts(TASK, budget=5)
+    assert chosen.experts == {1: [0, 1, 2], 4: [2, 0]}
+    assert chosen.chosen_by == {"by": "token", "budget": 5}
+    assert esft.select_experts(TASK, by="output", budget=4).experts == {1: [1], 4: [0, 2, 3]}  # compared as they are
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 8), (0.5, 4), (0.3, 2), (0.01, 1)])
+def test_a_budget_may_be_a_share_of_all_experts_of_all_scored_layers(share: float, count: int):
+    assert esft.select_experts(TASK, budget=share).num_experts == count
+    assert esft.select_experts(TASK, budget=share).chosen_by["budget"] == count
+    if count <= 4:
+        assert esft.select_experts(TASK, budget=share, first_layer=2).num_experts == count
+
+
+def test_a_choice_may_be_as_large_in_every_layer_as_another_one():
+    other = ExpertSelection({4: [1, 3, 0], 1: [3]})
+    chosen = esft.select_experts(TASK, by="output", like=other)
+    assert chosen.experts == {1: [1], 4: [0, 2, 3]}
+    assert chosen.chosen_by == {"by": "output", "like": {4: 3, 1: 1}}
+    assert esft.select_experts(TASK, like=ExpertSelection({4: [1]})).experts == {1: [], 4: [2]}
+
+
+def test_top_p_of_scores_with_a_unit_counts_shares_of_a_layers_sum():
+    assert esft.select_experts(TASK, by="output", top_p=0.5).experts == {1: [1], 4: [0]}
+    assert esft.select_experts(TASK, by="output", top_p=0.75).experts == {1: [1, 0], 4: [0, 2]}
+
+
+def test_layers_below_the_first_one_have_no_part_in_a_choice():
+    chosen = esft.select_experts(TASK, top_p=0.75, first_layer=2)
+    assert chosen.experts == {4: [2]}
+    assert chosen.chosen_by == {"by": "token", "top_p": 0.75, "first_layer": 2}
+    assert esft.select_experts(TASK, budget=3, first_layer=4).experts == {4: [2, 0, 3]}
+    assert esft.select_experts(TASK, top_p=0.75, first_layer=1) == esft.select_experts(TASK, top_p=0.75)
+
+
+def test_general_use_is_taken_off_the_tasks_by_shares():
+    # Layer 1: -0.5, 0.25, 0.25, 0; layer 4: 0.125, -0.5, 0.5, -0.125.
+    chosen = esft.select_experts(TASK, budget=5, against=GENERAL)
+    assert chosen.experts == {1: [1, 2], 4: [2, 0, 3]}
+    assert chosen.chosen_by == {"by": "token", "budget": 5, "against": 1.0}
+    # Layer 1: 0.25, 0.25, 0.25.
+    assert esft.select_experts(TASK, experts_per_layer=1, against=GENERAL, weight=0.25).experts == {1: [0], 4: [2]}
+    assert esft.select_experts(TASK, budget=5, against=GENERAL, weight=0).experts == {1: [0, 1, 2], 4: [2, 0]}
+
+
+def test_top_p_against_general_use_sums_the_tasks_scores_and_comes_last_to_what_the_task_does_not_use():
+    assert esft.select_experts(TASK, top_p=0.5, against=GENERAL).experts == {1: [1, 2], 4: [2]}
+    # Expert 3 of layer 1 has 0 less 0, expert 0 has 0.5 less 1.
+    assert esft.select_experts(TASK, top_p=1.0, against=GENERAL).experts == {1: [1, 2, 0], 4: [2, 0, 3]}
+    assert esft.select_experts(TASK, experts_per_layer=4, against=GENERAL).experts[1] == [1, 2, 0, 3]
+
+
+def test_a_contrast_of_scores_with_a_unit_is_of_shares_too():
+    general = ExpertScores({}, {}, output_scores={1: {0: 1.0, 1: 6.0, 2: 1.0, 3: 0.0}, 4: dict.fromkeys(range(4), 0.0)})
+    ordered = esft.select_experts(TASK, by="output", experts_per_layer=4, against=general)
+    # Layer 1: 0.25 - 0.125, 0.5 - 0.75, 0.125 - 0.125, 0.125; of general text that was not seen, nothing.
+    assert ordered.experts == {1: [0, 3, 2, 1], 4: [0, 2, 3, 1]}
+
+
+OTHER = ExpertScores({1: {0: 0.5, 1: 0.5}, 4: TASK.token_scores[4]}, {})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"experts_per_layer": 0}, "experts_per_layer must be at least 1, got 0"),
+        ({"experts_per_layer": 5}, "layer 1 is to have 5 experts; it has 4"),
+        ({"budget": 0}, "a budget of experts must be at least 1, got 0"),
+        ({"budget": 9}, "a budget of 9 experts: the layers have 8"),
+        ({"budget": 5, "first_layer": 2}, "a budget of 5 experts: the layers have 4"),
+        ({"budget": 1.5}, "a budget as a share of all experts must be in (0, 1], got 1.5"),
+        ({"budget": float("nan")}, "a budget as a share of all experts must be in (0, 1], got nan"),
+        ({"like": ExpertSelection({2: [1, 0]})}, "layer 2 is to have 2 experts, and has no scores to choose them by"),
+        ({"like": ExpertSelection({1: [4, 3, 2, 1, 0]})}, "layer 1 is to have 5 experts; it has 4"),
+        ({"first_layer": 5}, "no layer from 5 on has scores; the last one is layer 4"),
+        ({"against": GENERAL, "weight": -1}, "weight must be a number of at least 0, got -1"),
+        ({"against": GENERAL, "weight": float("nan")}, "weight must be a number of at least 0, got nan"),
+        ({"against": GENERAL, "weight": float("inf")}, "weight must be a number of at least 0, got inf"),
+        ({"against": OTHER}, "the scores to select against are of another model: layer 1 has other experts"),
+        ({"by": "output", "against": GENERAL}, "there are no output scores to select by"),
+        ({"by": "fisher"}, "there are no fisher scores to select by"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(how: dict, message: str):
+    with pytest.raises(esft.InputError, match=f"^{re.escape(message)}$"):
+        esft.select_experts(TASK, **how)

@@ -1,4 +1,5 @@
 import builtins
+import errno
 import json
 import os
 import signal
@@ -187,6 +188,17 @@ def test_a_writer_whose_file_is_taken_for_a_dead_ones_before_it_holds_it_begins_
 def test_where_nothing_can_be_held_files_are_written_and_nothing_is_cleared_away(tmp_path, monkeypatch):
     written_by_one_that_is_killed(tmp_path / "x")
     monkeypatch.setattr(files, "fcntl", None)
+    write_text(tmp_path / "x", "new")
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["half", "new"]
+
+
+def test_on_a_disk_without_locks_nothing_is_taken_for_a_dead_writers(tmp_path, monkeypatch):
+    written_by_one_that_is_killed(tmp_path / "x")
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
     write_text(tmp_path / "x", "new")
     assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["half", "new"]
 

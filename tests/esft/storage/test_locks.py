@@ -155,3 +155,30 @@ def test_the_block_ends_well_though_somebody_has_removed_the_file(tmp_path):
     with locked(tmp_path / "lock", tmp_path):
         (tmp_path / "lock").unlink()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what the process holds open")
+def test_another_thread_may_end_the_block(tmp_path):
+    opened = len(os.listdir("/proc/self/fd"))
+    held = locked(tmp_path / "lock", Path("place"))
+    held.__enter__()
+    assert len(os.listdir("/proc/self/fd")) == opened + 1
+    thread = threading.Thread(target=held.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert not list(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_the_lock_is_held_until_its_file_is_gone(tmp_path, monkeypatch):
+    """Else another process could take it in between, and lose its file to this one."""
+    seen, unlink = [], Path.unlink
+
+    def looks(path: Path, *args, **more) -> None:
+        with pytest.raises(InputError, match="in use by"), locked(tmp_path / "lock", Path("place")):
+            pass
+        seen.append(path.name)
+        unlink(path, *args, **more)
+
+    with locked(tmp_path / "lock", Path("place")):
+        monkeypatch.setattr(Path, "unlink", looks)
+    assert seen == ["lock"] and not list(tmp_path.iterdir())

@@ -290,7 +290,8 @@ def test_a_file_is_not_written_over_an_input_nor_into_one(tmp_path):
     for out in ("d.json", "soft", "hard", "model/../d.json"):
         with pytest.raises(InputError, match="would replace .*/d.json, which is read"):
             check_new_file(tmp_path / out, read_json, [None, model, data])
-    for out in ("model/config.json", "inside", "models/config.json", "model/new.json"):
+    (model / "below").mkdir()
+    for out in ("model/config.json", "inside", "models/config.json", "model/new.json", "model/below/new.json"):
         with pytest.raises(InputError, match=f"{out}: lies in .*/model, which is read"):
             check_new_file(tmp_path / out, read_json, [model, data])
     check_new_file(tmp_path / "new.json", read_json, [model, data, "a-hub/name"])
@@ -384,3 +385,15 @@ def test_a_name_that_cannot_be_given_is_refused_before_any_work(tmp_path, check)
     for name, said in (("x" * 300, "File name too long"), ("", "is no path"), ("\udcff", "is no name in UTF-8")):
         with pytest.raises(esft.InputError, match=said):
             check(tmp_path / name if name else name)
+
+
+@pytest.mark.parametrize("beside", ["adapter.safetensors", "esft_run.json"])
+@pytest.mark.parametrize("text", ["", "{}"])
+def test_a_file_that_may_be_a_part_of_weights_or_of_a_run_is_not_overwritten(tmp_path, beside: str, text: str):
+    (tmp_path / "expert_cfg.json").write_text(text)
+    check_new_file(tmp_path / "expert_cfg.json", lambda path: None)
+    (tmp_path / beside).touch()
+    check_new_file(tmp_path / "another.json", lambda path: None)
+    said = rf"expert_cfg\.json: lies beside {beside}, may be a part of the same, and is not overwritten$"
+    with pytest.raises(InputError, match=said):
+        check_new_file(tmp_path / "expert_cfg.json", lambda path: None)

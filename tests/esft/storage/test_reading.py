@@ -217,3 +217,8 @@ def test_settings_of_many_levels_are_told_of_at_once(tmp_path, text: str):
     finally:
         sys.setrecursionlimit(before)
     assert time.monotonic() - started < 5
+
+
+def test_settings_may_be_as_many_as_there_are(tmp_path):
+    (tmp_path / "x.yaml").write_text("".join(f"a{i}: {i}\n" for i in range(300)))
+    assert read_settings(tmp_path / "x.yaml") == {f"a{i}": (str(i), i + 1) for i in range(300)}

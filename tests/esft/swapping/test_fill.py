@@ -89,3 +89,11 @@ def test_weights_that_a_format_cannot_hold_are_named():
     down = UP.replace("up", "down")
     with pytest.raises(esft.InputError, match=f"^base: tensor {down}: int8: weights .* not finite"):
         list(Filling(model, places, "base").through([(down, torch.full((32, 20), torch.inf))]))
+
+
+def test_gate_and_up_stay_in_fp8_only_where_a_block_ends_between_them(tmp_path):
+    base = fp8_checkpoint(tmp_path / "base", moe_intermediate_size=192)
+    model, places = blank("fp8", load_model(str(base)))
+    said = r"^base: tensor .*(gate|up)_proj.weight: gate and up cannot be one matrix in fp8: 128 does not divide"
+    with pytest.raises(esft.InputError, match=said):
+        list(Filling(model, places, "base").through(Checkpoint.open(base).tensors()))

@@ -127,3 +127,18 @@ def test_a_parameter_that_comes_under_both_its_names_is_read_by_the_models_own()
     found = model.load_state_dict({own: torch.ones(8, 32), stored: torch.zeros(8, 32)}, strict=False)
     assert found.unexpected_keys == [stored]
     assert torch.equal(model.get_parameter(own), torch.ones(8, 32))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen2_moe"])
+def test_a_checkpoint_does_not_load_into_linear_layers_in_few_bits(family: str):
+    stock, model = tiny_model(family), esft.swap(tiny_model(family), ExpertSelection({1: [0]}), frozen_linear="nf4")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        esft.InputError, match=r"^model\.\S+\.weight: the frozen linear layers are in nf4; load it with esft"
+    ):
+        model.load_state_dict({name: tensor + 1 for name, tensor in stock.state_dict().items()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.load_state_dict({name: tensor + 1 for name, tensor in before.items()})
+    outer = torch.nn.ModuleDict({"inner": model})
+    with pytest.raises(esft.InputError, match=r"^model\.embed_tokens\.weight: the frozen linear layers are in nf4"):
+        outer.load_state_dict({"inner.model.embed_tokens.weight": stock.model.embed_tokens.weight}, strict=False)

@@ -12,7 +12,7 @@ from esft.experts.moe_layers import moe_layers
 from esft.experts.pooled_experts import BF16
 from esft.selection import ExpertSelection
 from esft.swapping import load as loading
-from esft.swapping.packed_modules import FROZEN_LINEAR, PackedEmbedding, PackedLinear, PackedModule, packable
+from esft.swapping.packed_modules import FROZEN_LINEAR, PackedEmbedding, PackedLinear, PackedModule, packable, packed
 from tests.esft import zoo
 from tests.esft.checkpoint.files import rewrite
 from tests.esft.checkpoint.packed import fp8_checkpoint
@@ -153,3 +153,33 @@ def test_what_cannot_be_is_one_error(tmp_path):
     rewrite(base, spoil)
     with pytest.raises(esft.InputError, match=r"tensor model.embed_tokens.weight: nf4: weights are not finite"):
         esft.load(str(base), SELECTION, frozen_linear="nf4")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_modules_are_in_the_mode_of_those_in_whose_place_they_are(training: bool):
+    model = esft.swap(tiny_model().train(training), SELECTION, frozen_linear="int8")
+    assert {module.training for module in model.modules() if isinstance(module, PackedModule)} == {training}
+
+
+def test_the_bias_of_a_packed_layer_is_the_layers_own_and_is_added():
+    layer = nn.Linear(70, 5)
+    small = packed(layer, "int8")
+    small.write(layer.weight)
+    assert small.bias is layer.bias
+    x = torch.zeros(2, 70)
+    assert torch.equal(small(x), layer.bias.detach().expand(2, 5))
+
+
+def test_token_ids_of_any_shape_are_looked_up():
+    table = nn.Embedding(9, 70).bfloat16()
+    small = packed(table, "int8")
+    small.write(table.weight)
+    for ids in (
+        torch.tensor([[3, 0, 8]]),
+        torch.tensor(5),
+        torch.zeros(2, 0, dtype=torch.int64),
+        torch.zeros(2, 1, 3).long(),
+    ):
+        found = small(ids)
+        assert found.shape == (*ids.shape, 70) and found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, table(ids), rtol=0, atol=0.03)

@@ -324,3 +324,23 @@ def test_files_whose_form_only_the_shape_tells_are_saved_in_the_stock_models(tmp
     model.save_pretrained(tmp_path / "swapped")
     esft.unswap(model).save_pretrained(tmp_path / "stock")
     assert files(tmp_path / "swapped") == files(tmp_path / "stock")
+
+
+def test_a_model_that_nobody_else_holds_saves_itself(tmp_path):
+    model = swapped(tuned=True)
+    model.save_pretrained(tmp_path / "held")
+    alive = [weakref.ref(each) for each in (model, model.lm_head)]
+    gc.disable()
+    try:
+        save = model.save_pretrained
+        del model
+        assert alive[0]() is None
+        save(tmp_path / "alone")
+        save(tmp_path / "again")
+        del save
+        assert alive[1]() is None
+    finally:
+        gc.enable()
+    assert files(tmp_path / "held") == files(tmp_path / "alone") == files(tmp_path / "again")
+    swapped(tuned=True).save_pretrained(tmp_path / "at once")
+    assert files(tmp_path / "held") == files(tmp_path / "at once")

@@ -13,7 +13,7 @@ from tests.esft.models import tiny_model, token_batch
 
 def choice(index: list[list[int]], gates: torch.Tensor | None) -> Choice:
     chosen = torch.tensor(index)
-    return Choice(gates, chosen, torch.ones_like(chosen, dtype=torch.bool))
+    return Choice(gates, chosen, torch.ones_like(chosen), torch.empty(0))
 
 
 def test_it_is_one_where_choices_are_spread_and_the_number_of_experts_where_all_take_one():
@@ -35,7 +35,7 @@ def test_slots_that_no_expert_took_are_no_choices():
     index = torch.tensor([[0, 1], [0, 2]])
     taken = torch.tensor([[True, True], [True, False]])
     # Of three choices two are of expert 0 and one is of expert 1.
-    assert balance_loss(Choice(gates, index, taken)) == pytest.approx(3 * (2 / 3 * 0.5 + 1 / 3 * 0.25))
+    assert balance_loss(Choice(gates, index, taken, torch.empty(0))) == pytest.approx(3 * (2 / 3 * 0.5 + 1 / 3 * 0.25))
 
 
 def test_it_can_be_differentiated_through_the_gate_values_in_their_own_precision():

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -368,3 +370,12 @@ def test_a_parameter_that_is_no_longer_finite_is_named(dtype: torch.dtype):
     for value in (torch.nan, torch.inf):
         named[1][1].data[2] = value
         assert optimizer.overflowed() == "b"
+
+
+def test_what_lies_on_two_devices_is_not_stepped_together():
+    optimizer = MasterAdamW([], TrainConfig())
+    places = {"a": "cuda:0", "b": "cuda:0", "c": "cuda:1", "d": "cuda:0"}
+    optimizer.params = {
+        name: SimpleNamespace(grad=True, numel=lambda: 4, device=torch.device(place)) for name, place in places.items()
+    }
+    assert [[name for name, _ in group] for group in optimizer._groups()] == [["a", "b"], ["c"], ["d"]]

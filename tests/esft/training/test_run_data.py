@@ -5,7 +5,7 @@ import pytest
 import esft
 from esft.checkpoint.source import Reach
 from esft.data.batches import Packing, epoch_batches, steps
-from esft.data.mixing import Mix
+from esft.data.mixing import Mix, mixed_in
 from esft.data.sources import DataSource, read_records
 from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
@@ -76,8 +76,12 @@ def test_what_wrapped_rows_cut_is_not_cut_before(tmp_path):
     path.write_text(json.dumps({"messages": chat("a", "b" * 99)}))
     rows = next(read(path, packing=True, packing_strategy="wrapped", max_length=30, batch_size=9).batches(0))
     assert sorted(len(row.ids) for row in rows) == [15, 30, 30, 30]
-    (row,) = next(read(path, packing=True, max_length=30, batch_size=9).batches(0))
-    assert len(row.ids) == 30
+    found = read(path, packing=True, max_length=30, batch_size=9)
+    (row,) = next(found.batches(0))
+    assert len(row.ids) == 30 and found.report().truncated == 1
+    for packing, whole in ((True, True), (False, False)):  # only where rows are packed does the strategy matter
+        found = read(path, packing=packing, packing_strategy="wrapped", max_length=30)
+        assert (len(found.examples[0].ids) > 30) == whole and found.report().truncated == (not whole)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +121,50 @@ def test_steps_and_batches_agree_on_packed_rows(paths):
     found = read(paths[0], packing=True, max_length=40)
     whole = steps(list(found.examples), 4, 0, 0, Packing(40, "bfd"))
     assert list(found.batches(0)) == [next(whole) for _ in range(9)]
+
+
+def test_what_is_held_out_is_cut_as_its_own_packing_needs(tmp_path):
+    """Wrapped rows have all of a record, though those of the training are not packed."""
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"messages": chat("a", "b" * 99)}))
+    length = len(tiny_encoder(999).encode(read_records(path)[0]).ids)
+    for packs, tokens in ((True, length), (False, 30)):
+        found = read(path, packing=not packs, eval_packing=packs, packing_strategy="wrapped", max_length=30)
+        assert sum(len(row.ids) for row in found.held_out(DataSource.of(path))) == tokens
+
+
+def test_several_streams_have_the_weights_and_the_seed_of_the_run(paths):
+    texts = [f"{paths[0]}:1", f"{paths[1]}:9"]
+    one, same, other = (list(read(texts, streaming=True, seed=seed).batches(0)) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_mix_of_one_source_is_that_source(paths):
+    found = read([f"{paths[0]}:3"])
+    assert found.mix is None and list(found.batches(0)) == list(read(paths[0]).batches(0))
+
+
+def with_mixed(paths, share: str, **settings) -> RunData:
+    config = TrainConfig(**({"batch_size": 4, "steps": 9} | settings))
+    return RunData(sources_of(paths[0]), tiny_tokenizer(), REACH, config, mixed_in(f"{paths[1]}:{share}")).read()
+
+
+def test_general_data_is_mixed_in_with_its_share_of_the_records(paths):
+    found = with_mixed(paths, "0.25", steps=100)
+    rows = [row for batch in found.batches(0) for row in batch]
+    assert sum(bool(row.mixed) for row in rows) / len(rows) == pytest.approx(0.25, abs=0.03)
+    of_task = [tiny_encoder(256).encode(record).ids for record in read_records(paths[0])]
+    assert all(row.ids in of_task for row in rows if not row.mixed)
+    assert found.report() is not None and found.report().records == 17
+    assert found.name == f"{paths[0]}, mixed with {paths[1]}:0.25"
+
+
+def test_what_is_mixed_in_is_a_part_of_the_digest(paths):
+    digests = [with_mixed(paths, share).digest() for share in ("0.25", "0.5")]
+    assert len({*digests, read(paths).digest(), read(paths[0]).digest()}) == 4
+    assert with_mixed(paths, "0.25").digest() == digests[0]
+
+
+def test_nothing_is_mixed_into_a_stream(paths):
+    with pytest.raises(esft.InputError, match=r"b.jsonl:0.25: nothing is mixed into data that is streamed$"):
+        with_mixed(paths, "0.25", streaming=True)

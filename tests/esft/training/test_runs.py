@@ -219,3 +219,23 @@ def test_several_sources_train_and_are_remembered(base):
     for other in (one, [f"{one}:1", f"{two}:3"]):
         with pytest.raises(esft.InputError, match="^cannot resume with data .*: the run was begun with another"):
             esft.train(str(base), other, base.parent / "run", None, None, resume=True, progress=False)
+
+
+def test_general_data_that_is_mixed_in_trains_and_is_a_part_of_what_a_run_goes_on_with(base):
+    general = write_records(base.parent / "general.jsonl", 7)
+    mixed = settings(steps=6, save_every=3)
+    run(base, "run", mixed, SELECTION, mix=f"{general}:0.5")
+    run(base, "plain", mixed, SELECTION)
+    folders = [base.parent / name for name in ("run", "plain")]
+    assert column(folders[0], "loss")[0] != column(folders[1], "loss")[0]
+    assert json.loads((folders[0] / "origin.json").read_text())["data"].endswith(f", mixed with {general}:0.5")
+    longer = settings(steps=8, save_every=3)
+    with pytest.raises(esft.InputError, match="data"):
+        run(base, "run", longer, SELECTION, resume=True, mix=f"{general}:0.25")
+    with pytest.raises(esft.InputError, match="data"):
+        run(base, "run", longer, SELECTION, resume=True)
+    run(base, "run", longer, SELECTION, resume=True, mix=f"{general}:0.5")
+    assert len(column(folders[0], "loss")) == 8
+    with pytest.raises(esft.InputError, match=r"general.jsonl:2: mixed in is a share of the records below 1"):
+        run(base, "other", mixed, SELECTION, mix=f"{general}:2")
+    assert not (base.parent / "other").exists()

@@ -1,7 +1,10 @@
 """No document sees another in its row, or the model is refused: tried with every family."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 import esft
 from esft.data.batches import collate
@@ -91,3 +94,59 @@ def test_documents_in_a_row_have_the_loss_and_the_gradients_that_they_have_each_
         torch.testing.assert_close(total, found[0][0], rtol=1e-5, atol=1e-5)
         for one, other in zip(gradients, found[0][2], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+class Toy(nn.Module):
+    """Embeddings, and of the second document the tokens ``seen`` get what lies in the first, without a gradient."""
+
+    def __init__(self, seen: slice, vocabulary: int = 300):
+        super().__init__()
+        self.embed, self.seen, self.device = nn.Embedding(vocabulary, 8), seen, torch.device("cpu")
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(model_type="toy"))
+        self.tried: list[torch.Tensor] = []
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def base_model(self, input_ids, position_ids, use_cache):
+        self.tried += [input_ids, position_ids]
+        out = self.embed(input_ids)
+        with torch.no_grad():
+            other = torch.zeros_like(out)
+            other[:, LENGTH:][:, self.seen] = out[:, :1] * 10
+        return SimpleNamespace(last_hidden_state=out + other)
+
+
+def test_what_is_seen_without_a_gradient_is_told_by_what_comes_out():
+    with pytest.raises(esft.InputError, match="^packing: the documents of a row would see each other in a toy model"):
+        check_separates(Toy(slice(None)))
+
+
+def test_a_few_tokens_that_come_out_otherwise_are_a_routers_choice():
+    for seen in (slice(0, 0), slice(0, 1), slice(3, 8)):
+        check_separates(Toy(seen))
+    with pytest.raises(esft.InputError, match="would see each other"):
+        check_separates(Toy(slice(3, 11)))
+
+
+def test_a_row_of_two_documents_of_twelve_known_tokens_is_tried():
+    for vocabulary in (5, 300):
+        toy = Toy(slice(0, 0), vocabulary)
+        check_separates(toy)
+        first, positions, second, again = toy.tried
+        assert positions.tolist() == again.tolist() == [[*range(12), *range(12)]]
+        for ids in (first, second):
+            assert ids.shape == (1, 24) and ids.min() >= 0 and ids.max() < vocabulary
+        assert torch.equal(first[:, 12:], second[:, 12:]) and not torch.equal(first[:, :12], second[:, :12])
+
+
+def test_it_is_tried_where_the_model_is():
+    model, seen = tiny_model().to("meta"), []
+
+    def look(_, args: tuple, given: dict) -> None:
+        seen.extend(given[name].device.type for name in ("input_ids", "position_ids"))
+
+    model.model.register_forward_pre_hook(look, with_kwargs=True)
+    with pytest.raises(esft.InputError):  # there are no values to look at
+        check_separates(model)
+    assert seen == ["meta", "meta"]

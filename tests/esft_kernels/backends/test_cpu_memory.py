@@ -2,6 +2,9 @@
 
 import gc
 import mmap
+import os
+import threading
+import time
 
 import pytest
 import torch
@@ -101,3 +104,71 @@ def test_what_a_block_held_before_reaches_no_result(biased, monkeypatch):
         assert cpu_memory._free
         for block in cpu_memory._free:
             torch.frombuffer(block, dtype=torch.uint8).fill_(255)  # not a number, in every float dtype
+
+
+def test_a_block_serves_just_the_half_of_its_size():
+    block = take(LIKE, 2 * ROWS, 64)
+    place = given_out(block)
+    del block
+    assert given_out(take(LIKE, ROWS, 64)) == place
+
+
+def test_a_new_block_takes_the_place_of_the_largest_that_is_too_small():
+    held = take(LIKE, ROWS, 64), take(LIKE, 3 * ROWS, 64), take(LIKE, 2 * ROWS, 64)
+    del held
+    five = take(LIKE, 5 * ROWS, 64)
+    assert sorted(map(len, cpu_memory._free)) == [SMALLEST, 2 * SMALLEST] and five is not None
+
+
+def test_a_block_is_no_file_and_no_other_process_sees_it():
+    opened = set(os.listdir("/proc/self/fd"))
+    tensor = take(LIKE, ROWS, 64)
+    assert set(os.listdir("/proc/self/fd")) == opened
+    one = tensor.view(-1)[:1]  # of a single element: what several threads would do does not go on in a fork
+    one[0] = 1
+    if not (child := os.fork()):
+        one[0] = 2
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert one.item() == 1
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_blocks_are_in_large_pages_where_the_system_knows_such(known: bool, monkeypatch):
+    advised = []
+
+    class Noted(mmap.mmap):
+        def madvise(self, option: int) -> None:
+            advised.append(option)
+
+    monkeypatch.setattr(mmap, "mmap", Noted)
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    if not known:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    assert take(LIKE, ROWS, 64).fill_(1).eq(1).all()
+    assert advised == [14] * known
+
+
+def test_threads_that_take_at_once_never_share_a_block(monkeypatch):
+    """One thread looks through the free blocks while another one would like to."""
+    held = take(LIKE, ROWS, 64)
+    del held
+    real, inside, most = cpu_memory._fitting, [], []
+
+    def slow(size: int):
+        inside.append(size)
+        most.append(len(inside))
+        time.sleep(0.02)
+        try:
+            return real(size)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(cpu_memory, "_fitting", slow)
+    taken = []
+    threads = [threading.Thread(target=lambda: taken.append(take(LIKE, ROWS, 64))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1} and len({given_out(tensor) for tensor in taken}) == 3

@@ -164,3 +164,11 @@ def test_rows_of_no_expert_get_no_gradient():
     grads = reference.backward(layer.grad_out_TD, layer.x_TD, h, layer.weights_TK, pools, routing, needs)
     assert grads.trained is None and not grads.x_TD.isnan().any()
     assert torch.equal(grads.weights_TK == 0, layer.ids_TK == 6)
+
+
+@pytest.mark.parametrize("keep", ["none", "prefix", "all"])
+def test_what_is_kept_for_the_backward_holds_no_more_in_memory(keep: str):
+    layer = make_layer(**SMALL)
+    rows = {"none": 0, "prefix": layer.routing.prefix_rows(), "all": layer.routing.num_rows}[keep]
+    _, h = reference.forward(layer.x_TD, layer.weights_TK, layer.pools, layer.routing, rows)
+    assert len(h) == rows and h.untyped_storage().nbytes() == h.nbytes

@@ -1,5 +1,6 @@
 """The three functions of the backend against their twins of the reference, in float64."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -180,3 +181,26 @@ def test_gradients_of_the_prefix_decode_no_frozen_weights(monkeypatch):
     triton_backend.backward(
         layer.grad_out_TD, layer.x_TD, h, layer.weights_TK, layer.pools, layer.routing, NEEDS[3]
     )  # fmt: skip
+
+
+def test_every_launch_is_on_the_device_of_x(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    layer, current = small(), []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def on(real):
+        return lambda *args, **more: current == [layer.x_TD.device] and real(*args, **more)
+
+    for name in ("parts", "combine"):
+        monkeypatch.setattr(triton_backend, name, on(getattr(triton_backend, name)))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    arguments = layer.weights_TK, layer.pools, layer.routing
+    _, h = triton_backend.forward(layer.x_TD, *arguments, layer.routing.num_rows)
+    assert not triton_backend.rebuild(layer.x_TD, h[:0], layer.pools, layer.routing).isnan().all()
+    found = triton_backend.backward(layer.grad_out_TD, layer.x_TD, h, *arguments, NEEDS[0])
+    assert isinstance(found.x_TD, torch.Tensor) and current == []

@@ -128,3 +128,12 @@ def test_bitsandbytes_decodes_on_a_cpu_and_in_the_dtypes_that_it_has(monkeypatch
     assert decoded(tensors, 4, 64, torch.float64).all()
     Nf4().decode([t[0].to("meta") for t in tensors], 4, 64, torch.empty(256, device="meta"))
     assert asked == [torch.float32, torch.bfloat16]
+
+
+def test_scales_in_8_bits_are_the_nearest_of_256_steps_around_their_mean():
+    torch.manual_seed(0)
+    weight = torch.randn(30, 1000) * torch.rand(30, 1).exp()
+    exact, parts = Nf4().encode(weight)[1], Nf4Double().encode(weight)
+    steps = parts[2].repeat_interleave(256)[: len(exact)]
+    assert ((Nf4Double().scales(parts) - exact).abs() <= 0.5001 * steps).all()
+    assert torch.allclose(parts[3], exact.mean()) and int(parts[1].abs().max()) == 127

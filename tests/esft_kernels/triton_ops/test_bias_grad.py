@@ -87,3 +87,13 @@ def test_a_gradient_past_what_32_bit_offsets_reach(tmp_path, monkeypatch):
     first = grad[:, :128].double()
     expected = torch.stack([first[1], torch.zeros(128).double(), first[0] + first[1]])
     assert_close(out[:, :128], expected, TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_in_16_bits_are_added_up_before_they_are_rounded(dtype, weighted):
+    """In bf16 as in fp16 the sum of the first two would be 2048, and all of it 0."""
+    grad = torch.tensor([[2048.0], [1.0], [-2048.0]], dtype=dtype).expand(3, 4).contiguous()
+    places, weights = torch.arange(3), torch.ones(3, 1)
+    extra = (places, weights, places) if weighted else ()
+    assert bias_grad(grad, torch.tensor([0, 3]), *extra).tolist() == [[1.0] * 4]

@@ -47,6 +47,17 @@ def test_matches_reference(dtype, gather, splits, wide, monkeypatch):
     assert_close(out, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_of_a_16_bit_gradient_are_added_up_before_they_are_rounded(dtype, monkeypatch):
+    """In bf16 as in fp16 a piece of 2049 would become 2048, and the sum 0."""
+    monkeypatch.setattr(op, "splits_for", lambda tensor, programs: 2)
+    rows = torch.ones(32, 3, dtype=dtype)
+    grad = torch.zeros(32, 2, dtype=dtype)
+    grad[0], grad[1], grad[16] = 2048, 1, -2048  # the blocks of rows are 16
+    out = grouped_wgrad(grad, rows, torch.zeros(1, 2, 3, dtype=dtype), torch.tensor([0, 32]))
+    assert torch.equal(out, torch.ones(1, 2, 3, dtype=dtype))
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_the_gradient_is_laid_out_like_the_weights(splits, monkeypatch):
     monkeypatch.setattr(op, "splits_for", lambda tensor, programs: splits)

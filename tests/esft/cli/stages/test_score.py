@@ -6,7 +6,7 @@ import torch
 import esft
 from esft.cli.parser import main
 from tests.esft.cli.conftest import stage
-from tests.esft.models import save_tiny
+from tests.esft.models import save_tiny, tiny_model
 
 
 def test_score_loads_the_model_and_scores_windows_of_the_data(work, calls, capsys):
@@ -21,7 +21,7 @@ def test_score_loads_the_model_and_scores_windows_of_the_data(work, calls, capsy
     assert calls.of["load_tokenizer"] == calls.of["open_config"] == [(("m", False), {})]
     (((examples, length, batch_size), _),) = calls.of["windows"]
     assert (len(examples), length, batch_size) == (6, 30, 2)
-    assert calls.of["score_experts"] == [(("a model", "batches", 77), {"progress": True})]
+    assert calls.of["score_experts"] == [(("a model", "batches", 77, True, False), {})]
     assert esft.ExpertScores.load("s.json") == scores
     assert capsys.readouterr().out == "scores of 2 layers in s.json\n"
 
@@ -43,3 +43,29 @@ def test_scores_of_a_real_model_add_up(work):
     for layer in scores.token_scores.values():
         assert sum(layer.values()) == pytest.approx(1, abs=1e-3)
     assert torch.is_grad_enabled()
+
+
+def test_outputs_and_gradients_are_scored_where_they_are_asked_for(work):
+    save_tiny(work / "base")
+    stage("score --model base --data d.jsonl --out s.json --max-length 64 --outputs --gradients --batch-size 3")
+    scores = esft.ExpertScores.load("s.json")
+    for rule in ("output", "fisher", "fisher_rows"):
+        assert list(scores.by(rule)) == [1, 2] and max(scores.by(rule)[1].values()) > 0
+        stage(f"select --scores s.json --by {rule} --budget 25% --out {rule}.json --model base")
+        assert esft.ExpertSelection.load(f"{rule}.json").num_experts == 4
+    assert torch.is_grad_enabled()
+
+
+def test_a_warmed_up_model_is_scored_with_its_adapter(work):
+    save_tiny(work / "base")
+    tuned = esft.swap(tiny_model(), esft.ExpertSelection({1: list(range(8))}))
+    with torch.no_grad():
+        for experts in (m for m in tuned.modules() if hasattr(m, "trained_down_proj")):
+            experts.trained_down_proj.mul_(20)
+    esft.save_adapter(tuned, work / "a")
+    stage("score --model base --data d.jsonl --out base.json --max-length 64")
+    stage("score --model base --data d.jsonl --out tuned.json --max-length 64 --adapter a --gradients")
+    base, warm = (esft.ExpertScores.load(f"{name}.json") for name in ("base", "tuned"))
+    assert warm.token_scores[1] == base.token_scores[1]  # its router comes before what was tuned
+    assert warm.token_scores[2] != base.token_scores[2]
+    assert main("score --model base --data d.jsonl --out a/s.json --adapter a".split()) == 2

@@ -15,6 +15,8 @@ def scored(work):
     token = {1: {0: 0.6, 1: 0.4}, 2: {0: 0.1, 1: 0.9}}
     gate = {1: {0: 0.2, 1: 0.8}, 2: {0: 0.7, 1: 0.3}}
     esft.ExpertScores(token, gate).save(work / "s.json")
+    esft.ExpertScores({1: {0: 1.0, 1: 0.0}, 2: {0: 0.0, 1: 1.0}}, {}).save(work / "general.json")
+    ExpertSelection({1: [1], 2: [1, 0]}, shared_experts=True).save(work / "like.json")
     return work
 
 
@@ -25,6 +27,14 @@ def scored(work):
         ("--by gate", {1: [1], 2: [0]}, (False, False)),
         ("--top-p 0.7 --shared-experts", {1: [0, 1], 2: [1]}, (True, False)),
         ("--non-expert-modules", {1: [0], 2: [1]}, (False, True)),
+        ("--experts-per-layer 2", {1: [0, 1], 2: [1, 0]}, (False, False)),
+        ("--budget 1", {1: [], 2: [1]}, (False, False)),
+        ("--budget 75%", {1: [0, 1], 2: [1]}, (False, False)),
+        ("--by gate --budget 3", {1: [1], 2: [0, 1]}, (False, False)),
+        ("--layers 2:", {2: [1]}, (False, False)),
+        ("--like like.json", {1: [0], 2: [1, 0]}, (True, False)),
+        ("--against general.json --experts-per-layer 1", {1: [1], 2: [0]}, (False, False)),
+        ("--against general.json --experts-per-layer 1 --weight 0", {1: [0], 2: [1]}, (False, False)),
     ],
 )
 def test_select_writes_and_prints_the_choice(scored, capsys, more: str, experts: dict, flags: tuple):
@@ -61,3 +71,28 @@ def test_select_holds_the_scores_to_the_model(scored, calls, monkeypatch, capsys
     assert "selection names shared experts; the model has none" in capsys.readouterr().err
     stage("select --scores s.json --out e.json --model m --trust-remote-code")
     assert calls.of["load_skeleton"][-1] == (("m", True), {})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--weight 2", "--weight goes with --against"),
+        ("--layers 1: --shared-experts", "--layers and --shared-experts do not go together: these train in all layers"),
+        ("--layers 1: --non-expert-modules", "--layers and --non-expert-modules do not go together"),
+        ("--layers 3:", "no layer from 3 on has scores; the last one is layer 2"),
+        ("--budget 5", "a budget of 5 experts: the layers have 4"),
+        ("--by output", "there are no output scores to select by"),
+        ("--like absent.json", "absent.json: No such file"),
+        ("--against like.json", "like.json: not a score file"),
+        ("--layers 2: --like like.json", "layer 1 is to have 1 experts, and has no scores to choose them by"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_one_line(scored, capsys, more: str, message: str):
+    assert main(f"select --scores s.json --out e.json {more}".split()) == 2
+    assert message in capsys.readouterr().err and not (scored / "e.json").exists()
+
+
+def test_how_many_is_said_once(scored, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main("select --scores s.json --out e.json --budget 2 --top-p 0.3".split())
+    assert "not allowed with argument" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def test_train_hands_over_everything_that_it_is_told(work, calls, capsys):
         backend="reference", recompute="frozen", warmup_steps=6, decay=0.5, clip=3.0,
     )  # fmt: skip
     expected = ("m", ["d.jsonl"], "run", config, ExpertSelection({1: [0]}), "d.jsonl", False, True)
-    assert calls.of["train"] == [(expected, {"progress": False, "trust_remote_code": False})]
+    assert calls.of["train"] == [(expected, {"progress": False, "trust_remote_code": False, "mix": None})]
     assert capsys.readouterr().out == ("loss 1.235, 12,345 parameters trained, 67,890 bytes stored, 6 s, run in run\n")
 
 
@@ -49,9 +49,9 @@ def test_train_takes_several_sources_and_settings_that_are_true_or_false(work, c
 
 def test_train_leaves_to_the_settings_what_it_is_not_told(work, calls):
     calls.watch("train", RESULT)
-    stage("train --model m --data d.jsonl --out run --method full --trust-remote-code")
+    stage("train --model m --data d.jsonl --out run --method full --trust-remote-code --mix d.jsonl:0.5")
     expected = ("m", ["d.jsonl"], "run", TrainConfig(method="full"), None, None, False, False)
-    assert calls.of["train"] == [(expected, {"progress": True, "trust_remote_code": True})]
+    assert calls.of["train"] == [(expected, {"progress": True, "trust_remote_code": True, "mix": "d.jsonl:0.5"})]
 
 
 @pytest.mark.parametrize(
