@@ -29,26 +29,32 @@ class Stream:
         self._tokenizer, self._show = tokenizer, show
         self._prompted = False
         self.ids: list[int] = []
-        self._before = self._shown = 0  # where the last piece that was shown begins and ends
+        self._start = self._end = 0  # of the last piece: its tokens
+        self._seen = 0  # characters from there on that have been shown
 
     def put(self, ids: Any) -> None:
         """The prompt first, of shape [1, L]; then a token a time, of shape [1]."""
         if self._prompted:
             self.ids += ids.tolist()
-            self._hand_on(lambda text: not text.endswith("\ufffd"))  # else some bytes of a character are to come
+            self._hand_on(3)
         self._prompted = True
 
     def end(self) -> None:
-        self._hand_on(lambda text: True)
+        self._hand_on(0)
 
-    def _hand_on(self, whole: Callable[[str], bool]) -> None:
-        known, text = (self._decoded(end) for end in (self._shown, len(self.ids)))
-        if len(text) > len(known) and whole(text):
-            self._show(text[len(known) :])
-            self._before, self._shown = self._shown, len(self.ids)
+    def _hand_on(self, most: int) -> None:
+        """Show what is new, but for as many bytes at the end that are no character yet, and may become one."""
+        text = self._decoded()
+        end = max(len(text.rstrip("\ufffd")), len(text) - most)
+        if end > self._seen:
+            self._show(text[self._seen : end])
+            self._seen = end
+            if end == len(text):
+                self._start, self._end = self._end, len(self.ids)
+                self._seen = len(self._decoded())
 
-    def _decoded(self, end: int) -> str:
-        return self._tokenizer.decode(self.ids[self._before : end], skip_special_tokens=True)
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self.ids[self._start :], skip_special_tokens=True)
 
 
 def streamed(answer: Callable[..., list[str]], tokenizer: Any) -> str:

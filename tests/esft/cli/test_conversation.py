@@ -27,6 +27,16 @@ def test_a_piece_is_shown_as_soon_as_its_characters_are_whole():
     assert pieces(tokenizer, ids) == list("aé漢\n\U0001f600")
 
 
+def test_bytes_that_never_become_a_character_are_shown_all_the_same():
+    tokenizer = tiny_tokenizer()
+    (lone,) = {tokenizer("é")["input_ids"][1]}
+    shown = []
+    stream = Stream(tokenizer, shown.append)
+    for token in [[[0]], *[[lone]] * 5]:
+        stream.put(torch.tensor(token))
+    assert "".join(shown) == "\ufffd" * 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_together_the_pieces_are_the_text_of_all_tokens_also_of_bytes_that_are_none(seed: int):
     tokenizer = tiny_tokenizer()
