@@ -54,17 +54,25 @@ def add_quiet(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--quiet", action="store_true", help="no bars, and no warnings of other libraries")
 
 
-def add_model(sub: argparse.ArgumentParser, batch_size: int, length: str) -> None:
+def add_model(sub: argparse.ArgumentParser, length: str) -> None:
     sub.add_argument("--model", required=True, help="checkpoint folder or hub id")
     add_settings(sub, "dtype", "backend", "frozen", "frozen_linear")
     sub.set_defaults(dtype="auto", backend="auto", frozen="auto", frozen_linear="bf16")
     text = f"{length} (default 4096, or the model's positions where these are fewer)"
     sub.add_argument("--max-length", type=count, metavar="TOKENS", help=text)
-    sub.add_argument("--batch-size", type=count, default=batch_size, metavar="RECORDS")
     add_trust(sub)
     add_quiet(sub)
 
 
-def add_inference(sub: argparse.ArgumentParser, length: str) -> None:
-    add_model(sub, 64, length)
+def add_batch_size(sub: argparse.ArgumentParser, default: int) -> None:
+    sub.add_argument("--batch-size", type=count, default=default, metavar="RECORDS")
+
+
+def add_adapter(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--adapter", help="adapter folder, ESFT's or PEFT's, or that of a run which holds one")
+
+
+def add_inference(sub: argparse.ArgumentParser, length: str) -> None:
+    add_model(sub, length)
+    add_batch_size(sub, 64)
+    add_adapter(sub)

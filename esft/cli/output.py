@@ -36,6 +36,11 @@ def say(*lines: str) -> None:
     print("\n".join(map(printable, lines)))
 
 
+def say_part(text: str) -> None:
+    """A part of a text on standard output, at once; line ends and tabs are its own."""
+    print(printable(text, kept="\n\t"), end="", flush=True)
+
+
 def say_marked(parts: Iterable[tuple[str, bool]]) -> None:
     """A text on standard output, what is marked of it in colour; in brackets where no terminal shows colours."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

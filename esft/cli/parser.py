@@ -14,7 +14,7 @@ from esft.cli.allocator import settle_memory
 from esft.cli.arguments import Parser, resuming
 from esft.cli.job import job
 from esft.cli.output import complain, explain, hush_libraries, listen
-from esft.cli.stages import compare, data, eval, generate, merge, plan, report, score, select, train
+from esft.cli.stages import chat, compare, data, eval, generate, merge, plan, report, score, select, train
 from esft.errors import Interrupted
 from esft.parallel.environment import own_rank
 
@@ -26,6 +26,7 @@ STAGES: dict[str, ModuleType] = {
     "plan": plan,
     "eval": eval,
     "generate": generate,
+    "chat": chat,
     "merge": merge,
     "report": report,
     "compare": compare,

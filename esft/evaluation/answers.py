@@ -32,10 +32,13 @@ def answer(
     batch_size: int = 64,
     progress: bool = False,
     adapter_names: Sequence[str] | None = None,
+    **watching: Any,
 ) -> list[str]:
     """Greedy answers to conversations that end with a user turn, or to texts, in the given order.
 
-    ``adapter_names`` has a name for each prompt, of a model that holds adapters side by side.
+    Args:
+        adapter_names: one for each prompt, of a model that holds adapters side by side.
+        watching: ``streamer`` and ``stopping_criteria`` of transformers' ``generate``.
 
     None goes beyond the model's positions, and nothing else that its generation settings say is used. Raises
     InputError, before any work, for a prompt that the model has no positions or tokens for; and for a model whose
@@ -66,6 +69,7 @@ def answer(
                 eos_token_id=tokenizer.eos_token_id,
                 logits_processor=[_check_logits],
                 **adapters,
+                **watching,
             )
         for i, row in zip(part, out, strict=True):
             answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
@@ -97,28 +101,35 @@ def _check_logits(input_ids: Tensor, logits_BV: Tensor) -> Tensor:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Record], reach: Reach, longest: int | None = None
 ) -> list[Example]:
-    """Prompts up to where the answer begins, as examples.
+    """Prompts as ``encode_within`` has them; its error names the prompt, by its number."""
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encoded.append(encode_within(tokenizer, prompt, reach, longest))
+        except InputError as error:
+            raise InputError(f"prompt {number}: {error}") from error
+    return encoded
+
+
+def encode_within(
+    tokenizer: PreTrainedTokenizerBase, prompt: Record, reach: Reach, longest: int | None = None
+) -> Example:
+    """A prompt up to where the answer begins, as an example.
 
     Args:
         reach: of the model.
         longest: tokens that a prompt may have, where that is less than the model's positions.
 
-    Raises InputError naming the prompt that is longer, that the model lacks a token for, or that cannot be rendered.
+    Raises InputError where it is longer, where the model lacks a token for it, and where it cannot be rendered.
     """
-    encoded = []
-    for number, prompt in enumerate(prompts, 1):
-        try:
-            ids = encode_prompt(tokenizer, prompt)
-        except InputError as error:
-            raise InputError(f"prompt {number}: {error}") from error
-        if longest is not None and len(ids) > longest:
-            raise InputError(f"prompt {number}: has {len(ids)} tokens, more than `max_length={longest}`")
-        if reach.positions is not None and len(ids) >= reach.positions:
-            raise InputError(f"prompt {number}: has {len(ids)} tokens, and the model {reach.positions} positions")
-        if reach.vocabulary is not None and max(ids) >= reach.vocabulary:
-            raise InputError(f"prompt {number}: has token {max(ids)}; the model has {reach.vocabulary} tokens")
-        encoded.append(Example(ids, ids))
-    return encoded
+    ids = encode_prompt(tokenizer, prompt)
+    if longest is not None and len(ids) > longest:
+        raise InputError(f"has {len(ids)} tokens, more than `max_length={longest}`")
+    if reach.positions is not None and len(ids) >= reach.positions:
+        raise InputError(f"has {len(ids)} tokens, and the model {reach.positions} positions")
+    if reach.vocabulary is not None and max(ids) >= reach.vocabulary:
+        raise InputError(f"has token {max(ids)}; the model has {reach.vocabulary} tokens")
+    return Example(ids, ids)
 
 
 def split_prompt(record: Record) -> tuple[Record, str]:

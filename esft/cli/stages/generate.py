@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         model = load_for(args, single)
         if adapters:
             load_adapters(model, adapters)
-        replies = answer(model, tokenizer, prompts, args.max_new_tokens, adapter_names=names)
+        replies = answer(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, adapter_names=names)
     for text, reply in zip(args.prompt, replies, strict=True):
         say(text, *f"    {reply}".split("\n"))
 

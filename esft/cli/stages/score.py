@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from esft.cli.arguments import count
 from esft.cli.inputs import adapter_of, encoder_for, load_for, source_of
-from esft.cli.options import DATA, Stages, add_model, add_stage
+from esft.cli.options import DATA, Stages, add_batch_size, add_model, add_stage
 from esft.cli.output import say
 from esft.errors import reading
 from esft.scoring.expert_scores import ExpertScores
@@ -16,7 +16,8 @@ from esft.storage.outputs import check_new_file
 
 def add(stages: Stages) -> None:
     sub = add_stage(stages, "score", "measure which experts a task uses")
-    add_model(sub, 1, "tokens of a window over the data")
+    add_model(sub, "tokens of a window over the data")
+    add_batch_size(sub, 1)
     sub.add_argument("--data", required=True, help=DATA)
     sub.add_argument("--out", required=True, help="score file (summary.json layout)")
     sub.add_argument("--max-tokens", type=count, default=131_072, help="stop after so many (default 131,072)")

@@ -68,6 +68,7 @@ INFERENCE = {
             "generate --model m --prompt a --prompt b",
             {**INFERENCE, "batch_size": 64, "adapter": None, "prompt": ["a", "b"], "max_new_tokens": 128},
         ),
+        ("chat --model m", {**INFERENCE, "adapter": None, "max_new_tokens": 1024}),
         (
             "merge --model m --adapter a --out o",
             {"model": "m", "adapter": "a", "out": "o", "overwrite": False, **TRUST},
@@ -106,6 +107,7 @@ REQUIRED = {
     "train": "--model m --data d --out o",
     "eval": "--model m --data d",
     "generate": "--model m --prompt a",
+    "chat": "--model m",
     "merge": "--model m --adapter a --out o",
 }
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 import esft
-from esft.cli.output import complain, explain, hush_libraries, listen, say, say_marked
+from esft.cli.output import complain, explain, hush_libraries, listen, say, say_marked, say_part
 from esft.errors import reading
 
 
@@ -14,6 +14,12 @@ def test_lines_of_ours_stay_lines(capsys):
     complain("a\nb", by="tool")
     printed = capsys.readouterr()
     assert printed.out == "a\\x07\nb\\nc\n" and printed.err == "tool: a\\nb\n"
+
+
+def test_a_part_of_a_text_has_lines_and_tabs_and_no_end(capsys):
+    say_part("a\n\tb\x1b[1m\n")
+    say_part("\u202ec\r")
+    assert capsys.readouterr().out == "a\n\tb\\x1b[1m\n\\u202ec\\r"
 
 
 def test_an_argument_from_python_is_an_option_on_the_command_line(capsys):

@@ -11,10 +11,10 @@ from tests.esft.cli.conftest import adapter, stage
 def test_generate_loads_an_adapter_and_answers_every_prompt(work, calls, capsys):
     adapter(work)
     calls.watch("answer", ["one", "two"])
-    stage("generate --model m --adapter a --prompt x --prompt y --max-new-tokens 7")
+    stage("generate --model m --adapter a --prompt x --prompt y --max-new-tokens 7 --batch-size 3")
     assert calls.of["load_with_adapter"] == [(("m", Path("a"), "auto", "auto", "auto", False, True, "bf16"), {})]
-    (((model, _, prompts, longest), _),) = calls.of["answer"]
-    assert model == "a model" and longest == 7
+    (((model, _, prompts, longest, batch_size), _),) = calls.of["answer"]
+    assert (model, longest, batch_size) == ("a model", 7, 3)
     assert prompts == [Record([{"role": "user", "content": text}]) for text in "xy"]
     assert capsys.readouterr().out == "x\n    one\ny\n    two\n"
 
