@@ -160,7 +160,8 @@ def _about(
 ) -> str:
     """What is about to be done, in a line."""
     experts = f"{selection.num_experts} experts of {len(selection.experts)} layers, " if selection is not None else ""
-    begun = f"{config.steps - done} more steps" if done else f"{config.steps} steps"
+    left = config.steps - done
+    begun = f"{left}{' more' * bool(done)} step{'s' * (left != 1)}"
     rows = "packed rows" if config.packing else "records"
     names = ", ".join(name or "evaluation data" for name in held_out)
     measured = f", {config.eval_metrics} of {names} every {config.eval_every}" if held_out else ""

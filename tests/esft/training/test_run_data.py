@@ -149,7 +149,8 @@ def test_what_is_held_out_is_cut_as_its_own_packing_needs(tmp_path):
     length = len(tiny_encoder(999).encode(read_records(path)[0]).ids)
     for packs, tokens in ((True, length), (False, 30)):
         found = read(path, packing=not packs, eval_packing=packs, packing_strategy="wrapped", max_length=30)
-        assert sum(len(row.ids) for row in found.held_out(DataSource.of(path))) == tokens
+        (data,) = found.eval_sets({"": DataSource.of(path)})
+        assert sum(len(row.ids) for row in data.examples) == tokens
 
 
 def test_several_streams_have_the_weights_and_the_seed_of_the_run(paths):

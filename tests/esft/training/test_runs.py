@@ -206,7 +206,7 @@ def test_the_data_is_reported_before_it_is_trained_on(base, caplog):
     assert line.startswith(
         f"{base.parent / 'd.jsonl'}: 24 records, 312 tokens (longest 13), 0 truncated, 0 left out; loss"
     )
-    assert about == "esft: 3 experts of 2 layers, 5,760 parameters, 1 steps of 8 records"
+    assert about == "esft: 3 experts of 2 layers, 5,760 parameters, 1 step of 8 records"
     caplog.clear()
     with caplog.at_level("INFO", "esft"):
         run(base, "full", settings(method="full", steps=2, save_every=1, packing=True, eval_packing=False), None)
