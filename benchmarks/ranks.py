@@ -71,7 +71,7 @@ def work(model: str, records: int, length: int, steps: int, method: str) -> dict
             selection = esft.ExpertSelection(chosen)
         config = TrainConfig(method=method, lr=RATE, batch_size=records, steps=steps + 3)
         trained, _ = METHODS[method].prepare(Source(model), config, selection)
-        loop = Steps(trained.train(), 0, config, ranks)
+        loop = Steps(trained.train(), 0, config, ranks=ranks)
         batch = _batch(records, length, trained.config.get_text_config().vocab_size)
         times = []
         for step in range(1, steps + 3):

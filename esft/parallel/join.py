@@ -13,6 +13,8 @@ from itertools import count
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] (documented)
+from torch.distributed.rendezvous import rendezvous
 from transformers.utils.logging import disable_progress_bar
 
 from esft.errors import InputError, Interrupted, RankError, first_line
@@ -50,7 +52,7 @@ def joined() -> Iterator[Ranks]:
         _take_gpu()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=PATIENCE + _SLACK),
@@ -83,14 +85,14 @@ def _leave(watch: Watch) -> None:
     dist.destroy_process_group()
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     """The job's key-value store, a new part of it: for every attempt of ``torchrun``, and every time that all join."""
     patience = timedelta(seconds=PATIENCE)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        store, _, _ = next(rendezvous("env://", timeout=patience))
     except (ValueError, RuntimeError) as error:
         raise RankError(f"rank {own_rank()}: cannot join the job ({first_line(error)})") from error
-    return dist.PrefixStore(f"esft/{attempt()}/{next(_times)}", store)
+    return PrefixStore(f"esft/{attempt()}/{next(_times)}", store)
 
 
 def _take_gpu() -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from esft.errors import RankError
 from esft.parallel.deal import dealt
@@ -116,7 +117,7 @@ class Group(Ranks):
         watch: of this rank.
     """
 
-    def __init__(self, store: dist.Store, watch: Watch):
+    def __init__(self, store: Store, watch: Watch):
         self.store, self.watch = store, watch
         self.rank, self.size = watch.rank, watch.size
         self._waits, self._meetings = 0, 0

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import psutil
-import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from esft.errors import RankError, first_line
 
@@ -35,7 +35,7 @@ class Watch:
         rank, size: this rank, and how many there are.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int):
+    def __init__(self, store: Store, rank: int, size: int):
         self.store, self.rank, self.size = store.clone(), rank, size
         self._entered, self._beat, self._progress = 0, 0, 0
         self._waits: tuple[int, str, float] | None = None  # at which collective operation, for what, since when

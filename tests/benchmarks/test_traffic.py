@@ -42,7 +42,7 @@ def step(method: str) -> list:
         model = tiny_model()
         if method == "esft":
             esft.swap(model, esft.ExpertSelection({1: [2, 7], 2: [0]}))
-        steps = Steps(model.train(), 0, TrainConfig(method=method, batch_size=4, steps=3), ranks)
+        steps = Steps(model.train(), 0, TrainConfig(method=method, batch_size=4, steps=3), ranks=ranks)
         rows = [Example(list(range(5, 13)), list(range(5, 13))) for _ in range(4)]
         with Traffic() as traffic:
             steps.update(1, rows)

@@ -81,7 +81,7 @@ def test_a_signal_to_one_ends_all_and_the_first_says_how_to_go_on(work):
 
     first, second = job(work, 2, partial(main, train.split()), then)
     assert (first.value, second.value, second.said) == (143, 143, "")
-    assert first.said.startswith("esft: rank 0: run: stopped after step ") and first.said.count("\n") == 1
+    assert first.said.startswith(f"esft: rank 0: {work / 'run'}: stopped after step ") and first.said.count("\n") == 1
     assert first.said.endswith(f"; go on with: torchrun --nproc-per-node=2 -m esft {train} --resume\n")
     assert [path.name for path in (work / "run" / "checkpoints").iterdir()]
 

@@ -8,7 +8,7 @@ import torch
 from esft.errors import InputError
 from esft.parallel.join import joined
 from esft.parallel.ranks import ALONE
-from esft.runs.checkpoints import State
+from esft.runs.checkpoints import Best, State
 from esft.runs.config import TrainConfig
 from esft.runs.shared_run import shared_run
 from esft.selection import ExpertSelection
@@ -17,6 +17,7 @@ from tests.esft.parallel.jobs import job
 CONFIG = TrainConfig(steps=7, lr=3e-3, clip=float("inf"))
 SELECTION = ExpertSelection({10: [3, 1], 2: [0]}, shared_experts=True)
 ORIGIN = {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}
+BEST = Best(1, 0.25, 2, 1)
 TENSORS = {"a": torch.tensor([1.0, float("-0.0")]), "b": torch.tensor([[3]], dtype=torch.uint8)}
 
 
@@ -25,7 +26,7 @@ def begin(out, ranks=ALONE) -> None:
         run.begin(CONFIG, ORIGIN, SELECTION)
         with run.log(0) as log:
             log(1, loss=2.0, lr=0.1, tokens_per_second=3.0)
-        run.save(State(1, [2.0], TENSORS))
+        run.save(State(1, [2.0], TENSORS, BEST))
 
 
 def go_on(out) -> list:
@@ -35,6 +36,9 @@ def go_on(out) -> list:
         state = run.restore(taken.append)
         assert state is not None and [taken[0].step, taken[0].losses] == [state.step, state.losses] == [1, [2.0]]
         assert all(torch.equal(taken[0].tensors[name], t) for name, t in TENSORS.items())
+        again = run.read(1)
+        assert state.best == again.best == taken[0].best == BEST and again.losses == [2.0]
+        assert all(torch.equal(again.tensors[name], t) for name, t in TENSORS.items())
         assert (run.last_step(), run.metrics()[0]["loss"]) == (1, 2.0)
         with run.log(1) as log:
             log(2, loss=1.0, lr=0.1, tokens_per_second=3.0)
