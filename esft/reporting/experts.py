@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any
 
 from esft.errors import InputError
-from esft.scoring.expert_scores import ExpertScores, Scores
-from esft.scoring.select import select_experts
+from esft.scoring.expert_scores import RULES, ExpertScores, Scores
+from esft.scoring.select import select_experts, shares
 from esft.selection import ExpertSelection
 
 MOST_CELLS = 20_000  # of a heatmap: with more, a page of megabytes is slow to open
@@ -64,8 +65,17 @@ class LayerOverlap:
 def check_scores(selection: ExpertSelection | None, scores: ExpertScores, path: object) -> None:
     """Raise InputError for scores of a model that has not all selected experts."""
     for layer, ids in (selection.experts if selection else {}).items():
-        if strange := [e for e in ids if e not in scores.token_scores.get(layer, {})]:
+        if layer not in scores.token_scores:
+            raise InputError(f"{path}: scores of another model: has no layer {layer}")
+        if strange := [e for e in ids if e not in scores.token_scores[layer]]:
             raise InputError(f"{path}: scores of another model: has no expert {strange[0]} of layer {layer}")
+
+
+def check_alike(before: ExpertScores, after: ExpertScores, path: object) -> None:
+    """Raise InputError naming the file of the second where the two are not of the same layers and experts."""
+    for layer in sorted(before.token_scores.keys() | after.token_scores.keys()):
+        if before.token_scores.get(layer, {}).keys() != after.token_scores.get(layer, {}).keys():
+            raise InputError(f"{path}: scores of another model than those before: layer {layer} has other experts")
 
 
 def heatmap(scores: Scores, selection: ExpertSelection | None) -> dict[int, list[Cell]]:
@@ -96,7 +106,7 @@ def _load(layer: int, ids: list[int], before: dict[int, float] | None, after: di
 
     drift = gained = lost = None
     if before is not None and after is not None:
-        changes = {expert: after.get(expert, 0.0) - score for expert, score in before.items()}
+        changes = {expert: after[expert] - score for expert, score in before.items()}
         drift = sum(map(abs, changes.values())) / 2
         gained, lost = (
             (best(changes.items(), key=lambda item: item[1]) for best in (max, min)) if drift else (None, None)
@@ -106,22 +116,47 @@ def _load(layer: int, ids: list[int], before: dict[int, float] | None, after: di
     return LayerLoad(layer, ids, count, on_chosen(before), on_chosen(after), drift, gained, lost)
 
 
-def top_p_of(
-    selection: ExpertSelection, scores: ExpertScores, by: Literal["token", "gate"]
-) -> tuple[float, float] | None:
-    """The numbers that ``top_p`` has to be above and may be at most for the paper's rule to choose just these experts.
+def explained(selection: ExpertSelection, scores: ExpertScores) -> list[str]:
+    """The options of ``esft select`` that give exactly these experts, in this order, from these scores; each is tried.
 
-    None where no number does.
+    Of a share to reach, all that do are told: those above one number and up to another.
     """
-    per_layer = scores.token_scores if by == "token" else scores.gate_scores
-    if not per_layer or selection.experts.keys() != per_layer.keys() or not all(selection.experts.values()):
-        return None
+    if not selection.num_experts:
+        return []
+    rules = [rule for rule in RULES if getattr(scores, f"{rule}_scores").keys() == scores.token_scores.keys()]
+    return [option for rule in rules for option in _explained(selection, scores, rule)]
+
+
+def _explained(selection: ExpertSelection, scores: ExpertScores, rule: str) -> Iterator[str]:
+    by_layer = scores.by(rule)
+    first = min(selection.experts) if min(selection.experts) > min(by_layer) else 0
+    words = f"--by {rule}{f' --layers {first}:' if first else ''}"
+    if (found := _top_p(selection, by_layer if rule in ("token", "gate") else shares(by_layer))) is not None:
+        above, most = found
+        if _gives(selection, scores, rule, top_p=most, first_layer=first):
+            yield f"{words} --top-p P, for P above {above:.4g} and up to {most:.4g}"
+    count = len(next(iter(selection.experts.values())))
+    if count and _gives(selection, scores, rule, experts_per_layer=count, first_layer=first):
+        yield f"{words} --experts-per-layer {count}"
+    if _gives(selection, scores, rule, budget=selection.num_experts, first_layer=first):
+        yield f"{words} --budget {selection.num_experts}"
+
+
+def _top_p(selection: ExpertSelection, by_layer: Scores) -> tuple[float, float] | None:
+    """What a share has to be above and may be at most for as many experts to reach it; None where there is no such."""
     # Summed one by one, as the rule does it: ``sum`` rounds otherwise.
-    sums = [[0.0, *accumulate(per_layer[layer][e] for e in ids)] for layer, ids in selection.experts.items()]
-    most = min(1.0, *(each[-1] for each in sums))
-    if not most or select_experts(scores, by, most).experts != selection.experts:
+    sums = [[0.0, *accumulate(by_layer[layer][e] for e in ids)] for layer, ids in selection.experts.items()]
+    if not all(len(each) > 1 for each in sums):
         return None
-    return max(each[-2] for each in sums), most
+    above, most = max(each[-2] for each in sums), min(1.0, *(each[-1] for each in sums))
+    return (above, most) if above < most else None
+
+
+def _gives(selection: ExpertSelection, scores: ExpertScores, rule: str, **how: Any) -> bool:
+    try:
+        return select_experts(scores, rule, **how).experts == selection.experts
+    except InputError:  # no such number of experts
+        return False
 
 
 def overlap(here: ExpertSelection, there: ExpertSelection, scores: ExpertScores | None = None) -> list[LayerOverlap]:

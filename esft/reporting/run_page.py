@@ -10,13 +10,13 @@ from typing import Any
 from esft.errors import InputError
 from esft.reporting.answers import Evaluation, changes
 from esft.reporting.curves import charts_of
-from esft.reporting.experts import LayerLoad, check_scores, heatmap, loads, overlap, top_p_of
+from esft.reporting.experts import LayerLoad, check_alike, check_scores, explained, heatmap, loads, overlap
 from esft.reporting.figures import figure, share, size
 from esft.reporting.page import write_page
 from esft.reporting.pictures import draw, draw_loads
 from esft.reporting.record import RunRecord, base_size, named
 from esft.runs.config import TrainConfig
-from esft.scoring.expert_scores import ExpertScores
+from esft.scoring.expert_scores import RULES, ExpertScores
 
 EXAMPLES = 5  # of each kind of answer
 _MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # bytes a trained parameter
@@ -116,23 +116,24 @@ def _sizes(record: RunRecord) -> list[tuple[str, str, str, str]]:
 def _choice(record: RunRecord, beside: Beside) -> dict[str, Any]:
     selection = record.selection
     scores = _scores(record, beside.scores)
-    maps, rules = [], []
-    if scores is not None:
-        for name, by_layer in (("token", scores.token_scores), ("gate", scores.gate_scores)):
-            if by_layer:
-                most = max(score for layer in by_layer.values() for score in layer.values())
-                maps.append((name, heatmap(by_layer, selection), most))
-            if selection is not None and (found := top_p_of(selection, scores, name)):
-                rules.append((name, *map(figure, found)))
+    maps = []
+    for rule in RULES if scores is not None else ():
+        if by_layer := getattr(scores, f"{rule}_scores"):
+            most = max(score for layer in by_layer.values() for score in layer.values())
+            shown = share(most) if rule == "token" else figure(most)
+            maps.append((rule.replace("_", " "), heatmap(by_layer, selection), shown))
+    ways = explained(selection, scores) if selection is not None and scores is not None else []
     before = loads(selection, scores, None) if selection is not None else []
     total = sum(load.experts or 0 for load in before)
-    return {"heatmaps": maps, "rules": rules, "chosen": before, "experts_in_all": total, "scores": scores}
+    return {"heatmaps": maps, "ways": ways, "chosen": before, "experts_in_all": total, "scores": scores}
 
 
 def _load(record: RunRecord, beside: Beside) -> dict[str, Any]:
     before, after = _scores(record, beside.scores), _scores(record, beside.scores_after)
     if after is None or record.selection is None:
         return {"loads_after": [], "loads_drawn": None}
+    if before is not None:
+        check_alike(before, after, beside.scores_after)
     found: list[LayerLoad] = loads(record.selection, before, after)
     return {"loads_after": found, "loads_drawn": draw_loads(found)}
 

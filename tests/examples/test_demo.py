@@ -38,7 +38,7 @@ def test_the_demo_leaves_scores_picture_adapter_merged_checkpoint_and_page(small
     assert [section.attributes["id"] for section in page.all("section")] == [
         "choice", "course", "answers", "sizes", "settings", "origin",
     ]  # fmt: skip
-    assert "esft select --by token gives" in page.one("section", id="choice").text
+    assert "--by token --top-p P, for P above" in page.one("section", id="choice").text
     assert page.one("section", id="answers").one("table").rows[1] == ["records", "10", "10"]
     assert (out / "experts.png").read_bytes().startswith(b"\x89PNG")
     selection = esft.ExpertSelection.load(out / "experts.json")

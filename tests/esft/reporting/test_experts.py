@@ -1,8 +1,10 @@
+import dataclasses
+
 import pytest
 
 import esft
 from esft.reporting import experts
-from esft.reporting.experts import LayerOverlap, check_scores, heatmap, loads, overlap, top_p_of
+from esft.reporting.experts import LayerOverlap, check_alike, check_scores, explained, heatmap, loads, overlap
 from esft.scoring.select import select_experts
 from esft.selection import ExpertSelection
 from tests.esft.reporting.pages import AFTER, SCORES, SELECTION
@@ -48,33 +50,38 @@ def test_loads_of_one_kind_of_scores_or_none_have_no_drift():
             assert load.experts == (4 if before or after else None)
 
 
-def test_the_top_p_that_gives_a_selection_is_told_exactly():
-    above, most = top_p_of(SELECTION, SCORES, "token")
-    assert (above, most) == pytest.approx((0.5, 0.7))
-    for p, same in ((above, False), (above + 1e-9, True), (most, True), (most + 1e-9, False)):
+TOP_P = "--by token --top-p P, for P above 0.5 and up to 0.7"
+
+
+def test_the_shares_that_give_a_selection_are_told_exactly():
+    assert explained(SELECTION, SCORES) == [TOP_P, "--by token --budget 3"]
+    for p, same in ((0.5, False), (0.5 + 1e-9, True), (0.7, True), (0.7 + 1e-9, False)):
         assert (select_experts(SCORES, "token", p).experts == SELECTION.experts) == same
-    assert top_p_of(SELECTION, SCORES, "gate") is None
-    assert top_p_of(ExpertSelection({1: [1], 3: [1]}), SCORES, "gate") == pytest.approx((0.0, 0.2))
+
+
+def test_every_rule_that_gives_a_selection_is_told():
+    assert explained(ExpertSelection({1: [1], 3: [1]}), SCORES) == [
+        "--by gate --top-p P, for P above 0 and up to 0.2", "--by gate --experts-per-layer 1", "--by gate --budget 2",
+    ]  # fmt: skip
+    assert explained(ExpertSelection({3: [1]}), SCORES)[1] == "--by token --layers 3: --experts-per-layer 1"
+    assert explained(ExpertSelection({1: [], 3: [1]}), SCORES) == ["--by token --budget 1"]
+    fisher = {1: {0: 6.0, 1: 2.0, 2: 1.0, 3: 1.0}, 3: {0: 0.0, 1: 0.0, 2: 0.0, 3: 5.0}}
+    scores = dataclasses.replace(SCORES, fisher_scores=fisher)
+    assert explained(ExpertSelection({1: [0, 1], 3: [3]}), scores) == [
+        "--by fisher --top-p P, for P above 0.6 and up to 0.8", "--by fisher --budget 3",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.77, 0.9, 1.0])
 def test_what_the_rule_has_chosen_is_told_to_be_of_the_rule(p: float):
     layer = dict.fromkeys(range(10), 0.1)  # sums of tenths round in every order otherwise
     scores = esft.ExpertScores({0: layer, 1: {0: 0.7, 1: 0.2, 2: 0.1}}, {})
-    above, most = top_p_of(select_experts(scores, "token", p), scores, "token")
-    assert above < p <= most + 1e-12
-    assert above < most
+    assert explained(select_experts(scores, "token", p), scores)[0].startswith("--by token --top-p P, for P above ")
 
 
-@pytest.mark.parametrize(
-    "chosen", [{1: [0, 2], 3: [1]}, {1: [2, 1], 3: [1]}, {1: [2, 0]}, {1: [2, 0], 3: []}, {}, {1: [2], 3: [1, 0, 2]}]
-)
-def test_no_top_p_gives_another_order_other_experts_or_other_layers(chosen: dict[int, list[int]]):
-    assert top_p_of(ExpertSelection(chosen), SCORES, "token") is None
-
-
-def test_without_gate_scores_they_explain_nothing():
-    assert top_p_of(SELECTION, AFTER, "gate") is None
+@pytest.mark.parametrize("chosen", [{1: [0, 2], 3: [1]}, {1: [0], 3: [1]}, {3: [0, 1]}, {1: [2], 3: [1, 0, 2]}, {}])
+def test_no_rule_gives_another_order_or_other_experts(chosen: dict[int, list[int]]):
+    assert explained(ExpertSelection(chosen), SCORES) == []
 
 
 def test_overlap_counts_what_both_have_and_what_chance_would_give():
@@ -88,6 +95,19 @@ def test_overlap_counts_what_both_have_and_what_chance_would_give():
 def test_scores_of_another_model_are_refused():
     check_scores(SELECTION, SCORES, "s.json")
     check_scores(None, SCORES, "s.json")
-    for chosen, named in (({1: [4]}, "expert 4 of layer 1"), ({2: [0]}, "expert 0 of layer 2")):
+    for chosen, named in (({1: [4]}, "expert 4 of layer 1"), ({2: []}, "layer 2")):
         with pytest.raises(esft.InputError, match=rf"^s\.json: scores of another model: has no {named}$"):
             check_scores(ExpertSelection(chosen), SCORES, "s.json")
+
+
+def test_scores_before_and_after_are_of_the_same_model():
+    check_alike(SCORES, AFTER, "t.json")
+    for layers in ({1: AFTER.token_scores[1]}, AFTER.token_scores | {3: {0: 1.0}}, AFTER.token_scores | {4: {0: 1.0}}):
+        with pytest.raises(esft.InputError, match=r"^t\.json: scores of another model than those before: layer [34] "):
+            check_alike(SCORES, esft.ExpertScores(layers, {}), "t.json")
+
+
+def test_scores_that_only_some_layers_have_explain_nothing():
+    assert (
+        explained(ExpertSelection({1: [1]}), dataclasses.replace(SCORES, gate_scores={1: SCORES.gate_scores[1]})) == []
+    )

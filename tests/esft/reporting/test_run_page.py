@@ -64,8 +64,11 @@ def test_a_page_begins_with_what_a_reader_asks_first(tmp_path, files):
 def test_what_was_chosen_and_why(tmp_path, files):
     found = section(page(make_run(tmp_path / "run"), scores=files["scores"]), "choice")
     assert "3 of 8 routed experts in 2 layers train, and the shared experts of these layers." in found.text
-    assert "esft select --by token gives for every top-p above 0.5 and up to 0.7:" in found.text
-    assert "--by gate" not in found.text and f"Scores from {files['scores']}." in found.text
+    assert "esft select gives exactly this selection with:" in found.text
+    assert [li.text for li in found.all("li")] == [
+        "--by token --top-p P, for P above 0.5 and up to 0.7", "--by token --budget 3",
+    ]  # fmt: skip
+    assert f"Scores from {files['scores']}." in found.text
     table = found.one("table", **{"class": "sortable"})
     assert table.rows == [
         ["layer", "experts", "of all", "share of rows", "which, best first"],
@@ -84,7 +87,7 @@ def test_what_was_chosen_and_why(tmp_path, files):
 def test_a_choice_that_no_rule_gives_is_said_to_be_none(tmp_path, files):
     odd = make_run(tmp_path / "odd", selection=ExpertSelection({1: [3], 3: [0]}))
     text = section(page(odd, scores=files["scores"]), "choice").text
-    assert "It is not what the top-p rule gives for these scores" in text and "esft select" not in text
+    assert "No single rule of esft select gives this selection" in text and "--by" not in text
     assert "2 of 8 routed experts in 2 layers train." in text
 
 

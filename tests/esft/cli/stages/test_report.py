@@ -56,7 +56,7 @@ def test_a_page_has_what_every_option_names(files, capsys):
     ],
 )
 def test_what_is_refused_leaves_every_file_as_it_was(files, capsys, options: str, said: str):
-    stage("report other --html p.html")
+    (files / "p.html").write_text("something")
     before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
     assert main(["report", "run", *options.split()]) == 2
     assert said in capsys.readouterr().err
