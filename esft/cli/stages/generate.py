@@ -7,7 +7,7 @@ import os
 
 from esft.cli.arguments import count
 from esft.cli.inputs import load_for
-from esft.cli.options import Stages, add_model, add_stage
+from esft.cli.options import Stages, add_batch_size, add_model, add_stage
 from esft.cli.output import say
 from esft.errors import InputError, reading
 from esft.storage.reading import shown
@@ -15,7 +15,8 @@ from esft.storage.reading import shown
 
 def add(stages: Stages) -> None:
     sub = add_stage(stages, "generate", "answer prompts")
-    add_model(sub, 64, "tokens that a prompt may have; longer ones are refused")
+    add_model(sub, "tokens that a prompt may have; longer ones are refused")
+    add_batch_size(sub, 64)
     sub.add_argument(
         "--adapter", action="append", default=[], metavar="[NAME=]FOLDER",
         help="adapter folder, ESFT's or PEFT's, or that of a run which holds one; of ESFT's several with names",
