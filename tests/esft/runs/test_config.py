@@ -53,7 +53,7 @@ OTHER = {
     "method": "full", "lr": 0.5, "steps": 2, "batch_size": 3, "micro_batch_size": 2, "max_length": 4, "warmup_steps": 5,
     "decay": 0.25, "eval_every": 6, "save_every": 7, "weight_decay": 0.75, "beta1": 0.5, "beta2": 0.625, "clip": 8.0,
     "aux_loss": 0.125, "lora_rank": 9, "lora_alpha": 10, "dtype": "bfloat16", "seed": 11, "backend": "reference",
-    "recompute": "frozen", "frozen": "bf16", "frozen_linear": "int8", "optimizer": "adamw_8bit",
+    "recompute": "frozen", "frozen": "bf16", "shard": "frozen", "frozen_linear": "int8", "optimizer": "adamw_8bit",
     "assistant_only_loss": False, "completion_only_loss": False, "dataset_num_proc": 3, "packing": True,
     "packing_strategy": "wrapped", "padding_free": True, "eval_packing": False, "streaming": True,
     "warmup_ratio": 0.25, "lr_scheduler_type": "cosine", "eval_on_start": False, "eval_metrics": "exact_match,loss",
