@@ -32,6 +32,11 @@ def attempt() -> int:
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
+def hosts_store() -> bool:
+    """Whether the job's key-value store is in this process; torchrun has it in its own."""
+    return own_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 def own_name() -> str:
     """Of this process, in front of what it says: only one of several needs any."""
     return f"rank {own_rank()}: " if size_of_job() > 1 else ""

@@ -19,6 +19,7 @@ import psutil
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from esft.errors import RankError, first_line
+from esft.parallel.environment import hosts_store
 
 PULSE = 0.5  # seconds between signs of life
 DEAD = 60.0  # seconds without one; a process of the same machine that has ended is noticed at once
@@ -73,9 +74,10 @@ class Watch:
         """Tell the others that this rank ends, and why. False where another rank has failed before."""
         self.stop()
         with suppress(RuntimeError):  # no store any more: somebody else has ended first
-            first = self._blame(self.rank, reason)
-            self._let_others_read()
-            return first
+            if self._blame(self.rank, reason):
+                self._let_others_read()
+                return True
+        time.sleep(2 * PULSE)  # who says why comes to it before what has started the job ends all for this one's end
         return False
 
     def stop(self) -> None:
@@ -155,11 +157,13 @@ class Watch:
         """End this process, whose main thread may wait for a rank that never comes."""
         if line is not None:
             print(f"esft: {line}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2 * PULSE)  # as in ``failed``
         self._let_others_read()
         os._exit(STATUS)
 
     def _let_others_read(self) -> None:
-        if self.rank == 0:  # the store may end with this process
+        if hosts_store():  # which ends with this process
             time.sleep(3 * PULSE)
 
     def _blame(self, rank: int, reason: str) -> bool:

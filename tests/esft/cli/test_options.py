@@ -66,7 +66,7 @@ INFERENCE = {
         ),
         (
             "generate --model m --prompt a --prompt b",
-            {**INFERENCE, "batch_size": 64, "adapter": None, "prompt": ["a", "b"], "max_new_tokens": 128},
+            {**INFERENCE, "batch_size": 64, "adapter": [], "prompt": ["a", "b"], "max_new_tokens": 128},
         ),
         ("chat --model m", {**INFERENCE, "adapter": None, "max_new_tokens": 1024}),
         (

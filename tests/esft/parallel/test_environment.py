@@ -11,6 +11,10 @@ def test_a_process_of_its_own_is_the_only_one(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert (environment.size_of_job(), environment.own_rank(), environment.attempt()) == (1, 0, 0)
     assert (environment.local_size(), environment.local_rank(), environment.own_name()) == (1, 0, "")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert environment.hosts_store()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert not environment.hosts_store()
 
 
 def test_what_torchrun_says_is_taken(monkeypatch):

@@ -12,7 +12,7 @@ from esft.checkpoint.load import load_model
 from esft.cli.output import say_part
 from esft.cli.parser import main
 from esft.data.records import Record
-from esft.evaluation import answers
+from esft.evaluation import answers as module
 from tests.esft.cli.conftest import adapter, stage
 from tests.esft.models import save_tiny, tiny_tokenizer
 
@@ -42,7 +42,7 @@ def said(calls, monkeypatch):
         got.append([(message["role"], message["content"]) for message in prompt.messages])
         return [speak(streamer, f"no. {len(got)}")]
 
-    monkeypatch.setattr(answers, "answer", answer)
+    monkeypatch.setattr(module, "answer", answer)
     return got
 
 
@@ -104,7 +104,7 @@ def test_what_is_no_text_is_named(work, said, monkeypatch, capsys):
 
 def test_a_model_cannot_move_the_cursor_and_its_lines_are_lines(work, calls, typing, monkeypatch, capsys):
     monkeypatch.setattr(
-        answers, "answer", lambda *_, streamer, **__: [speak(streamer, "a\x1b[2Jb\r\n\tc\u202ed\u2028é")]
+        module, "answer", lambda *_, streamer, **__: [speak(streamer, "a\x1b[2Jb\r\n\tc\u202ed\u2028é")]
     )
     typing("a")
     stage("chat --model m")
@@ -126,7 +126,7 @@ def test_a_signal_ends_the_answer_and_sigterm_the_program(
         assert stops(ids, None).tolist() == [True] and stops(ids, None).dtype == torch.bool
         return [speak(streamer, "half a", end="")]
 
-    monkeypatch.setattr(answers, "answer", answer)
+    monkeypatch.setattr(module, "answer", answer)
     before = signal.getsignal(number)
     typing("a", "b")
     assert main("chat --model m".split()) == status
@@ -143,7 +143,7 @@ def test_a_real_model_says_what_it_says_at_once_and_a_cut_is_told(work, typing, 
     model, messages = load_model("base"), []
     for text in ("say a", "and b"):
         messages.append({"role": USER, "content": text})
-        (reply,) = answers.answer(model, tiny_tokenizer(), [Record([*messages])], 9)
+        (reply,) = module.answer(model, tiny_tokenizer(), [Record([*messages])], 9)
         messages.append({"role": ASSISTANT, "content": reply})
         say_part(f"{reply}\n")
     assert capsys.readouterr().out == printed.out and messages[1] != messages[3]
@@ -156,6 +156,6 @@ def test_weights_that_hold_no_numbers_are_an_error(work, typing, capsys):
     model.save_pretrained(work / "base")
     typing("a")
     with pytest.raises(esft.InputError):
-        answers.answer(model, tiny_tokenizer(), [Record([{"role": USER, "content": "a"}])])
+        module.answer(model, tiny_tokenizer(), [Record([{"role": USER, "content": "a"}])])
     assert main("chat --model base --quiet".split()) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

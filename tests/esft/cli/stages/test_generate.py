@@ -29,7 +29,7 @@ def test_prompts_name_their_adapters_where_there_are_several(work, calls, capsys
     assert main(["generate", "--model", "m", "--adapter", "x=a", "--adapter", "y=b=c", *prompts]) == 0
     assert calls.of["load_with_adapter"][0][0][:2] == ("m", None)
     assert calls.of["load_adapters"] == [(("a model", {"x": Path("a"), "y": Path("b=c")}), {})]
-    (((_, _, asked, _), named),) = calls.of["answer"]
+    (((_, _, asked, *_), named),) = calls.of["answer"]
     assert [record.messages[0]["content"] for record in asked] == ["a: b", "", "y:"]
     assert named == {"adapter_names": ("y", "__base__", "x")}
     assert capsys.readouterr().out == "y:a: b\n    one\n__base__:\n    two\nx:y:\n    three\n"
