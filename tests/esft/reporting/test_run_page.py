@@ -195,6 +195,7 @@ def test_settings_and_what_it_was_begun_with(tmp_path):
 def test_a_method_without_a_selection(tmp_path, files, method: str, said: str):
     found = page(make_run(tmp_path / "run", method=method), **files, runs=[make_run(tmp_path / "other")])
     assert said in section(found, "choice").text and "load" not in sections(found)
+    assert f"so that {files['scores_after']} says nothing here" in section(found, "choice").text
     assert len(section(found, "choice").all("table", **{"class": "heatmap"})) == 2  # of the scores that are given
     assert f"method {method} selects no experts" in section(found, "overlap").text
 
