@@ -26,9 +26,8 @@ from esft.transformers_internals import has_peft_adapter, is_spread
 
 def attach(model: PreTrainedModel) -> None:
     """Make ``save_pretrained`` and ``load_state_dict`` of a swapped model do this, until ``detach``."""
-    vars(model)["save_pretrained"] = OwnMethod(
-        model, save_pretrained
-    )  # and no subclass of the model's: its type is looked up by others
+    # And no subclass of the model's: its type is looked up by others.
+    vars(model)["save_pretrained"] = OwnMethod(model, "save_pretrained", save_pretrained)
     swapped_state(model).load_hook = model.register_load_state_dict_pre_hook(read_stock)
 
 
