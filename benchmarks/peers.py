@@ -17,9 +17,9 @@ from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
 from benchmarks.shapes import LayerShape
-from esft_kernels.autograd_op import expert_mlp
+from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.pools import PLAIN, ExpertPools, ExpertWeights, dequantize, quantize, split_pools
-from esft_kernels.routing import expert_order, route
+from esft_kernels.routing import expert_order
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _of_pools(problem: Problem, trained: list[int], pools: ExpertPools, backend:
     position = torch.argsort(torch.tensor(expert_order(trained, pools.num_experts))).to(problem.x_TD.device)
 
     def forward(x: Tensor, weights: Tensor) -> Tensor:
-        return expert_mlp(x, weights, pools, route(problem.index_TK, position, len(trained)), backend)
+        return routed_mlp(x, problem.index_TK, weights, position, pools, backend)
 
     return PoolStep(forward, [t for t in pools.trained.tensors() if t is not None and t.requires_grad], pools)
 
@@ -140,8 +140,7 @@ def mixed(problem: Problem, adapters: int, backend: str) -> PoolStep:
     adapter_T = torch.arange(tokens, device=device) * adapters // max(tokens, 1)
 
     def forward(x: Tensor, weights: Tensor) -> Tensor:
-        routing = route(problem.index_TK, position, adapters * s, False, pools.num_experts, adapter_T)
-        return expert_mlp(x, weights, pools, routing, backend)
+        return routed_mlp(x, problem.index_TK, weights, position, pools, backend, adapter_T=adapter_T)
 
     return PoolStep(forward, [t for t in pools.trained.tensors() if t is not None], pools)
 

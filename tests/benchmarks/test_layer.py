@@ -57,10 +57,8 @@ def test_only_the_named_peers_and_the_limit_are_timed():
 
 
 def test_a_wrong_backend_is_not_timed(monkeypatch):
-    real = peers.expert_mlp
-    monkeypatch.setattr(
-        peers, "expert_mlp", lambda x, w, p, r, backend: real(x, w, p, r, backend) * (1.1 if backend == "cpu" else 1)
-    )
+    real = peers.routed_mlp
+    monkeypatch.setattr(peers, "routed_mlp", lambda *args: real(*args) * (1.1 if args[-1] == "cpu" else 1))
     with pytest.raises(RuntimeError, match="not timed"):
         layer.run(SMALL, 40, torch.float32, CPU, "cpu", 2)
 

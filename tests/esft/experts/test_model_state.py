@@ -5,10 +5,13 @@ import torch
 from torch import nn
 
 import esft
+from esft.errors import InputError
 from esft.experts.model_state import (
     Adapters,
     Base,
+    MixedAdapters,
     ModelState,
+    OwnMethod,
     Swapped,
     check_lossless,
     known_state,
@@ -126,3 +129,47 @@ def test_a_compiled_model_is_looked_into_and_swaps_back():
     assert esft.unswap(compiled) is compiled
     assert known_state(model).swapped is None
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_numbers_of_adapters_begin_with_the_bases():
+    mixed = MixedAdapters({"x": ExpertSelection({}), "y": ExpertSelection({})})
+    found = mixed.numbers(["y", "__base__", "x", "y"], 4, torch.device("cpu"))
+    assert found.dtype == torch.int64 and found.tolist() == [2, 0, 1, 2]
+    assert mixed.numbers((), None, torch.device("meta")).is_meta
+    for names, message in (
+        (["x", "z"], r"no adapter named 'z'; it holds \['x', 'y'\]"),
+        (["x"], "has 1 names, and the batch 2 sequences"),
+        ("x", "must be a list of names, one for each sequence, got 'x'"),
+        ([1, 2], "must be a list of names"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mixed.numbers(names, 2, torch.device("cpu"))
+
+
+def test_every_token_has_its_sequences_adapter():
+    mixed = MixedAdapters({})
+    assert mixed.of_tokens(6) is None
+    mixed.generating = torch.tensor([2, 1])
+    assert mixed.of_tokens(6).tolist() == [2, 2, 2, 1, 1, 1]
+    mixed.running = torch.tensor([0, 3, 3])  # of the forward pass, before that of generate
+    assert mixed.of_tokens(6).tolist() == [0, 0, 3, 3, 3, 3]
+    assert mixed.of_tokens(0).tolist() == []
+    with pytest.raises(InputError, match="7 tokens do not divide into 3 sequences"):
+        mixed.of_tokens(7)
+    mixed.running = torch.tensor([], dtype=torch.int64)
+    assert mixed.of_tokens(0).tolist() == []
+
+
+def test_a_method_of_its_own_is_the_copys_in_a_copy_and_works_when_the_model_is_gone():
+    def scaled(model, factor):
+        return model.weight * factor
+
+    model = nn.Linear(2, 2)
+    vars(model)["scaled"] = OwnMethod(model, "scaled", scaled)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.weight.zero_()
+    assert model.scaled(2).count_nonzero() == 0 and torch.equal(twin.scaled(factor=2), 2 * twin.weight)
+    weight, method, held = twin.weight, twin.scaled, vars(twin)
+    del twin
+    assert "scaled" not in held and torch.equal(method(3), 3 * weight)

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from esft.experts.model_state import MixedAdapters
 from esft.experts.pooled_experts import PROJECTIONS, Experts
+from esft.selection import ExpertSelection
 from esft_kernels.activation import Activation
 from esft_kernels.formats.resolve import FORMATS
 from tests.esft.experts.test_stock_layout import LAYOUTS, Flagged
@@ -147,6 +149,33 @@ def test_rows_of_two_pools_are_put_in_order_as_a_tensor_of_their_own():
     assert whole.dtype == torch.float16 and whole.tolist() == [[0], [1], [2], [3]]
     trained.zero_()
     assert whole.tolist() == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("frozen", ["bf16", "int8"])
+def test_adapters_stand_one_after_the_other_and_the_base_stays(frozen: str):
+    weights = torch.randn(4, 6, 8), torch.randn(4, 8, 3)
+    experts = Experts(*weights, frozen=frozen)
+    base, mixed = experts.stacked(), MixedAdapters({"a": ExpertSelection({}), "b": ExpertSelection({})})
+    experts.hold(mixed, [[3, 0], [3]])
+    assert experts.positions.tolist() == [[3, 4, 5, 6], [1, 4, 5, 0], [3, 4, 5, 2]]
+    assert (experts.trained, experts.num_frozen, experts.num_experts) == ((3, 0, 3), 4, 4)
+    assert experts.trained_down_proj.shape == (3, 8, 3) and experts.trained_down_proj.requires_grad
+    for number, value in ((1, 1.0), (2, 2.0)):
+        experts.show(number)
+        assert experts.position.tolist() == experts.place == experts.positions[number].tolist()
+        experts.write(3, [torch.full((6, 8), value), torch.full((8, 3), value)])
+    experts.show(1)
+    experts.write(0, [torch.full((6, 8), 3.0), torch.full((8, 3), 3.0)])
+    for found, of_base in zip(experts.stacked(), base, strict=True):
+        assert torch.equal(found[1:3], of_base[1:3]) and (found[0] == 3).all() and (found[3] == 1).all()
+    assert experts.trained_down_proj[:, 0, 0].tolist() == [1, 3, 2]
+    experts.show(0)
+    assert all(torch.equal(found, of_base) for found, of_base in zip(experts.stacked(), base, strict=True))
+    mixed.running = torch.tensor([0, 2])
+    assert experts.adapters_of(6).tolist() == [0, 0, 0, 2, 2, 2]
+    experts.hold(None, [])
+    assert experts.place == [0, 1, 2, 3] and experts.adapters_of(6) is None
+    assert experts.trained_down_proj.shape == (0, 8, 3) and not experts.trained_down_proj.requires_grad
 
 
 @pytest.mark.parametrize("trained", [[4], [-1], [1, 1]])
