@@ -78,7 +78,7 @@ class Watch:
                 self._let_others_read()
                 return True
         with suppress(KeyboardInterrupt):
-            time.sleep(2 * PULSE)  # who says why comes to it before what has started the job ends all for this one's end
+            time.sleep(2 * PULSE)  # who says why comes to it before torchrun ends all for this one's end
         return False
 
     def stop(self) -> None:
