@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,14 @@ def run(args: argparse.Namespace) -> None:
             sets.append(EvalSet(name, source.name, examples, records))
             sets[-1].check(encoder.tokenizer, reach, scores)
         model = load_for(args, adapter)
-        results = {each.name: _measured(args, model, encoder.tokenizer, each, scores) for each in sets}
+        results = {}
+        for each in sets:
+            figures, answers = _measured(args, model, encoder.tokenizer, each, scores)
+            if (loss := figures.get("loss")) is not None and not math.isfinite(loss):
+                source = args.model if adapter is None else f"{args.model} with {adapter}"
+                what = "weights hold what is no number, or too much"
+                raise InputError(f"{source}: loss on {each.source} is {loss}: {what}")
+            results[each.name] = figures, answers
     say(json.dumps(_joined({name: figures for name, (figures, _) in results.items()}), allow_nan=False))
     if args.out is not None and current().main:
         write_json(args.out, _joined({name: each | {"answers": answers} for name, (each, answers) in results.items()}))
@@ -67,10 +75,7 @@ def _measured(
 
     found = measure(model, tokenizer, data, scores, args.batch_size, not args.quiet)
     figures: dict[str, Any] = {"records": len(data.records), **found.scores}
-    if (loss := figures.get("loss")) is not None and not abs(loss) < float("inf"):
-        model = args.model if args.adapter is None else f"{args.model} with {args.adapter}"
-        raise InputError(f"{model}: loss on {data.source} is {loss}: weights hold what is no number, or too much")
-    if "json_match" in scores:
+    if "json_match" in found.scores:
         figures["json_fields"] = share_by_field([(each["given"], each["expected"]) for each in found.answers])
     return figures, found.answers
 
