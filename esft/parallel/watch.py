@@ -77,7 +77,8 @@ class Watch:
             if self._blame(self.rank, reason):
                 self._let_others_read()
                 return True
-        time.sleep(2 * PULSE)  # who says why comes to it before what has started the job ends all for this one's end
+        with suppress(KeyboardInterrupt):
+            time.sleep(2 * PULSE)  # who says why comes to it before torchrun ends all for this one's end
         return False
 
     def stop(self) -> None:
