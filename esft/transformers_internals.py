@@ -26,15 +26,25 @@ from transformers.core_model_loading import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
+from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 TRIED = ("5.20.2", "5.23.0")  # the versions of transformers with which all tests have passed
 
-__all__ = ["ALL_EXPERTS_FUNCTIONS", "CHAT_TEMPLATE_DIR", "eager_mask", "sdpa_attention_forward", "sdpa_mask"]
+__all__ = [
+    "ALL_EXPERTS_FUNCTIONS",
+    "CHAT_TEMPLATE_DIR",
+    "GradientCheckpointingLayer",
+    "disable_progress_bar",
+    "eager_mask",
+    "sdpa_attention_forward",
+    "sdpa_mask",
+]
 
 
 # Chat templates.

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Modules and folders of a package; each may import those before it.
 ESFT = (
-    "errors parallel text memory bounds storage signals selection transformers_internals data "
+    "errors transformers_internals parallel text memory bounds storage signals selection data "
     "experts moe scoring checkpoint swapping adapters runs evaluation reporting training planning cli __main__"
 ).split()
 KERNELS = "activation routing formats pools backend triton_ops backends autograd_op compiled_op".split()

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] (documented)
 from torch.distributed.rendezvous import rendezvous
-from transformers.utils.logging import disable_progress_bar
 
 from esft.errors import InputError, Interrupted, RankError, first_line
 from esft.parallel.environment import attempt, local_rank, own_rank, size_of_job
 from esft.parallel.ranks import ALONE, Group, Ranks
 from esft.parallel.watch import PATIENCE, STATUS, Watch
+from esft.transformers_internals import disable_progress_bar
 
 _SLACK = 120  # seconds that PyTorch waits longer than we do, who say for whom
 _PACKAGES = ("esft", "torch", "transformers", "safetensors")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from esft.errors import InputError
 from esft.parallel.ranks import Ranks
+from esft.transformers_internals import GradientCheckpointingLayer
 
 
 def shard_frozen(model: nn.Module, ranks: Ranks, device: torch.device) -> None:

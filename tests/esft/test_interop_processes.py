@@ -5,7 +5,6 @@ import os
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
@@ -79,11 +78,13 @@ def by_trainer(size: int) -> None:
         ddp_backend="gloo" if size > 1 else None, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
         max_grad_norm=0.0,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}))
+    rows = [{"input_ids": row, "labels": row} for row in ids]  # no Dataset: Arrow's threads do not survive a fork
+    trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     if os.environ.get("RANK", "0") == "0":
         save_file({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, f"{size}.safetensors")
     if dist.is_initialized():
+        dist.barrier()  # the first one holds the store
         dist.destroy_process_group()
 
 

@@ -172,7 +172,7 @@ def test_how_records_are_encoded_is_what_the_settings_say(paths, monkeypatch):
     settings = TrainConfig(batch_size=4, steps=9, dataset_num_proc=3)
     for progress in (True, False):
         found = RunData(sources_of(paths), tiny_tokenizer(), REACH, settings).read(progress)
-        found.held_out(DataSource.of(paths[0]), progress)
+        found.eval_sets({"": DataSource.of(paths[0])}, progress)
     assert asked == [(3, True)] * 3 + [(3, False)] * 3
 
 

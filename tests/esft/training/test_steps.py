@@ -145,7 +145,7 @@ def test_a_router_that_decides_by_what_is_no_number_stops_the_run_like_any_other
 
 
 def test_an_auxiliary_loss_that_is_not_finite_stops_the_run(base, out, monkeypatch):
-    monkeypatch.setattr(module.Steps, "_gradients", lambda *_, **__: (torch.tensor([1.0]), math.inf))
+    monkeypatch.setattr(module.Steps, "_gradients", lambda *_, **__: (torch.tensor([1.0]), math.inf, 0.0, 0))
     with pytest.raises(esft.DivergenceError, match="step 1: loss 1.0, aux_loss inf, gradient norm 0.0; lower"):
         run(base, "run", settings(aux_loss=1.0), eval_data=None)
 
