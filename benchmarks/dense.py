@@ -14,14 +14,21 @@ from esft.selection import ExpertSelection
 SIZE = 2048  # rows and columns of the products
 
 
-def flops_per_token(path: str, selection: ExpertSelection) -> float:
+def flops_per_token(path: str, selection: ExpertSelection, supervised: float = 1.0) -> float:
     """Of a training step: two for each weight that a token meets, in the forward and in the backward, and two for each
-    trained one's gradient, shared experts included. Attention's own products are left out."""
+    trained one's gradient, shared experts included. Attention's own products are left out.
+
+    Args:
+        path: of the checkpoint.
+        selection: what trains.
+        supervised: share of the tokens that the head sees.
+    """
     model = load_skeleton(path)
     layers = {layer.index: layer for layer in moe_layers(model)}
     config = model.config.get_text_config()
-    embedding = model.get_input_embeddings()
-    others = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in embedding.parameters())
+    head = model.lm_head.weight
+    outside = {id(weight): weight.numel() for weight in (model.get_input_embeddings().weight, head)}  # one where tied
+    others = sum(p.numel() for p in model.parameters()) - sum(outside.values())
     others -= sum(p.numel() for layer in layers.values() for p in layer.parameters)
     expert = {index: sum(w.numel() for w in layer.weights(0).values()) for index, layer in layers.items()}
     active = sum(size * config.num_experts_per_tok for size in expert.values())
@@ -30,10 +37,9 @@ def flops_per_token(path: str, selection: ExpertSelection) -> float:
         for index, size in expert.items()
     )
     if selection.shared_experts:
-        trained += sum(
-            p.numel() for layer in layers.values() for each in layer.shared_experts for p in each.parameters()
-        )
-    return 2 * (2 * (others + active) + trained)
+        shared = [each for layer in layers.values() for each in layer.shared_experts]
+        trained += sum(p.numel() for each in shared for p in each.parameters())
+    return 2 * (2 * (others + active + supervised * head.numel()) + trained)
 
 
 def dense_rate(size: int = SIZE, seconds: float = 2.0) -> float:

@@ -143,5 +143,5 @@ def run(path: str, records: int, length: int, rounds: int, only: set[str] | None
             raise RuntimeError(f"{name}: loss {theirs:.4f} where esft has {first:.4f}; not timed")
         timed(name, peer.step)
     if only is None or DENSE in only:
-        timed(DENSE, dense_products(tokens * flops_per_token(path, chosen_experts(path)), device))
+        timed(DENSE, dense_products(tokens * flops_per_token(path, chosen_experts(path), SUPERVISED), device))
     return rows

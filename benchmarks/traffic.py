@@ -36,12 +36,18 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# Of these the output comes before the input.
+_OUTPUT_FIRST = frozenset(
+    "allgather allgather_base allgather_into_tensor_coalesced reduce_scatter reduce_scatter_base "
+    "reduce_scatter_tensor_coalesced gather scatter alltoall alltoall_base".split()
+)
+
+
 def _given(name: str, args: tuple) -> int:
     """Bytes that this rank contributes: not those of the room for what others do."""
     if name == "barrier":
         return 0
-    # Gathers and scatters into one tensor have the output before the input.
-    given = args[1] if name in ("allgather", "allgather_base", "reduce_scatter", "reduce_scatter_base") else args[0]
+    given = args[1] if name in _OUTPUT_FIRST else args[0]
     return sum(tensor.nbytes for tensor in _tensors(given))
 
 

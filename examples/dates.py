@@ -11,14 +11,12 @@ A day is in one split only, in whatever spelling, so that no answer of the test 
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 
-from examples.task_files import Example, task_parser, write_splits
+from examples.task_files import Example, split_of, task_parser, write_splits
 
 FIRST, DAYS = date(1900, 1, 1), 55_000  # up to the middle of 2050
-HELD_OUT = 10  # percent of the days, for validation and for test each
 
 MONTHS = (
     "January February March April May June July August September October November December"
@@ -47,18 +45,12 @@ SPELLINGS: tuple[Callable[[date], str], ...] = (
 )
 
 
-def split_of(day: date) -> str:
-    """The one split that a day belongs to."""
-    share = zlib.crc32(day.isoformat().encode()) % 100
-    return "validation" if share < HELD_OUT else "test" if share < 2 * HELD_OUT else "train"
-
-
 def build(sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
     """All splits: days drawn without repetition, each in a spelling that is drawn as well."""
     days = [FIRST + timedelta(days=number) for number in range(DAYS)]
     splits = {}
     for split, size in sizes.items():
-        rng, own = random.Random(f"{seed}/{split}"), [day for day in days if split_of(day) == split]
+        rng, own = random.Random(f"{seed}/{split}"), [day for day in days if split_of(day.isoformat()) == split]
         if len(own) < size:
             raise SystemExit(f"error: there are only {len(own)} {split} days, {size} were asked for")
         chosen = rng.sample(own, size)

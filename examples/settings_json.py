@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import json
 import random
-import zlib
 from collections.abc import Mapping, Sequence
 
-from examples.task_files import Example, task_parser, write_splits
+from examples.task_files import Example, split_of, task_parser, write_splits
 
-HELD_OUT = 10  # percent of the files, for validation and for test each
 SECTIONS = "motor sensor network display storage battery camera heater pump filter printer server client log".split()
 KEYS = (
     "speed level mode host port path limit unit color width height delay rate gain offset retry timeout volume "
@@ -52,12 +50,6 @@ def draw(rng: random.Random) -> Example:
             f"{name} = {value}"
         ]  # fmt: skip
     return Example("\n".join(["settings to JSON", *lines]), json.dumps(found))
-
-
-def split_of(prompt: str) -> str:
-    """The one split that a file belongs to."""
-    share = zlib.crc32(prompt.encode()) % 100
-    return "validation" if share < HELD_OUT else "test" if share < 2 * HELD_OUT else "train"
 
 
 def build(sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:

@@ -11,13 +11,11 @@ An amount with its unit is in one split only, whichever unit it is converted to.
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
-from examples.task_files import Example, task_parser, write_splits
+from examples.task_files import Example, split_of, task_parser, write_splits
 
-HELD_OUT = 10  # percent of the amounts, for validation and for test each
 # How many of the smallest unit each is.
 UNITS: tuple[dict[str, int], ...] = (
     {"mm": 1, "cm": 10, "m": 1000, "km": 1_000_000},
@@ -26,12 +24,6 @@ UNITS: tuple[dict[str, int], ...] = (
     {"s": 1, "min": 60, "h": 3600},
 )
 MOST = 10**8  # of the smallest unit: longer answers are rows of zeros
-
-
-def split_of(amount: str) -> str:
-    """The one split that an amount with its unit belongs to."""
-    share = zlib.crc32(amount.encode()) % 100
-    return "validation" if share < HELD_OUT else "test" if share < 2 * HELD_OUT else "train"
 
 
 def draw(rng: random.Random) -> tuple[str, str, str]:

@@ -12,8 +12,11 @@ from examples.demo import TOP_P
 Rule = Callable[[esft.ExpertScores, random.Random], esft.ExpertSelection]
 
 
+P = {"token": TOP_P, "gate": TOP_P / 2}  # the paper has 0.2 and 0.1: gate scores of a layer sum to less than 1
+
+
 def paper(scores: esft.ExpertScores, by: str = "token") -> esft.ExpertSelection:
-    return esft.select_experts(scores, by=by, top_p=TOP_P)
+    return esft.select_experts(scores, by=by, top_p=P[by])
 
 
 def chosen(by: str = "token", **more: bool) -> Rule:

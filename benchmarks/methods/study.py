@@ -77,7 +77,8 @@ def _in_a_process(cell: Cell, folder: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.methods.study", str(folder), json.dumps(asdict(cell))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{cell.name}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]  # a killed process says nothing
+        raise RuntimeError(f"{cell.name}: {said[-1]}")
 
 
 def one(folder: Path, cell: Cell) -> None:
@@ -102,9 +103,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--results", type=Path, help="file of all figures (default: results.json in --out)")
     args = parser.parse_args(argv)
     chosen = tuple(args.tasks.split(",")), tuple(args.methods.split(";")), tuple(range(1, args.seeds + 1))
+    for name, known in ((chosen[0], tasks.TASKS), (chosen[1], METHODS)):
+        if unknown := [each for each in name if each not in known]:
+            parser.error(f"there is no {unknown[0]!r}, but {', '.join(known)}")
     study = SMOKE if args.smoke else Study(*chosen, args.steps, tasks.SIZES)
-    found = measured(study, args.out, args.workers)
-    write_json(args.results or args.out / "results.json", [found[cell] for cell in sorted(found)])
+    out = args.out / "smoke" if args.smoke else args.out  # or the small tasks would be found as those of the study
+    found = measured(study, out, args.workers)
+    write_json(args.results or out / "results.json", [found[cell] for cell in sorted(found)])
     print(tables.page([found[cell] for cell in sorted(found)]))
 
 

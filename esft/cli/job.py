@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from esft.parallel.environment import size_of_job
+from esft.parallel.environment import own_rank, size_of_job
 
 SHARED = ("score", "train", "eval", "generate")  # stages that share their work
 
@@ -19,8 +19,8 @@ def job(args: argparse.Namespace) -> Iterator[bool]:
 
     Raises what ``esft.parallel.join.joined`` does.
     """
-    if size_of_job() == 1:
-        yield True
+    if size_of_job() == 1 or args.stage not in SHARED:  # the first one does it alone, and waits for nobody
+        yield own_rank() == 0
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a job that ends PyTorch prints long traces
     from esft.parallel.join import joined
@@ -29,4 +29,4 @@ def job(args: argparse.Namespace) -> Iterator[bool]:
         if not ranks.main:
             args.quiet = True
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-        yield ranks.main or args.stage in SHARED
+        yield True

@@ -22,6 +22,7 @@ from esft.data.examples import IGNORE, Example, Examples
 from esft.data.records import Record
 from esft.data.rendering import Rendered, render, rendered
 from esft.errors import InputError, first_line
+from esft.parallel.join import current
 from esft.storage.limits import ENCODING, RENDERED
 
 logger = logging.getLogger("esft")
@@ -164,6 +165,7 @@ def encode_all(
     ):
         for found in mapped(parts):
             bar.update(len(found))
+            current().progress()
             kept += [example for example, _ in found if example.targets]
             truncated += sum(cut for _, cut in found)
     return check(Examples.of(kept, len(records), truncated), source, encoder.max_length)

@@ -45,7 +45,9 @@ class EvalSet:
                 encode_prompts(tokenizer, [split_prompt(record)[0] for record in self.records], reach)
             if "choices" in scores:
                 encoder = Encoder(tokenizer, reach.positions, reach.vocabulary)
-                encoder.encode_some([each for record in self.records for each in candidates(record)])
+                for record in self.records:
+                    if any(cut for _, cut in encoder.encode_some(candidates(record))):
+                        raise InputError(f"{record.place}: a choice reaches the model's {reach.positions} positions")
         except InputError as error:
             raise InputError(f"{self.source}: {error}") from error
 

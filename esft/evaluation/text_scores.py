@@ -18,7 +18,8 @@ def matches(given: str, expected: str) -> bool:
     wanted = _parsed(expected)
     if not isinstance(wanted, dict | list):
         return given.strip() == expected.strip()
-    return _parsed(given) == wanted
+    found = _parsed(given)
+    return found == wanted and all(_right(found, wanted).values())
 
 
 def _parsed(text: str) -> Any:
@@ -30,7 +31,7 @@ def _parsed(text: str) -> Any:
 
 
 def field_matches(given: str, expected: str) -> dict[str, bool]:
-    """Which fields are right, by their path: ``slots.area``, ``rooms.0``.
+    """Which fields are right, by their path: ``slots.area``, ``rooms.0``; a dot in a name is ``\\.``.
 
     A field is what is no object or list, or an empty one. Those that only one of the two answers has are wrong. Where
     no JSON object or list is expected, the answer is one field without a name, right where ``matches`` says so.
@@ -38,9 +39,20 @@ def field_matches(given: str, expected: str) -> dict[str, bool]:
     wanted = _parsed(expected)
     if not isinstance(wanted, dict | list):
         return {"": matches(given, expected)}
-    ours, theirs = _fields(wanted), _fields(_parsed(given))
-    names = sorted(ours.keys() | theirs.keys())
-    return {".".join(name): name in ours and name in theirs and ours[name] == theirs[name] for name in names}
+    right = _right(_parsed(given), wanted)
+    return {".".join(part.replace(".", "\\.") for part in path): right[path] for path in sorted(right)}
+
+
+def _right(found: Any, wanted: Any) -> dict[tuple[str, ...], bool]:
+    """Which fields are right, by their path. True is not 1 here, though Python says so."""
+    ours, theirs = _fields(wanted), _fields(found)
+    return {
+        path: path in ours
+        and path in theirs
+        and ours[path] == theirs[path]
+        and isinstance(ours[path], bool) == isinstance(theirs[path], bool)
+        for path in ours.keys() | theirs.keys()
+    }
 
 
 def _fields(value: Any) -> dict[tuple[str, ...], Any]:

@@ -155,12 +155,12 @@ class Experts(nn.Module):
             own = rows[0].clone()
             own[list(ids)] = torch.arange(first, first := first + len(ids), device=own.device)
             rows.append(own)
-        for name in PROJECTIONS:
+        self.positions = torch.stack(rows)
+        self.show(0)
+        for name in PROJECTIONS:  # last: where there is no memory for them, the rest is whole
             like = getattr(self, f"trained_{name}")
             plain = None if like is None else Stored((s, *like.shape[1:]), like.dtype)
             self._add(f"trained_{name}", plain, base.device, trains=s > 0)
-        self.positions = torch.stack(rows)
-        self.show(0)
 
     def show(self, number: int) -> None:
         """Let the experts be those of one of the adapters side by side, by its number; 0 is the base."""

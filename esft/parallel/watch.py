@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import psutil
+import torch
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from esft.errors import RankError, first_line
@@ -59,6 +60,8 @@ class Watch:
         self._waits = self._entered, what, time.monotonic()
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # Most likely because a rank has ended: who it was shows soon, and ends this process, too.
             time.sleep(4 * PULSE if self.stopped else DEAD + 4 * PULSE)

@@ -66,7 +66,7 @@ def spreading(plan: Plan, gpus: int, layers: int, memory: float | None) -> list[
     if whole.peak <= memory:
         why = "all of the model fits every GPU, and only the gradients of what trains are sent"
         return [*lines, f"Shard nothing: {why}."]
-    if cut.peak <= memory:
+    if cut.peak <= memory and plan.method == "esft":
         why = f"all of it does not fit, and {cut.sent / max(whole.sent, 1):.0f} times the bytes are sent"
         return [*lines, f"Shard what is frozen (--shard frozen): {why}."]
-    return [*lines, "Neither fits: what trains is on every GPU; see what to change above."]
+    return [*lines, "It does not fit: what trains is on every GPU; see what to change above."]

@@ -28,7 +28,7 @@ class Evaluation:
     """The outcome of ``esft eval``.
 
     Attributes:
-        figures: its numbers: records, loss, and exact_match where answers were generated.
+        figures: its numbers: records, and what was measured.
         answers: of every record, in the data's order; none where only the loss was measured.
     """
 
@@ -39,15 +39,18 @@ class Evaluation:
     def load(cls, path: str | Path) -> Evaluation:
         """Raises InputError naming the file and what is wrong in it."""
         raw = read_json(path)
-        if not isinstance(raw, dict) or not raw.keys() >= {"records", "loss", "answers"}:
+        if isinstance(raw, dict) and isinstance(raw.get("data"), dict):
+            raise InputError(f"{path}: of several sets; a page takes the outcome of one")
+        if not isinstance(raw, dict) or not raw.keys() >= {"records", "answers"}:
             raise InputError(f"{path}: not an outcome of esft eval")
         if not isinstance(raw["answers"], list):
             raise InputError(f"{path}: answers must be a list, got {shown(raw['answers'])}")
-        figures = {name: value for name, value in raw.items() if name != "answers"}
+        figures = {name: value for name, value in raw.items() if name not in ("answers", "json_fields")}
         for name, value in figures.items():
             if type(value) not in (int, float) or not abs(value) <= LARGEST:
                 raise InputError(f"{path}: {name} is {shown(value)}, no number")
-        return cls(figures, [_answer(each, f"{path}: answer {i}") for i, each in enumerate(raw["answers"], 1)])
+        told = [(i, each) for i, each in enumerate(raw["answers"], 1) if not _is_choice(each)]
+        return cls(figures, [_answer(each, f"{path}: answer {i}") for i, each in told])
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ def changes(before: Evaluation | None, after: Evaluation | None) -> dict[str, li
         for answer in old or new:
             kinds["right" if answer.correct else "wrong"].append(Change(answer, None) if old else Change(None, answer))
     return {kind: found for kind, found in kinds.items() if found}
+
+
+def _is_choice(raw: Any) -> bool:
+    """Whether a record's likeliest choice is told, and no answer was given."""
+    return isinstance(raw, dict) and "chosen" in raw and "given" not in raw
 
 
 def _answer(raw: Any, where: str) -> Answer:

@@ -112,6 +112,9 @@ def train(
         config.check_selection(selection)
         if config.kl_weight and mixed is None:
             raise InputError("kl_weight holds the model to its base on data that is mixed in, and none is: --mix")
+        if config.kl_weight and config.shard == "frozen" and ranks.size > 1:
+            # Some ranks may have nothing that is mixed in, and would not go along with the others' base.
+            raise InputError("kl_weight does not go together with frozen weights that are sharded over processes")
         deciding(config, list(held_out))
         check_reporting(config.report_to)
         reach = Reach.of(open_config(model_path, trust_remote_code))
@@ -126,7 +129,6 @@ def train(
         source = Source(model_path, trust_remote_code, progress)
         with in_host_memory(config.shard != "none" and ranks.size > 1):
             model, base = METHODS[config.method].prepare(source, config, selection)
-        use_short_attention(model)
         digests = {"model": base.digest, "data": run_data.digest()}
         begun = {"model": model_path, "data": run_data.name}
         if config.chooses:  # else nothing of the outcome depends on what it is evaluated on
@@ -140,6 +142,7 @@ def train(
             run.check_origin(digests, base.settings, begun)
         if config.shard == "frozen":
             shard_frozen(model, ranks, first_device())
+        use_short_attention(model)  # where the model is to stay
         steps = Steps(model, tokenizer.pad_token_id, config, run_data.places, ranks)
         state = run.restore(steps.load) if resume else None
         if resume and state is None and run.last_step() > config.save_every:

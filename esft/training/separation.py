@@ -18,7 +18,7 @@ def check_separates(model: nn.Module) -> None:
 
     Documents are told apart by positions that begin anew. Attention heeds them where transformers makes its mask of
     them; what goes on from token to token (a state space, linear attention, a convolution) mostly does not. So it is
-    tried out the first time, and kept on the model.
+    tried out the first time, and kept on the model: with short rows, on a CPU in the attention that these have.
     """
     causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = causal_lm.config.get_text_config().model_type

@@ -53,16 +53,13 @@ class Steps:
             places: tells where the records of some rows are from.
             ranks: that share the rows of every batch.
 
-        Raises InputError for a model that does not keep documents apart which the settings put into one row, and for a
-        model that is held to its base while its weights are cut up over the ranks.
+        Raises InputError for a model that does not keep documents apart which the settings put into one row.
         """
         self.model, self.pad, self.config, self.places, self.ranks = model, pad, config, places, ranks
         self.together = config.micro_batch_size or config.batch_size
         self.optimizer = MasterAdamW(model.named_parameters(), config)
         self.losses: list[float] = []
         self.tokens, self.supervised = 0, 0.0
-        if config.kl_weight and ranks.lockstep:  # some ranks may have nothing that is mixed in, and would not go along
-            raise InputError("kl_weight does not go together with frozen weights that are sharded over processes")
         self.base = Base(model) if config.kl_weight else None
         if config.packing or config.padding_free or config.eval_packing:
             check_separates(model)
@@ -101,7 +98,8 @@ class Steps:
         begun = time.monotonic()
         self._seed(step)
         parts = self.ranks.rounds(records, lambda record: len(record.ids), self.together)
-        targets = sum(record.targets for record in records)
+        supervised = sum(record.targets for record in records)
+        targets = max(supervised, 1)  # pieces of long records may have nothing to learn
         losses, *sums = self._gradients(parts, targets)
         self.ranks.add_up([*self.optimizer.params.values()])
         loss, balance, divergence, held = self.ranks.totals(losses.sum().item(), *sums)
@@ -111,9 +109,11 @@ class Steps:
         norm = self.optimizer.step(rate)
         if not all(map(math.isfinite, (measured := {"loss": loss, **extra, "gradient norm": norm}).values())):
             told = ", ".join(f"{name} {value}" for name, value in measured.items())
-            raise DivergenceError(f"step {step}: {told}; lower the learning rate. {self._held(step, parts, losses)}")
+            held_by = self.ranks.gathered(self._held(step, parts, losses, targets))
+            held_by.sort(key=lambda each: not each.startswith("Micro batch"))  # whose loss it was knows which
+            raise DivergenceError(f"step {step}: {told}; lower the learning rate. {held_by[0]}")
         count = sum(len(record.ids) for record in records)
-        self.supervised = targets / count
+        self.supervised = supervised / count
         self.losses.append(loss)
         self.tokens += count
         speed = count / (time.monotonic() - begun)
@@ -174,7 +174,7 @@ class Steps:
             return nullcontext([])
         return balance_losses(self.model, batch.get("attention_mask"), self.ranks)
 
-    def _held(self, step: int, parts: Parts, losses: Tensor) -> str:
+    def _held(self, step: int, parts: Parts, losses: Tensor, targets: int) -> str:
         """Which micro batch a step came to grief with, and what it held: the first whose loss is no number.
 
         If only the gradient is none, the step is computed again, with a look at the gradient after each micro batch.
@@ -183,7 +183,6 @@ class Steps:
         if broken is None and self.ranks.size == 1:
             self.model.zero_grad()
             self._seed(step)
-            targets = sum(record.targets for part, _ in parts for record in part)
             computed, *_ = self._gradients(parts, targets, until_broken=True)
             # On a GPU it need not come out the same.
             broken = None if self.optimizer.gradients_are_finite() else len(computed) - 1

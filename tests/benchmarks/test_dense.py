@@ -24,6 +24,16 @@ def test_a_dense_rate_is_of_products():
     assert 1e8 < dense.dense_rate(256, 0.05) < 1e16
 
 
+def test_the_head_counts_for_the_tokens_that_it_sees_tied_or_not(tmp_path):
+    found = {}
+    for tied in (False, True):
+        tiny_model(tie_word_embeddings=tied).save_pretrained(base := tmp_path / str(tied))
+        found[tied] = [flops_per_token(str(base), ExpertSelection({}), share) for share in (0.0, 0.5, 1.0)]
+    head = tiny_model().lm_head.weight.numel()
+    assert found[True] == found[False]
+    assert [flops - found[True][0] for flops in found[True]] == [0, 2 * head, 4 * head]
+
+
 def test_trained_shared_experts_count(tmp_path):
     base = save_tiny(tmp_path / "base")
     shared = sum(p.numel() for name, p in tiny_model().named_parameters() if ".shared_experts." in name)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,14 +57,31 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "8 of 8 cells"
 
 
+@pytest.mark.parametrize("what", [["--tasks", "dates,nothing"], ["--methods", "full;nothing"]])
+def test_what_there_is_not_is_named_before_anything_runs(tmp_path, capsys, what: list[str]):
+    with pytest.raises(SystemExit):
+        study.main([*what, "--out", str(tmp_path / "out")])
+    assert "there is no 'nothing'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_fails_is_named_even_where_it_says_nothing(tmp_path, monkeypatch):
+    cell = TWO.trials()[0]
+    for said, message in (("a\nwhy\n", "why"), ("", "ended with -9")):
+        ended = SimpleNamespace(returncode=-9, stderr=said)
+        monkeypatch.setattr(study.subprocess, "run", lambda *_, ended=ended, **__: ended)
+        with pytest.raises(RuntimeError, match=f"^{cell.name}: {message}$"):
+            study._in_a_process(cell, tmp_path)
+
+
 @pytest.mark.slow
 def test_the_smoke_study_measures_and_prints_all_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(METHODS, name := "esft-token, shared", replace(METHODS[name], rates=(5e-3,)))
     parts = [{"part": "prose", "text": "A short text."}, {"part": "code", "text": "x = 1\n"}]
-    (tmp_path / "general.jsonl").write_text("".join(json.dumps(part) + "\n" for part in parts))
+    (tmp_path / "smoke").mkdir()
+    (tmp_path / "smoke" / "general.jsonl").write_text("".join(json.dumps(part) + "\n" for part in parts))
     study.main(["--smoke", "--out", str(tmp_path), "--results", str(tmp_path / "r.json")])
     found = json.loads((tmp_path / "r.json").read_text())
     assert [(c["method"], c["seed"]) for c in found] == [("base", 1), (name, 1), (name, 2)]
     assert all(c["general"].keys() == {"prose", "code"} and 0 <= c["score"] <= 1 for c in found)
-    assert found[1]["trained_parameters"] > 0 and not list((tmp_path / "runs").iterdir())
+    assert found[1]["trained_parameters"] > 0 and not list((tmp_path / "smoke" / "runs").iterdir())
     assert capsys.readouterr().out.count("\n## ") == 4

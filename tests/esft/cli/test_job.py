@@ -1,5 +1,6 @@
 """Commands of several processes beside the same ones by one."""
 
+import argparse
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from io import StringIO
 import pytest
 
 import esft
+from esft.cli.job import job as of_several
 from esft.cli.parser import main
 from tests.esft.models import save_tiny, write_records
 from tests.esft.parallel.jobs import job
@@ -60,6 +62,14 @@ def test_scores_losses_and_answers_are_those_of_a_single_process_in_their_order(
     assert found.token_scores == expected.token_scores
     for layer, scores in found.gate_scores.items():
         assert scores == pytest.approx(expected.gate_scores[layer], rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stage_that_is_not_shared_is_the_first_ones_who_waits_for_nobody(monkeypatch, rank: int):
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))  # without an address where the others could be met
+    with of_several(argparse.Namespace(stage="chat")) as takes_part:
+        assert takes_part == (rank == 0)
 
 
 def test_the_first_rank_that_fails_says_so_in_one_line_with_its_name(work):

@@ -110,6 +110,11 @@ def test_what_cannot_be_measured_is_named_with_its_source_before_it_is_tried():
             ["choices"],
             "a record: the expected answer is none of the choices",
         ),
+        (
+            [replace(record("a", "b" * 40), choices=["b" * 40, "c"], place="line 2")],
+            ["choices"],
+            "line 2: a choice reaches the model's 30 positions",
+        ),
     ):
         if scores == ["chrf"]:
             pytest.importorskip("sacrebleu")

@@ -1,5 +1,6 @@
 """What several GPUs should hold of a model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ def test_nothing_is_sharded_that_fits_whole(ours):
     assert spreading(ours, 8, 16, whole.peak)[-1].startswith("Shard nothing: all of the model fits")
     assert spreading(ours, 8, 16, whole.peak - 1)[-1].startswith("Shard what is frozen (--shard frozen): ")
     assert spreading(ours, 8, 16, cut.peak)[-1].startswith("Shard what is frozen (--shard frozen): ")
-    assert spreading(ours, 8, 16, cut.peak - 1)[-1].startswith("Neither fits")
+    assert spreading(ours, 8, 16, cut.peak - 1)[-1].startswith("It does not fit")
+    lora = replace(ours, method="lora")  # which is not sharded
+    assert spreading(lora, 8, 16, cut.peak)[-1].startswith("It does not fit")
     lines = spreading(ours, 8, 16, None)
     assert len(lines) == 2
     assert lines[0].startswith(f"8 GPUs, sharded nothing: {whole.peak / 1e9:.3f} GB each, ")

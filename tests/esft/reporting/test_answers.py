@@ -3,7 +3,9 @@ import json
 import pytest
 
 import esft
+from esft.cli.parser import main
 from esft.reporting.answers import Answer, Evaluation, changes
+from tests.esft.models import chat, save_tiny
 from tests.esft.reporting.pages import write_evaluation
 
 
@@ -15,6 +17,23 @@ def test_an_evaluation_is_read(tmp_path):
     found = Evaluation.load(write_evaluation(tmp_path / "e.json", ("p", "e", "g"), ("q", "f", "f"), loss=2.5))
     assert found.figures == {"records": 2, "loss": 2.5, "exact_match": 0.5}
     assert found.answers == [Answer("p", "e", "g", False), Answer("q", "f", "f", True)]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "kept"),
+    [("loss,exact_match,json_match", 3), ("exact_match", 3), ("loss", 0), ("choices", 0), ("choices,exact_match", 3)],
+)
+def test_what_esft_eval_writes_is_read_whatever_was_measured(tmp_path, monkeypatch, metrics: str, kept: int):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base")
+    lines = [{"messages": chat(f"say {c}", c), "choices": ["a", "b", "c"]} for c in "abc"]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(f"eval --model base --data d.jsonl --metrics {metrics} --out e.json --quiet".split()) == 0
+    found = Evaluation.load("e.json")
+    assert len(found.answers) == kept and found.figures.keys() == {"records", *metrics.split(",")}
+    assert main("eval --model base --data a=d.jsonl --data b=d.jsonl --metrics loss --out s.json --quiet".split()) == 0
+    with pytest.raises(esft.InputError, match=r"^s\.json: of several sets; a page takes the outcome of one$"):
+        Evaluation.load("s.json")
 
 
 @pytest.mark.parametrize(

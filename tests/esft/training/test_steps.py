@@ -230,3 +230,12 @@ def test_a_step_whose_gradient_is_no_number_changes_nothing(monkeypatch):
         steps.update(1, [Example(tiny_tokenizer()("a b")["input_ids"], [1, 2, 3])])
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert not steps.losses
+
+
+def test_a_row_without_anything_to_learn_is_a_step_without_a_loss():
+    """A piece of a long prompt, where rows are filled to the last token."""
+    steps = module.Steps(esft.swap(tiny_model(), SELECTION).train(), PAD, settings(weight_decay=0.0, batch_size=1))
+    before = {name: p.detach().clone() for name, p in steps.model.named_parameters()}
+    found = steps.update(1, [Example([1, 2, 3], [IGNORE] * 3)])
+    assert (found["loss"], found["grad_norm"], steps.supervised) == (0.0, 0.0, 0.0)
+    assert all(torch.equal(p, before[name]) for name, p in steps.model.named_parameters())
