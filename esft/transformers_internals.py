@@ -26,7 +26,6 @@ from transformers.core_model_loading import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -39,7 +38,6 @@ TRIED = ("5.20.2", "5.23.0")  # the versions of transformers with which all test
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "CHAT_TEMPLATE_DIR",
-    "GradientCheckpointingLayer",
     "disable_progress_bar",
     "eager_mask",
     "sdpa_attention_forward",
@@ -92,6 +90,14 @@ def has_fused_attention(model: PreTrainedModel) -> bool:
 
 
 # Models.
+
+
+def whole_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a model, each of which may be made again on its own; none where they are not marked so."""
+    # Imported here: the experts backend is registered while transformers itself is still being imported.
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from torch import nn
 
 from esft.errors import InputError
 from esft.parallel.ranks import Ranks
-from esft.transformers_internals import GradientCheckpointingLayer
+from esft.transformers_internals import whole_layers
 
 
 def shard_frozen(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
@@ -27,7 +27,7 @@ def shard_frozen(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = whole_layers(model)
     if not layers:
         raise InputError("shard frozen: the model's layers are not told, so there is nothing to cut up")
     mesh = init_device_mesh(device.type, (ranks.size,))

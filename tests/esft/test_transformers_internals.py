@@ -74,6 +74,11 @@ def test_attention_may_be_another_where_it_is_fused_and_no_code_asks_for_its_nam
     assert not internals.has_fused_attention(zoo.tiny("olmoe"))
 
 
+def test_whole_layers_are_those_that_can_be_made_again():
+    model = tiny_model()
+    assert internals.whole_layers(model) == [*model.model.layers] and internals.whole_layers(nn.Linear(1, 1)) == []
+
+
 def test_plain_attention_stands_beside_a_models_own():
     model = zoo.tiny("olmoe")
     attention = model.model.layers[0].self_attn
