@@ -6,6 +6,7 @@ Times are of the wall clock between synchronisations, medians over rounds. Nothi
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import esft_kernels
 from benchmarks import launches, layer, peers, tune
 from benchmarks.roofline import GPUS, Launch, even_rows, ours
 from benchmarks.shapes import LayerShape
@@ -96,7 +98,7 @@ def run(todo: dict[str, Callable[[], Rows]], about: dict[str, str], folder: Path
     """Do what is not done yet, until it is done or the minutes are over; returns all that there is.
 
     ``folder`` gets the results and the page. A part that fails is kept with its error, and done again the next time.
-    Raises InputError for results of another machine, version or dtype.
+    Raises InputError for results of another machine, of other versions or kernels, or in another dtype.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results, began = folder / RESULTS, time.monotonic()
@@ -129,7 +131,9 @@ def page(about: dict[str, str], done: dict[str, Rows], names: list[str]) -> str:
 
 
 def about(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What results are of: those of two machines are never mixed."""
+    """What results are of: those of two machines, or of kernels that were changed in between, are never mixed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, Triton's interpreter"
     versions = {package: importlib.metadata.version(package) for package in ("torch", "triton", "transformers")}
-    return {"device": name, "dtype": str(dtype).removeprefix("torch."), **versions}
+    sources = sorted(Path(esft_kernels.__file__).parent.rglob("*.py"))
+    kernels = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    return {"device": name, "dtype": str(dtype).removeprefix("torch."), "kernels": kernels, **versions}

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 import esft
-from benchmarks.step import SUPERVISED, TRAINED_SHARE
+from benchmarks.step import SUPERVISED, chosen_experts
 from benchmarks.traffic import Traffic
-from esft.checkpoint.load import load_skeleton
 from esft.data.examples import IGNORE, Example
-from esft.experts.moe_layers import moe_layers
 from esft.parallel.join import joined
+from esft.planning.gpus import spreads
 from esft.runs.config import TrainConfig
 from esft.training.methods import METHODS, Source
+from esft.training.short_attention import use_short_attention
 from esft.training.steps import Steps
 
 RATE = 1e-6  # small enough that a model timed for long stays what it was
@@ -64,13 +64,10 @@ def work(model: str, records: int, length: int, steps: int, method: str) -> dict
     torch.set_num_threads(1)
     with joined() as ranks:
         _keep_to_a_core(ranks.rank)
-        selection = None
-        if method == "esft":
-            layers = moe_layers(load_skeleton(model))
-            chosen = {m.index: list(range(max(1, round(TRAINED_SHARE * m.num_experts)))) for m in layers}
-            selection = esft.ExpertSelection(chosen)
+        selection = chosen_experts(model) if method == "esft" else None
         config = TrainConfig(method=method, lr=RATE, batch_size=records, steps=steps + 3)
         trained, _ = METHODS[method].prepare(Source(model), config, selection)
+        use_short_attention(trained)
         loop = Steps(trained.train(), 0, config, ranks=ranks)
         batch = _batch(records, length, trained.config.get_text_config().vocab_size)
         times = []
@@ -106,9 +103,8 @@ def _batch(records: int, length: int, vocabulary: int) -> list[Example]:
 def computed(models: list[Path], gpus: list[int], experts: int | None = None) -> list[dict[str, Any]]:
     """Bytes that each GPU sends a step, in GB; computed: every collective in a ring, bf16.
 
-    ESFT with all weights on every GPU adds up the trained experts' gradients. With the frozen experts and all else that
-    is frozen spread over the GPUs, these are gathered for the forward and again for the backward. Full fine-tuning
-    spread so gathers everything twice, and scatters its gradients.
+    Of ESFT see ``esft.planning.gpus``. Full fine-tuning with everything cut up gathers all of it for the forward and
+    again for the backward, and scatters its gradients.
     """
     rows = []
     for model in models:
@@ -117,12 +113,11 @@ def computed(models: list[Path], gpus: list[int], experts: int | None = None) ->
             for method, more in (("esft", {"experts": experts}), ("full", {}))
         }
         ours, full = plans["esft"], plans["full"]
-        frozen = ours.frozen_experts + ours.other_weights
         for count in gpus:
             ring = (count - 1) / count
             row = {"model": model.name, "GPUs": count}
-            row["ESFT"] = 2 * ring * ours.gradients
-            row["ESFT, frozen spread"] = 2 * ring * (ours.gradients + frozen)
+            whole, cut = spreads(ours, count, layers=1)  # what is sent does not depend on the layers
+            row |= {"ESFT": float(whole.sent), "ESFT, frozen sharded": float(cut.sent)}
             row["full"] = 2 * ring * full.gradients
             row["full, FSDP"] = 3 * ring * full.gradients
             rows.append({k: f"{v / 1e9:.2f}" if isinstance(v, float) else v for k, v in row.items()})

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 
-from examples.task_files import Example, split_of, task_parser, write_splits
+from examples.task_files import Example, make, split_of
 
 FIRST, DAYS = date(1900, 1, 1), 55_000  # up to the middle of 2050
 
@@ -59,8 +59,7 @@ def build(sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = task_parser("Dates to ISO 8601, as chat records.", train=6000, validation=300, test=500).parse_args(argv)
-    write_splits(args.out, build({"train": args.train, "validation": args.validation, "test": args.test}, args.seed))
+    make(build, "Dates to ISO 8601, as chat records.", argv, train=6000, validation=300, test=500)
 
 
 if __name__ == "__main__":

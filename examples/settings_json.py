@@ -19,7 +19,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 
-from examples.task_files import Example, split_of, task_parser, write_splits
+from examples.task_files import Example, make, split_of
 
 SECTIONS = "motor sensor network display storage battery camera heater pump filter printer server client log".split()
 KEYS = (
@@ -66,11 +66,7 @@ def build(sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = task_parser("Settings files to JSON, as chat records.", train=6000, validation=300, test=500)
-    given = args.parse_args(argv)
-    write_splits(
-        given.out, build({"train": given.train, "validation": given.validation, "test": given.test}, given.seed)
-    )
+    make(build, "Settings files to JSON, as chat records.", argv, train=6000, validation=300, test=500)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,17 @@ def task_parser(description: str, train: int, validation: int, test: int) -> arg
     for split, size in (("train", train), ("validation", validation), ("test", test)):
         parser.add_argument(f"--{split}", type=count, default=size, metavar="N", help=f"{split} records (%(default)s)")
     return parser
+
+
+def make(
+    build: Callable[[Mapping[str, int], int], Mapping[str, Sequence[Example]]],
+    description: str,
+    argv: Sequence[str] | None,
+    **sizes: int,
+) -> None:
+    """The whole command of a task whose records are computed, by number of records of each split and seed."""
+    args = task_parser(description, **sizes).parse_args(argv)
+    write_splits(args.out, build({split: getattr(args, split) for split in sizes}, args.seed))
 
 
 def write_splits(out: Path, splits: Mapping[str, Sequence[Example]]) -> None:

@@ -14,7 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
-from examples.task_files import Example, split_of, task_parser, write_splits
+from examples.task_files import Example, make, split_of
 
 # How many of the smallest unit each is.
 UNITS: tuple[dict[str, int], ...] = (
@@ -62,11 +62,7 @@ def build(sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = task_parser("Amounts in another unit, as chat records.", train=12000, validation=300, test=500)
-    sizes = args.parse_args(argv)
-    write_splits(
-        sizes.out, build({"train": sizes.train, "validation": sizes.validation, "test": sizes.test}, sizes.seed)
-    )
+    make(build, "Amounts in another unit, as chat records.", argv, train=12000, validation=300, test=500)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,17 @@ def test_all_is_checked_before_anything_is_timed():
         "Launches of small", "Tiles of small", "Launches of tiny", "Tiles of tiny",
         "small, 64 tokens", "small, 4,096 tokens", "tiny, 64 tokens", "tiny, 4,096 tokens",
     ]  # fmt: skip
-    assert gpu.about(CPU, torch.bfloat16)["dtype"] == "bfloat16"
+
+
+def test_results_are_of_a_dtype_and_of_the_kernels_as_they_are(tmp_path, monkeypatch):
+    before = gpu.about(CPU, torch.bfloat16)
+    assert before["dtype"] == "bfloat16"
+    for kind in ("changed", "changed again"):  # the kernels
+        (tmp_path / "op.py").write_text(kind)
+        monkeypatch.setattr(gpu.esft_kernels, "__file__", str(tmp_path / "__init__.py"))
+        after = gpu.about(CPU, torch.bfloat16)
+        assert after["kernels"] != before["kernels"] and before | {"kernels": after["kernels"]} == after
+        before = after
 
 
 def test_a_rehearsal_on_a_cpu_leaves_a_page_of_real_figures(tmp_path, monkeypatch):

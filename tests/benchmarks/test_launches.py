@@ -54,7 +54,7 @@ def test_operators_that_launch_are_counted_and_views_are_not():
     "wait", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero, torch.Tensor.cpu, bool, int], ids=str
 )
 def test_what_waits_for_the_device_is_an_error(wait):
-    with counting(), pytest.raises((RuntimeError, NotImplementedError)):
+    with counting(), pytest.raises(RuntimeError, match="(?i)meta (tensor|function)"):  # there is no value to wait for
         wait(torch.empty(1, dtype=torch.int64, device="meta"))
 
 

@@ -19,4 +19,4 @@ def test_bytes_of_larger_jobs_are_computed_from_the_models_sizes():
     assert float(two["full, FSDP"]) == pytest.approx(1.5 * float(two["full"]), rel=0.01)
     # 16 layers of one expert, 3 x 2048 x 1024 parameters each, in bf16.
     assert float(two["ESFT"]) == pytest.approx(16 * 3 * 2048 * 1024 * 2 / 1e9, abs=0.006)
-    assert float(two["ESFT, frozen spread"]) == pytest.approx(float(two["full"]), rel=0.01)
+    assert float(two["ESFT, frozen sharded"]) == pytest.approx(float(two["full"]), rel=0.01)
