@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,19 @@ def measured(study: Study, folder: Path, workers: int) -> dict[Cell, dict[str, A
         tasks.scores(tasks.files(task, folder / "tasks", study.sizes))
     tasks.general(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    for cells in (study.trials, lambda: study.finals(dict(_known(folder)))):
-        known = dict(_known(folder))
-        left = [cell for cell in cells() if cell not in known]
-        with ThreadPoolExecutor(workers) as pool:
-            for done, _ in enumerate(pool.map(lambda cell: _in_a_process(cell, folder), left), 1):
-                print(f"{done} of {len(left)} cells", flush=True)
+    for task in study.tasks:  # one after the other, so that a study which is stopped has whole tables of some
+        alone = replace(study, tasks=(task,))
+        _measure(alone.trials(), folder, workers)
+        _measure(alone.finals(dict(_known(folder))), folder, workers)
     wanted = [*study.trials(), *study.finals(known := dict(_known(folder)))]
     return {cell: known[cell] for cell in wanted}
+
+
+def _measure(cells: list[Cell], folder: Path, workers: int) -> None:
+    known = dict(_known(folder))
+    left = [cell for cell in cells if cell not in known]
+    for done, cell in enumerate(_each_in_a_process(left, folder, workers), 1):
+        print(f"{done} of {len(left)}: {cell.name}", flush=True)
 
 
 def _known(folder: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
@@ -73,19 +79,30 @@ def _known(folder: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
         yield Cell(**{name: found[name] for name in Cell.__dataclass_fields__}), found
 
 
-def _in_a_process(cell: Cell, folder: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.methods.study", str(folder), json.dumps(asdict(cell))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]  # a killed process says nothing
-        raise RuntimeError(f"{cell.name}: {said[-1]}")
+def _each_in_a_process(cells: list[Cell], folder: Path, workers: int) -> Iterator[Cell]:
+    """A process for every cell, or the peak of memory would be that of an earlier one; the imports are made once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    left = list(cells)
+    try:
+        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+            for cell in pool.map(partial(one, folder), cells):
+                left.remove(cell)
+                yield cell
+    except BrokenProcessPool as error:
+        begun = ", ".join(cell.name for cell in left[:workers])
+        raise RuntimeError(f"a process was killed, perhaps for want of memory: {begun}") from error
 
 
-def one(folder: Path, cell: Cell) -> None:
+def one(folder: Path, cell: Cell) -> Cell:
     """Measure a cell and leave what was found in its file."""
     task = folder / "tasks" / cell.task
-    found = measure(cell, task, folder / "general.jsonl", folder / "runs" / cell.name)
+    try:
+        found = measure(cell, task, folder / "general.jsonl", folder / "runs" / cell.name)
+    except Exception as error:
+        raise RuntimeError(f"{cell.name}: {error}") from error
     write_json(folder / "cells" / f"{cell.name}.json", found)
+    return cell
 
 
 SMOKE = Study(("settings",), ("base", "esft-token, shared"), (1, 2), 2, {"train": 64, "validation": 16, "test": 16})
@@ -111,7 +128,3 @@ def main(argv: list[str]) -> None:
     found = measured(study, out, args.workers)
     write_json(args.results or out / "results.json", [found[cell] for cell in sorted(found)])
     print(tables.page([found[cell] for cell in sorted(found)]))
-
-
-if __name__ == "__main__":
-    one(Path(sys.argv[1]), Cell(**json.loads(sys.argv[2])))

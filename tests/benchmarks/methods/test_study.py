@@ -1,8 +1,8 @@
 """Which cells a comparison has, and that one which was stopped goes on."""
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -39,13 +39,15 @@ def test_a_method_whose_trials_are_not_all_measured_is_not_tested():
 def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def measure(cell: Cell, folder):
-        asked.append(cell)
-        if len(asked) == 4:
-            raise RuntimeError("stopped")
-        study.write_json(folder / "cells" / f"{cell.name}.json", vars(cell) | {"score": cell.rate})
+    def measure(cells: list[Cell], folder, workers):
+        for cell in cells:
+            asked.append(cell)
+            if len(asked) == 4:
+                raise RuntimeError("stopped")
+            study.write_json(folder / "cells" / f"{cell.name}.json", vars(cell) | {"score": cell.rate})
+            yield cell
 
-    monkeypatch.setattr(study, "_in_a_process", measure)
+    monkeypatch.setattr(study, "_each_in_a_process", measure)
     monkeypatch.setattr(study.tasks, "files", lambda *_: None)
     monkeypatch.setattr(study.tasks, "scores", lambda *_: None)
     monkeypatch.setattr(study.tasks, "general", lambda *_: None)
@@ -54,7 +56,8 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     found = study.measured(TWO, tmp_path, 1)
     assert len(asked) == len(set(asked)) + 1 == len(found) + 1
     assert {cell.rate for cell in found if cell.split == "test" and cell.method == "full"} == {METHODS["full"].rates[2]}
-    assert capsys.readouterr().out.splitlines()[-1] == "8 of 8 cells"
+    assert [cell.task for cell in asked] == ["a"] * 4 + ["a"] * 4 + ["b"] * 7  # whole tables of some where it stops
+    assert capsys.readouterr().out.splitlines()[-1].startswith("4 of 4: b-full-0.001-3-test")
 
 
 @pytest.mark.parametrize("what", [["--tasks", "dates,nothing"], ["--methods", "full;nothing"]])
@@ -64,13 +67,20 @@ def test_what_there_is_not_is_named_before_anything_runs(tmp_path, capsys, what:
     assert "there is no 'nothing'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_cell_that_fails_is_named_even_where_it_says_nothing(tmp_path, monkeypatch):
-    cell = TWO.trials()[0]
-    for said, message in (("a\nwhy\n", "why"), ("", "ended with -9")):
-        ended = SimpleNamespace(returncode=-9, stderr=said)
-        monkeypatch.setattr(study.subprocess, "run", lambda *_, ended=ended, **__: ended)
-        with pytest.raises(RuntimeError, match=f"^{cell.name}: {message}$"):
-            study._in_a_process(cell, tmp_path)
+def test_a_cell_that_fails_is_named(tmp_path):
+    cell = Cell("nothing", "base", 0.0, 1, "test", 5)
+    with pytest.raises(RuntimeError, match=f"^{cell.name}: .*test.jsonl"):
+        study.one(tmp_path, cell)
+
+
+def test_a_killed_process_is_told_with_the_cells_that_were_begun(tmp_path, monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(study.ProcessPoolExecutor, "map", killed)
+    cells = TWO.trials()
+    with pytest.raises(RuntimeError, match=f"killed.*: {cells[0].name}, {cells[1].name}$"):
+        list(study._each_in_a_process(cells, tmp_path, 2))
 
 
 @pytest.mark.slow
