@@ -20,9 +20,10 @@ from esft.checkpoint.load import load_model, load_skeleton
 from esft.data.examples import IGNORE
 from esft.evaluation.loss import batch_loss
 from esft.experts.moe_layers import moe_layers
+from esft.optimizer.adamw import MasterAdamW
 from esft.runs.config import TrainConfig
+from esft.training.compiled_layers import compile_layers
 from esft.training.methods import METHODS, Source
-from esft.training.optim import MasterAdamW
 from esft.training.short_attention import use_short_attention
 
 RATE = 1e-6  # small enough that a model timed for long stays what it was
@@ -61,12 +62,14 @@ def chosen_experts(path: str) -> esft.ExpertSelection:
     return esft.ExpertSelection({m.index: list(range(max(1, round(TRAINED_SHARE * m.num_experts)))) for m in layers})
 
 
-def ours(path: str, batch: dict[str, Tensor], method: str) -> Trainer:
-    """Our training loop's step, for ``esft`` of ``chosen_experts``."""
+def ours(path: str, batch: dict[str, Tensor], method: str, compiled: bool = False) -> Trainer:
+    """Our training loop's step, for ``esft`` of ``chosen_experts``; perhaps with ``--compile``."""
     selection = chosen_experts(path) if method == "esft" else None
     config = TrainConfig(method=method, lr=RATE, dtype="bfloat16")
     model, _ = METHODS[method].prepare(Source(path), config, selection)
     use_short_attention(model.train())
+    if compiled:
+        compile_layers(model)
     optimizer = MasterAdamW(model.named_parameters(), config)
 
     def loss() -> Tensor:
@@ -101,7 +104,10 @@ def stock(path: str, batch: dict[str, Tensor], implementation: str, lora: bool =
 
 
 def peers_of(path: str, batch: dict[str, Tensor]) -> dict[str, Callable[[], Trainer]]:
-    made: dict[str, Callable[[], Trainer]] = {"esft, everything trained": lambda: ours(path, batch, "full")}
+    made: dict[str, Callable[[], Trainer]] = {
+        "esft, layers compiled": lambda: ours(path, batch, "esft", compiled=True),
+        "esft, everything trained": lambda: ours(path, batch, "full"),
+    }
     for name in BACKENDS:
         made[f"transformers {name}, full"] = lambda name=name: stock(path, batch, name)
     made["PEFT LoRA on the experts, grouped_mm"] = lambda: stock(path, batch, "grouped_mm", lora=True)

@@ -131,7 +131,8 @@ def _gradients(ctx, grad_out, *_):
     needs = ctx.needs_input_grad
     flags = [needs[0], needs[2], any(needs[5:9])]
     # x, the routing weights, H, the routing's four and the trained pool's four; then the frozen pool's.
-    saved, biases, frozen = ctx.saved_tensors[:11], ctx.saved_tensors[11:13], list(ctx.saved_tensors[13:])
+    every = ctx.saved_tensors  # once: a layer that is made again in the backward gives them out no second time
+    saved, biases, frozen = every[:11], every[11:13], list(every[13:])
     grads = torch.ops.esft.routed_mlp_backward(grad_out, *saved, frozen, *biases, *ctx.settings, flags)
     wanted = (needs[0], needs[2], *needs[5:9])
     x, weights, *trained = (g if need else None for g, need in zip(grads, wanted, strict=True))

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Modules and folders of a package; each may import those before it.
 ESFT = (
     "errors transformers_internals parallel text memory bounds storage signals selection data "
-    "experts moe scoring checkpoint swapping adapters runs evaluation reporting training planning cli __main__"
+    "experts moe scoring checkpoint swapping adapters runs evaluation reporting optimizer training planning cli "
+    "__main__"
 ).split()
 KERNELS = "activation routing formats pools backend triton_ops backends autograd_op compiled_op".split()
 MOST_LINES = {"esft": 300, "esft_kernels": 300, "benchmarks": 500, "tools": 500, "tests": 500, "examples": 500}

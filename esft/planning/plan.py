@@ -9,15 +9,15 @@ from typing import Any
 
 from esft.checkpoint.source import configuration_digests
 from esft.errors import InputError
+from esft.optimizer.adamw import PIECE
+from esft.optimizer.masters import master_type
+from esft.optimizer.moments import MOMENTS
 from esft.planning.fake_step import Batch, StepBytes, fake_step
 from esft.planning.outline import Outline, outline, require_beside, skeleton_of
 from esft.planning.stand_in import Sizes
 from esft.runs.config import FROZEN, TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.masters import master_type
 from esft.training.methods import add_lora
-from esft.training.moments import MOMENTS
-from esft.training.optim import PIECE
 from esft_kernels.formats.packed_matrix import nbytes
 from esft_kernels.formats.resolve import resolve_format
 

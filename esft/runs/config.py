@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from esft.errors import InputError
+from esft.runs.setting import check_setting, converted, setting
 from esft.selection import ExpertSelection
 from esft.storage.reading import check_keys, read_settings, shown
 
@@ -28,21 +28,6 @@ SCHEDULES = ("constant", "linear", "cosine")
 # As ``esft.evaluation`` has them, which imports PyTorch, too.
 SCORES = ("loss", "exact_match", "json_match", "choices", "chrf", "rouge_l")
 REPORTS = ("tensorboard", "wandb", "none")
-
-_TRUTH = {"true": True, "false": False}
-_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d*)?([eE][+-]?\d{1,4})?|\.\d+([eE][+-]?\d{1,4})?|\.?inf)", re.ASCII)
-
-
-def setting(default: Any, text: str, within: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A field of ``TrainConfig``.
-
-    Args:
-        default: its value where nothing is said.
-        text: help, with the unit.
-        within: the interval of the numbers that are allowed, as in mathematics: "[1, inf)" has 1 and excludes infinity.
-        choices: the texts that are allowed.
-    """
-    return field(default=default, metadata={"text": text, "within": within, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -146,13 +131,14 @@ class TrainConfig:
     )
     seed: int = setting(0, "of the data order, and of what a model or LoRA draws", "[0, 2**63)")
     backend: str = setting("auto", "of the experts", choices=BACKENDS)
+    compile: bool = setting(False, "the layers by torch.compile, but for experts: minutes at first, then faster steps")
     recompute: str = setting(
         "none", "keep less for the backward and compute more: of the frozen experts, of all layers", choices=RECOMPUTES
     )
 
     def __post_init__(self):
         for each in fields(self):
-            _check(each, getattr(self, each.name), each.name)
+            check_setting(each, getattr(self, each.name), each.name)
         _check_together(vars(self), {})
 
     @property
@@ -181,12 +167,12 @@ class TrainConfig:
         called: dict[str, str] = {}
         for name, (value, line) in (read_settings(path) if path is not None else {}).items():
             check_keys([name], known, lambda key, at=line: InputError(f"{path}: line {at}: no setting {key}"))
-            settings[name] = _converted(known[name], value, f"{path}: line {line}: {name}")
+            settings[name] = converted(known[name], value, f"{path}: line {line}: {name}")
         for name, value in overrides.items():
             check_keys([name], known, lambda key: InputError(f"no setting {key}"))
             if value is not None:
                 called[name] = f"--{name.replace('_', '-')}"
-                settings[name] = _converted(known[name], value, called[name])
+                settings[name] = converted(known[name], value, called[name])
         _check_together({name: each.default for name, each in known.items()} | settings, called)
         if settings.get("streaming") and "steps" not in settings:
             raise InputError(f"{called.get('streaming', 'streaming')} needs steps: a stream may have no end")
@@ -240,58 +226,11 @@ def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> N
         raise InputError(f"{aux} and {recompute} layers do not go together: the second pass routes again")
     if settings["aux_loss"] and settings["method"] == "lora":
         raise InputError(f"{aux} goes with the methods esft and full, not with lora")
+    if settings["compile"] and (settings["aux_loss"] or settings["shard"] != "none"):
+        raise InputError(
+            f"{called.get('compile', 'compile')} goes with neither {aux} nor {called.get('shard', 'shard')}"
+        )
     for name in ("frozen", "frozen_linear", "shard"):
         if settings[name] not in ("auto", "bf16", "none") and settings["method"] != "esft":
             option, value = called.get(name, name), settings[name]
             raise InputError(f"{option} {value} goes with the method esft, not with {settings['method']}")
-
-
-def _check(each: Field, value: Any, where: str, text: str | None = None) -> None:
-    """Raise InputError where a value is not one of its setting's choices, or outside its interval.
-
-    Args:
-        text: what a number was made of, where that was a text.
-    """
-    said = shown(value) if text is None else shown(text)[1:-1]
-    kind = str(each.type)
-    if "bool" in kind and not isinstance(value, bool) and not (value is None and "None" in kind):
-        raise InputError(f"{where} must be {kind}, got {said}")
-    choices, within = each.metadata["choices"], each.metadata["within"]
-    if choices and value not in choices:
-        raise InputError(f"{where} must be one of {', '.join(choices)}, got {shown(value)}")
-    if within and value is not None:
-        low, high = (2.0**63 if end == "2**63" else float(end) for end in within[1:-1].split(", "))
-        above = value > low if within[0] == "(" else value >= low
-        below = value < high if within[-1] == ")" else value <= high
-        if not (above and below):
-            raise InputError(f"{where} must be in {within}, got {said}")
-    if isinstance(value, int) and value >= 2**63:
-        raise InputError(f"{where} must be below 2**63, got {said}")
-
-
-def _converted(each: Field, value: Any, where: str) -> Any:
-    """A value as the setting has it, of a text that a file or a command line has for it. Raises InputError."""
-    kind = str(each.type)
-    try:
-        if value is None and "None" in kind:
-            return None
-        if "bool" in kind:
-            return value if isinstance(value, bool) else _TRUTH[value]
-        if isinstance(value, bool) or (isinstance(value, str) and "str" not in kind and not _NUMBER.fullmatch(value)):
-            raise ValueError
-        if "float" in kind:
-            converted = float(value.replace(".inf", "inf") if isinstance(value, str) else value)
-            if converted == 0 and isinstance(value, str) and re.search("[1-9]", re.split("[eE]", value)[0]):
-                raise ValueError  # below the smallest number
-        elif "int" in kind:
-            if isinstance(value, float) and not value.is_integer():
-                raise ValueError
-            converted = int(value.removesuffix(".0") if isinstance(value, str) else value)
-        elif isinstance(value, str):
-            converted = value
-        else:
-            raise ValueError
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where} must be {kind}, got {shown(value)}") from error
-    _check(each, converted, where, value if isinstance(value, str) else None)
-    return converted

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from esft.errors import DivergenceError, InputError
@@ -89,7 +90,8 @@ class Evaluations:
             where = f"the evaluation data{' ' * bool(each.name)}{each.name}"
             try:
                 together = config.micro_batch_size or config.batch_size
-                found = measure(self.model, self.tokenizer, each, config.scores, together).scores
+                with torch.compiler.set_stance("force_eager"):  # answers grow, and would be compiled again and again
+                    found = measure(self.model, self.tokenizer, each, config.scores, together).scores
             except InputError as error:  # all else was tried out before
                 raise _broken(step, f"{error}, on {where}") from error
             if not all(map(math.isfinite, found.values())):

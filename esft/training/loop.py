@@ -31,6 +31,7 @@ from esft.runs.shared_run import SharedRun, shared_run
 from esft.selection import ExpertSelection
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
+from esft.training.compiled_layers import compile_layers
 from esft.training.evaluations import Evaluations, deciding
 from esft.training.methods import METHODS, Source
 from esft.training.run_data import Data, RunData, held_out_sources, sources_of
@@ -144,6 +145,8 @@ def train(
             shard_frozen(model, ranks, first_device())
         use_short_attention(model)  # where the model is to stay
         steps = Steps(model, tokenizer.pad_token_id, config, run_data.places, ranks)
+        if config.compile:  # after all that tries the model out
+            compile_layers(model)
         state = run.restore(steps.load) if resume else None
         if resume and state is None and run.last_step() > config.save_every:
             warnings.warn(f"{run.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)

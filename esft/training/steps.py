@@ -15,12 +15,12 @@ from esft.data.batches import collate
 from esft.data.examples import Example, joined
 from esft.errors import DivergenceError, InputError
 from esft.evaluation.loss import batch_loss, has_plain_head
+from esft.optimizer.adamw import MasterAdamW
+from esft.optimizer.schedule import learning_rate
 from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.checkpoints import RECENT, State
 from esft.runs.config import TrainConfig
 from esft.training.auxiliary_losses import Base, balance_losses, held_loss
-from esft.training.optim import MasterAdamW
-from esft.training.schedule import learning_rate
 from esft.training.separation import check_separates
 
 NAMED = 16  # records, in the message about a step that went wrong

@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from esft.evaluation import scores
+from esft.optimizer.adamw import MasterAdamW
 from esft.training import steps as step_module
-from esft.training.optim import MasterAdamW
 from tests.esft.small_runs import FakeLoss, base_and_data
 
 

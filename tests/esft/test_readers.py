@@ -32,6 +32,7 @@ from esft.data.examples import Example, Examples
 from esft.data.records import ROLES
 from esft.data.sources import read_records
 from esft.errors import InputError
+from esft.optimizer.schedule import learning_rate
 from esft.reporting.answers import Evaluation
 from esft.runs.config import TrainConfig
 from esft.runs.report import report
@@ -39,7 +40,6 @@ from esft.scoring.expert_scores import ExpertScores
 from esft.scoring.select import select_experts
 from esft.selection import ExpertSelection
 from esft.storage.files import open_safetensors, safetensors_header, write_yaml
-from esft.training.schedule import learning_rate
 
 CASES = 1100 * (40 if os.environ.get("ESFT_CHAOS") == "1" else 1)  # of each reader
 SECONDS = 5.0  # of one case, on a machine that does other work too

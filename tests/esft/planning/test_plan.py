@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import esft
+from esft.optimizer.adamw import MasterAdamW
 from esft.planning.plan import BASE, FORMATS, ROW_SHARE, _assumed, plan
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from esft.swapping.load_state import is_pool
 from esft.training.methods import METHODS, Source
-from esft.training.optim import MasterAdamW
 from esft_kernels.formats.resolve import resolve_format
 from tests.esft import zoo
 from tests.esft.checkpoint.files import rewrite_json

@@ -8,11 +8,11 @@ import esft
 import esft_kernels
 from esft.evaluation.text_scores import TEXT_SCORES
 from esft.experts.pooled_experts import FROZEN as POOLS_FROZEN
+from esft.optimizer.moments import MOMENTS
 from esft.runs.config import BACKENDS, FROZEN, FROZEN_LINEAR, METHODS, OPTIMIZERS, RECOMPUTES, SCORES, TrainConfig
 from esft.selection import ExpertSelection
 from esft.storage.files import write_yaml
 from esft.swapping.packed_modules import FROZEN_LINEAR as MODULES_FROZEN
-from esft.training.moments import MOMENTS
 
 
 def test_defaults_are_the_papers():
@@ -50,6 +50,7 @@ def test_without_a_file_and_from_an_empty_one_come_the_defaults(tmp_path):
 
 # Every setting otherwise than by default.
 OTHER = {
+    "compile": True,
     "method": "full", "lr": 0.5, "steps": 2, "batch_size": 3, "micro_batch_size": 2, "max_length": 4, "warmup_steps": 5,
     "decay": 0.25, "eval_every": 6, "save_every": 7, "weight_decay": 0.75, "beta1": 0.5, "beta2": 0.625, "clip": 8.0,
     "aux_loss": 0.125, "kl_weight": 0.75, "lora_rank": 9, "lora_alpha": 10, "dtype": "bfloat16", "seed": 11,

@@ -19,9 +19,9 @@ from esft.data.encoding import encode_all
 from esft.data.sources import read_records
 from esft.evaluation import scores
 from esft.memory import peak_rss
+from esft.optimizer.schedule import learning_rate
 from esft.selection import ExpertSelection
 from esft.training import steps as steps_module
-from esft.training.schedule import learning_rate
 from tests.esft.models import chat, save_tiny, tiny_encoder, write_records
 from tests.esft.small_runs import SELECTION, breaks, column, metrics, run, settings
 

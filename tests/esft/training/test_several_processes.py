@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import esft
 from esft.errors import Interrupted
+from esft.optimizer.adamw import MasterAdamW
 from esft.parallel.deal import dealt
 from esft.parallel.ranks import Ranks
-from esft.training.optim import MasterAdamW
 from tests.esft.models import save_tiny, write_records
 from tests.esft.parallel.jobs import job
 from tests.esft.small_runs import SELECTION, base_and_data, column, metrics, run, settings

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from esft.errors import InputError
+from esft.optimizer import adamw
+from esft.optimizer.adamw import MasterAdamW
+from esft.optimizer.masters import Split
+from esft.optimizer.moments import BLOCK, signed, unsigned
 from esft.runs.config import TrainConfig
-from esft.training import optim
-from esft.training.masters import Split
-from esft.training.moments import BLOCK, signed, unsigned
-from esft.training.optim import MasterAdamW
 
 SIZES = (20.0, 0.01, 0.5)  # of three steps' gradients: the first alone is beyond the default clip
 
@@ -82,7 +82,7 @@ def test_steps_too_small_for_bf16_add_up_in_the_master():
 @pytest.mark.parametrize("piece", [BLOCK, 3 * BLOCK, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_in_pieces_or_whole_masters_are_those_of_plain_adamw_bit_for_bit(monkeypatch, dtype: torch.dtype, piece: int):
-    monkeypatch.setattr(optim, "PIECE", piece)
+    monkeypatch.setattr(adamw, "PIECE", piece)
     shapes = {"a": (7, 33, 5), "b": (3,), "c": (2, 256), "d": (1, 1)}  # before, at and behind the end of a piece
     ours = {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
     theirs = {name: nn.Parameter(p.detach().float().clone()) for name, p in ours.items()}
@@ -103,9 +103,9 @@ def test_in_pieces_or_whole_masters_are_those_of_plain_adamw_bit_for_bit(monkeyp
 
 
 def test_as_many_tensors_as_fill_a_piece_are_stepped_at_once(monkeypatch):
-    monkeypatch.setattr(optim, "PIECE", 8)
-    sizes, real = [], optim.adamw
-    monkeypatch.setattr(optim, "adamw", lambda ps, *a, **k: sizes.append([len(p) for p in ps]) or real(ps, *a, **k))
+    monkeypatch.setattr(adamw, "PIECE", 8)
+    sizes, real = [], adamw.adamw
+    monkeypatch.setattr(adamw, "adamw", lambda ps, *a, **k: sizes.append([len(p) for p in ps]) or real(ps, *a, **k))
     named = [(str(i), nn.Parameter(torch.ones(size))) for i, size in enumerate((4, 4, 4, 4, 9, 2))]
     optimizer = MasterAdamW(named, TrainConfig())
     for _, p in named:
@@ -115,7 +115,7 @@ def test_as_many_tensors_as_fill_a_piece_are_stepped_at_once(monkeypatch):
 
 
 def test_a_step_makes_nothing_of_the_size_of_a_tensor(monkeypatch):
-    monkeypatch.setattr(optim, "PIECE", 4 * BLOCK)
+    monkeypatch.setattr(adamw, "PIECE", 4 * BLOCK)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

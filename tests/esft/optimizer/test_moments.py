@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from esft.training.moments import BLOCK, MOMENTS, EightBitMoments, FloatMoments, decode, encode, signed, unsigned
+from esft.optimizer.moments import BLOCK, MOMENTS, EightBitMoments, FloatMoments, decode, encode, signed, unsigned
 
 MAPS = {"signed": signed(), "unsigned": unsigned()}
 

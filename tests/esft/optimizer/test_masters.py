@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from esft.training.masters import Master, Split, Whole, master_type
+from esft.optimizer.masters import Master, Split, Whole, master_type
 
 SHAPE = (3, 5)
 ALL = slice(0, 15)

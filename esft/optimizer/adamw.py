@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from esft.errors import InputError
+from esft.optimizer.masters import Master, master_type
+from esft.optimizer.moments import MOMENTS, Moments
 from esft.runs.config import TrainConfig
-from esft.training.masters import Master, master_type
-from esft.training.moments import MOMENTS, Moments
 
 PIECE = 1 << 20  # elements that are stepped together, a multiple of the moments' block
 _EPSILON = 1e-6  # beside the norm when it is clipped, as in ``torch.nn.utils.clip_grad_norm_``

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from esft.optimizer.schedule import learning_rate
 from esft.runs.config import TrainConfig
-from esft.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize(
