@@ -63,7 +63,7 @@ OTHER = {
     "early_stopping_patience": 4, "early_stopping_threshold": 0.5, "report_to": "none",
 }  # fmt: skip
 # What few bits go with, and what excludes another.
-TOGETHER = {"method": "esft", "decay": 0.0, "warmup_ratio": 0.0}
+TOGETHER = {"method": "esft", "compile": False, "decay": 0.0, "warmup_ratio": 0.0}
 
 
 def test_a_saved_config_loads_again_and_lists_every_setting(tmp_path):
