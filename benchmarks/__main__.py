@@ -3,6 +3,7 @@
     python -m benchmarks layer    [--device cpu|cuda] [--shapes tiny,deepseek-v2-lite] [--tokens 2048]
     python -m benchmarks step     [--model examples/tiny-moe] [--records 32] [--length 64]
     python -m benchmarks methods  [--out build/methods] [--seeds 3] [--smoke]
+    python -m benchmarks routing  [--out build/methods]
     python -m benchmarks data     [--records 50000] [--words 80] [--processes 2] [--data train.jsonl]
     python -m benchmarks gpu      [--out build/gpu] [--shapes deepseek-v2-lite] [--minutes 10]
     python -m benchmarks tune     [--out tiles.json] [--shapes deepseek-v2-lite] [--tokens 4096]
@@ -13,7 +14,8 @@
 
 ``layer`` checks one MoE layer on the device at hand, then times it, and counts its launches; ``step`` times training
 steps of a small model, on the GPU where there is one. ``methods`` trains that model by several methods on several
-tasks and seeds, which takes hours, and goes on where it was stopped. ``data`` times the encoding of records, and says
+tasks and seeds, which takes hours, and goes on where it was stopped; ``routing`` shows which experts these tasks use.
+``data`` times the encoding of records, and says
 how much of batches is padding. ``ranks`` times steps of several processes with a core each, and counts what they send.
 ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``gpu`` checks and times the
 kernels on this machine's GPU, and leaves a page to attach to a report. ``tune`` tries other tiles there, and writes the
@@ -33,7 +35,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import data, gpu, launches, layer, plan, random_checkpoint, ranks, roofline, scale, step, tune
-from benchmarks.methods import study
+from benchmarks.methods import routing, study
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
 from esft.runs.report import table
@@ -243,6 +245,7 @@ COMMANDS = {
     "step": _step,
     "ranks": _ranks,
     "methods": study.main,
+    "routing": routing.main,
     "data": _data,
     "roofline": _roofline,
 }

@@ -25,8 +25,8 @@ from esft.data.examples import IGNORE, Example
 from esft.parallel.join import joined
 from esft.planning.gpus import spreads
 from esft.runs.config import TrainConfig
+from esft.short_attention import use_short_attention
 from esft.training.methods import METHODS, Source
-from esft.training.short_attention import use_short_attention
 from esft.training.steps import Steps
 
 RATE = 1e-6  # small enough that a model timed for long stays what it was

@@ -22,9 +22,9 @@ from esft.evaluation.loss import batch_loss
 from esft.experts.moe_layers import moe_layers
 from esft.optimizer.adamw import MasterAdamW
 from esft.runs.config import TrainConfig
+from esft.short_attention import use_short_attention
 from esft.training.compiled_layers import compile_layers
 from esft.training.methods import METHODS, Source
-from esft.training.short_attention import use_short_attention
 
 RATE = 1e-6  # small enough that a model timed for long stays what it was
 TRAINED_SHARE = 5 / 64  # of the experts, as published

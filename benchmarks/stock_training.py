@@ -13,9 +13,9 @@ from itertools import islice
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from esft.adapters.lora import add_lora
 from esft.data.sources import read_records
 from esft.runs.config import TrainConfig
-from esft.training.methods import add_lora
 
 
 def steps(model_path: str, data: str, method: str, count: int, records: int, length: int) -> float:
@@ -23,7 +23,8 @@ def steps(model_path: str, data: str, method: str, count: int, records: int, len
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     texts = [tokenizer.apply_chat_template(record.messages, tokenize=False) for record in read_records(data)]
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", experts_implementation="grouped_mm")
-    trained = add_lora(model, TrainConfig(method="lora")) if method == "lora" else model.train()
+    usual = TrainConfig()
+    trained = add_lora(model, usual.lora_rank, usual.lora_alpha) if method == "lora" else model.train()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-5, foreach=False)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:length] for text in texts]
     begun, tokens, batches = 0.0, 0, iter(ids)

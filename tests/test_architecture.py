@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Modules and folders of a package; each may import those before it.
 ESFT = (
-    "errors transformers_internals parallel text memory bounds storage signals selection data "
-    "experts moe scoring checkpoint swapping adapters runs evaluation reporting optimizer training planning cli "
+    "errors transformers_internals short_attention parallel text memory bounds storage signals selection data "
+    "experts moe scoring checkpoint swapping adapters runs evaluation reporting optimizer planning training cli "
     "__main__"
 ).split()
 KERNELS = "activation routing formats pools backend triton_ops backends autograd_op compiled_op".split()

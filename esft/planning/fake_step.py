@@ -15,7 +15,7 @@ from esft.errors import InputError, first_line
 from esft.evaluation.cross_entropy import linear_cross_entropy
 from esft.planning.live_bytes import LiveBytes
 from esft.planning.stand_in import Sizes, StandIn
-from esft.training.short_attention import use_short_attention
+from esft.short_attention import use_short_attention
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import cache
 from math import ceil
 from typing import Any
 
+from esft.adapters.lora import add_lora
 from esft.checkpoint.source import configuration_digests
 from esft.errors import InputError
 from esft.optimizer.adamw import PIECE
@@ -17,7 +18,6 @@ from esft.planning.outline import Outline, outline, require_beside, skeleton_of
 from esft.planning.stand_in import Sizes
 from esft.runs.config import FROZEN, TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.methods import add_lora
 from esft_kernels.formats.packed_matrix import nbytes
 from esft_kernels.formats.resolve import resolve_format
 
@@ -39,7 +39,8 @@ class Plan:
         records, tokens: numbers that go through the model together; ``tokens`` is of all records.
         assumed: number of experts a layer that train, where it is an assumption.
         parameters, trained_parameters: numbers.
-        trained_experts, frozen_experts, other_weights: of weights.
+        trained_experts, frozen_experts, other_weights: of weights; the last with LoRA's, and with the copy of the
+            base that ``kl_weight`` keeps.
         masters: what is stepped, beside the weights.
         moments: of AdamW.
         gradients: of all that trains.
@@ -181,7 +182,7 @@ def _step(
         for layer, count in zip(whole.layers, chosen.experts, strict=True)
     }
     if lora:
-        skeleton = add_lora(skeleton, config)
+        skeleton = add_lora(skeleton, config.lora_rank, config.lora_alpha)
         tensors = [(p.numel(), p.dtype) for p in skeleton.parameters() if p.requires_grad]
     else:
         require_beside(skeleton, chosen.shared, chosen.others)
@@ -206,7 +207,7 @@ def _summed(
     size = whole.dtype.itemsize
     trained_experts = sum(n * layer.expert_size for n, layer in zip(chosen.experts, whole.layers, strict=True)) * size
     frozen_experts, scratch = _frozen(whole, chosen, frozen)
-    additions = trained.nbytes if config.method == "lora" else 0
+    additions = trained.nbytes * ((config.method == "lora") + (config.kl_weight > 0))  # a copy of the base
     saved, linear_scratch = _packed_linear(whole, chosen, config.frozen_linear)
     other_weights = (whole.shared + whole.others) * size + additions - saved
     masters = sum(n * master_type(dtype).bytes_beside(dtype) for n, dtype in trained.tensors)

@@ -22,6 +22,8 @@ from esft.errors import InputError, Interrupted
 from esft.memory import peak_memory, peak_rss
 from esft.parallel.join import joined
 from esft.parallel.sharding import shard_frozen
+from esft.planning.advice import GB
+from esft.planning.plan import plan
 from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
 from esft.runs.metrics import evaluations as evaluations_of
@@ -29,13 +31,13 @@ from esft.runs.progress import Bar
 from esft.runs.reporting import check_reporting
 from esft.runs.shared_run import SharedRun, shared_run
 from esft.selection import ExpertSelection
+from esft.short_attention import use_short_attention
 from esft.signals import stop_signals
 from esft.storage.outputs import check_apart
 from esft.training.compiled_layers import compile_layers
 from esft.training.evaluations import Evaluations, deciding
 from esft.training.methods import METHODS, Source
 from esft.training.run_data import Data, RunData, held_out_sources, sources_of
-from esft.training.short_attention import use_short_attention
 from esft.training.steps import Steps
 
 logger = logging.getLogger("esft")
@@ -126,6 +128,8 @@ def train(
             sets = run_data.eval_sets(held_out, progress)
         if (report := run_data.report()) is not None:
             logger.info("%s: %s", run_data.name, report)
+        if progress and first_device().type == "cpu":
+            logger.info(_memory(model_path, config, selection, run_data.together(ranks.size), trust_remote_code))
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
         with in_host_memory(config.shard != "none" and ranks.size > 1):
@@ -161,6 +165,25 @@ def train(
         result = TrainResult(**measured, stored_bytes=stored)
         run.write_summary(vars(result))
     return result
+
+
+def _memory(
+    model_path: str,
+    config: TrainConfig,
+    selection: ExpertSelection | None,
+    together: tuple[int, int],
+    trust_remote_code: bool,
+) -> str:
+    """What a training on a CPU is planned to take, in a line, before minutes of loading."""
+    rows, tokens = together
+    alone = replace(config, micro_batch_size=rows)
+    try:
+        found = plan(
+            model_path, selection, alone, frozen=config.frozen, tokens=tokens, trust_remote_code=trust_remote_code
+        )
+    except InputError as error:  # if a training is refused for this too, that says so
+        return f"memory: not planned ({error})"
+    return f"memory: {found.peak / GB:.1f} GB at the most, as planned for {tokens:,} tokens in {rows} rows together"
 
 
 def _about(

@@ -5,8 +5,6 @@ A method is a class with what ``Method`` names, and its name in ``METHODS``.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esft.adapters.folder import write_manifest
+from esft.adapters.lora import add_lora, require_peft
 from esft.adapters.save import write_adapter
 from esft.checkpoint.digest import model_base
 from esft.checkpoint.load import load_model, load_skeleton
 from esft.errors import InputError
 from esft.experts.model_state import Base, swapped_state
 from esft.experts.moe_layers import moe_layers
-from esft.experts.stock_layout import read_layout
 from esft.runs.config import TrainConfig
 from esft.runs.run_folder import ADAPTER, MODEL, RunFolder
 from esft.selection import ExpertSelection
@@ -106,10 +104,10 @@ class LoRA:
 
     @staticmethod
     def prepare(source: Source, config: TrainConfig, selection: ExpertSelection | None) -> tuple[nn.Module, Base]:
-        _peft()  # before minutes of loading
+        require_peft()  # before minutes of loading
         model = _recomputed(source.stock(config), config)
         base = model_base(model)
-        return add_lora(model, config), base
+        return add_lora(model, config.lora_rank, config.lora_alpha), base
 
     @staticmethod
     def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
@@ -125,35 +123,6 @@ class LoRA:
 METHODS: dict[str, type[Method]] = {"esft": ESFT, "full": Full, "lora": LoRA}
 
 
-def _peft() -> Any:
-    try:
-        return importlib.import_module("peft")
-    except ModuleNotFoundError as error:
-        raise InputError("method lora needs the peft package: pip install 'esft[lora]'") from error
-
-
-def add_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
-    """PEFT's model around this one, with what ``LoRA`` trains.
-
-    Raises InputError where PEFT is not installed, and for a rank above that of every matrix.
-    """
-    peft = _peft()
-    head = model.get_output_embeddings()
-    linear = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    stacked = {name: model.get_parameter(name) for name in _stacked_projections(model)}
-    most = max(min(weight.shape[-2:]) for weight in (*linear.values(), *stacked.values()))
-    if config.lora_rank > most:
-        raise InputError(f"lora_rank {config.lora_rank}: no matrix of the model has a rank above {most}")
-    lora = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=list(linear),
-        target_parameters=list(stacked),
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, lora)
-
-
 def _recomputed(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """The model with its layers made again in the backward, if so set."""
     if config.recompute == "layers":
@@ -162,11 +131,3 @@ def _recomputed(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
         except ValueError as error:
             raise InputError(f"recompute layers: {error}") from error
     return model
-
-
-def _stacked_projections(model: PreTrainedModel) -> Iterator[str]:
-    """The names of the stacked experts' two projections, which are no linear layers to PEFT."""
-    for layer in moe_layers(model):
-        if not isinstance(layer.experts, nn.ModuleList):
-            for name in read_layout(layer.experts, layer.name).names[:2]:
-                yield f"{layer.name}.{name}"

@@ -26,7 +26,7 @@ def add(stages: Stages) -> None:
     sub.add_argument("--memory-gb", type=gigabytes, metavar="GB", help="say what to change so that it fits")
     sub.add_argument("--gpus", type=count, metavar="N", help="say what to shard over so many, of that memory each")
     sub.add_argument("--json", action="store_true", help="print one line for machines")
-    planned = "method optimizer recompute batch_size micro_batch_size lora_rank dtype frozen_linear".split()
+    planned = "method optimizer recompute batch_size micro_batch_size lora_rank dtype frozen_linear kl_weight".split()
     add_settings(sub, *planned)
     sub.set_defaults(batch_size="1")
     add_trust(sub)

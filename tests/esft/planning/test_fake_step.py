@@ -12,7 +12,7 @@ from esft.planning.fake_step import Batch, fake_step
 from esft.planning.live_bytes import LiveBytes
 from esft.planning.outline import outline, require_beside, skeleton_of
 from esft.planning.stand_in import Sizes
-from esft.training.short_attention import use_short_attention
+from esft.short_attention import use_short_attention
 from tests.esft.models import tiny_model
 
 WIDE = {"hidden_size": 128, "vocab_size": 3000, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -131,6 +131,11 @@ def test_gradients_wait_where_a_batch_goes_through_in_parts_and_only_there(folde
     assert in_parts.step - at_once.step > 0.3 * at_once.gradients
 
 
+def test_the_base_that_a_training_is_held_to_is_kept_beside_it(folder):
+    alone, held = (plan(folder, SELECTION, config(kl_weight=weight), tokens=64) for weight in (0.0, 0.5))
+    assert held.peak - alone.peak == held.other_weights - alone.other_weights == alone.gradients > 0
+
+
 def test_without_settings_one_record_is_planned_with_and_lora_as_it_is_set(folder):
     assert plan(folder, SELECTION, tokens=64).records == 1
     pytest.importorskip("peft")

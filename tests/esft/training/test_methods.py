@@ -14,8 +14,7 @@ from esft.checkpoint.load import load_model, load_tokenizer
 from esft.experts.model_state import swapped_state
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.training.methods import METHODS, Source, add_lora
-from tests.esft import zoo
+from esft.training.methods import METHODS, Source
 from tests.esft.models import tiny_tokenizer
 from tests.esft.small_runs import SELECTION, column, run, settings
 
@@ -92,19 +91,6 @@ def test_lora_is_asked_for_on_every_linear_layer_but_the_head_and_on_every_exper
     assert "lm_head" in linear and set(lora.target_modules) == linear - {"lm_head"}
     experts = {f"model.layers.{layer}.mlp.experts.{p}" for layer in (1, 2) for p in ("gate_up_proj", "down_proj")}
     assert set(lora.target_parameters) == experts
-
-
-def test_lora_adds_nothing_to_the_biases_of_stacked_experts(monkeypatch):
-    monkeypatch.setattr(pytest.importorskip("peft"), "get_peft_model", lambda *asked: asked)
-    _, lora = add_lora(zoo.tiny("gpt_oss"), TrainConfig(method="lora"))
-    assert {name.rpartition(".")[2] for name in lora.target_parameters} == {"gate_up_proj", "down_proj"}
-
-
-def test_a_rank_above_that_of_every_matrix_is_refused(base):
-    pytest.importorskip("peft")
-    assert prepared(base, TrainConfig(method="lora", lora_rank=32))  # query heads of 4 x 16 from 32 values
-    with pytest.raises(esft.InputError, match="^lora_rank 33: no matrix of the model has a rank above 32$"):
-        prepared(base, TrainConfig(method="lora", lora_rank=33))
 
 
 @pytest.mark.parametrize("recompute", ["none", "frozen", "layers"])

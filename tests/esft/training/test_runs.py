@@ -1,5 +1,6 @@
 """Whole training runs: every method learns, saves memory alike, and goes on after it broke."""
 
+import importlib
 import json
 
 import pytest
@@ -217,6 +218,28 @@ def test_the_data_is_reported_before_it_is_trained_on(base, caplog):
         "2 steps of 8 packed rows, loss of evaluation data every 6",
         "2 more steps of 8 packed rows, loss of evaluation data every 6",
     ]
+
+
+def test_the_memory_is_planned_before_the_model_is_loaded(base, caplog, monkeypatch):
+    def told(out: str, **how) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", "esft"):
+            run(base, out, settings(steps=1, micro_batch_size=3), eval_data=None, **how)
+        return [line for each in caplog.records if (line := each.getMessage()).startswith("memory: ")]
+
+    planned = esft.plan(str(base), SELECTION, settings(batch_size=8, micro_batch_size=3), tokens=3 * 13).peak
+    assert told("run", progress=True) == [
+        f"memory: {planned / 1e9:.1f} GB at the most, as planned for 39 tokens in 3 rows together"
+    ]
+    assert told("quiet") == []
+
+    def refuses(*_, **__):
+        raise esft.InputError("no numbers")
+
+    monkeypatch.setattr(
+        importlib.import_module("esft.training.loop"), "plan", refuses
+    )  # ``esft.train`` is the function
+    assert told("unplanned", progress=True) == ["memory: not planned (no numbers)"]
 
 
 def test_several_sources_train_and_are_remembered(base):

@@ -5,8 +5,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from esft.training import short_attention
-from esft.training.short_attention import NAME, use_short_attention
+from esft import short_attention
+from esft.short_attention import NAME, use_short_attention
 from tests.esft import zoo
 from tests.esft.models import tiny_model
 
