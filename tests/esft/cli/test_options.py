@@ -6,6 +6,7 @@ import pytest
 
 import esft
 from esft.cli import parser as command
+from esft.cli.options import as_text
 from esft.cli.parser import main
 
 
@@ -151,3 +152,46 @@ def test_a_number_that_is_none_is_refused_with_its_option(capsys, stage: str, op
     with pytest.raises(SystemExit, match="2"):
         main([stage, *REQUIRED[stage].split(), option, value])
     assert f"argument {option}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "lines"),
+    [
+        (
+            "train",
+            (
+                "--method {esft,full,lora} what trains: the selected experts, everything, or LoRA (PEFT) (default ",
+                "--lr X learning rate; where none is given, the paper's for the method --steps X optimizer steps ",
+                "--load-best-model-at-end [{true,false}] keep what was best, not what came last (default false)",
+            ),
+        ),
+        (
+            "eval",
+            (
+                "--model MODEL checkpoint folder or hub id --dtype {auto,bfloat16,float32} ",
+                "--max-length TOKENS tokens of a record; longer ones are cut (default 4096, or the model's positions ",
+                "--trust-remote-code run Python files that the checkpoint holds; read them first",
+                "--quiet no bars, and no warnings of other libraries --batch-size RECORDS",
+                "--adapter ADAPTER adapter folder, ESFT's or PEFT's, or that of a run which holds one",
+            ),
+        ),
+        ("chat", ("talk with a model: answers are shown while they are made, and Ctrl-C stops one",)),
+    ],
+)
+def test_help_says_what_an_option_is_and_its_default(monkeypatch, capsys, stage: str, lines: tuple[str, ...]):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit, match="0"):
+        main([stage, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert [line for line in lines if line not in shown] == []
+
+
+def test_a_value_is_shown_as_yaml_has_it():
+    assert [as_text(value) for value in (None, True, False, 3, 0.5, "auto")] == [
+        "null",
+        "true",
+        "false",
+        "3",
+        "0.5",
+        "auto",
+    ]

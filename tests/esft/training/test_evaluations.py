@@ -138,6 +138,13 @@ def test_a_loss_on_the_evaluation_data_that_is_not_finite_stops_the_run(base, ou
         run(base, "other", settings(eval_on_start=True), eval_data=named)
 
 
+def test_a_loss_that_is_no_number_stops_the_run_also_beside_a_score_that_is_one(monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda *_: Measured({"loss": math.inf, "chrf": 1.0}))
+    made = Evaluations(None, None, settings(eval_metrics="loss,chrf"), [EvalSet("a", "a", [])], {}, None)
+    with pytest.raises(esft.DivergenceError, match="^step 6: loss inf on the evaluation data a; lower the"):
+        made.after(6, lambda *_, **__: None)
+
+
 def test_a_signal_in_an_evaluation_stops_the_run_too(base, out, fake, monkeypatch):
     monkeypatch.setattr(scores, "mean_loss", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 0.25)
     with pytest.raises(esft.errors.Interrupted, match="stopped after step 7"):

@@ -1,6 +1,7 @@
 """What a step computes and what stops it."""
 
 import itertools
+import json
 import math
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ from esft.training import run_data
 from esft.training import steps as module
 from esft.training.auxiliary_losses import balance_losses
 from tests.esft.checkpoint.files import rewrite
-from tests.esft.models import tiny_encoder, tiny_model, tiny_tokenizer, write_records
+from tests.esft.models import chat, tiny_encoder, tiny_model, tiny_tokenizer, write_records
 from tests.esft.small_runs import SELECTION, column, metrics, run, settings
 
 PAD = 258
@@ -214,11 +215,12 @@ def test_a_step_that_is_no_number_names_its_micro_batch_and_the_records_in_it(ba
     assert max((int(path.name[5:]) for path in (out / "checkpoints").glob("*")), default=0) == step - 1
 
 
-def test_a_long_list_of_records_is_cut(base, monkeypatch):
-    monkeypatch.setattr(module, "NAMED", 3)
+def test_a_list_of_more_than_16_records_is_cut(base, monkeypatch):
     poison(monkeypatch, "s", lambda total: total * math.inf)
-    with pytest.raises(esft.DivergenceError, match=r"Micro batch 1 of 1 held ([^,]+: line \d+, ){2}[^,]+ and \d more$"):
-        run(base, "run", settings(steps=1), eval_data=None)
+    unlike = (json.dumps({"messages": chat(f"say {n}", "b")}) for n in range(20))
+    (base.parent / "d.jsonl").write_text("\n".join(unlike))
+    with pytest.raises(esft.DivergenceError, match=r"Micro batch 1 of 1 held ([^,]+: line \d+, ){15}[^,]+ and 4 more$"):
+        run(base, "run", settings(steps=1, batch_size=20), eval_data=None)
 
 
 def test_a_step_whose_gradient_is_no_number_changes_nothing(monkeypatch):
