@@ -80,6 +80,14 @@ def test_patience_ends_after_so_many_evaluations_in_a_row_and_not_before():
     assert not made.exhausted
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_model_of_the_best_step_is_kept_where_that_is_asked_for(kept: bool):
+    made = watched(settings(load_best_model_at_end=kept), [3.0, 4.0])
+    for step in (6, 12):
+        made.after(step, lambda *_, **__: None)
+        assert made.keeps(step) == (kept and step == 6)
+
+
 def test_what_came_before_the_first_step_is_no_model_to_keep():
     made = watched(settings(), [1.0, 3.0])
     made.after(0, lambda *_, **__: None)
