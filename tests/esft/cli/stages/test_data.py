@@ -21,8 +21,10 @@ def test_data_prints_the_figures_and_some_records_with_what_is_learnt_marked(wor
     (work / "c.yaml").write_text("packing: true\nmax_length: 60\nstreaming: true\nsteps: 3\n")
     stage("data d.jsonl:1 d.jsonl:2 --model m --config c.yaml --batch-size 2 --show 1")
     assert "12 records" in (shown := capsys.readouterr().out) and "packed into rows of 60" in shown
+    loaded = len(calls.of["load_tokenizer"])
     assert main("data absent.jsonl --model m".split()) == 2
     assert capsys.readouterr().err == "esft: absent.jsonl: No such file or directory\n"
+    assert len(calls.of["load_tokenizer"]) == loaded  # as it comes first
 
 
 def test_data_is_called_like_this(monkeypatch):

@@ -65,9 +65,16 @@ def test_eval_measures_several_sets_in_one_call(work, measured, capsys):
     answers = {name: each | {"answers": [ANSWER]} for name, each in expected.items()}
     assert json.loads((work / "o.json").read_text()) == {"data": answers}
     assert len(measured.of["load_with_adapter"]) == 2  # once a call
-    (work / "o.json").write_text('{"data": {"task": {"records": 1}}}')
+
+
+@pytest.mark.parametrize(
+    "text", ['{"data": {"task": {"records": 1}}}', '{"data": {"task": 3}}', '{"data": 3}', '{"data": {}}', "{}", "[1]"]
+)
+def test_eval_replaces_nothing_but_an_outcome(work, measured, capsys, text: str):
+    (work / "o.json").write_text(text)
     assert main("eval --model m --data d.jsonl --out o.json --overwrite".split()) == 2
     assert "o.json: not an outcome of esft eval" in capsys.readouterr().err
+    assert (work / "o.json").read_text() == text
 
 
 def test_json_is_told_field_by_field(work, measured, capsys):

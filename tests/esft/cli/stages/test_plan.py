@@ -8,6 +8,7 @@ import torch
 import esft
 from esft.cli.parser import main
 from esft.cli.stages import plan
+from esft.planning import plan as planning
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from tests.esft.cli.conftest import NO_COUNTS, refused, usage, values
@@ -34,6 +35,31 @@ def test_plan_prints_what_fits_what_to_change_and_json(tmp_path, capsys):
     )
     assert main([*usual, "--memory-gb", "16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"] is True
+
+
+def test_plan_says_what_to_shard_over_several_gpus(tmp_path, capsys):
+    usual = ["plan", "--model", str(save_tiny(tmp_path / "base")), "--tokens", "64", "--gpus", "2"]
+    assert main([*usual, "--memory-gb", "16"]) == 0
+    nothing, frozen, advice = capsys.readouterr().out.splitlines()[-3:]
+    assert nothing.startswith("2 GPUs, sharded nothing: ") and advice.startswith("Shard nothing: ")
+    assert main(usual) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == frozen
+    assert main([*usual, "--json"]) == 0
+    ways = json.loads(capsys.readouterr().out)["gpus"]
+    assert [way["sharded"] for way in ways] == ["nothing", "what is frozen"]
+
+
+@pytest.mark.parametrize(("flag", "trusted"), [([], False), (["--trust-remote-code"], True)])
+def test_plan_runs_a_models_code_only_where_it_is_told(tmp_path, monkeypatch, flag: list[str], trusted: bool):
+    asked, real = [], planning.plan
+
+    def watched(*given, trust_remote_code: bool, **named):
+        asked.append(trust_remote_code)
+        return real(*given, **named)
+
+    monkeypatch.setattr(planning, "plan", watched)
+    assert main(["plan", "--model", str(save_tiny(tmp_path / "base")), "--tokens", "64", *flag]) == 0
+    assert asked == [trusted]
 
 
 def test_plan_names_what_is_wrong(tmp_path, capsys):
