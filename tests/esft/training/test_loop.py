@@ -307,6 +307,23 @@ def test_a_run_whose_checkpoints_are_gone_begins_anew_and_says_so(base, out, fak
     assert column(out, "step") == list(range(1, 9))
 
 
+def test_where_patience_ends_a_run_its_outcome_is_that_of_the_best_step_and_it_says_so(base, fake, monkeypatch, caplog):
+    losses = {0: 9.0, 2: 3.0, 4: 4.0, 6: 5.0}
+    monkeypatch.setattr(train_module.Evaluations, "_measured", lambda self, step: {"eval_loss": losses[step]})
+    patient = {"eval_every": 2, "load_best_model_at_end": True, "early_stopping_patience": 2, "eval_on_start": True}
+    with caplog.at_level("INFO", "esft"):
+        result = run(base, "run", settings(steps=8, save_every=3, **patient))
+    assert (result.steps, result.best_step) == (6, 2)
+    assert (result.before, result.after, result.eval_loss) == ({"eval_loss": 9.0}, {"eval_loss": 3.0}, 3.0)
+    said = [record.getMessage() for record in caplog.records]
+    assert "ended after step 6: eval_loss no better in 2 evaluations" in said
+    assert "kept step 2, the best by eval_loss" in said
+    caplog.clear()
+    with caplog.at_level("INFO", "esft"):
+        run(base, "whole", settings(steps=4, save_every=3, **patient))
+    assert not any("ended after" in record.getMessage() for record in caplog.records)
+
+
 class Two(Ranks):
     """One of two processes that does what a single one does."""
 
