@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 # Characters that turn the direction of what follows: a name could be shown as another.
-_TURNS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_TURNS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")
 
 

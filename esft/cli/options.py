@@ -31,7 +31,7 @@ def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
                 **({"nargs": "?", "const": "true"} if truth else {}),
                 choices=choices or None,
                 metavar=None if choices else "X",
-                help=f"{each.metadata['text']}{default}".replace("%", "%%"),
+                help=f"{each.metadata['text']}{default}",
             )
 
 
@@ -65,7 +65,8 @@ def add_model(sub: argparse.ArgumentParser, length: str) -> None:
 
 
 def add_batch_size(sub: argparse.ArgumentParser, default: int) -> None:
-    sub.add_argument("--batch-size", type=count, default=default, metavar="RECORDS")
+    text = f"that go through the model together (default {default})"
+    sub.add_argument("--batch-size", type=count, default=default, metavar="RECORDS", help=text)
 
 
 def add_adapter(sub: argparse.ArgumentParser) -> None:

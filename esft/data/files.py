@@ -25,7 +25,7 @@ _BATCH = 100  # rows of a Parquet file that are looked at together
 def _zstandard(path: Path) -> Any:
     import pyarrow
 
-    return pyarrow.input_stream(str(path))  # which tells it by the suffix
+    return pyarrow.input_stream(path)  # which tells it by the suffix
 
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {

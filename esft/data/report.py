@@ -129,7 +129,7 @@ def places(
     for place, tokens in _encoded(sources, encoder, streaming):
         for document in wanted:
             # Of a document that was cut where a row was full, each part is somewhere in its record.
-            if document not in found and len(document) <= len(tokens) and _within(document, tokens):
+            if document not in found and _within(document, tokens):
                 found[document] = place
         if len(found) == len(set(wanted)):
             break

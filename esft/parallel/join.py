@@ -70,8 +70,8 @@ def joined() -> Iterator[Ranks]:
             _leave(watch)  # as all ranks do
             raise
         _leave(watch)
-    except BaseException as error:
-        if not watch.stopped and not watch.failed(_told(error)):
+    except BaseException:
+        if not watch.stopped and not watch.failed():
             raise SystemExit(STATUS) from None
         raise
     finally:
@@ -121,10 +121,3 @@ def _hush() -> None:
     disable_progress_bar()
     logging.getLogger("esft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-
-
-def _told(error: BaseException) -> str:
-    if isinstance(error, Exception):
-        said, kind = first_line(error), type(error).__name__
-        return said if isinstance(error, InputError | RankError) or said.startswith(kind) else f"{kind}: {said}"
-    return "was interrupted"

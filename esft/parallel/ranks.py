@@ -159,7 +159,7 @@ class Group(Ranks):
         return [json.loads(bytes(t[:n].tolist())) for t, n in zip(every, lengths.tolist(), strict=True)]
 
     def spread(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        kinds = {name: [str(t.dtype)[6:], list(t.shape)] for name, t in (tensors or {}).items()}
+        kinds = {name: [str(t.dtype)[6:], t.shape] for name, t in (tensors or {}).items()}
         found: dict[str, Tensor] = {}
         for name, (dtype, shape) in self.told(lambda: kinds).items():
             empty = torch.empty(shape, dtype=getattr(torch, dtype))

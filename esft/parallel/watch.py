@@ -73,11 +73,11 @@ class Watch:
         """Note that the main thread has done something."""
         self._progress += 1
 
-    def failed(self, reason: str) -> bool:
-        """Tell the others that this rank ends, and why. False where another rank has failed before."""
+    def failed(self) -> bool:
+        """Tell the others that this rank ends. False where another rank has failed before."""
         self.stop()
         with suppress(RuntimeError):  # no store any more: somebody else has ended first
-            if self._blame(self.rank, reason):
+            if self._blame(self.rank):
                 self._let_others_read()
                 return True
         with suppress(KeyboardInterrupt):
@@ -124,7 +124,7 @@ class Watch:
                     self._sentence(rank, f"has hung: rank {self.rank} waits for it at {waits[1]}")
 
     def _sentence(self, rank: int, reason: str) -> None:
-        first = self._blame(rank, reason)
+        first = self._blame(rank)
         self._end(f"rank {rank}: {reason}" if first else None)
 
     def _hangs(self, rank: int, entered: int, what: str, since: float) -> bool:
@@ -170,9 +170,9 @@ class Watch:
         if hosts_store():  # which ends with this process
             time.sleep(3 * PULSE)
 
-    def _blame(self, rank: int, reason: str) -> bool:
+    def _blame(self, rank: int) -> bool:
         """Whether this is the job's first failure."""
-        mine = json.dumps([self.rank, rank, reason])
+        mine = json.dumps([self.rank, rank])
         return self.store.compare_set(_VERDICT, "", mine).decode() == mine
 
 

@@ -16,7 +16,7 @@ def figure(value: Any) -> str:
         return value if isinstance(value, str) and len(value) <= LONGEST else shown(value)
     if isinstance(value, int):
         return f"{value:,}" if abs(value) < 1e15 else f"{value:.3e}"
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
+    if 1e-3 <= abs(value) < 1e6:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:.3g}"
 

@@ -106,8 +106,8 @@ class _Sums:
         self.reached, kind = True, torch.promote_types(x_TD.dtype, torch.float32)
         for expert in index_TK.unique().tolist():
             token, slot = torch.where(index_TK == expert)
-            weight_R1 = weights_TK[token, slot, None].to(kind)
-            squares = self._squares(expert, x_TD[token].to(kind), grad_TD[token].to(kind) * weight_R1)
+            grad_RD = grad_TD[token].to(kind) * weights_TK[token, slot, None]
+            squares = self._squares(expert, x_TD[token].to(kind), grad_RD)
             of_batch, of_rows = (square.item() for square in squares)
             if not math.isfinite(of_batch + of_rows):
                 raise InputError(f"layer {self.layer.index}: the gradient of expert {expert} is no finite number")

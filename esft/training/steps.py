@@ -140,7 +140,7 @@ class Steps:
         for part, count in parts:
             batch = collate([joined(part)] if self.config.padding_free else part, self.pad) if part else {}
             loss = torch.zeros(()) if part or not self.ranks.lockstep else self._loss_of_nothing()
-            base = None if self.base is None or not part else self.base.predictions(batch)
+            base = None if self.base is None else self.base.predictions(batch)
             divergence = None
             with self._balance_losses(batch) as aux:
                 if base is not None:

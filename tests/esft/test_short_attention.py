@@ -113,11 +113,25 @@ def test_no_scores_are_kept_for_the_backward():
     assert scores()
 
 
-def test_a_model_with_an_adapter_of_peft_trains_with_it(plain):
+def test_a_mask_of_another_kind_is_for_fused_attention(plain):
+    model, ids = tiny_model("olmoe"), zoo.tokens(1, LENGTH)
+    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    expected = model.base_model(input_ids=ids)[0]
+    use_short_attention(model)
+    found = model.base_model(input_ids=ids, attention_mask=mask)[0]
+    assert plain == []
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_with_an_adapter_of_peft_trains_with_it(plain, monkeypatch):
+    """It is the model inside whose code is looked at."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(tiny_model("olmoe"), LoraConfig(target_modules=["q_proj"]))
+    inner, asked = tiny_model("olmoe"), []
+    monkeypatch.setattr(short_attention, "has_fused_attention", lambda each: asked.append(each) or True)
+    model = get_peft_model(inner, LoraConfig(target_modules=["q_proj"]))
     use_short_attention(model)
+    assert asked == [inner]
     model(input_ids=zoo.tokens(1, LENGTH)).logits.sum().backward()
     assert plain and set(plain) == {LENGTH}
 

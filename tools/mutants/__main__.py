@@ -54,7 +54,7 @@ def known_equivalents() -> set[tuple[str, str, str]]:
 
 
 def sample(module: str, count: int, seed: int) -> list[Mutant]:
-    found = list(mutants_of((ROOT / module).read_text(encoding="utf-8"), module, known_equivalents()))
+    found = mutants_of((ROOT / module).read_text(encoding="utf-8"), module, known_equivalents())
     chosen = random.Random(f"{module}/{seed}").sample(found, min(count, len(found)))
     return sorted(chosen, key=lambda mutant: mutant.start)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 COMPARISONS = {
@@ -57,8 +57,12 @@ class Mutant:
         return source[: self.start] + self.text + source[self.end :]
 
 
-def mutants(path: str, source: str) -> list[Mutant]:
-    """All mutants of a module's text, in the order of their places; each compiles."""
+def mutants(path: str, source: str, wanted: Callable[[str, str], bool] = lambda before, after: True) -> list[Mutant]:
+    """All mutants of a module's text, in the order of their places; each compiles.
+
+    Args:
+        wanted: which are, by the changed lines before and after.
+    """
     finder = _Finder(source)
     finder.visit(ast.parse(source))
     found: dict[str, Mutant] = {}
@@ -66,16 +70,18 @@ def mutants(path: str, source: str) -> list[Mutant]:
         changed = source[:start] + text + source[end:]
         if source[start:end] == text or changed in found:
             continue
+        first, last = source.rfind("\n", 0, start) + 1, source.find("\n", end)
+        lines = source[first:last], source[first:start] + text + source[end:last]
+        before, after = (" ".join(each.split()) for each in lines)
+        if not wanted(before, after):
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 compile(changed, path, "exec")
         except SyntaxError:
             continue
-        first, last = source.rfind("\n", 0, start) + 1, source.find("\n", end)
-        before, after = source[first:last], source[first:start] + text + source[end:last]
-        line = source.count("\n", 0, start) + 1
-        found[changed] = Mutant(path, line, start, end, text, " ".join(before.split()), " ".join(after.split()))
+        found[changed] = Mutant(path, source.count("\n", 0, start) + 1, start, end, text, before, after)
     return list(found.values())
 
 
@@ -230,6 +236,6 @@ def _symbol(op: ast.AST) -> str:
     return ast.unparse(ast.Compare(ast.Name("a"), [op], [ast.Name("b")]))[2:-2]
 
 
-def mutants_of(source: str, path: str, known: set[tuple[str, str, str]]) -> Iterator[Mutant]:
+def mutants_of(source: str, path: str, known: set[tuple[str, str, str]]) -> list[Mutant]:
     """All mutants but those known to be equivalent, as (path, before, after)."""
-    return (m for m in mutants(path, source) if (m.path, m.before, m.after) not in known)
+    return mutants(path, source, lambda before, after: (path, before, after) not in known)

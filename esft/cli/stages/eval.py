@@ -28,7 +28,7 @@ def add(stages: Stages) -> None:
     what.add_argument("--metrics", default="loss,exact_match", help=f"with commas: of {', '.join(SCORES)}")
     what.add_argument("--loss-only", dest="metrics", action="store_const", const="loss", help="generate no answers")
     sub.add_argument("--out", help="also write the figures and every answer as JSON")
-    sub.add_argument("--overwrite", action="store_true")
+    sub.add_argument("--overwrite", action="store_true", help="replace what esft eval wrote")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ def add(stages: Stages) -> None:
         "--prompt", action="append", required=True, metavar="[NAME:]TEXT",
         help="may be repeated; where adapters have names, with the name of one or __base__ before it",
     )  # fmt: skip
-    sub.add_argument("--max-new-tokens", type=count, default=128)
+    sub.add_argument("--max-new-tokens", type=count, default=128, help="tokens of an answer (default 128)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ def add(stages: Stages) -> None:
         help="also score their gradients over batches of records, for --by fisher and --by fisher_rows",
     )
     sub.add_argument("--adapter", help="score the base with this adapter, or a run's: to select again after a warm-up")
-    sub.add_argument("--overwrite", action="store_true")
+    sub.add_argument("--overwrite", action="store_true", help="replace a score file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from esft.storage.outputs import check_new_file
 
 def add(stages: Stages) -> None:
     sub = add_stage(stages, "select", "choose the experts to train from their scores")
-    sub.add_argument("--scores", required=True)
+    sub.add_argument("--scores", required=True, help="of the task, what esft score wrote")
     sub.add_argument("--by", choices=RULES, default="token", help="which scores (default token); see docs/selection.md")
     size = sub.add_mutually_exclusive_group()
     size.add_argument("--top-p", type=share, default=0.2, help="share of a layer's scores to reach (default 0.2)")
@@ -32,7 +32,7 @@ def add(stages: Stages) -> None:
     sub.add_argument("--shared-experts", action="store_true", help="train the shared experts as well")
     sub.add_argument("--non-expert-modules", action="store_true", help="train everything that is no expert as well")
     sub.add_argument("--plot", type=picture, metavar="PNG", help="also draw the scores with the chosen experts marked")
-    sub.add_argument("--overwrite", action="store_true")
+    sub.add_argument("--overwrite", action="store_true", help="replace a selection file and a picture")
     add_trust(sub)
 
 

@@ -15,6 +15,7 @@ from esft.evaluation.answers import answer
 from esft.experts.model_state import MixedAdapters, model_state, swapped_state
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
+from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import tiny_model, tiny_tokenizer, token_batch
 
 NAMES = ["b", "__base__", "a", "b"]
@@ -197,6 +198,13 @@ def test_adapters_that_cannot_stand_side_by_side_leave_the_model_as_it_was(folde
             esft.load_adapters(model, adapters)
     with pytest.raises(InputError, match="own experts train"):
         esft.load_adapters(esft.swap(tiny_model(), ExpertSelection({1: [5]})), folders)
+
+
+def test_experts_in_a_module_list_hold_no_adapters_side_by_side(tmp_path):
+    with pytest.warns(UserWarning, match="they are a ModuleList"):
+        esft.save_adapter(esft.swap(listed(tiny_model()), ExpertSelection({1: [0], 2: [3]})), tmp_path / "a")
+    with pytest.raises(InputError, match="a: layer 1 has its experts in a ModuleList, which holds one adapter only$"):
+        load_adapters(listed(tiny_model()), {"a": tmp_path / "a"})
 
 
 def test_a_model_with_adapters_side_by_side_takes_no_others(folders, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 import esft
 from esft.checkpoint import load as loading
-from esft.checkpoint.device import compute_dtype, first_device, on_one_device, placement
+from esft.checkpoint.device import compute_dtype, first_device, in_host_memory, on_one_device, placement
 from esft.checkpoint.load import load_model
 from tests.esft.models import save_tiny
 
@@ -41,6 +41,16 @@ def test_each_of_several_processes_has_a_whole_model_on_its_own_gpu(gpus, monkey
     assert first_device() == torch.device("cuda:3")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert first_device() == torch.device("cuda") and not on_one_device()
+
+
+def test_a_model_stays_in_the_cpus_memory_where_that_is_wanted(gpus):
+    gpus(2)
+    with in_host_memory(True):
+        assert placement() == {} and first_device() == torch.device("cpu") and on_one_device()
+        with in_host_memory(False):
+            assert placement() == {"device_map": "auto"} and first_device() == torch.device("cuda")
+        assert placement() == {}
+    assert placement() == {"device_map": "auto"}
 
 
 @pytest.mark.parametrize(

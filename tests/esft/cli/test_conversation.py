@@ -1,11 +1,15 @@
-"""An answer's text, piece by piece as its tokens come."""
+"""An answer's text, piece by piece as its tokens come; and what lines make of a conversation."""
+
+import io
+import signal
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from esft.cli.conversation import Stream
+from esft.cli.conversation import Stream, converse, streamed, typed
+from esft.errors import InputError, Interrupted
 from tests.esft.models import tiny_tokenizer
 
 
@@ -52,3 +56,78 @@ def test_an_indented_line_keeps_its_spaces_where_a_tokenizer_drops_one_at_the_be
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token="<end>")
     assert tokenizer.decode([2]) == "   b"
     assert pieces(tokenizer, [0, 1, 4, 2, 3]) == ["a", "\n", "    b", " c"]
+
+
+def speak(streamer, text: str) -> list[str]:
+    """What ``generate`` does with a streamer."""
+    streamer.put(torch.zeros(1, 3, dtype=torch.long))
+    for token in tiny_tokenizer()(text)["input_ids"]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    return [text.removesuffix("<|end|>")]
+
+
+def test_an_answer_is_a_line_and_one_without_its_end_is_said_to_be_cut(capsys):
+    assert streamed(lambda streamer, **_: speak(streamer, "no.<|end|>"), tiny_tokenizer()) == "no."
+    assert capsys.readouterr() == ("no.\n", "")
+    assert streamed(lambda streamer, **_: speak(streamer, "no."), tiny_tokenizer()) == "no."
+    cut = "esft: the answer is cut at 3 tokens (--max-new-tokens, or the model's positions)\n"
+    assert capsys.readouterr() == ("no.\n", cut)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_an_answer_and_sigterm_more_than_that(capsys, number: int):
+    def answer(streamer, stopping_criteria):
+        (stops,), ids = stopping_criteria, torch.ones(2, 5, dtype=torch.long)
+        assert stops(ids, None).tolist() == [False, False]
+        signal.raise_signal(number)
+        assert stops(ids, None).tolist() == [True, True]
+        return speak(streamer, "half a")
+
+    if number == signal.SIGINT:
+        assert streamed(answer, tiny_tokenizer()) == "half a"
+    else:
+        with pytest.raises(Interrupted, match="terminated"):
+            streamed(answer, tiny_tokenizer())
+    assert capsys.readouterr() == ("half a\n", "")
+
+
+@pytest.mark.parametrize(("interactive", "prompt"), [(True, "> "), (False, "")])
+def test_lines_are_asked_for_in_a_terminal_until_they_end(monkeypatch, capsys, interactive: bool, prompt: str):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n\nb"))
+    assert list(typed(interactive)) == ["a", "", "b"]
+    assert capsys.readouterr().out == prompt * 4
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(InputError, match="^standard input: is not utf-8$"):
+        list(typed(interactive))
+
+
+def test_lines_go_on_with_a_conversation_and_commands_begin_it_anew():
+    got, refused = [], []
+    lines = (
+        "a",
+        " ",
+        " b ",
+        "/reset",
+        "c",
+        "/system  be brief ",
+        "d",
+        "/reset",
+        "e",
+        "/stop it",
+        "/system",
+        " /f",
+        "/quit",
+    )
+
+    def reply(messages) -> str:
+        got.append([(message["role"], message["content"]) for message in messages])
+        return f"no. {len(got)}"
+
+    converse([*lines, "g"], reply, refused.append)
+    brief = ("system", "be brief")
+    assert got == [
+        [("user", "a")], [("user", "a"), ("assistant", "no. 1"), ("user", "b")], [("user", "c")],
+        [brief, ("user", "d")], [brief, ("user", "e")], [("user", "/f")],
+    ]  # fmt: skip
+    assert [str(error).partition(" (")[0] for error in refused] == ["/stop: no command"]

@@ -1,9 +1,15 @@
 """What the options of a command name is loaded as they say, and checked before a model is."""
 
+import re
+from argparse import Namespace
+from pathlib import Path
+
 import pytest
 
+import esft
+from esft.cli.inputs import adapter_of, encoder_for, named
 from esft.cli.parser import main
-from tests.esft.cli.conftest import stage
+from tests.esft.cli.conftest import adapter, stage
 
 
 def test_a_model_is_trusted_only_where_that_is_said(work, calls):
@@ -26,3 +32,40 @@ def test_data_that_is_not_there_is_told_before_a_model_is_loaded(work, calls, ca
     assert main(f"{stage_of} --model m --data absent.jsonl".split()) == 2
     assert capsys.readouterr().err == "esft: absent.jsonl: No such file or directory\n"
     assert not calls.of
+
+
+def test_data_is_named_where_there_are_several_and_may_be_where_there_is_one(work):
+    (work / "x=y").touch()
+    for texts, expected in (
+        ([], {}),
+        (["d.jsonl"], {"": "d.jsonl"}),
+        (["a=d.jsonl"], {"a": "d.jsonl"}),
+        (["a=d.jsonl", "b=d=e"], {"a": "d.jsonl", "b": "d=e"}),
+        (["x=y"], {"": "x=y"}),  # a file that is there
+        (["/a=b"], {"": "/a=b"}),
+    ):
+        assert named(texts, "--data") == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a=d", "e"], "--data e: of several, each needs a name: --data NAME=e"),
+        (["a=d", "a=e"], "--data a=e: two have the name a"),
+    ],
+)
+def test_several_without_names_of_their_own_are_refused(texts: list[str], message: str):
+    with pytest.raises(esft.InputError, match=f"^{re.escape(message)}$"):
+        named(texts, "--data")
+
+
+@pytest.mark.parametrize(("asked", "length"), [(9, 9), (None, 256)])
+def test_records_are_cut_where_that_is_said_or_at_the_models_positions(calls, asked: int | None, length: int):
+    found = encoder_for(Namespace(model="m", trust_remote_code=False, max_length=asked))
+    assert (found.max_length, found.vocabulary, found.tokenizer.pad_token_id) == (length, 300, 258)
+
+
+def test_an_adapters_folder_is_found_where_one_is_named(work):
+    adapter(work)
+    assert adapter_of(Namespace(adapter="a")) == Path("a")
+    assert adapter_of(Namespace(adapter=None)) is None

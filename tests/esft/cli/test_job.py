@@ -72,6 +72,16 @@ def test_a_stage_that_is_not_shared_is_the_first_ones_who_waits_for_nobody(monke
         assert takes_part == (rank == 0)
 
 
+def told() -> list:
+    args = argparse.Namespace(stage="eval", quiet=False)
+    with of_several(args) as takes_part:
+        return [takes_part, args.quiet, os.environ["TORCH_CPP_LOG_LEVEL"]]
+
+
+def test_all_take_part_in_a_stage_that_is_shared_and_all_but_the_first_are_quiet(tmp_path):
+    assert [e.value for e in job(tmp_path, 2, told)] == [[True, False, "ERROR"], [True, True, "ERROR"]]
+
+
 def test_the_first_rank_that_fails_says_so_in_one_line_with_its_name(work):
     ended = job(work, 2, partial(main, "score --model none --data d.jsonl --out s.json".split()))
     assert [e.value if e.status == 0 else e.status for e in ended] == [2, 2]

@@ -163,8 +163,8 @@ def test_examples_in_arrays_give_the_same_batches():
 
 def test_a_batch_says_which_of_its_tokens_are_mixed_in():
     task, mixed = Example([1, 2], [1, 2]), Example([3, 4, 5], [3, 4, 5], mixed=(0,))
-    batch = collate([joined([task, mixed, task]), mixed], pad=0)
+    batch = collate([joined([task, mixed, task]), mixed, task], pad=0)
     assert batch["mixed"].dtype == torch.bool
-    assert batch["mixed"].int().tolist() == [[0, 0, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert batch["mixed"].int().tolist() == [[0, 0, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0], [0] * 8]
     assert collate([mixed], pad=0, left=True)["mixed"].int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
     assert "mixed" not in collate([task], pad=0)

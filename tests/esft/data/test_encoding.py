@@ -163,8 +163,8 @@ def test_a_tokenizer_that_does_not_tell_its_characters_finds_the_same_borders(mo
     assert Encoder(slow, 99).encode(Record(messages)) == expected
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 1000])
-def test_a_longer_record_is_cut(length: int):
+@pytest.mark.parametrize("length", [1, 7, 8, 1000, None])
+def test_a_longer_record_is_cut_and_without_a_length_none_is(length: int | None):
     whole, cut = (tiny_encoder(n).encode(record("ab", "cdef")) for n in (1000, length))
     assert cut == Example(whole.ids[:length], whole.labels[:length])
     assert IGNORE == -100  # what PyTorch's cross entropy passes over

@@ -40,6 +40,7 @@ def test_documents_end_to_end_keep_their_labels_but_for_their_first_ones():
     assert row == Example([5, 6, 7, 8, 1, 2], [IGNORE, 6, 7, IGNORE, IGNORE, 2], (0, 3, 4))
     assert row.targets == 3 == sum(document.targets for document in (SOME[0], SOME[1], Example([1, 2], [1, 2])))
     assert joined([SOME[1]]) == SOME[1]
+    assert joined([SOME[2], row]).starts == (0, 2, 5, 6)
 
 
 def test_a_part_has_the_tokens_and_labels_from_one_place_to_another():

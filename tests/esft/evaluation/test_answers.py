@@ -5,6 +5,7 @@ from transformers import GenerationConfig
 import esft
 from esft.checkpoint.source import Reach
 from esft.data.records import Record
+from esft.evaluation import answers as module
 from esft.evaluation.answers import answer, encode_prompts, split_prompt
 from tests.esft.models import adds_a_start, chat, conversation, record_generate, tiny_model, tiny_tokenizer
 
@@ -130,6 +131,14 @@ def test_a_text_is_gone_on_with_as_it_is():
     answer(model, tiny_tokenizer(), [prompt])
     (row,), (mask,) = calls[0]["input_ids"], calls[0]["attention_mask"]
     assert row[mask.bool()].tolist() == tiny_tokenizer()("ab")["input_ids"]
+
+
+def test_every_row_of_logits_needs_a_largest_one():
+    logits = torch.tensor([[0.0, -torch.inf], [1.0, 2.0]])
+    assert module._check_logits(torch.zeros(2, 1), logits) is logits
+    logits[0, 0] = -torch.inf
+    with pytest.raises(esft.InputError, match="^the model's logits are no numbers"):
+        module._check_logits(torch.zeros(2, 1), logits)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])

@@ -50,6 +50,13 @@ def test_of_a_text_the_choices_go_on_with_its_prompt():
     assert choose(tiny_model(), tiny_encoder(), [record])[0] in ("yes", "no")
 
 
+def test_a_bar_is_shown_where_it_is_asked_for(capsys):
+    choose(tiny_model(), tiny_encoder(), [asked("a")])
+    assert not capsys.readouterr().err
+    choose(tiny_model(), tiny_encoder(), [asked("a")], progress=True)
+    assert "choose: 100%" in capsys.readouterr().err
+
+
 def test_a_record_without_choices_or_whose_answer_is_none_of_them_is_named():
     for record, message in (
         (Record(chat("a", "b"), place="line 2"), "line 2: has no choices"),

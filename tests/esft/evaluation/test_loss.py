@@ -7,7 +7,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from esft.data.batches import collate
 from esft.data.encoding import encode_all
 from esft.data.examples import IGNORE, Example
-from esft.evaluation.loss import batch_loss, has_plain_head, mean_loss
+from esft.evaluation.loss import batch_loss, has_plain_head, mean_loss, predictions
 from esft.experts.model_state import model_state
 from tests.esft import zoo
 from tests.esft.models import record, tiny_encoder, tiny_model
@@ -73,6 +73,7 @@ def test_a_batchs_loss_and_gradient_are_those_of_the_masked_logits(plain: bool):
     loss, count = batch_loss(model, batch)
     (grad,) = torch.autograd.grad(loss, model.lm_head.weight)
     assert has_plain_head(model) is plain
+    assert predictions(model, batch).vocabulary == 300
     assert count == number == sum(n + 2 for n in range(1, 8))  # n + 1 letters and the end marker
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
     torch.testing.assert_close(grad, wanted_grad, rtol=1e-4, atol=1e-5)
@@ -98,6 +99,13 @@ def test_a_plain_head_is_not_run_and_no_cache_is_kept():
     model_state(model).found["_has_plain_head"] = False
     batch_loss(model, batch)
     assert caches == [None] * 3
+
+
+def test_a_head_is_tried_out_where_the_model_is():
+    model = tiny_model().to("meta")
+    model.model.register_forward_pre_hook(lambda _, __, given: 1 / given["input_ids"].is_cpu, with_kwargs=True)
+    with pytest.raises(ZeroDivisionError):
+        has_plain_head(model)
 
 
 @pytest.mark.parametrize("plain", [True, False])

@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -98,11 +99,18 @@ def test_of_the_loss_alone_no_answer_is_made_and_of_no_number_neither(monkeypatc
     assert math.isnan(measure(tiny_model(), tiny_tokenizer(), eval_set(), ["loss", "exact_match"]).scores["loss"])
 
 
+def test_a_score_whose_library_is_missing_is_told_before_the_records_are_looked_at(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(esft.InputError, match="^chrf needs the sacrebleu package"):
+        eval_set([Record(text="abc")]).check(tiny_tokenizer(), Reach(30, 300), ["loss", "chrf"])
+
+
 def test_what_cannot_be_measured_is_named_with_its_source_before_it_is_tried():
     reach, tokenizer, text = Reach(30, 300), tiny_tokenizer(), Record(text="abc", place="line 3")
     EvalSet("", "e.jsonl", (), [text]).check(tokenizer, reach, ["loss"])
+    EvalSet("", "e.jsonl", (), [replace(RECORDS[0], choices=["yes", "no"])]).check(tokenizer, reach, ["choices"])
     for records, scores, message in (
-        ([text], ["exact_match"], "line 3: is a text without a prompt, which has no answer to compare"),
+        ([text], ["loss", "exact_match"], "line 3: is a text without a prompt, which has no answer to compare"),
         ([RECORDS[0], record("a" * 30, "b")], ["chrf"], "prompt 2: has 34 tokens, and the model 30 positions"),
         ([replace(RECORDS[0], place="line 1")], ["choices"], "line 1: has no choices .*"),
         (

@@ -1,14 +1,20 @@
 """Joining a job, and leaving it."""
 
+import logging
 import os
 import time
+import warnings
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from esft.errors import InputError, Interrupted
+from esft.errors import InputError, Interrupted, RankError
 from esft.parallel import join
 from esft.parallel.join import current, joined
+from esft.parallel.watch import PATIENCE
 from tests.esft.parallel.jobs import job
 
 
@@ -67,6 +73,62 @@ def test_a_process_of_its_own_joins_nothing(monkeypatch):
         assert ranks is current() and ranks.size == 1
         with pytest.raises(InputError, match="as it is"), joined():
             raise InputError("as it is")
+
+
+def said() -> list:
+    """How many warnings this rank shows of one, and whether it logs any."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with joined():
+            warnings.warn("once", stacklevel=1)
+            logs = logging.getLogger("esft").isEnabledFor(logging.WARNING)
+    return [len(shown), logs]
+
+
+def test_what_every_rank_would_say_the_first_one_says(tmp_path):
+    assert [e.value for e in job(tmp_path, 2, said)] == [[1, True], [0, False]]
+
+
+def test_on_gpus_ranks_talk_through_both_memories_and_wait_longer_than_they_are_watched(monkeypatch):
+    taken = []
+
+    def begin(backend: str, timeout: timedelta, **_) -> None:
+        taken.append((backend, timeout > timedelta(seconds=PATIENCE)))
+        raise RuntimeError("enough seen")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(join, "_store", torch.distributed.HashStore)
+    monkeypatch.setattr(join, "Watch", lambda *_: SimpleNamespace(stopped=False, failed=lambda: True))
+    monkeypatch.setattr(join, "_take_gpu", lambda: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    for gpu, backend in ((True, "cpu:gloo,cuda:nccl"), (False, "gloo")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(RuntimeError, match="^enough seen$"), joined():
+            pass
+        assert taken.pop() == (backend, True)
+
+
+def test_a_job_that_does_not_come_together_is_an_error(monkeypatch):
+    waited = []
+
+    def meet(url: str, timeout: timedelta):
+        waited.append(timeout.total_seconds())
+        raise ValueError("no address")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(join, "rendezvous", meet)
+    with pytest.raises(RankError, match=r"^rank 1: cannot join the job \(no address\)$"):
+        join._store()
+    assert waited == [PATIENCE]
+
+
+def test_a_package_that_is_not_installed_has_no_version_to_tell(monkeypatch):
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(join, "version", version)
+    found = join._versions()
+    assert (found["version of esft"], found["version of torch"]) == ("unknown", torch.__version__)
 
 
 def test_every_process_gets_a_gpu_of_its_own_or_is_refused(monkeypatch):

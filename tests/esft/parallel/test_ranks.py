@@ -1,13 +1,15 @@
 """What ranks tell one another, in jobs of real processes."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from esft.errors import RankError
-from esft.parallel import gradients
 from esft.parallel.join import current, joined
-from esft.parallel.ranks import Ranks
+from esft.parallel.ranks import Group, Ranks
 from tests.esft.parallel.jobs import job
 
 
@@ -44,31 +46,26 @@ def exchanges() -> dict:
         spread = ranks.spread(mine if ranks.main else None)
         found["spread"] = {name: [str(t.dtype), t.tolist()] for name, t in spread.items()}
         found["share"] = ranks.share(["aaaa", "b", "cc", "d"], len)
-        found["sums"] = summed(r)
+        p = nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([1.0, r])
+        ranks.add_up([p])
+        found["gradient"] = p.grad.tolist()
         try:
             ranks.check_alike({"seed": 3, "data": "one" if r < 2 else "two"})
         except RankError as error:
             found["unlike"] = str(error)
-        order = []
         with ranks.main_first():
-            order.append(ranks.rank)
+            entered = time.monotonic()
+            time.sleep(0.1 * ranks.main)
+            left = time.monotonic()
+        found["turns"] = ranks.gathered([entered, left])
+        time.sleep(0.1 * r)
+        came = time.monotonic()
+        ranks.meet()
+        found["meeting"] = ranks.gathered([came, time.monotonic()])
         ranks.wait()
     assert current().size == 1
     return found
-
-
-def summed(rank: int) -> list:
-    """Gradients that are there on some ranks only, in buckets of at most 16 bytes."""
-    gradients.BUCKET = 16
-    like = {"a": torch.zeros(2), "b": torch.zeros(2), "none": torch.zeros(1), "half": torch.zeros(1).bfloat16()}
-    like |= {"large": torch.zeros(5, 3), "turned": torch.zeros(3, 2)}
-    parameters = {name: nn.Parameter(t) for name, t in like.items()}
-    for name, p in parameters.items():
-        if name != "none" and not (name == "b" and rank != 1):
-            p.grad = torch.full_like(p, rank + 1.0)
-    parameters["turned"].grad = torch.arange(6.0).view(2, 3).T
-    gradients.add_up(list(parameters.values()))
-    return [None if p.grad is None else p.grad.tolist() for p in parameters.values()]
 
 
 def test_every_rank_gets_the_same_of_every_exchange(tmp_path):
@@ -89,4 +86,15 @@ def test_every_rank_gets_the_same_of_every_exchange(tmp_path):
         "none": ["torch.float32", []],
     }
     assert same["unlike"] == "rank 2 has other data than rank 0: two, not one"
-    assert same["sums"] == [[6, 6], [2, 2], None, [6], [[6, 6, 6]] * 5, [[0, 9], [3, 12], [6, 15]]]
+    assert same["gradient"] == [3, 3]
+    (_, first_left), *others = same["turns"]
+    assert all(first_left <= entered for entered, _ in others)
+    came, left = zip(*same["meeting"], strict=True)
+    assert max(came) <= min(left)
+
+
+def test_progress_is_told_to_who_watches():
+    told = []
+    watch = SimpleNamespace(rank=1, size=2, progress=lambda: told.append("progress"))
+    Group(None, watch).progress()
+    assert told == ["progress"]

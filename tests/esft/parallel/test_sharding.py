@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 from benchmarks.traffic import Traffic
 from esft.errors import InputError
 from esft.parallel.join import joined
-from esft.parallel.ranks import ALONE
+from esft.parallel.ranks import ALONE, Ranks
 from esft.parallel.sharding import shard_frozen
 from esft.runs.config import TrainConfig
 from esft.swapping.load import load
+from tests.esft.models import tiny_model
 from tests.esft.parallel.jobs import job
 from tests.esft.small_runs import SELECTION, base_and_data, column, run, settings
 
@@ -75,13 +76,22 @@ def test_a_rank_keeps_its_part_and_gathers_the_rest_in_both_directions(base, tmp
         assert calls == 5 and kept < gathered <= 2.2 * kept
 
 
+class Two(Ranks):
+    size = 2
+
+
+def test_what_is_not_cut_up_goes_to_the_device_too(monkeypatch):
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: None)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda *_, **__: None)
+    model = tiny_model()
+    shard_frozen(model, Two(), torch.device("meta"))  # in the place of a GPU
+    assert all(p.is_meta for p in model.parameters())
+
+
 def test_one_process_keeps_all_and_a_model_without_layers_is_refused():
     linear = torch.nn.Linear(2, 2)
     shard_frozen(linear, ALONE, torch.device("cpu"))
     assert not ALONE.lockstep and not any(isinstance(p, DTensor) for p in linear.parameters())
-
-    class Two(type(ALONE)):
-        size = 2
 
     with pytest.raises(InputError, match="layers are not told"):
         shard_frozen(linear, Two(), torch.device("cpu"))

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import socket
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from esft.errors import InputError
+from esft.errors import InputError, RankError
 from esft.parallel import watch
 from esft.parallel.join import joined
+from esft.parallel.watch import Watch
 from tests.esft.parallel.jobs import job
 
 
@@ -61,3 +65,71 @@ def test_a_rank_that_fails_ends_the_others_in_one_line(tmp_path, one: str, line:
         wanted = [line.format(pid=found["pid"], host=os.uname().nodename, waiting=waiting) + "\n" for waiting in (0, 2)]
         assert said in wanted
         assert [ended[0].status, ended[2].status] == [watch.STATUS] * 2
+
+
+class Kept(dict):
+    """A job's store in this process."""
+
+    def clone(self):
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """What the main thread would have slept."""
+    seconds = []
+    clock = SimpleNamespace(sleep=seconds.append, monotonic=time.monotonic)
+    monkeypatch.setattr(watch, "time", clock)
+    monkeypatch.setattr(watch, "PULSE", 0.01)
+    return seconds
+
+
+def test_an_operation_that_fails_waits_for_who_says_why_unless_nobody_watches_any_more(slept):
+    own = Watch(Kept(), 1, 2)
+    for watched in (True, False):
+        failed = pytest.raises(RankError, match="^no connection to the other ranks at a sum: reset by peer$")
+        with failed, own.waiting("a sum"):
+            raise RuntimeError("reset by peer")
+        assert slept.pop() == pytest.approx(watch.DEAD + 0.04 if watched else 0.04) and not slept
+        own.stop()
+    with pytest.raises(torch.OutOfMemoryError), own.waiting("a sum"):
+        raise torch.OutOfMemoryError("full")
+    assert own.stopped and not slept
+
+
+def test_a_store_that_does_not_answer_ends_its_ranks(slept, monkeypatch):
+    class Gone(Kept):
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("broken pipe")
+
+    ended = []
+    monkeypatch.setattr(Watch, "_end", lambda self, line: ended.append(line))
+    own = Watch(Gone(), 1, 2)
+    own._thread.join(10)
+    own.stop()
+    assert ended == ["rank 1: the job's store does not answer: rank 0, or what has started the job, is gone"]
+
+
+@pytest.mark.parametrize(("rank", "seconds"), [(0, [0.03]), (1, [])])
+def test_only_who_has_the_store_stays_a_moment_for_the_others_to_read(slept, monkeypatch, rank: int, seconds: list):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    own = Watch(Kept(), rank, 2)
+    own.stop()
+    own._let_others_read()
+    assert slept == pytest.approx(seconds)
+
+
+def test_where_process_numbers_have_no_namespace_a_place_is_the_host(monkeypatch):
+    def readlink(path: str) -> str:
+        raise OSError(path)
+
+    assert watch._place().startswith(f"{socket.gethostname()} pid:")
+    monkeypatch.setattr(os, "readlink", readlink)
+    assert watch._place() == socket.gethostname()

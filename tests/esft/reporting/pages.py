@@ -20,7 +20,7 @@ SELECTION = ExpertSelection({1: [2, 0], 3: [1]}, shared_experts=True)
 # Of four experts a layer; SELECTION is what the rule gives for a top_p above 0.5 and up to 0.7.
 SCORES = ExpertScores(
     {1: {0: 0.3, 1: 0.2, 2: 0.5, 3: 0.0}, 3: {0: 0.1, 1: 0.7, 2: 0.1, 3: 0.1}},
-    {1: {0: 0.1, 1: 0.2, 2: 0.05, 3: 0.0}, 3: {0: 0.1, 1: 0.2, 2: 0.1, 3: 0.1}},
+    {1: {0: 0.1, 1: 0.23456, 2: 0.05, 3: 0.0}, 3: {0: 0.1, 1: 0.2, 2: 0.1, 3: 0.1}},
 )
 AFTER = ExpertScores({1: {0: 0.3, 1: 0.1, 2: 0.4, 3: 0.2}, 3: {0: 0.0, 1: 0.8, 2: 0.1, 3: 0.1}}, {})
 _INLINE = {"code", "strong", "i"}

@@ -51,6 +51,11 @@ def test_a_score_that_is_no_loss_is_best_where_it_is_highest(tmp_path):
     assert rows(*made)["best eval exact match"] == ["0.6 (step 5)", "0.9 (step 4)"]
 
 
+def test_a_setting_that_is_not_given_is_none(tmp_path):
+    found = rows(make_run(tmp_path / "a"), make_run(tmp_path / "b", micro_batch_size=2))
+    assert found["micro_batch_size"] == ["none", "2"]
+
+
 def test_base_and_data_are_told_where_they_differ(tmp_path):
     made = [make_run(tmp_path / name) for name in "ab"]
     origin = json.loads((made[1] / "origin.json").read_text())

@@ -54,7 +54,8 @@ def test_lines_are_noisy_of_which_a_long_one_goes_up_and_down_and_not_those_that
 
     rate = line([i / 30 for i in range(30)] + [1 - i / 30 for i in range(30)])  # of a warm-up and a decay
     noisy = line([0.0, 1.0] * 30)
-    assert not are_noisy([rate]) and not are_noisy([]) and not are_noisy([line([2.0] * 100)])
+    steep = line([10 * value for value in rate.values])
+    assert not are_noisy([rate]) and not are_noisy([steep]) and not are_noisy([]) and not are_noisy([line([2.0] * 100)])
     assert are_noisy([noisy]) and are_noisy([rate, noisy])
     short, long = (line(noisy.values[:count]) for count in (2 * AROUND, 2 * AROUND + 1))
     assert not is_long(short) and is_long(long)

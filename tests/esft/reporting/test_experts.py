@@ -17,6 +17,7 @@ def test_a_heatmap_has_every_expert_of_a_layer_by_falling_score():
     ]  # fmt: skip
     assert [c.level for c in rows[3]] == [15, 2, 2, 2] and [c.level for c in rows[1]] == [11, 6, 4, 0]
     assert [c.expert for c in rows[3]] == [1, 0, 2, 3]  # of equal scores the lower number first
+    assert [c.expert for c in heatmap({1: {2: 0.5, 0: 0.5, 1: 0.25}}, None)[1]] == [0, 2, 1]
     assert not any(cell.chosen for row in heatmap(SCORES.token_scores, None).values() for cell in row)
 
 
@@ -90,6 +91,7 @@ def test_overlap_counts_what_both_have_and_what_chance_would_give():
         LayerOverlap(1, 2, 0, 0, 0.0), LayerOverlap(3, 1, 3, 1, 0.75), LayerOverlap(5, 0, 1, 0, None),
     ]  # fmt: skip
     assert [layer.chance for layer in overlap(SELECTION, other)] == [None] * 3
+    assert [each.layer for each in overlap(ExpertSelection({10: [1]}), ExpertSelection({3: [1]}))] == [3, 10]
 
 
 def test_scores_of_another_model_are_refused():

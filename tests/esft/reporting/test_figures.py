@@ -9,7 +9,7 @@ from esft.reporting.figures import figure, share, size
         (1234567, "1,234,567"), (-5, "-5"), (10**15, "1.000e+15"), (0.0, "0"), (0.15389585, "0.1539"), (1.0, "1"),
         (999.96, "1000"), (2156.4, "2,156"), (1.234e6, "1.23e+06"), (5e-4, "0.0005"), (1.23456e-5, "1.23e-05"),
         (True, "True"), ("a text", "a text"), (None, "None"), ([1, 2], "[1, 2]"), (-0.25, "-0.25"),
-        (float("inf"), "inf"),
+        (float("inf"), "inf"), (1000.0, "1,000"),
     ],
 )  # fmt: skip
 def test_a_figure_has_the_digits_that_say_something(value, text: str):

@@ -25,9 +25,9 @@ def test_a_record_has_what_the_folder_has(tmp_path):
 def test_a_run_that_goes_on_is_read_as_far_as_it_is_written(tmp_path):
     run = make_run(tmp_path / "run", method="lora", ended=False)
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')
+        file.write('{"step": 5, "loss": 1.5, "lr": 0.1, "tokens_per_second": 9.0}\n{"step": 6, "lo')
     record = RunRecord.read(run)
-    assert (record.steps, record.summary, record.figures, record.selection) == (4, None, {}, None)
+    assert (record.steps, record.summary, record.figures, record.selection) == (5, None, {}, None)
     assert record.chosen_by == {} and record.settings["lr"] == 1e-4  # the paper's
     (run / "metrics.jsonl").unlink()
     assert RunRecord.read(run).steps == 0 and RunRecord.read(run).lines == {}

@@ -82,6 +82,7 @@ def test_what_was_chosen_and_why(tmp_path, files):
     first = token.all("td")[0].attributes
     assert first == {"class": "heat11 chosen", "data-rank": "1", "title": "layer 1, expert 2: 0.5, trains"}
     assert gate.rows[0] == ["layer 1", "1", "0", "2", "3"]
+    assert "0.2346" in found.text  # the largest gate score, as figures are written
 
 
 def test_a_choice_that_no_rule_gives_is_said_to_be_none(tmp_path, files):

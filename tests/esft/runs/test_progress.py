@@ -19,7 +19,8 @@ def test_the_bar_counts_the_steps_that_are_done_and_tells_loss_speed_memory_and_
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.strip()]
     assert bool(lines) == shown
     if shown:
-        assert "2/4" in lines[0] and "4/4" in lines[-1]
+        assert "2/4" in lines[0] and "4/4" in lines[-1] and "step" in lines[-1]
+        assert not any("2/4" in line and "loss" in line for line in lines)  # which is of the next step
         assert "loss=1.250, tok/s=1,234, mem=1.5GiB, supervised=26%" in lines[-1]
 
 
@@ -46,6 +47,7 @@ def test_after_the_first_steps_the_time_that_is_left_is_told_once(caplog, monkey
     clock = itertools.chain([1000.0], itertools.count(1010.0, 10.0))
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with caplog.at_level(logging.INFO, "esft"), Bar("esft", steps + 3, 3, False) as bar:
-        for _ in range(min(steps, 20)):
+        for number in range(min(steps, 20)):
+            assert bool(caplog.records) == (bool(told) and number >= 2 + 5)
             bar.step(1.0, 1.0, 0.5)
     assert [record.getMessage() for record in caplog.records] == told

@@ -18,7 +18,9 @@ CONFIG = TrainConfig(steps=7, lr=3e-3, clip=float("inf"))
 SELECTION = ExpertSelection({10: [3, 1], 2: [0]}, shared_experts=True)
 ORIGIN = {"model": "m", "data": "d", "digests": {"model": "1", "data": "2"}}
 BEST = Best(1, 0.25, 2, 1)
-TENSORS = {"a": torch.tensor([1.0, float("-0.0")]), "b": torch.tensor([[3]], dtype=torch.uint8)}
+TENSORS = {"a": torch.tensor([1.0, float("-0.0")]), "b": torch.tensor([[3]], dtype=torch.uint8), "c": torch.tensor(2.5)}
+BEGUN = {"model": "m", "data": "d"}
+OF_FIRST = "begun_with check_origin checkpoints begin log holds metrics last_step stored_bytes write_summary".split()
 
 
 def begin(out, ranks=ALONE) -> None:
@@ -31,7 +33,10 @@ def begin(out, ranks=ALONE) -> None:
 
 def go_on(out) -> list:
     with joined() as ranks, shared_run(ranks, out, resume=True, overwrite=False) as run:
+        for name in () if ranks.main else OF_FIRST:
+            setattr(run.folder, name, lambda *_: 1 / 0)
         config, selection = run.begun_with(None, None)
+        run.check_origin(ORIGIN["digests"], {}, BEGUN)
         taken = []
         state = run.restore(taken.append)
         assert state is not None and [taken[0].step, taken[0].losses] == [state.step, state.losses] == [1, [2.0]]
@@ -44,6 +49,7 @@ def go_on(out) -> list:
             log(2, loss=1.0, lr=0.1, tokens_per_second=3.0)
         run.save(State(2, [2.0, 1.0], TENSORS))
         stored = run.leave(lambda folder: (folder.path / "adapter").mkdir())
+        assert (out / "adapter").is_dir()
         same = [config == CONFIG, selection == SELECTION, list((selection or SELECTION).experts) == [10, 2]]
         return [*same, stored, sorted(os.listdir(out / "checkpoints"))]
 
@@ -59,6 +65,11 @@ def test_every_rank_is_told_what_the_first_one_reads_and_only_that_one_writes(tm
 def test_one_process_writes_and_reads_the_run_itself(tmp_path):
     begin(tmp_path / "run")
     assert go_on(tmp_path / "run")[:3] == [True] * 3
+    with (
+        pytest.raises(InputError, match="^cannot resume with data d: the run was begun with another$"),
+        shared_run(ALONE, tmp_path / "run", resume=True, overwrite=False) as run,
+    ):
+        run.check_origin(ORIGIN["digests"] | {"data": "3"}, {}, BEGUN)
     with (
         pytest.raises(InputError, match="holds something already"),
         shared_run(ALONE, tmp_path / "run", resume=False, overwrite=False),

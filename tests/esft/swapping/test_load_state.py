@@ -11,8 +11,9 @@ import esft
 from esft.checkpoint.original_format import original_format
 from esft.checkpoint.tensor_names import expert_tensors
 from esft.checkpoint.views import Part
-from esft.experts.moe_layers import stock_weights
+from esft.experts.moe_layers import moe_layers, stock_weights
 from esft.selection import ExpertSelection
+from esft.swapping.load_state import whole_pools
 from esft.swapping.save_pretrained import stock_state
 from tests.esft import test_multimodal as multimodal
 from tests.esft import zoo
@@ -100,6 +101,18 @@ def test_where_both_forms_have_one_shape_the_checkpoints_own_is_read():
     model.load_state_dict({name: value}, strict=False)
     rows = [*range(0, 32, 2), *range(1, 32, 2)]
     assert torch.equal(stock_state(model, model.state_dict())[name], value[:, rows])
+
+
+def test_experts_in_few_bits_or_elsewhere_read_no_checkpoint():
+    model = esft.swap(tiny_model(), ExpertSelection({1: [0]}), frozen="int8")
+    with pytest.raises(esft.InputError, match="the frozen experts are in int8; load it with esft.load$"):
+        model.load_state_dict(tiny_model().state_dict())
+    layer = moe_layers(swapped())[0]
+    trained, frozen = pools = (layer.experts.trained_down_proj, layer.experts.frozen_down_proj)
+    assert whole_pools(layer, pools, "load it first") == list(pools)
+    for held in ((trained, None), (trained[:1], frozen), (trained, frozen[:0])):
+        with pytest.raises(esft.InputError, match=r"experts: a part .* is elsewhere .*; load it first$"):
+            whole_pools(layer, held, "load it first")
 
 
 def test_a_swapped_models_own_state_is_not_mixed_with_a_checkpoints_names():

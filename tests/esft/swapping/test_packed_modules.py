@@ -12,7 +12,16 @@ from esft.experts.moe_layers import moe_layers
 from esft.experts.pooled_experts import BF16
 from esft.selection import ExpertSelection
 from esft.swapping import load as loading
-from esft.swapping.packed_modules import FROZEN_LINEAR, PackedEmbedding, PackedLinear, PackedModule, packable, packed
+from esft.swapping.packed_modules import (
+    FROZEN_LINEAR,
+    LinearFilling,
+    PackedEmbedding,
+    PackedLinear,
+    PackedModule,
+    linear_places,
+    packable,
+    packed,
+)
 from tests.esft import zoo
 from tests.esft.checkpoint.files import rewrite
 from tests.esft.checkpoint.packed import fp8_checkpoint
@@ -183,3 +192,14 @@ def test_token_ids_of_any_shape_are_looked_up():
         found = small(ids)
         assert found.shape == (*ids.shape, 70) and found.dtype == torch.bfloat16
         torch.testing.assert_close(found, table(ids), rtol=0, atol=0.03)
+
+
+def test_weights_go_where_their_modules_are(monkeypatch):
+    """The meta device stands for a GPU."""
+    selection, places = ExpertSelection({1: [0]}), []
+    model = esft.swap(tiny_model(), selection, frozen_linear="nf4").to("meta")
+    monkeypatch.setattr(PackedModule, "write", lambda self, weight: places.append(weight.device.type))
+    stored = linear_places(tiny_model(), selection)
+    tensors = [(name, torch.zeros(tensor.shape)) for name, tensor in stored.items()]
+    assert list(LinearFilling(model, stored, "m").through(tensors)) == tensors
+    assert len(places) == len(stored) and set(places) == {"meta"}

@@ -8,6 +8,7 @@ from esft.data.batches import collate
 from esft.data.examples import IGNORE, Example, joined
 from esft.evaluation.loss import batch_loss, has_plain_head
 from esft.experts.moe_layers import moe_layers
+from esft.parallel.ranks import ALONE, Ranks
 from esft.scoring.routers import Choice
 from esft.selection import ExpertSelection
 from esft.training.auxiliary_losses import Base, balance_loss, balance_losses, held_loss
@@ -89,6 +90,36 @@ def test_every_layer_gives_its_own_loss_of_the_tokens_that_are_no_padding(family
             mean = sum(float(g[expert] / g.sum()) for g in gates) / len(keep)
             expected += 8 * chosen * mean
         assert float(ours) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_parts_of_several_ranks_add_up_to_the_loss_of_the_whole():
+    model, whole, counted = tiny_model(), token_batch(4), []
+
+    class First(Ranks):
+        size = 2
+
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            counted.append(values)
+            return values
+
+    class Second(Ranks):
+        size = 2
+
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return torch.stack(counted).sum(0)
+
+    def losses(batch, ranks: Ranks) -> torch.Tensor:
+        with torch.no_grad(), balance_losses(model, batch["attention_mask"], ranks) as found:
+            model(**batch)
+        return torch.stack(found)
+
+    parts = [{name: tensor[rows] for name, tensor in whole.items()} for rows in (slice(0, 1), slice(1, 4))]
+    for part in parts:
+        losses(part, First())
+    with balance_losses(model, None, First()) as none:
+        pass
+    assert none == [] and not counted[-1].any()
+    torch.testing.assert_close(sum(losses(part, Second()) for part in parts), losses(whole, ALONE))
 
 
 def test_its_gradient_reaches_selected_experts_below_and_a_router_only_where_that_trains():
@@ -218,6 +249,13 @@ def test_the_model_is_left_as_it_was_and_the_base_stays_where_it_was():
     move(model)
     again = held.predictions(BATCHES["rows"])
     assert torch.equal(first.hidden_ND, again.hidden_ND) and not again.hidden_ND.requires_grad
+
+
+def test_the_base_draws_nothing():
+    model = esft.swap(tiny_model(attention_dropout=0.5), SOME).train()
+    held = Base(model)
+    first, second = (held.predictions(BATCHES["rows"]).hidden_ND for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_an_error_leaves_the_model_as_it_was(monkeypatch):

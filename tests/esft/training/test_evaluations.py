@@ -80,6 +80,14 @@ def test_patience_ends_after_so_many_evaluations_in_a_row_and_not_before():
     assert not made.exhausted
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_model_of_the_best_step_is_kept_where_that_is_asked_for(kept: bool):
+    made = watched(settings(load_best_model_at_end=kept), [3.0, 4.0])
+    for step in (6, 12):
+        made.after(step, lambda *_, **__: None)
+        assert made.keeps(step) == (kept and step == 6)
+
+
 def test_what_came_before_the_first_step_is_no_model_to_keep():
     made = watched(settings(), [1.0, 3.0])
     made.after(0, lambda *_, **__: None)
@@ -136,6 +144,13 @@ def test_a_loss_on_the_evaluation_data_that_is_not_finite_stops_the_run(base, ou
     message = "^before the first step: loss inf on the evaluation data task: the base's weights hold what is no number"
     with pytest.raises(esft.InputError, match=message):
         run(base, "other", settings(eval_on_start=True), eval_data=named)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_also_beside_a_score_that_is_one(monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda *_: Measured({"loss": math.inf, "chrf": 1.0}))
+    made = Evaluations(None, None, settings(eval_metrics="loss,chrf"), [EvalSet("a", "a", [])], {}, None)
+    with pytest.raises(esft.DivergenceError, match="^step 6: loss inf on the evaluation data a; lower the"):
+        made.after(6, lambda *_, **__: None)
 
 
 def test_a_signal_in_an_evaluation_stops_the_run_too(base, out, fake, monkeypatch):

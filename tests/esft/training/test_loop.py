@@ -4,8 +4,12 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
+import warnings
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +24,11 @@ from esft.data.sources import read_records
 from esft.evaluation import scores
 from esft.memory import peak_rss
 from esft.optimizer.schedule import learning_rate
+from esft.parallel.ranks import Ranks
 from esft.selection import ExpertSelection
 from esft.training import steps as steps_module
-from tests.esft.models import chat, save_tiny, tiny_encoder, write_records
+from tests.esft.models import chat, save_tiny, tiny_encoder, tiny_model, write_records
+from tests.esft.parallel.jobs import job
 from tests.esft.small_runs import SELECTION, breaks, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
@@ -280,3 +286,87 @@ def test_overwriting_takes_an_empty_folder_and_none(base, out, fake, there: bool
 def test_where_a_run_writes_may_be_a_folder_below_others_that_are_not_there(base, fake):
     run(base, "new/below/run", settings(steps=1), eval_data=None)
     assert column(base.parent / "new" / "below" / "run", "step") == [1]
+
+
+def test_a_line_says_what_is_about_to_be_done():
+    about, model = train_module._about, esft.swap(tiny_model(), SELECTION)
+    line = "esft: 3 experts of 2 layers, 5,760 parameters, 1 step of 8 records"
+    assert about(model, settings(steps=1), SELECTION, 0, []) == line
+    line = "esft: 5,760 parameters, 3 more steps of 8 packed rows, loss of evaluation data, b every 6"
+    assert about(model, settings(steps=5, packing=True), None, 2, ["", "b"]) == line
+
+
+def test_a_run_whose_checkpoints_are_gone_begins_anew_and_says_so(base, out, fake):
+    run(base, "run", settings(steps=5, save_every=2), eval_data=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(base, "run", settings(steps=7, save_every=2), resume=True, eval_data=None)
+    shutil.rmtree(out / "checkpoints")
+    with pytest.warns(UserWarning, match="its checkpoints are gone; the run begins at its first step"):
+        run(base, "run", settings(steps=8, save_every=2), resume=True, eval_data=None)
+    assert column(out, "step") == list(range(1, 9))
+
+
+def test_where_patience_ends_a_run_its_outcome_is_that_of_the_best_step_and_it_says_so(base, fake, monkeypatch, caplog):
+    losses = {0: 9.0, 2: 3.0, 4: 4.0, 6: 5.0}
+    monkeypatch.setattr(train_module.Evaluations, "_measured", lambda self, step: {"eval_loss": losses[step]})
+    patient = {"eval_every": 2, "load_best_model_at_end": True, "early_stopping_patience": 2, "eval_on_start": True}
+    with caplog.at_level("INFO", "esft"):
+        result = run(base, "run", settings(steps=8, save_every=3, **patient))
+    assert (result.steps, result.best_step) == (6, 2)
+    assert (result.before, result.after, result.eval_loss) == ({"eval_loss": 9.0}, {"eval_loss": 3.0}, 3.0)
+    said = [record.getMessage() for record in caplog.records]
+    assert "ended after step 6: eval_loss no better in 2 evaluations" in said
+    assert "kept step 2, the best by eval_loss" in said
+    caplog.clear()
+    with caplog.at_level("INFO", "esft"):
+        run(base, "whole", settings(steps=4, save_every=3, **patient))
+    assert not any("ended after" in record.getMessage() for record in caplog.records)
+
+
+class Two(Ranks):
+    """One of two processes that does what a single one does."""
+
+    size = 2
+
+
+def test_frozen_weights_are_cut_up_from_the_cpus_memory_where_there_are_several_processes(base, fake, monkeypatch):
+    wanted, cut = [], []
+    monkeypatch.setattr(train_module, "in_host_memory", lambda there: wanted.append(there) or nullcontext())
+    monkeypatch.setattr(train_module, "shard_frozen", lambda model, ranks, device: cut.append(ranks.size))
+    for shard, ranks in (("none", Two()), ("frozen", Two()), ("frozen", Ranks())):
+        monkeypatch.setattr(train_module, "joined", lambda ranks=ranks: nullcontext(ranks))
+        run(base, f"{shard}-{ranks.size}", settings(steps=1, shard=shard), eval_data=None)
+    assert (wanted, cut) == ([False, True, False], [2, 1])
+
+
+def test_what_is_held_to_the_base_is_not_cut_up(base, fake, monkeypatch):
+    monkeypatch.setattr(train_module, "joined", lambda: nullcontext(Two()))
+    held = settings(steps=1, kl_weight=1.0, shard="frozen")
+    with pytest.raises(esft.InputError, match="^kl_weight does not go together with frozen weights that are sharded"):
+        run(base, "run", held, eval_data=None, mix=f"{base.parent / 'd.jsonl'}:0.5")
+
+
+def unlike(base, what: str) -> None:
+    second = os.environ["RANK"] == "1"
+    config, selection, data = settings(steps=1), SELECTION, base.parent / "d.jsonl"
+    evaluated, folder = data, base
+    if second and what == "setting lr":
+        config = settings(steps=1, lr=1e-3)
+    if second and what == "selection":
+        selection = ExpertSelection({1: [2, 6], 2: [0]})
+    if second and what == "data":
+        write_records(data := base.parent / "other.jsonl", 20)
+    if second and what == "evaluation data":
+        write_records(evaluated := base.parent / "other.jsonl", 20)
+    if second and what == "model":
+        folder = save_tiny(base.parent / "other", seed=1)
+    esft.train(str(folder), data, base.parent / "unlike", config, selection, evaluated, progress=False)
+
+
+@pytest.mark.parametrize("what", ["setting lr", "selection", "data", "evaluation data", "model"])
+def test_ranks_that_differ_are_found_out_before_anything_is_written(base, tmp_path, what: str):
+    ended = job(tmp_path, 2, partial(unlike, base, what))
+    assert sorted(e.status for e in ended) == [1, 2]
+    assert f"esft.errors.RankError: rank 1 has other {what} than rank 0" in "".join(e.said for e in ended)
+    assert not (base.parent / "unlike").exists()

@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import esft
 from esft.errors import Interrupted
 from esft.optimizer.adamw import MasterAdamW
 from esft.parallel.deal import dealt
 from esft.parallel.ranks import Ranks
-from tests.esft.models import save_tiny, write_records
+from tests.esft.models import write_records
 from tests.esft.parallel.jobs import job
 from tests.esft.small_runs import SELECTION, base_and_data, column, metrics, run, settings
 
@@ -170,29 +169,6 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_that_any_number_of_ran
     assert column(base.parent / "stopped-1", "loss") == pytest.approx(
         column(base.parent / "stopped-3", "loss"), rel=1e-4
     )
-
-
-def unlike(base, what: str) -> None:
-    second = os.environ["RANK"] == "1"
-    config, selection, data = settings(steps=1), SELECTION, base.parent / "d.jsonl"
-    if second and what == "setting lr":
-        config = settings(steps=1, lr=1e-3)
-    if second and what == "selection":
-        selection = esft.ExpertSelection({1: [2, 6], 2: [0]})
-    if second and what == "data":
-        write_records(data := base.parent / "other.jsonl", 20)
-    folder = base
-    if second and what == "model":
-        folder = save_tiny(base.parent / "other", seed=1)
-    esft.train(str(folder), data, base.parent / "unlike", config, selection, progress=False)
-
-
-@pytest.mark.parametrize("what", ["setting lr", "selection", "data", "model"])
-def test_ranks_that_differ_are_found_out_before_anything_is_written(base, tmp_path, what: str):
-    ended = job(tmp_path, 2, partial(unlike, base, what))
-    assert sorted(e.status for e in ended) == [1, 2]
-    assert f"esft.errors.RankError: rank 1 has other {what} than rank 0" in "".join(e.said for e in ended)
-    assert not (base.parent / "unlike").exists()
 
 
 def drifts(base) -> None:

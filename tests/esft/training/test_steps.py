@@ -1,6 +1,7 @@
 """What a step computes and what stops it."""
 
 import itertools
+import json
 import math
 from itertools import pairwise
 
@@ -15,12 +16,13 @@ from esft.data.batches import steps as steps_of
 from esft.data.encoding import encode_all
 from esft.data.examples import IGNORE, Example, Examples
 from esft.data.sources import read_records
+from esft.parallel.ranks import Ranks
 from esft.runs.checkpoints import State
 from esft.training import run_data
 from esft.training import steps as module
 from esft.training.auxiliary_losses import balance_losses
 from tests.esft.checkpoint.files import rewrite
-from tests.esft.models import tiny_encoder, tiny_model, tiny_tokenizer, write_records
+from tests.esft.models import chat, tiny_encoder, tiny_model, tiny_tokenizer, write_records
 from tests.esft.small_runs import SELECTION, column, metrics, run, settings
 
 PAD = 258
@@ -85,6 +87,43 @@ def test_what_a_step_draws_depends_on_the_seed_and_the_step_alone(base, fake):
     a, b, c = fake.drawn[:4], fake.drawn[4:6], fake.drawn[6:]
     assert a[:2] == b
     assert len({*a, *c}) == 6
+
+
+def test_ranks_draw_unlike_numbers():
+    drawn = []
+    for rank in (0, 1):
+        ranks = Ranks()
+        ranks.rank = rank
+        module.Steps(tiny_model(), PAD, settings(), ranks=ranks)._seed(3)
+        drawn.append(torch.rand(()).item())
+    module.Steps(tiny_model(), PAD, settings())._seed(3)
+    assert drawn[0] == torch.rand(()).item() != drawn[1]
+
+
+def test_a_rank_without_rows_goes_along_where_a_forward_pass_takes_all():
+    ranks, passes = Ranks(), []
+    ranks.lockstep, ranks.rounds = True, lambda *_: [([], 1)]
+    loop = module.Steps(esft.swap(tiny_model(), SELECTION).train(), PAD, settings(), ranks=ranks)
+    loop.model.model.register_forward_hook(lambda *_: passes.append(1))
+    found = loop.update(1, [Example([1, 2, 3], [1, 2, 3])])
+    assert (found["loss"], found["grad_norm"], passes) == (0.0, 0.0, [1])
+
+
+def test_what_is_mixed_in_is_held_to_the_base():
+    config = settings(kl_weight=0.5, lr=1e-2)
+    loop = module.Steps(esft.swap(tiny_model(), SELECTION).train(), PAD, config)
+    mixed, task = (Example([1, 2, 3, 4], [1, 2, 3, 4], mixed=mixed) for mixed in ((0,), ()))
+    first, second = (loop.update(step, [mixed, task]) for step in (1, 2))
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6) and second["kl"] > 1e-5
+    assert "kl" not in loop.update(3, [task])
+
+
+@pytest.mark.parametrize("setting", ["packing", "padding_free", "eval_packing"])
+def test_where_documents_share_rows_the_model_has_to_keep_them_apart(monkeypatch, setting: str):
+    monkeypatch.setattr(module, "check_separates", lambda model: 1 / 0)
+    module.Steps(tiny_model(), PAD, settings())
+    with pytest.raises(ZeroDivisionError):
+        module.Steps(tiny_model(), PAD, settings(**{setting: True}, max_length=40))
 
 
 def test_a_state_after_the_last_step_has_to_have_its_loss():
@@ -214,11 +253,12 @@ def test_a_step_that_is_no_number_names_its_micro_batch_and_the_records_in_it(ba
     assert max((int(path.name[5:]) for path in (out / "checkpoints").glob("*")), default=0) == step - 1
 
 
-def test_a_long_list_of_records_is_cut(base, monkeypatch):
-    monkeypatch.setattr(module, "NAMED", 3)
+def test_a_list_of_more_than_16_records_is_cut(base, monkeypatch):
     poison(monkeypatch, "s", lambda total: total * math.inf)
-    with pytest.raises(esft.DivergenceError, match=r"Micro batch 1 of 1 held ([^,]+: line \d+, ){2}[^,]+ and \d more$"):
-        run(base, "run", settings(steps=1), eval_data=None)
+    unlike = (json.dumps({"messages": chat(f"say {n}", "b")}) for n in range(20))
+    (base.parent / "d.jsonl").write_text("\n".join(unlike))
+    with pytest.raises(esft.DivergenceError, match=r"Micro batch 1 of 1 held ([^,]+: line \d+, ){15}[^,]+ and 4 more$"):
+        run(base, "run", settings(steps=1, batch_size=20), eval_data=None)
 
 
 def test_a_step_whose_gradient_is_no_number_changes_nothing(monkeypatch):
@@ -232,10 +272,19 @@ def test_a_step_whose_gradient_is_no_number_changes_nothing(monkeypatch):
     assert not steps.losses
 
 
+def test_of_several_ranks_the_one_whose_loss_is_no_number_says_what_it_held(monkeypatch):
+    poison(monkeypatch, "a", lambda total: total * math.nan)
+    ranks = Ranks()
+    ranks.gathered = lambda own: ["The batch", own]
+    steps = module.Steps(esft.swap(tiny_model(), SELECTION), PAD, settings(), ranks=ranks)
+    with pytest.raises(esft.DivergenceError, match=r"; lower the learning rate\. Micro batch 1 of 1$"):
+        steps.update(1, [Example(tiny_tokenizer()("a b")["input_ids"], [1, 2, 3])])
+
+
 def test_a_row_without_anything_to_learn_is_a_step_without_a_loss():
     """A piece of a long prompt, where rows are filled to the last token."""
     steps = module.Steps(esft.swap(tiny_model(), SELECTION).train(), PAD, settings(weight_decay=0.0, batch_size=1))
     before = {name: p.detach().clone() for name, p in steps.model.named_parameters()}
     found = steps.update(1, [Example([1, 2, 3], [IGNORE] * 3)])
-    assert (found["loss"], found["grad_norm"], steps.supervised) == (0.0, 0.0, 0.0)
+    assert (found["loss"], found["grad_norm"], steps.supervised, steps.tokens) == (0.0, 0.0, 0.0, 3)
     assert all(torch.equal(p, before[name]) for name, p in steps.model.named_parameters())

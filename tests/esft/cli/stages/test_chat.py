@@ -11,9 +11,10 @@ import esft
 from esft.checkpoint.load import load_model
 from esft.cli.output import say_part
 from esft.cli.parser import main
+from esft.cli.stages import chat
 from esft.data.records import Record
 from esft.evaluation import answers as module
-from tests.esft.cli.conftest import adapter, stage
+from tests.esft.cli.conftest import MODEL, NO_COUNTS, OF_MODEL, adapter, refused, stage, usage, values
 from tests.esft.models import save_tiny, tiny_tokenizer
 
 USER, ASSISTANT, SYSTEM = ("user", "assistant", "system")
@@ -159,3 +160,14 @@ def test_weights_that_hold_no_numbers_are_an_error(work, typing, capsys):
         module.answer(model, tiny_tokenizer(), [Record([{"role": USER, "content": "a"}])])
     assert main("chat --model base --quiet".split()) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_chat_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, chat) == f"{MODEL} [--adapter ADAPTER] [--max-new-tokens MAX_NEW_TOKENS]"
+    assert values(monkeypatch, "chat --model m") == {**OF_MODEL, "adapter": None, "max_new_tokens": 1024}
+
+
+@pytest.mark.parametrize("value", NO_COUNTS)
+@pytest.mark.parametrize("option", ["--max-length", "--max-new-tokens"])
+def test_a_number_that_is_none_is_refused_with_its_option(capsys, option: str, value: str):
+    assert f"argument {option}: " in refused(capsys, f"chat --model m {option} {value}")

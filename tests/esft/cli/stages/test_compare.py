@@ -3,7 +3,8 @@
 import pytest
 
 from esft.cli.parser import main
-from tests.esft.cli.conftest import stage
+from esft.cli.stages import compare
+from tests.esft.cli.conftest import stage, usage, values
 from tests.esft.reporting.pages import make_run, read_page
 
 
@@ -48,3 +49,8 @@ def test_a_page_of_ours_is_replaced_when_said_so(runs):
     stage("report one --html p.html")
     stage("compare two one --html p.html --overwrite")
     assert read_page(runs / "p.html").one("title").text == "2 runs side by side"
+
+
+def test_compare_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, compare) == "[--html FILE] [--overwrite] RUN [RUN ...]"
+    assert values(monkeypatch, "compare r s") == {"runs": ["r", "s"], "html": None, "overwrite": False}

@@ -6,9 +6,10 @@ import re
 import pytest
 
 from esft.cli.parser import main
+from esft.cli.stages import eval as module
 from esft.data.sources import read_records
 from esft.evaluation.scores import Measured
-from tests.esft.cli.conftest import stage
+from tests.esft.cli.conftest import MODEL, NO_COUNTS, OF_MODEL, refused, stage, usage, values
 from tests.esft.models import write_records
 
 ANSWER = {"prompt": "p", "expected": '{"a": 1}', "given": '{"a": 2}', "correct": False}
@@ -64,9 +65,16 @@ def test_eval_measures_several_sets_in_one_call(work, measured, capsys):
     answers = {name: each | {"answers": [ANSWER]} for name, each in expected.items()}
     assert json.loads((work / "o.json").read_text()) == {"data": answers}
     assert len(measured.of["load_with_adapter"]) == 2  # once a call
-    (work / "o.json").write_text('{"data": {"task": {"records": 1}}}')
+
+
+@pytest.mark.parametrize(
+    "text", ['{"data": {"task": {"records": 1}}}', '{"data": {"task": 3}}', '{"data": 3}', '{"data": {}}', "{}", "[1]"]
+)
+def test_eval_replaces_nothing_but_an_outcome(work, measured, capsys, text: str):
+    (work / "o.json").write_text(text)
     assert main("eval --model m --data d.jsonl --out o.json --overwrite".split()) == 2
     assert "o.json: not an outcome of esft eval" in capsys.readouterr().err
+    assert (work / "o.json").read_text() == text
 
 
 def test_json_is_told_field_by_field(work, measured, capsys):
@@ -101,3 +109,20 @@ def test_a_loss_that_is_no_number_is_an_error_and_no_json(work, calls, capsys):
     printed = capsys.readouterr()
     assert printed.err == "esft: m: loss on d.jsonl is nan: weights hold what is no number, or too much\n"
     assert printed.out == "" and not (work / "o.json").exists()
+
+
+def test_eval_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, module) == (
+        f"{MODEL} [--batch-size RECORDS] [--adapter ADAPTER] --data DATA [--limit LIMIT] "
+        "[--metrics METRICS | --loss-only] [--out OUT] [--overwrite]"
+    )
+    assert values(monkeypatch, "eval --model m --data d") == {
+        **OF_MODEL, "batch_size": 64, "adapter": None, "data": ["d"], "limit": None, "metrics": "loss,exact_match",
+        "out": None, "overwrite": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_COUNTS)
+@pytest.mark.parametrize("option", ["--batch-size", "--max-length", "--limit"])
+def test_a_number_that_is_none_is_refused_with_its_option(capsys, option: str, value: str):
+    assert f"argument {option}: " in refused(capsys, f"eval --model m --data d {option} {value}")

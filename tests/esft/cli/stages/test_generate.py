@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from esft.cli.parser import main
+from esft.cli.stages import generate
 from esft.data.records import Record
 from esft.selection import ExpertSelection
-from tests.esft.cli.conftest import adapter, stage
+from tests.esft.cli.conftest import MODEL, NO_COUNTS, OF_MODEL, adapter, refused, stage, usage, values
 
 
 def test_generate_loads_an_adapter_and_answers_every_prompt(work, calls, capsys):
@@ -70,3 +73,19 @@ def test_what_is_printed_holds_no_control_characters(work, calls, capsys):
     calls.watch("answer", ["a\x1b[2Jb\nc\u202ed"])
     stage("generate --model m --prompt x")
     assert capsys.readouterr().out == "x\n    a\\x1b[2Jb\nc\\u202ed\n"
+
+
+def test_generate_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, generate) == (
+        f"{MODEL} [--batch-size RECORDS] [--adapter [NAME=]FOLDER] --prompt [NAME:]TEXT "
+        "[--max-new-tokens MAX_NEW_TOKENS]"
+    )
+    assert values(monkeypatch, "generate --model m --prompt a --prompt b") == {
+        **OF_MODEL, "batch_size": 64, "adapter": [], "prompt": ["a", "b"], "max_new_tokens": 128,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_COUNTS)
+@pytest.mark.parametrize("option", ["--batch-size", "--max-length", "--max-new-tokens"])
+def test_a_number_that_is_none_is_refused_with_its_option(capsys, option: str, value: str):
+    assert f"argument {option}: " in refused(capsys, f"generate --model m --prompt a {option} {value}")

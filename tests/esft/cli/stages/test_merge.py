@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tests.esft.cli.conftest import adapter, stage
+from esft.cli.stages import merge
+from tests.esft.cli.conftest import adapter, stage, usage, values
 
 
 def test_merge_hands_over_and_prints(work, calls, capsys):
@@ -13,3 +14,10 @@ def test_merge_hands_over_and_prints(work, calls, capsys):
     folder = Path("a")
     assert calls.of["merge"] == [(("m", folder, "o", False, False), {}), (("m", folder, "o", True, False), {})]
     assert capsys.readouterr().out.splitlines() == ["merged checkpoint in there"] * 2
+
+
+def test_merge_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, merge) == "--model MODEL --adapter ADAPTER --out OUT [--overwrite] [--trust-remote-code]"
+    assert values(monkeypatch, "merge --model m --adapter a --out o") == {
+        "model": "m", "adapter": "a", "out": "o", "overwrite": False, "trust_remote_code": False,
+    }  # fmt: skip

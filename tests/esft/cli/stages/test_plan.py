@@ -7,8 +7,11 @@ import torch
 
 import esft
 from esft.cli.parser import main
+from esft.cli.stages import plan
+from esft.planning import plan as planning
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
+from tests.esft.cli.conftest import NO_COUNTS, refused, usage, values
 from tests.esft.models import save_tiny
 
 
@@ -34,6 +37,31 @@ def test_plan_prints_what_fits_what_to_change_and_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["fits"] is True
 
 
+def test_plan_says_what_to_shard_over_several_gpus(tmp_path, capsys):
+    usual = ["plan", "--model", str(save_tiny(tmp_path / "base")), "--tokens", "64", "--gpus", "2"]
+    assert main([*usual, "--memory-gb", "16"]) == 0
+    nothing, frozen, advice = capsys.readouterr().out.splitlines()[-3:]
+    assert nothing.startswith("2 GPUs, sharded nothing: ") and advice.startswith("Shard nothing: ")
+    assert main(usual) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == frozen
+    assert main([*usual, "--json"]) == 0
+    ways = json.loads(capsys.readouterr().out)["gpus"]
+    assert [way["sharded"] for way in ways] == ["nothing", "what is frozen"]
+
+
+@pytest.mark.parametrize(("flag", "trusted"), [([], False), (["--trust-remote-code"], True)])
+def test_plan_runs_a_models_code_only_where_it_is_told(tmp_path, monkeypatch, flag: list[str], trusted: bool):
+    asked, real = [], planning.plan
+
+    def watched(*given, trust_remote_code: bool, **named):
+        asked.append(trust_remote_code)
+        return real(*given, **named)
+
+    monkeypatch.setattr(planning, "plan", watched)
+    assert main(["plan", "--model", str(save_tiny(tmp_path / "base")), "--tokens", "64", *flag]) == 0
+    assert asked == [trusted]
+
+
 def test_plan_names_what_is_wrong(tmp_path, capsys):
     model = save_tiny(tmp_path / "base")
     for more, message in (
@@ -48,3 +76,25 @@ def test_plan_names_what_is_wrong(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["plan", "--model", str(model), *more])
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_plan_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, plan) == (
+        "--model MODEL [--experts EXPERTS | --top-p TOP_P | --experts-per-layer N] [--tokens TOKENS] "
+        "[--frozen {auto,bf16,int8,nf4,nf4_double,fp8,mxfp4,all}] [--memory-gb GB] [--gpus N] [--json] "
+        "[--method {esft,full,lora}] [--batch-size X] [--micro-batch-size X] [--optimizer {adamw,adamw_8bit}] "
+        "[--lora-rank X] [--dtype {auto,bfloat16,float32}] [--frozen-linear {bf16,int8,nf4}] "
+        "[--recompute {none,frozen,layers}] [--trust-remote-code]"
+    )
+    settings = "method optimizer recompute micro_batch_size lora_rank dtype frozen_linear".split()
+    assert values(monkeypatch, "plan --model m") == {
+        **dict.fromkeys(settings), "batch_size": "1", "model": "m", "experts": None, "top_p": 0.2,
+        "experts_per_layer": None, "tokens": 2048, "frozen": "auto", "memory_gb": None, "gpus": None, "json": False,
+        "trust_remote_code": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_COUNTS)
+@pytest.mark.parametrize("option", ["--experts-per-layer", "--tokens", "--gpus", "--memory-gb"])
+def test_a_number_that_is_none_is_refused_with_its_option(capsys, option: str, value: str):
+    assert f"argument {option}: " in refused(capsys, f"plan --model m {option} {value}")

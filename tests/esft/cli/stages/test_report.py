@@ -3,7 +3,8 @@
 import pytest
 
 from esft.cli.parser import main
-from tests.esft.cli.conftest import stage
+from esft.cli.stages import report
+from tests.esft.cli.conftest import stage, usage, values
 from tests.esft.reporting.pages import SCORES, make_run, read_page, write_evaluation
 
 
@@ -67,3 +68,14 @@ def test_a_page_of_ours_is_replaced_when_said_so(files):
     stage("report other --html p.html")
     stage("report run --html p.html --overwrite")
     assert read_page(files / "p.html").one("title").text == "Run run"
+
+
+def test_report_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, report) == (
+        "[--html FILE] [--with RUN] [--scores FILE] [--scores-after FILE] [--eval-before FILE] [--eval-after FILE] "
+        "[--overwrite] run"
+    )
+    assert values(monkeypatch, "report r") == {
+        "run": "r", "html": None, "with": [], "scores": None, "scores_after": None, "eval_before": None,
+        "eval_after": None, "overwrite": False,
+    }  # fmt: skip

@@ -5,7 +5,8 @@ import torch
 
 import esft
 from esft.cli.parser import main
-from tests.esft.cli.conftest import stage
+from esft.cli.stages import score
+from tests.esft.cli.conftest import MODEL, NO_COUNTS, OF_MODEL, refused, stage, usage, values
 from tests.esft.models import save_tiny, tiny_model
 
 
@@ -69,3 +70,20 @@ def test_a_warmed_up_model_is_scored_with_its_adapter(work):
     assert warm.token_scores[1] == base.token_scores[1]  # its router comes before what was tuned
     assert warm.token_scores[2] != base.token_scores[2]
     assert main("score --model base --data d.jsonl --out a/s.json --adapter a".split()) == 2
+
+
+def test_score_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, score) == (
+        f"{MODEL} [--batch-size RECORDS] --data DATA --out OUT [--max-tokens MAX_TOKENS] [--outputs] [--gradients] "
+        "[--adapter ADAPTER] [--overwrite]"
+    )
+    assert values(monkeypatch, "score --model m --data d --out o") == {
+        **OF_MODEL, "data": "d", "out": "o", "batch_size": 1, "max_tokens": 131_072, "overwrite": False,
+        "outputs": False, "gradients": False, "adapter": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_COUNTS)
+@pytest.mark.parametrize("option", ["--max-tokens", "--batch-size", "--max-length"])
+def test_a_number_that_is_none_is_refused_with_its_option(capsys, option: str, value: str):
+    assert f"argument {option}: " in refused(capsys, f"score --model m --data d --out o {option} {value}")

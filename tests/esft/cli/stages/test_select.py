@@ -6,8 +6,9 @@ import pytest
 
 import esft
 from esft.cli.parser import main
+from esft.cli.stages import select
 from esft.selection import ExpertSelection
-from tests.esft.cli.conftest import put, stage
+from tests.esft.cli.conftest import NO_COUNTS, put, refused, stage, usage, values
 
 
 @pytest.fixture
@@ -96,3 +97,23 @@ def test_how_many_is_said_once(scored, capsys):
     with pytest.raises(SystemExit, match="2"):
         main("select --scores s.json --out e.json --budget 2 --top-p 0.3".split())
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_select_is_called_like_this(monkeypatch):
+    assert usage(monkeypatch, select) == (
+        "--scores SCORES [--by {token,gate,output,fisher,fisher_rows}] "
+        "[--top-p TOP_P | --experts-per-layer N | --budget N | --like FILE] [--against SCORES] [--weight L] "
+        "[--layers FROM:] --out OUT [--model MODEL] [--shared-experts] [--non-expert-modules] [--plot PNG] "
+        "[--overwrite] [--trust-remote-code]"
+    )
+    assert values(monkeypatch, "select --scores s --out o") == {
+        "scores": "s", "by": "token", "top_p": 0.2, "out": "o", "model": None, "shared_experts": False,
+        "non_expert_modules": False, "plot": None, "overwrite": False, "experts_per_layer": None,
+        "budget": None, "like": None, "against": None, "weight": None, "layers": 0, "trust_remote_code": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_COUNTS[1:])
+@pytest.mark.parametrize("option", ["--top-p", "--experts-per-layer", "--budget", "--weight", "--layers"])
+def test_a_number_that_is_none_is_refused_with_its_option(capsys, option: str, value: str):
+    assert f"argument {option}: " in refused(capsys, f"select --scores s --out o {option} {value}")

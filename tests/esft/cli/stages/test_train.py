@@ -7,10 +7,11 @@ import pytest
 
 import esft
 from esft.cli.parser import main
+from esft.cli.stages import train
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from esft.storage.files import write_yaml
-from tests.esft.cli.conftest import stage
+from tests.esft.cli.conftest import stage, usage, values
 
 RESULT = SimpleNamespace(
     train_loss=1.23456, trained_parameters=12345, stored_bytes=67890, seconds=5.6, before={}, after={}
@@ -109,3 +110,19 @@ def test_the_settings_of_a_file_are_listed_as_one(tmp_path, capsys):
     for each, line in zip(fields(esft.TrainConfig), text.splitlines(), strict=True):
         assert line.startswith(f"{each.name}: ") and each.metadata["text"] in line and str(each.type) in line
         assert each.metadata["within"] in line and all(choice in line for choice in each.metadata["choices"])
+
+
+def test_train_is_called_like_this(monkeypatch):
+    shown = usage(monkeypatch, train)
+    assert shown.startswith(
+        "--model MODEL --data DATA [--mix DATA:SHARE] [--eval-data EVAL_DATA] [--experts EXPERTS] --out OUT "
+        "[--config CONFIG] [--help-config] [--method {esft,full,lora}] [--lr X] "
+    )
+    assert shown.endswith(" [--resume] [--overwrite] [--trust-remote-code] [--quiet]")
+    assert all(f" [--{each.name.replace('_', '-')} " in shown for each in fields(TrainConfig))
+    assert values(monkeypatch, "train --model m --data d --out o") == {
+        **dict.fromkeys(field.name for field in fields(TrainConfig)),
+        **dict.fromkeys(("eval_data", "experts", "config", "mix")),
+        "model": "m", "data": ["d"], "out": "o", "resume": False, "overwrite": False, "quiet": False,
+        "trust_remote_code": False,
+    }  # fmt: skip
