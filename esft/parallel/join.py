@@ -6,7 +6,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -50,13 +50,14 @@ def joined() -> Iterator[Ranks]:
     watch = Watch(store, rank, size)
     try:
         _take_gpu()
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=PrefixStore("group", store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=PATIENCE + _SLACK),
-        )
+        with watch.waiting("the start"):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                store=PrefixStore("group", store),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=PATIENCE + _SLACK),
+            )
         ranks = Group(store, watch)
         if not ranks.main:
             _hush()
@@ -67,9 +68,9 @@ def joined() -> Iterator[Ranks]:
         except Interrupted as error:
             if not error.resumable:
                 raise
-            _leave(watch)  # as all ranks do
+            _leave(ranks)  # as all ranks do
             raise
-        _leave(watch)
+        _leave(ranks)
     except BaseException as error:
         if not watch.stopped and not watch.failed(_told(error)):
             raise SystemExit(STATUS) from None
@@ -78,10 +79,12 @@ def joined() -> Iterator[Ranks]:
         _joined.clear()
 
 
-def _leave(watch: Watch) -> None:
+def _leave(ranks: Group) -> None:
     """End the job with all ranks; the first one, which may hold the store, after nobody needs it any more."""
-    watch.stop()
-    dist.barrier()
+    ranks.meet()
+    ranks.watch.stop()
+    with suppress(RuntimeError):  # of a rank that dies now nothing is missing
+        dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,7 +1,9 @@
 """Joining a job, and leaving it."""
 
 import os
+import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from esft.errors import InputError, Interrupted
 from esft.parallel import join
 from esft.parallel.join import current, joined
+from esft.parallel.watch import STATUS
 from tests.esft.parallel.jobs import job
 
 
@@ -43,6 +46,27 @@ def test_what_all_ranks_leave_for_is_no_failure_and_what_one_leaves_for_is(tmp_p
     assert (first.status, first.value, first.said) == (0, "stopped", "")
     expected = (0, "stopped", "") if resumable else (2, None, "")
     assert (second.status, second.value, second.said) == expected
+
+
+def dies_leaving(when: str) -> str:
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with joined() as ranks:
+        if not ranks.main and when == "before":
+            ranks.meet = die
+        elif not ranks.main:
+            join.dist.barrier = die
+    return "left"
+
+
+def test_a_rank_that_dies_leaving_is_named_unless_all_have_done_their_part(tmp_path):
+    first, _ = job(tmp_path, 2, partial(dies_leaving, "before"))
+    assert (first.status, first.value) == (STATUS, None)
+    assert first.said.startswith("esft: rank 1: has died (process ") and first.said.count("\n") == 1
+    first, second = job(tmp_path, 2, partial(dies_leaving, "after"))
+    assert (first.status, first.value, first.said) == (0, "left", "")
+    assert second.status == -signal.SIGKILL
 
 
 def again() -> list:
