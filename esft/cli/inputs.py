@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ def named(texts: Sequence[str], option: str) -> dict[str, str]:
             raise InputError(f"{option} {text}: two have the name {name}")
         found[name] = given
     return found
+
+
+def check_alike(sources: Iterable[Any]) -> None:
+    """Raise RankError where another process of this one's job has other records."""
+    from esft.parallel.join import current
+
+    if current().size > 1:
+        current().check_alike({source.name: source.digest() for source in sources})
 
 
 def encoder_for(args: argparse.Namespace) -> Any:
