@@ -16,11 +16,11 @@ from esft.errors import InputError
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,63})=(.+)")
 
 
-def source_of(text: str) -> Any:
-    """The source of records that an option names, which is there."""
+def source_of(text: str, measured: bool = True) -> Any:
+    """The source of records that an option names, which is there; of those to train on it may have a weight."""
     from esft.data.sources import DataSource
 
-    source = DataSource.of(text)
+    source = DataSource.measured(text) if measured else DataSource.of(text)
     source.check()
     return source
 

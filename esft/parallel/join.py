@@ -94,7 +94,7 @@ def _store() -> Store:
     try:
         store, _, _ = next(rendezvous("env://", timeout=patience))
     except (ValueError, RuntimeError) as error:
-        raise RankError(f"rank {own_rank()}: cannot join the job ({first_line(error)})") from error
+        raise RankError(f"cannot join the job ({first_line(error)})") from error
     return PrefixStore(f"esft/{attempt()}/{next(_times)}", store)
 
 

@@ -26,3 +26,10 @@ def test_data_that_is_not_there_is_told_before_a_model_is_loaded(work, calls, ca
     assert main(f"{stage_of} --model m --data absent.jsonl".split()) == 2
     assert capsys.readouterr().err == "esft: absent.jsonl: No such file or directory\n"
     assert not calls.of
+
+
+@pytest.mark.parametrize("stage_of", ["score --out o", "eval"])
+def test_a_weight_of_data_that_is_measured_is_refused(work, calls, capsys, stage_of: str):
+    assert main(f"{stage_of} --model m --data d.jsonl:2".split()) == 2
+    assert capsys.readouterr().err.startswith("esft: d.jsonl:2: of data that is measured every record counts once")
+    assert not calls.of
