@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import platform
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -92,10 +94,28 @@ def _store() -> Store:
     """The job's key-value store, a new part of it: for every attempt of ``torchrun``, and every time that all join."""
     patience = timedelta(seconds=PATIENCE)
     try:
-        store, _, _ = next(rendezvous("env://", timeout=patience))
+        with _ended_by_signals():
+            store, _, _ = next(rendezvous("env://", timeout=patience))
     except (ValueError, RuntimeError) as error:
         raise RankError(f"cannot join the job ({first_line(error)})") from error
     return PrefixStore(f"esft/{attempt()}/{next(_times)}", store)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """For a wait in C++, in which no handler of Python's runs: SIGINT and SIGTERM end the process at once.
+
+    It has begun nothing. Threads but the main one, which cannot say so, leave it as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # None: not set from Python
 
 
 def _take_gpu() -> None:

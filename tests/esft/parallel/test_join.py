@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,27 @@ def test_what_all_ranks_leave_for_is_no_failure_and_what_one_leaves_for_is(tmp_p
     assert (first.status, first.value, first.said) == (0, "stopped", "")
     expected = (0, "stopped", "") if resumable else (2, None, "")
     assert (second.status, second.value, second.said) == expected
+
+
+def waits(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    (folder / os.environ["RANK"]).touch()
+    if os.environ["RANK"] == "0":
+        with joined():
+            pass
+
+
+def test_a_signal_ends_a_rank_that_waits_for_others_to_come(tmp_path):
+    begun = time.monotonic()
+
+    def then(pids: list[int]) -> None:
+        while not (tmp_path / "0").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(pids[0], signal.SIGTERM)
+
+    first, _ = job(tmp_path, 2, partial(waits, tmp_path), then)
+    assert first.status == -signal.SIGTERM and time.monotonic() - begun < 20
 
 
 def dies_leaving(when: str) -> str:
