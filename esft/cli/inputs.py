@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from esft.errors import InputError
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,63})=(.+)")
 
 
-def source_of(text: str) -> Any:
-    """The source of records that an option names, which is there."""
+def source_of(text: str, measured: bool = True) -> Any:
+    """The source of records that an option names, which is there; of those to train on it may have a weight."""
     from esft.data.sources import DataSource
 
-    source = DataSource.of(text)
+    source = DataSource.measured(text) if measured else DataSource.of(text)
     source.check()
     return source
 
@@ -41,6 +41,14 @@ def named(texts: Sequence[str], option: str) -> dict[str, str]:
             raise InputError(f"{option} {text}: two have the name {name}")
         found[name] = given
     return found
+
+
+def check_alike(sources: Iterable[Any]) -> None:
+    """Raise RankError where another process of this one's job has other records."""
+    from esft.parallel.join import current
+
+    if current().size > 1:
+        current().check_alike({source.name: source.digest() for source in sources})
 
 
 def encoder_for(args: argparse.Namespace) -> Any:

@@ -53,6 +53,14 @@ class DataSource:
             raise InputError(f"{text}: a file has no splits")
         return source
 
+    @classmethod
+    def measured(cls, text: str | Path) -> DataSource:
+        """One that is measured on, each record once. Raises InputError as ``of`` does, and for a weight."""
+        source = cls.of(text)
+        if source.weight is not None:
+            raise InputError(f"{text}: of data that is measured every record counts once, and none has a weight")
+        return source
+
     def __str__(self) -> str:
         split = "" if self.split is None else f"@{self.split}"
         return f"{self.path}{split}" + ("" if self.weight is None else f":{self.weight:g}")

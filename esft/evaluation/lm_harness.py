@@ -6,14 +6,25 @@ command: ``python -m esft.evaluation.lm_harness --model esft ...`` takes what ``
 
 from __future__ import annotations
 
+import sys
 from typing import Any
-
-from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
-from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
 from esft.adapters.load_any import load_with_adapter
 from esft.checkpoint.load import load_tokenizer
+from esft.errors import ESFTError
+from esft.text import printable
+
+_STATUS = 2  # of the command, after an error
+
+try:
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    print("esft: needs lm-evaluation-harness: pip install 'esft[harness]'", file=sys.stderr)
+    sys.exit(_STATUS)
 
 
 @register_model("esft")
@@ -46,4 +57,8 @@ class EsftLM(HFLM):
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ESFTError as error:
+        print(f"esft: {printable(str(error))}", file=sys.stderr)
+        sys.exit(_STATUS)

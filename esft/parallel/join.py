@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import platform
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -50,13 +52,14 @@ def joined() -> Iterator[Ranks]:
     watch = Watch(store, rank, size)
     try:
         _take_gpu()
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=PrefixStore("group", store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=PATIENCE + _SLACK),
-        )
+        with watch.waiting("the start"):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                store=PrefixStore("group", store),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=PATIENCE + _SLACK),
+            )
         ranks = Group(store, watch)
         if not ranks.main:
             _hush()
@@ -67,9 +70,9 @@ def joined() -> Iterator[Ranks]:
         except Interrupted as error:
             if not error.resumable:
                 raise
-            _leave(watch)  # as all ranks do
+            _leave(ranks)  # as all ranks do
             raise
-        _leave(watch)
+        _leave(ranks)
     except BaseException:
         if not watch.stopped and not watch.failed():
             raise SystemExit(STATUS) from None
@@ -78,10 +81,12 @@ def joined() -> Iterator[Ranks]:
         _joined.clear()
 
 
-def _leave(watch: Watch) -> None:
+def _leave(ranks: Group) -> None:
     """End the job with all ranks; the first one, which may hold the store, after nobody needs it any more."""
-    watch.stop()
-    dist.barrier()
+    ranks.meet()
+    ranks.watch.stop()
+    with suppress(RuntimeError):  # of a rank that dies now nothing is missing
+        dist.barrier()
     dist.destroy_process_group()
 
 
@@ -89,10 +94,28 @@ def _store() -> Store:
     """The job's key-value store, a new part of it: for every attempt of ``torchrun``, and every time that all join."""
     patience = timedelta(seconds=PATIENCE)
     try:
-        store, _, _ = next(rendezvous("env://", timeout=patience))
+        with _ended_by_signals():
+            store, _, _ = next(rendezvous("env://", timeout=patience))
     except (ValueError, RuntimeError) as error:
-        raise RankError(f"rank {own_rank()}: cannot join the job ({first_line(error)})") from error
+        raise RankError(f"cannot join the job ({first_line(error)})") from error
     return PrefixStore(f"esft/{attempt()}/{next(_times)}", store)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """For a wait in C++, in which no handler of Python's runs: SIGINT and SIGTERM end the process at once.
+
+    It has begun nothing. Threads but the main one, which cannot say so, leave it as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # None: not set from Python
 
 
 def _take_gpu() -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] (documented)
 
-from esft.errors import RankError
+from esft.errors import LONGEST, RankError
 from esft.parallel.deal import dealt
 from esft.parallel.gradients import add_up
 from esft.parallel.watch import Watch
@@ -174,7 +174,8 @@ class Group(Ranks):
         for rank, theirs in enumerate(others, 1):
             for name, value in first.items():
                 if theirs.get(name) != value:
-                    raise RankError(f"rank {rank} has other {name} than rank 0: {theirs.get(name)}, not {value}")
+                    their, ours = (str(each)[:LONGEST] for each in (theirs.get(name), value))
+                    raise RankError(f"rank {rank} has other {name} than rank 0: {their}, not {ours}")
 
     def progress(self) -> None:
         self.watch.progress()

@@ -39,12 +39,15 @@ def sources_of(data: Data) -> list[DataSource]:
 
 
 def held_out_sources(data: str | Path | Mapping[str, str | Path] | None) -> dict[str, DataSource]:
-    """Evaluation data by name, the empty one where there is one without. Raises InputError for a name that is none."""
+    """Evaluation data by name, the empty one where there is one without.
+
+    Raises InputError for a name that is none, and for data with a weight.
+    """
     named = {} if data is None else {"": data} if isinstance(data, str | Path) else data
     for name in named:
         if not (_NAME.fullmatch(name) or (not name and len(named) == 1)):
             raise InputError(f"{shown(name)} is no name of evaluation data: letters, digits, - and _ make one")
-    return {name: DataSource.of(source) for name, source in named.items()}
+    return {name: DataSource.measured(source) for name, source in named.items()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Work that is killed: in child processes, before any of its file operations or at any time, and what is left of it.
 
-``python -m tests.esft.chaos --kills 200`` (``make chaos``) kills trainings, savings and merges, of one process and of
-two at once, at random times. Whatever has come before, work that is not killed has to end with the unbroken bytes.
+``python -m tests.esft.chaos --kills 200`` (``make chaos``) kills trainings, savings and merges at random times: of one
+process, of two that do the same at once, and of two that share a training. Whatever has come before, work that is not
+killed has to end with the unbroken bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,13 @@ import tqdm.auto
 import esft
 from esft.checkpoint.load import load_model
 from esft.errors import ESFTError
+from tests.esft.parallel.jobs import become_rank, free_port
 from tests.esft.processes import forked, status
 from tests.esft.small_runs import SELECTION, base_and_data, settings
 
 LONGEST = 120  # seconds of a child: one that hangs says where
+GRACE = 30  # seconds in which a rank ends that was left alone; then it is killed, as torchrun does
+TRAININGS = ("train", "resume", "overwrite")
 NAMED, TRACEBACK, KILLED = 2, 1, -signal.SIGKILL  # how a child may end, but for 0
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"}  # audit events of file operations
 RATES = {"a": 3e-3, "b": 1e-3}  # a run of the one never has the bytes of the other
@@ -109,11 +114,23 @@ class Place:
             except ESFTError as error:
                 (self.folder / "said").write_text(str(error))
                 os._exit(NAMED)
+            except SystemExit as error:  # of a rank that another one has ended
+                os._exit(error.code if isinstance(error.code, int) else TRACEBACK)
             except BaseException:
                 (self.folder / "said").write_text(traceback.format_exc())
                 os._exit(TRACEBACK)
 
         return forked(child)
+
+    def start_ranks(self, work: Callable[[], None]) -> list[int]:
+        """Do work in two ranks of a job. Returns their ids."""
+        port = free_port()
+
+        def as_rank(rank: int) -> None:
+            become_rank(rank, 2, port)
+            work()
+
+        return [self.start(partial(as_rank, rank)) for rank in range(2)]
 
     def wait(self, pid: int) -> int:
         ended = status(pid)
@@ -123,16 +140,16 @@ class Place:
 
     def untouched(self) -> dict[str, bytes]:
         """What no work may change."""
-        ours = ("run", "merge", "save", ".merge.esft", ".save.esft", "said")
+        ours = ("run", "job", "merge", "save", ".merge.esft", ".save.esft", "said")
         return {name: data for name, data in contents(self.folder).items() if name.split("/")[0] not in ours}
 
     def check_foreign(self) -> None:
         assert self.untouched() == self.foreign
 
-    def check_run(self) -> None:
+    def check_run(self, out: str = "run") -> None:
         """That the run, which has ended, is the unbroken one of its settings."""
-        found = outcome(self.folder / "run")
-        assert found in [self.whole[name] for name in CONFIGS]
+        found = outcome(self.folder / out)
+        assert found in [self.whole[name if out == "run" else f"{out} {name}"] for name in CONFIGS]
 
 
 def kill_before(number: int, below: str) -> None:
@@ -168,8 +185,13 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
+def end(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
 def kill(place: Place, draw: random.Random, lasts: dict[str, float]) -> str:
-    """One or two processes at the same work, killed at a random time. Returns what was done."""
+    """One or two processes at the same work, or a job's two ranks, killed at a random time. Returns what was done."""
     works: dict[str, Callable[[], None]] = {
         "train": partial(place.train, draw.choice("ab")),
         "resume": partial(place.train, None, resume=True),
@@ -178,22 +200,34 @@ def kill(place: Place, draw: random.Random, lasts: dict[str, float]) -> str:
         "save": place.save,
     }
     name = draw.choices([*works], [1, 3, 2, 1, 1])[0]
-    count = draw.choice((1, 2))
-    pids = [place.start(works[name]) for _ in range(count)]
-    time.sleep(draw.uniform(0, lasts[name if name in ("merge", "save") else "train"]))
-    for pid in pids:
+    by = draw.choice(("1", "2", "ranks")) if name in TRAININGS else draw.choice("12")
+    if by == "ranks":
+        pids = place.start_ranks(partial(works[name], out="job"))
+        killed, lasting = draw.choice((pids, pids[:1], pids[1:])), lasts["job"]
+    else:
+        killed = pids = [place.start(works[name]) for _ in range(int(by))]
+        lasting = lasts["train" if name in TRAININGS else name]
+    time.sleep(draw.uniform(0, lasting))
+    for pid in killed:
         os.kill(pid, signal.SIGKILL)
+    left = [threading.Timer(GRACE, end, (pid,)) for pid in pids if pid not in killed]
+    for timer in left:
+        timer.start()
     ended = [place.wait(pid) for pid in pids]
+    for timer in left:
+        timer.cancel()
     place.check_foreign()
-    return f"{name} by {count}: " + ("killed" if KILLED in ended else "had ended")
+    return f"{name} by {by}: " + ("killed" if KILLED in ended else "had ended")
 
 
 def mend(place: Place) -> None:
     """What a user does next: go on, or begin where nothing has begun. All of it has to end with the unbroken bytes."""
-    if place.wait(place.start(partial(place.train, None, resume=True))) != 0:
-        assert "holds no run to resume" in place.said, place.said
-        assert place.wait(place.start(partial(place.train, "a"))) == 0, place.said
-    place.check_run()
+    for out, start in (("run", lambda work: [place.start(work)]), ("job", place.start_ranks)):
+        train = partial(place.train, out=out)
+        if any(list(map(place.wait, start(partial(train, None, resume=True))))):
+            assert "holds no run to resume" in place.said, place.said
+            assert not any(list(map(place.wait, start(partial(train, "a"))))), place.said
+        place.check_run(out)
     for work in (place.merge, place.save):
         assert place.wait(place.start(work)) == 0, place.said
         assert contents(place.folder / work.__name__) == place.whole[work.__name__]
@@ -213,10 +247,17 @@ def main() -> None:
             started = time.monotonic()
             assert place.wait(place.start(work)) == 0, place.said
             lasts[name] = 1.1 * (time.monotonic() - started)
+        for name in "ba":  # of ranks, whose sums are rounded elsewhere than those of one process
+            started = time.monotonic()
+            pids = place.start_ranks(partial(place.train, name, overwrite=True, out="job"))
+            assert [place.wait(pid) for pid in pids] == [0, 0], place.said
+            lasts["job"] = 1.1 * (time.monotonic() - started)
+            place.whole[f"job {name}"] = outcome(place.folder / "job")
         kills = 0
         while kills < args.kills:
-            if draw.random() < 0.2:
-                shutil.rmtree(place.folder / "run", ignore_errors=True)
+            for out in ("run", "job"):
+                if draw.random() < 0.2:
+                    shutil.rmtree(place.folder / out, ignore_errors=True)
             for _ in range(draw.randint(1, 4)):  # one after the other, before anything is mended
                 what = kill(place, draw, lasts)
                 done[what] += 1

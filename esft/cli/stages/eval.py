@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from esft.cli.arguments import count
-from esft.cli.inputs import adapter_of, encoder_for, load_for, named, source_of
+from esft.cli.inputs import adapter_of, check_alike, encoder_for, load_for, named, source_of
 from esft.cli.options import DATA, Stages, add_inference, add_stage
 from esft.cli.output import say
 from esft.errors import InputError, reading
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from esft.evaluation.scores import EvalSet
     from esft.parallel.join import current
 
+    check_alike(sources.values())
     adapter = adapter_of(args)
     with reading(args.model):
         encoder, sets = encoder_for(args), []

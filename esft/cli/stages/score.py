@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 
 from esft.cli.arguments import count
-from esft.cli.inputs import adapter_of, encoder_for, load_for, source_of
+from esft.cli.inputs import adapter_of, check_alike, encoder_for, load_for, source_of
 from esft.cli.options import DATA, Stages, add_batch_size, add_model, add_stage
 from esft.cli.output import say
 from esft.errors import reading
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from esft.scoring.gradients import gradient_scores
     from esft.scoring.score import score_experts
 
+    check_alike([source])
     adapter = adapter_of(args)
     with reading(args.model):
         encoder = encoder_for(args)

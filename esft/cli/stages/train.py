@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
     if selection is None and config.method == "esft" and not args.resume:
         raise InputError("--method esft needs an expert selection: --experts")
     held_out = named(args.eval_data or (), "--eval-data")
-    for data in (*args.data, *held_out.values(), *([args.mix] if args.mix is not None else [])):
+    for data in (*args.data, *([args.mix] if args.mix is not None else [])):
+        source_of(data, measured=False)
+    for data in held_out.values():
         source_of(data)
     from esft.training.loop import train
 

@@ -69,3 +69,10 @@ def test_an_adapters_folder_is_found_where_one_is_named(work):
     adapter(work)
     assert adapter_of(Namespace(adapter="a")) == Path("a")
     assert adapter_of(Namespace(adapter=None)) is None
+
+
+@pytest.mark.parametrize("stage_of", ["score --out o", "eval"])
+def test_a_weight_of_data_that_is_measured_is_refused(work, calls, capsys, stage_of: str):
+    assert main(f"{stage_of} --model m --data d.jsonl:2".split()) == 2
+    assert capsys.readouterr().err.startswith("esft: d.jsonl:2: of data that is measured every record counts once")
+    assert not calls.of

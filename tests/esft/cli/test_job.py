@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import time
 from contextlib import redirect_stdout
@@ -87,6 +88,33 @@ def test_the_first_rank_that_fails_says_so_in_one_line_with_its_name(work):
     assert [e.value if e.status == 0 else e.status for e in ended] == [2, 2]
     said = "".join(e.said for e in ended)
     assert said.count("\n") == 1 and said.startswith(("esft: rank 0: none: ", "esft: rank 1: none: "))
+
+
+@pytest.mark.parametrize(
+    ("command", "others", "unlike"),
+    [
+        ("eval --model base --data d.jsonl --loss-only", "--limit 3", "option limit than rank 0: 3, not None"),
+        ("generate --model base --prompt a", "--prompt b", r"option prompt than rank 0: \['a', 'b'\], not \['a'\]"),
+        ("eval --model base", "--data", "e.jsonl than rank 0: "),
+        ("score --model base --out s.json", "--data", "e.jsonl than rank 0: "),
+    ],
+)
+def test_a_process_with_other_options_or_other_records_is_found_out(work, command: str, others: str, unlike: str):
+    """``--data`` stands for a file of one name, and of other content on the second one's machine."""
+
+    def unlike_the_first() -> int:
+        if others != "--data":
+            return main([*command.split(), *(others.split() if os.environ["RANK"] == "1" else ())])
+        (place := work / os.environ["RANK"]).mkdir()
+        os.chdir(place)
+        (place / "base").symlink_to(work / "base")
+        write_records(place / "e.jsonl", 3 + int(os.environ["RANK"]))
+        return main([*command.split(), "--data", "e.jsonl"])
+
+    ended = job(work, 2, unlike_the_first)
+    assert [e.value if e.status == 0 else e.status for e in ended] == [2, 2]
+    said = "".join(e.said for e in ended)
+    assert re.search(rf"^esft: rank \d: rank 1 has other {unlike}", said) and said.count("\n") == 1, said
 
 
 def test_a_signal_to_one_ends_all_and_the_first_says_how_to_go_on(work):

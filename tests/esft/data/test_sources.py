@@ -53,6 +53,12 @@ def test_what_is_no_source_is_named(text: str, message: str):
         DataSource.of(text)
 
 
+def test_data_that_is_measured_has_no_weight():
+    assert DataSource.measured("d.jsonl") == DataSource("d.jsonl")
+    with pytest.raises(esft.InputError, match="^d.jsonl:2: of data that is measured every record counts once"):
+        DataSource.measured("d.jsonl:2")
+
+
 @pytest.mark.parametrize(
     ("path", "is_file"),
     [

@@ -1,4 +1,8 @@
-"""With the harness's own base class; where it is not installed there is nothing to try."""
+"""With the harness's own base class; where it is not installed, only how the command ends is tried."""
+
+import runpy
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,12 +13,11 @@ from esft.evaluation.loss import mean_loss
 from tests.esft.models import record, save_tiny, tiny_encoder, tiny_model
 from tests.esft.small_runs import SELECTION
 
-pytest.importorskip("lm_eval")
-
 
 @pytest.fixture
 def tuned(tmp_path):
     """A base, and an adapter that differs from it."""
+    pytest.importorskip("lm_eval")
     save_tiny(tmp_path / "base")
     model = esft.swap(tiny_model(), SELECTION)
     with torch.no_grad():
@@ -47,3 +50,26 @@ def test_the_harness_finds_it_and_gets_the_likelihoods_of_the_adapted_model(tune
     assert abs(likelihoods[0] - likelihoods[1]) > 1e-3
     examples = encode_all(tiny_encoder(), [record("a", "b")], "here")
     assert mean_loss(model, examples, 258) != mean_loss(tiny_model(), examples, 258)
+
+
+def command(monkeypatch, capsys, **harness) -> tuple:
+    """The exit status of the module as a command, and what it says; with modules of this content as the harness's."""
+    for name in ("lm_eval", "lm_eval.__main__", "lm_eval.api.registry", "lm_eval.models.huggingface"):
+        module = ModuleType(name)
+        vars(module).update(harness)
+        monkeypatch.setitem(sys.modules, name, module if harness else None)
+    monkeypatch.delitem(sys.modules, "esft.evaluation.lm_harness", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("esft.evaluation.lm_harness", run_name="__main__")
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_the_command_ends_with_one_line_without_the_harness_and_for_what_it_cannot_load(monkeypatch, capsys):
+    needs = "esft: needs lm-evaluation-harness: pip install 'esft[harness]'\n"
+    assert command(monkeypatch, capsys) == (2, needs)
+
+    def evaluate() -> None:
+        raise esft.InputError("nope\x1b: no such folder")
+
+    harness = {"cli_evaluate": evaluate, "register_model": lambda name: lambda kind: kind, "HFLM": object}
+    assert command(monkeypatch, capsys, **harness) == (2, "esft: nope\\x1b: no such folder\n")

@@ -37,9 +37,7 @@ def job(folder: Path, size: int, work: Callable[[], Any], then: Callable[[list[i
 
     Returns how every rank ended, in their order.
     """
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     pids = [forked(partial(_child, folder, rank, size, port, work)) for rank in range(size)]
     then(pids)
     statuses = _statuses(pids)
@@ -50,18 +48,29 @@ def job(folder: Path, size: int, work: Callable[[], Any], then: Callable[[list[i
     ]
 
 
-def _child(folder: Path, rank: int, size: int, port: int, work: Callable[[], Any]) -> None:
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def become_rank(rank: int, size: int, port: int) -> None:
+    """Let this process be one of a job's, whose ranks find one another at this port."""
     os.environ |= {f"{of}RANK": str(rank) for of in ("", "LOCAL_")} | {
         f"{of}WORLD_SIZE": str(size) for of in ("", "LOCAL_")
     }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # threads do not survive a fork
+    watch.PULSE = 0.1
+
+
+def _child(folder: Path, rank: int, size: int, port: int, work: Callable[[], Any]) -> None:
+    become_rank(rank, size, port)
     (folder / f"{rank}.json").unlink(missing_ok=True)
     descriptor = os.open(folder / f"{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(descriptor, 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (until the child ends)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    watch.PULSE = 0.1
     try:
         value = work()
     except SystemExit as error:

@@ -25,8 +25,31 @@ def test_what_torchrun_says_is_taken(monkeypatch):
     assert (environment.local_size(), environment.local_rank(), environment.own_name()) == (4, 1, "rank 5: ")
 
 
-@pytest.mark.parametrize("text", ["two", "-1", "1.5", "٣", "9" * 10])
-def test_what_is_no_number_is_refused_by_its_name(monkeypatch, text: str):
-    monkeypatch.setenv("WORLD_SIZE", text)
-    with pytest.raises(InputError, match=f"environment variable WORLD_SIZE must be a whole number, got '{text}'"):
-        environment.size_of_job()
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("WORLD_SIZE", text) for text in ("two", "-1", "1.5", "9" * 30, "0")] + [("LOCAL_WORLD_SIZE", "0"), ("RANK", "x")],
+)
+def test_what_is_no_number_is_refused_by_its_name(monkeypatch, name: str, text: str):
+    monkeypatch.setenv(name, text)
+    least = 0 if name == "RANK" else 1
+    said = f"^environment variable {name} must be a whole number, {least} or more, got '{text}'$"
+    read = {
+        "WORLD_SIZE": environment.size_of_job,
+        "LOCAL_WORLD_SIZE": environment.local_size,
+        "RANK": environment.own_rank,
+    }
+    with pytest.raises(InputError, match=said):
+        read[name]()
+    assert environment.own_name() == ""  # in front of that
+
+
+@pytest.mark.parametrize(("rank", "size"), [("1", ""), ("2", "2")])
+def test_a_rank_beyond_its_job_is_refused(monkeypatch, rank: str, size: str):
+    """What is left in a shell of a job that has ended: the command would wait for others, or leave the work to them."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(
+        InputError, match=rf"^environment variable RANK is {rank}, of a job of {size or 1} \(WORLD_SIZE\)"
+    ):
+        environment.own_rank()
+    assert environment.own_name() == ""

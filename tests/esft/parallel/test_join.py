@@ -2,10 +2,14 @@
 
 import logging
 import os
+import signal
 import time
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +18,7 @@ import torch
 from esft.errors import InputError, Interrupted, RankError
 from esft.parallel import join
 from esft.parallel.join import current, joined
-from esft.parallel.watch import PATIENCE
+from esft.parallel.watch import PATIENCE, STATUS
 from tests.esft.parallel.jobs import job
 
 
@@ -49,6 +53,48 @@ def test_what_all_ranks_leave_for_is_no_failure_and_what_one_leaves_for_is(tmp_p
     assert (first.status, first.value, first.said) == (0, "stopped", "")
     expected = (0, "stopped", "") if resumable else (2, None, "")
     assert (second.status, second.value, second.said) == expected
+
+
+def waits(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    (folder / os.environ["RANK"]).touch()
+    if os.environ["RANK"] == "0":
+        with joined():
+            pass
+
+
+def test_a_signal_ends_a_rank_that_waits_for_others_to_come(tmp_path):
+    begun = time.monotonic()
+
+    def then(pids: list[int]) -> None:
+        while not (tmp_path / "0").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(pids[0], signal.SIGTERM)
+
+    first, _ = job(tmp_path, 2, partial(waits, tmp_path), then)
+    assert first.status == -signal.SIGTERM and time.monotonic() - begun < 20
+
+
+def dies_leaving(when: str) -> str:
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with joined() as ranks:
+        if not ranks.main and when == "before":
+            ranks.meet = die
+        elif not ranks.main:
+            join.dist.barrier = die
+    return "left"
+
+
+def test_a_rank_that_dies_leaving_is_named_unless_all_have_done_their_part(tmp_path):
+    first, _ = job(tmp_path, 2, partial(dies_leaving, "before"))
+    assert (first.status, first.value) == (STATUS, None)
+    assert first.said.startswith("esft: rank 1: has died (process ") and first.said.count("\n") == 1
+    first, second = job(tmp_path, 2, partial(dies_leaving, "after"))
+    assert (first.status, first.value, first.said) == (0, "left", "")
+    assert second.status == -signal.SIGKILL
 
 
 def again() -> list:
@@ -98,7 +144,8 @@ def test_on_gpus_ranks_talk_through_both_memories_and_wait_longer_than_they_are_
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(join, "_store", torch.distributed.HashStore)
-    monkeypatch.setattr(join, "Watch", lambda *_: SimpleNamespace(stopped=False, failed=lambda: True))
+    watch = SimpleNamespace(stopped=False, failed=lambda: True, waiting=lambda _: nullcontext())
+    monkeypatch.setattr(join, "Watch", lambda *_: watch)
     monkeypatch.setattr(join, "_take_gpu", lambda: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", begin)
     for gpu, backend in ((True, "cpu:gloo,cuda:nccl"), (False, "gloo")):
@@ -117,7 +164,7 @@ def test_a_job_that_does_not_come_together_is_an_error(monkeypatch):
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(join, "rendezvous", meet)
-    with pytest.raises(RankError, match=r"^rank 1: cannot join the job \(no address\)$"):
+    with pytest.raises(RankError, match=r"^cannot join the job \(no address\)$"):
         join._store()
     assert waited == [PATIENCE]
 

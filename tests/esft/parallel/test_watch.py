@@ -119,6 +119,7 @@ def test_a_store_that_does_not_answer_ends_its_ranks(slept, monkeypatch):
 @pytest.mark.parametrize(("rank", "seconds"), [(0, [0.03]), (1, [])])
 def test_only_who_has_the_store_stays_a_moment_for_the_others_to_read(slept, monkeypatch, rank: int, seconds: list):
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     own = Watch(Kept(), rank, 2)
     own.stop()

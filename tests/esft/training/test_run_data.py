@@ -119,6 +119,11 @@ def test_a_name_of_evaluation_data_is_a_word(name: str):
         held_out_sources({name: "x", "other": "y"})
 
 
+def test_evaluation_data_has_no_weight():
+    with pytest.raises(esft.InputError, match="^d.jsonl:2: of data that is measured"):
+        held_out_sources({"a": "d.jsonl:2"})
+
+
 def test_settings_of_the_loss_reach_the_labels(paths):
     every = read(paths[0], assistant_only_loss=False).examples
     assert every[0].targets == len(every[0].ids) - 1 > read(paths[0]).examples[0].targets
