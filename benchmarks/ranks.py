@@ -24,13 +24,14 @@ from benchmarks.traffic import Traffic
 from esft.data.examples import IGNORE, Example
 from esft.parallel.join import joined
 from esft.planning.gpus import spreads
+from esft.planning.outline import outline
 from esft.runs.config import TrainConfig
 from esft.short_attention import use_short_attention
 from esft.training.methods import METHODS, Source
 from esft.training.steps import Steps
 
 RATE = 1e-6  # small enough that a model timed for long stays what it was
-METHODS_TIMED = ("esft", "full")
+METHODS_TIMED = ("esft", "esft --shard experts", "full")
 
 
 def run(model: str, records: int, length: int, steps: int, sizes: list[int]) -> list[dict[str, Any]]:
@@ -64,8 +65,9 @@ def work(model: str, records: int, length: int, steps: int, method: str) -> dict
     torch.set_num_threads(1)
     with joined() as ranks:
         _keep_to_a_core(ranks.rank)
+        method, _, shard = method.partition(" --shard ")
         selection = chosen_experts(model) if method == "esft" else None
-        config = TrainConfig(method=method, lr=RATE, batch_size=records, steps=steps + 3)
+        config = TrainConfig(method=method, lr=RATE, batch_size=records, steps=steps + 3, shard=shard or "none")
         trained, _ = METHODS[method].prepare(Source(model), config, selection)
         use_short_attention(trained)
         loop = Steps(trained.train(), 0, config, ranks=ranks)
@@ -101,7 +103,7 @@ def _batch(records: int, length: int, vocabulary: int) -> list[Example]:
 
 
 def computed(models: list[Path], gpus: list[int], experts: int | None = None) -> list[dict[str, Any]]:
-    """Bytes that each GPU sends a step, in GB; computed: every collective in a ring, bf16.
+    """Bytes that each GPU sends a step, in GB; computed: every collective in a ring, bf16, 2,048 tokens on each GPU.
 
     Of ESFT see ``esft.planning.gpus``. Full fine-tuning with everything cut up gathers all of it for the forward and
     again for the backward, and scatters its gradients.
@@ -116,8 +118,8 @@ def computed(models: list[Path], gpus: list[int], experts: int | None = None) ->
         for count in gpus:
             ring = (count - 1) / count
             row = {"model": model.name, "GPUs": count}
-            whole, cut = spreads(ours, count, layers=1)  # what is sent does not depend on the layers
-            row |= {"ESFT": float(whole.sent), "ESFT, frozen sharded": float(cut.sent)}
+            nothing, frozen, dealt = (float(way.sent) for way in spreads(ours, count, outline(str(model), "bfloat16")))
+            row |= {"ESFT": nothing, "ESFT, frozen sharded": frozen, "ESFT, experts dealt out": dealt}
             row["full"] = 2 * ring * full.gradients
             row["full, FSDP"] = 3 * ring * full.gradients
             rows.append({k: f"{v / 1e9:.2f}" if isinstance(v, float) else v for k, v in row.items()})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,8 @@ ALIGNMENT = 16  # bytes, of the widest load
 def run_forward(
     x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing, backend: Backend, keep: str
 ) -> tuple[Tensor, Tensor]:
-    """The output, and for the backward H of ``keep``: "all" rows, the "prefix" or "none"."""
-    rows = {"all": routing.num_rows, "none": 0}.get(keep)
-    rows = routing.prefix_rows() if rows is None else rows
+    """The output, and for the backward H of ``keep``: "all" rows of experts here, the "prefix" or "none"."""
+    rows = 0 if keep == "none" else routing.rows_here() if keep == "all" else routing.prefix_rows()
     return backend.forward(aligned(x_TD), aligned(weights_TK), pools, routing, rows)
 
 
@@ -34,8 +35,11 @@ def run_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, the routing weights and the trained pool's four tensors, None where there is none."""
+    needs = replace(needs, trained=needs.trained and routing.num_trained > 0)  # a rank may hold none of what trains
+    if not needs.all_rows and not needs.trained:
+        return (None,) * 6
     x_TD, weights_TK = aligned(x_TD), aligned(weights_TK)
-    if needs.all_rows and h_NG.shape[0] < routing.num_rows:
+    if needs.all_rows and h_NG.shape[0] < routing.rows_here():
         h_NG = backend.rebuild(x_TD, h_NG, pools, routing)
     grads = backend.backward(aligned(grad_out_TD), x_TD, h_NG, weights_TK, pools, routing, needs)
     return grads.x_TD, grads.weights_TK, *(grads.trained.tensors() if grads.trained is not None else (None,) * 4)
@@ -55,7 +59,7 @@ class _ExpertMLP(torch.autograd.Function):
         ctx.save_for_backward(
             x, weights, h, routing.token_N, routing.slot_N, routing.row_TK, routing.offsets_E1, *tensors
         )
-        ctx.num_trained, ctx.layout, ctx.backend = routing.num_trained, layout, backend
+        ctx.pools_of_rows, ctx.layout, ctx.backend = (routing.num_trained, routing.elsewhere), layout, backend
         ctx.num_frozen_tensors = len(tensors) - 4
         return out
 
@@ -63,7 +67,7 @@ class _ExpertMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weights, h, *saved = ctx.saved_tensors
-        routing, pools = Routing(*saved[:4], ctx.num_trained), pools_of(saved[4:], *ctx.layout)
+        routing, pools = Routing(*saved[:4], *ctx.pools_of_rows), pools_of(saved[4:], *ctx.layout)
         grad_x, grad_weights, *trained = run_backward(grad_out, x, weights, h, pools, routing, ctx.backend, ctx.needs)
         return grad_x, grad_weights, None, None, None, None, *trained, *(None,) * ctx.num_frozen_tensors
 

@@ -83,8 +83,9 @@ def _(x, index, weights, position, adapter, *rest):
         rest[0].shape[1],
         _pools(rest[:_POOL_ARGUMENTS], rest[_POOL_ARGUMENTS:-1]).num_experts,
     )
-    rows = {"all": n, "none": 0}.get(rest[-1])
-    rows = torch.library.get_ctx().new_dynamic_size() if rows is None else rows
+    keep, elsewhere = rest[-1], rest[-2]
+    known = {"none": 0} if elsewhere else {"all": n, "none": 0}
+    rows = known[keep] if keep in known else torch.library.get_ctx().new_dynamic_size()
     long = [index.new_empty(shape, dtype=torch.int64) for shape in ((n,), (n,), index.shape, (positions + 1,))]
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(rows, columns), *long
 
@@ -99,7 +100,7 @@ def _backward(grad_out, x, weights, h, token, slot, row, offsets, *rest):
     """Gradients of x, the routing weights and the trained pool; without elements where they are not needed."""
     tensors, settings, needs = rest[:_POOL_ARGUMENTS], rest[_POOL_ARGUMENTS:-1], Needs(*rest[-1])
     pools = _pools(tensors, settings)
-    routing = Routing(token, slot, row, offsets, pools.num_trained)
+    routing = Routing(token, slot, row, offsets, pools.num_trained, settings[-1])
     backend = resolve_backend(settings[-2], x.device)
     found = run_backward(grad_out, x, weights, h, pools, routing, backend, needs)
     # As the compiler was told: in the inputs' strides, whatever the backend gives them.

@@ -43,6 +43,7 @@ class Routing:
     row_TK: Tensor  # int64 [T, K], (token, slot) -> row; the inverse of slot_N
     offsets_E1: Tensor  # int64 [E+1], rows of the expert at position e are offsets[e]:offsets[e+1]
     num_trained: int  # S
+    elsewhere: bool = False  # whether there may be rows of no expert here
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +65,10 @@ class Routing:
         """N_s, the number of rows on trained experts. Waits for the device when the routing lives on one."""
         return int(self.offsets_E1[self.num_trained])
 
+    def rows_here(self) -> int:
+        """The number of rows on experts here. Waits for the device only where there may be others."""
+        return int(self.offsets_E1[-1]) if self.elsewhere else self.num_rows
+
 
 def route(
     top_k_index_TK: Tensor,
@@ -78,11 +83,11 @@ def route(
     Args:
         top_k_index_TK: integer [T, K], expert ids in ``range(E)``; a token never names an expert twice.
         position: int64 [E], expert id -> position (the inverse of ``expert_order``); or such a row for each of several
-            adapters, [A, E].
+            adapters, [A, E]. Of an expert that is not here, ``num_positions``.
         num_trained: S.
-        elsewhere: ids of E and above are allowed, and name experts that are not here (of another rank).
+        elsewhere: some experts are not here (of another rank); ids of E and above are allowed, and are none here.
         num_positions: how many there are; E where it is not given. With adapters it is more, as each has its own copies
-            of the experts that it has trained.
+            of the experts that it has trained, and where experts are elsewhere less.
         adapter_T: integer [T], which row of ``position`` holds for a token; where there are several, and only there.
 
     The sort is stable, so equal inputs give equal routings and the rows of an expert keep token order. Ids out of range
@@ -102,6 +107,7 @@ def route(
         row_TK=row_N.view(num_tokens, top_k),
         offsets_E1=torch.searchsorted(sorted_N, edges_E1),
         num_trained=num_trained,
+        elsewhere=elsewhere,
     )
 
 

@@ -17,10 +17,11 @@ from esft.adapters.folder import (
     selected_tensors,
 )
 from esft.adapters.mixed import show_adapter
-from esft.checkpoint.adapter_tensors import adapter_tensors
+from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.checkpoint.digest import base_below, model_base
 from esft.errors import InputError
 from esft.experts.model_state import DEFAULT_ADAPTER, Adapters, model_state, settle_adapter
+from esft.selection import ExpertSelection
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = None) -> PreTrainedModel:
@@ -94,19 +95,24 @@ def _switch(model: PreTrainedModel, adapters: Adapters, name: str | None) -> Non
     """Give the model the base's tensors back, and then those of an adapter where one is named."""
     if adapters.active is not None:
         selection, values = adapters.held[adapters.active]
-        tensors = adapter_tensors(model, selection)
+        tensors = _here(model, selection)
         kept = {key: _newer(values[key], tensor.read()) for key, tensor in tensors.items()}
-        adapters.held[adapters.active] = selection, kept
+        adapters.held[adapters.active] = selection, values | kept
         for key, tensor in tensors.items():
             tensor.write(adapters.base[key])
         adapters.active, adapters.base = None, {}
     if name is not None:
         selection, values = adapters.held[name]
-        tensors = adapter_tensors(model, selection)
+        tensors = _here(model, selection)
         adapters.base = {key: tensor.read().to("cpu", copy=True) for key, tensor in tensors.items()}
         for key, tensor in tensors.items():
             tensor.write(values[key])
         adapters.active = name
+
+
+def _here(model: PreTrainedModel, selection: ExpertSelection) -> dict[str, AdapterTensor]:
+    """An adapter's tensors without those of experts that another rank holds."""
+    return {key: t for key, t in adapter_tensors(model, selection).items() if not any(w.is_meta for w in t.weights)}
 
 
 def _newer(held: Tensor, read: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from esft.checkpoint.adapter_tensors import adapter_tensors
 from esft.checkpoint.digest import base_below
 from esft.errors import InputError
 from esft.experts.model_state import BASE, MixedAdapters, OwnMethod, known_state, model_state, swapped_state
-from esft.experts.moe_layers import moe_layers
+from esft.experts.moe_layers import is_dealt, moe_layers
 from esft.experts.pooled_experts import Experts
 from esft.selection import ExpertSelection
 from esft.swapping.swap import swap, unswap
@@ -49,6 +49,8 @@ def load_adapters(model: PreTrainedModel, adapters: Mapping[str, str | Path]) ->
             raise InputError(f"an adapter cannot be named {name!r}")
     if state.mixed is not None or state.adapters is not None:
         raise InputError("the model holds adapters already: load them all at once, into a model without any")
+    if is_dealt(model):
+        raise InputError("the experts are dealt out over processes, so no adapters can lie beside them")
     if state.swapped is not None and not state.swapped.selection.is_empty:
         raise InputError("the model's own experts train: load adapters into one swapped with an empty selection")
     paths = {name: Path(path) for name, path in adapters.items()}

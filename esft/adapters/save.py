@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from esft.adapters.folder import MANIFEST, SELECTION, WEIGHTS, check_model, open_manifest, write_manifest
-from esft.checkpoint.adapter_tensors import adapter_tensors
+from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
 from esft.experts.model_state import known_state
+from esft.experts.moe_layers import is_dealt
+from esft.parallel.join import current
+from esft.parallel.ranks import ALONE, Ranks
 from esft.storage.outputs import new_folder
 
 
@@ -22,12 +28,16 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
         path: folder to write.
         overwrite: replace an earlier adapter that ``path`` holds, if it holds nothing else.
 
+    Where processes hold some of the experts each, all of them have to call this, and the first one writes.
+
     Raises InputError for a stock model, for a wrapped one, for one where another adapter has written what the selection
     does not cover, where another library has exchanged modules that the selection trains, and for a folder that holds
     something else or that another process writes; DiskError for a full disk. Then no file is left.
     """
-    with new_folder(path, _earlier if overwrite else None) as folder:
+    ranks = current() if is_dealt(model) else ALONE
+    with new_folder(path, _earlier if overwrite else None) if ranks.main else nullcontext() as folder:
         write_adapter(model, folder)
+    ranks.wait()
     return Path(path)
 
 
@@ -39,8 +49,8 @@ def _earlier(path: Path) -> set[str]:
     return {SELECTION, WEIGHTS, MANIFEST}
 
 
-def write_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """``save_adapter`` into a folder that is empty."""
+def write_adapter(model: PreTrainedModel, folder: Path | None) -> None:
+    """``save_adapter`` into a folder that is empty; None on a rank that only hands over what it holds."""
     check_model(model)
     state = known_state(model)
     swapped, adapters = state.swapped, state.adapters
@@ -62,8 +72,18 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
             f"{min(foreign)}: is not of the model that was swapped, but the selection's non-expert modules hold it: "
             "take out what another library has put in (PEFT: merge_and_unload or unload) before saving the adapter"
         )
+    values = _values(tensors, current() if is_dealt(model) else ALONE)
+    if folder is None:
+        return
     swapped.selection.save(folder / SELECTION)
-    values = {name: tensor.read().contiguous() for name, tensor in tensors.items()}
     save_file(values, folder / WEIGHTS, {"format": "pt"})
     kept_in = {"frozen": swapped.frozen, "frozen_linear": swapped.frozen_linear}
     write_manifest(folder, swapped.base, swapped.selection.chosen_by, kept_in)
+
+
+def _values(tensors: Mapping[str, AdapterTensor], ranks: Ranks) -> dict[str, Tensor]:
+    """All values on the first rank, which gets those of experts that it does not hold from who does."""
+    own = {name: tensor.read().contiguous() for name, tensor in tensors.items()}
+    lacks = set(ranks.told(lambda: [name for name, value in own.items() if value.is_meta]))
+    found = ranks.collected({name: value for name, value in own.items() if name in lacks and not value.is_meta})
+    return {name: found[name][0] if name in found else value for name, value in own.items()}

@@ -53,6 +53,11 @@ def answer(
     order = sorted(own, key=lambda i: len(encoded[i].ids))
     answers: dict[int, str] = {}
     pad: Any = tokenizer.pad_token_id
+
+    def tell(input_ids: Tensor, logits_BV: Tensor) -> Tensor:
+        ranks.progress()  # at every token: all of a batch's may take longer than others have patience
+        return logits_BV
+
     for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=not progress, unit="batch"):
         part = order[start : start + batch_size]
         batch = collate([encoded[i] for i in part], pad, left=True)
@@ -67,13 +72,12 @@ def answer(
                 do_sample=False,
                 pad_token_id=pad,
                 eos_token_id=tokenizer.eos_token_id,
-                logits_processor=[_check_logits],
+                logits_processor=[_check_logits, tell],
                 **adapters,
                 **watching,
             )
         for i, row in zip(part, out, strict=True):
             answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
-        ranks.progress()
     found = dict(pair for pairs in ranks.gathered(list(answers.items())) for pair in pairs)
     return [found[i] for i in every]
 

@@ -16,24 +16,31 @@ from esft.data.records import Record
 from esft.errors import InputError
 from esft.evaluation.answers import split_prompt
 from esft.evaluation.loss import batch_loss
+from esft.parallel.join import current
 
 
 @torch.no_grad()
 def choose(model: nn.Module, encoder: Encoder, records: Sequence[Record], progress: bool = False) -> list[str]:
     """Of each record the choice with the largest likelihood as its last answer, the end marker included.
 
-    Raises InputError as ``candidates`` does, and for a model whose likelihoods are no numbers.
+    Raises InputError as ``candidates`` does, and for a model whose likelihoods are no numbers. Collective in a job of
+    several processes, which share the records.
     """
     model.eval()
-    pad = encoder.tokenizer.pad_token_id
-    chosen = []
-    for record in tqdm(records, desc="choose", disable=not progress, unit="record"):
+    ranks, pad = current(), encoder.tokenizer.pad_token_id
+    every = range(len(records))
+    own = every if ranks.lockstep else ranks.share(every, lambda i: len(records[i].choices or ()))
+    chosen: dict[int, str] = {}
+    for i in tqdm(own, desc="choose", disable=not progress, unit="record"):
+        record = records[i]
         examples = [example for example, _ in encoder.encode_some(candidates(record))]
         losses = [batch_loss(model, collate([example], pad))[0].item() for example in examples]
         if not all(map(math.isfinite, losses)):
             raise InputError(f"{record.place}: the likelihoods are no numbers: the weights hold what is none")
-        chosen.append((record.choices or [])[losses.index(min(losses))])
-    return chosen
+        chosen[i] = (record.choices or [])[losses.index(min(losses))]
+        ranks.progress()
+    found = dict(pair for pairs in ranks.gathered(list(chosen.items())) for pair in pairs)
+    return [found[i] for i in every]
 
 
 def candidates(record: Record) -> list[Record]:

@@ -114,6 +114,22 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return sorted((MoELayer(*layer) for layer in found), key=lambda layer: layer.index)
 
 
+def is_dealt(model: nn.Module) -> bool:
+    """Whether other ranks hold some of a swapped model's experts."""
+    return any(isinstance(module, Experts) and module.deal is not None for module in model.modules())
+
+
+def dealt_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The trained pools of which every rank has a part: name -> rows of each rank, one after the other the whole."""
+    return {
+        f"{path}.{name}": module.deal.sizes
+        for path, module in model.named_modules()
+        if isinstance(module, Experts) and module.deal is not None and any(module.deal.sizes)
+        for name, _ in module.named_parameters(recurse=False)
+        if name.startswith("trained_")
+    }
+
+
 def _is_list(name: str, module: nn.Module) -> bool:
     """Whether a module is a list of experts of one shape, as in older code."""
     if not isinstance(module, nn.ModuleList) or not name.endswith(".experts") or len(module) < 2:

@@ -74,10 +74,9 @@ class PlainExperts(Experts):
         """What an expert computes between its projections, [N, G] -> [N, F]; differentiable."""
         return self.gate(h_NG)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
-        x_TD = hidden_states.to(self.trained_gate_up_proj.dtype)
+    def compute(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the experts in the pools add to the output, in the dtype that these have."""
         adapter_T = self.adapters_of(len(x_TD))
-        position_TK = positions_of(top_k_index, self.position if adapter_T is None else self.positions, adapter_T)
-        out_TD = plain_mlp(x_TD, position_TK, top_k_weights, self.pools, self.gate, self.post_expert_norm)
-        return out_TD.to(hidden_states.dtype)
+        position = self.position if adapter_T is None else self.positions
+        position_TK = positions_of(top_k_index, position, adapter_T, None if self.deal is None else self.num_held)
+        return plain_mlp(x_TD, position_TK, top_k_weights, self.pools, self.gate, self.post_expert_norm)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esft.experts.model_state import MixedAdapters
+from esft.parallel.experts import Deal, exchanged
 from esft_kernels.activation import SWIGLU, Activation
 from esft_kernels.compiled_op import routed_mlp
 from esft_kernels.formats.format import Stored
@@ -36,6 +37,8 @@ class Experts(nn.Module):
         interleaved: whether the rows of ``gate_up`` are (gate, up) in turn; else all gates come before all ups.
         transposed: whether ``gate_up`` is [E, D, G] and ``down`` [E, F, D] instead; so they stay in plain pools.
         frozen: what the frozen pool is kept in, one of ``FROZEN``.
+        deal: where other ranks hold some of the experts, which; ``trained`` are all ranks' then. The forward pass is
+            collective.
         device: of the pools, if not that of the weights. Weights on "meta" only say what they are: with a device, the
             pools are left for ``write`` and ``write_stored`` to fill.
 
@@ -60,14 +63,20 @@ class Experts(nn.Module):
         transposed: bool = False,
         frozen: str = BF16,
         device: torch.device | None = None,
+        deal: Deal | None = None,
     ):
         super().__init__()
-        order = expert_order(list(trained), gate_up.shape[0])
+        order, trains = expert_order(list(trained), gate_up.shape[0]), len(trained) > 0
+        if deal is not None:
+            order, trained = list(deal.held), deal.trained[deal.rank]
+        self.num_experts, self.deal = gate_up.shape[0], deal
         self.trained, self.backend, self.recompute = tuple(trained), backend, recompute
         self.activation, self.interleaved, self.transposed = activation, interleaved, transposed
         self.stock_names: tuple[str, ...] = ()  # what the module in whose place this is calls its parameters
         self.frozen, self.format = frozen, None if frozen == BF16 else resolve_format(frozen)
-        self.place = sorted(range(len(order)), key=order.__getitem__)  # of each expert, in the pools
+        # Of each expert, in the pools; past these where it is another rank's.
+        places = {expert: place for place, expert in enumerate(order)}
+        self.place = [places.get(expert, len(order)) for expert in range(self.num_experts)]
         self.mixed: MixedAdapters | None = None
         weights, device = (gate_up, down, gate_up_bias, down_bias), device or gate_up.device
         matrices = (gate_up.mT, down.mT) if transposed else (gate_up, down)
@@ -79,8 +88,9 @@ class Experts(nn.Module):
         }
         for name, like in zip(PROJECTIONS, weights, strict=True):
             plain = None if like is None else Stored((s, *like.shape[1:]), like.dtype)
-            # An empty pool that required a gradient would drag the backward through all layers below.
-            self._add(f"trained_{name}", plain, device, trains=s > 0)
+            # An empty pool that required a gradient would drag the backward through all layers below. Where another
+            # rank's pool does, this one has to come along.
+            self._add(f"trained_{name}", plain, device, trains)
             for part, stored in self.stored.get(name, {}).items():
                 self._add(f"frozen_{name}_{part}", Stored(stored.shape, bits_of(stored.dtype)), device)
             if not self.stored.get(name):
@@ -88,7 +98,7 @@ class Experts(nn.Module):
         self.register_buffer("position", torch.tensor(self.place, device=device), persistent=False)
         self.register_buffer("positions", None, persistent=False)  # [A, E], the base's and those of ``mixed``
         if not gate_up.is_meta:
-            for expert in range(len(order)):
+            for expert in order:
                 self.write(expert, [tensor[expert] for tensor in weights if tensor is not None])
 
     def _add(self, name: str, stored: Stored | None, device: torch.device, trains: bool = False) -> None:
@@ -96,8 +106,13 @@ class Experts(nn.Module):
         self.register_parameter(name, None if made is None else nn.Parameter(made, requires_grad=trains))
 
     @property
-    def num_experts(self) -> int:
-        return len(self.place)
+    def num_held(self) -> int:
+        """How many experts are in the pools."""
+        return len(self.trained) + self.num_frozen
+
+    def holds(self, expert: int) -> bool:
+        """Whether it is this rank that has the weights of an expert."""
+        return self.place[expert] < self.num_held
 
     @property
     def pools(self) -> ExpertPools:
@@ -122,12 +137,20 @@ class Experts(nn.Module):
         """[T, D], expert ids [T, K], routing weights [T, K] -> [T, D]."""
         # Under autocast a norm hands on float32 where the weights are 16-bit, or the other way round.
         x_TD = hidden_states.to(self.trained_gate_up_proj.dtype)
+        if self.deal is None:
+            out_TD = self.compute(x_TD, top_k_index, top_k_weights)
+        else:
+            out_TD = exchanged(self.deal, self.compute, x_TD, top_k_index, top_k_weights, self.num_experts)
+        return out_TD.to(hidden_states.dtype)
+
+    def compute(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the experts in the pools add to the output, in the dtype that these have."""
         adapter_T, pools = self.adapters_of(len(x_TD)), self.pools
         position = self.position if adapter_T is None else self.positions
-        out_TD = routed_mlp(
-            x_TD, top_k_index, top_k_weights, position, pools, self.backend, self.recompute, adapter_T=adapter_T
-        )
-        return out_TD.to(hidden_states.dtype)
+        return routed_mlp(
+            x_TD, top_k_index, top_k_weights, position, pools, self.backend, self.recompute, self.deal is not None,
+            adapter_T,
+        )  # fmt: skip
 
     def activate(self, h_NG: Tensor) -> Tensor:
         """What an expert computes between its projections, [N, G] -> [N, F]; differentiable."""
@@ -169,15 +192,16 @@ class Experts(nn.Module):
 
     def is_packed(self, expert: int) -> bool:
         """Whether an expert is in a format, and so has no weights that are tensors."""
-        return self.format is not None and self.place[expert] >= len(self.trained)
+        return self.format is not None and self.holds(expert) and self.place[expert] >= len(self.trained)
 
     def weights_of(self, expert: int) -> list[Tensor]:
         """One expert's weights in the order of ``PROJECTIONS``; only two where it has no biases.
 
-        Detached views, but copies of what is in a format; and without values, on "meta", what is cut up over ranks.
+        Detached views, but copies of what is in a format; and without values, on "meta", what other ranks hold, too.
         """
         place, s = self.place[expert], len(self.trained)
-        if place >= s and any(hasattr(p, "device_mesh") for p in self.parameters()):  # reading one would be collective
+        cut_up = place >= s and any(hasattr(p, "device_mesh") for p in self.parameters())
+        if cut_up or not self.holds(expert):  # reading it would be collective
             whole = (getattr(self, f"trained_{name}") for name in PROJECTIONS)
             return [torch.empty(p.shape[1:], dtype=p.dtype, device="meta") for p in whole if p is not None]
         if self.is_packed(expert):
@@ -196,7 +220,7 @@ class Experts(nn.Module):
     def write(self, expert: int, weights: Sequence[Tensor]) -> None:
         """Put one expert's weights, as ``weights_of`` gives them, where they belong.
 
-        Raises ValueError for weights that the frozen pool's format cannot hold.
+        Another rank's are passed over. Raises ValueError for weights that the frozen pool's format cannot hold.
         """
         for name, weight in zip(PROJECTIONS, weights, strict=False):
             self.write_one(expert, name, weight)
@@ -205,6 +229,8 @@ class Experts(nn.Module):
     def write_one(self, expert: int, name: str, weight: Tensor) -> None:
         """``write`` of one of an expert's weights, by its name in ``PROJECTIONS``."""
         place, s = self.place[expert], len(self.trained)
+        if not self.holds(expert):
+            return
         if self.format is not None and place >= s and self.stored.get(name):
             matrix = (weight.mT if self.transposed else weight).to(self.position.device)
             self.write_stored(expert, name, [part[0] for part in self.format.quantize(matrix[None])])
@@ -215,7 +241,7 @@ class Experts(nn.Module):
     @torch.no_grad()
     def write_stored(self, expert: int, projection: str, parts: Sequence[Tensor]) -> None:
         """Put one packed expert's matrix, in tensors of the frozen pool's format, where it belongs."""
-        for own, part in zip(self._stored(projection), parts, strict=True):
+        for own, part in zip(self._stored(projection), parts, strict=True) if self.holds(expert) else ():
             own.detach()[self.place[expert] - len(self.trained)].copy_(part)
 
     def stacked(self) -> list[Tensor]:
@@ -244,7 +270,8 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         frozen = "" if self.format is None else f", frozen={self.frozen!r}"
-        return f"num_experts={self.num_experts}, trained={list(self.trained)}, backend={self.backend!r}{frozen}"
+        held = "" if self.deal is None else f", held={self.num_held}"
+        return f"num_experts={self.num_experts}, trained={list(self.trained)}, backend={self.backend!r}{frozen}{held}"
 
 
 def bits_of(dtype: torch.dtype) -> torch.dtype:

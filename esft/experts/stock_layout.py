@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from esft.errors import InputError
 from esft.experts.plain_experts import PlainExperts
 from esft.experts.pooled_experts import BF16, PROJECTIONS, Experts
+from esft.parallel.experts import Deal
 from esft.transformers_internals import (
     between_projections,
     has_bias,
@@ -71,11 +72,13 @@ class Layout:
         recompute: str = "none",
         frozen: str = BF16,
         device: torch.device | None = None,
+        deal: Deal | None = None,
     ) -> Experts:
         """Our experts with copies of the stock module's weights; see ``Experts`` for the arguments."""
         weights = [getattr(stock, name) for name in self.names]
         biases = dict(zip(("gate_up_bias", "down_bias"), weights[2:], strict=False))
         common: dict[str, Any] = {"transposed": self.transposed, "frozen": frozen, "device": device, **biases}
+        common["deal"] = deal
         if self.is_fused:
             common |= {"activation": self.activation, "interleaved": self.interleaved}
             experts = Experts(*weights[:2], trained, backend, recompute, **common)

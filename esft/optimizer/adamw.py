@@ -11,7 +11,8 @@ from torch.optim.adamw import adamw
 
 from esft.errors import InputError
 from esft.optimizer.masters import Master, master_type
-from esft.optimizer.moments import MOMENTS, Moments
+from esft.optimizer.moments import BLOCK, MOMENTS, Moments
+from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.config import TrainConfig
 
 PIECE = 1 << 20  # elements that are stepped together, a multiple of the moments' block
@@ -24,13 +25,27 @@ class MasterAdamW:
     Args:
         named: (name, parameter) of everything that trains; parameters without elements are passed over.
         config: optimizer, betas, weight decay, largest gradient norm.
+        dealt: the names of which this rank has only a part, some perhaps without elements; all else it has as the
+            others do.
+        ranks: that have the other parts. A step is collective where there are any.
+
+    Raises InputError for moments in 8 bits whose blocks would hold elements of several experts that are dealt out.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig):
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        config: TrainConfig,
+        dealt: Iterable[str] = (),
+        ranks: Ranks = ALONE,
+    ):
         self.params = {name: p for name, p in named if p.requires_grad and p.numel()}
+        for name in self.params.keys() & set(dealt) if config.optimizer == "adamw_8bit" else ():
+            if self.params[name][0].numel() % BLOCK:
+                raise InputError(f"{name}: an expert's are no multiple of {BLOCK}, so adamw_8bit cannot be dealt out")
         for p in self.params.values():
             p.data = p.data.contiguous()
-        self.config = config
+        self.config, self.dealt, self.ranks = config, frozenset(dealt), ranks
         self.masters: dict[str, Master] = {name: master_type(p.dtype)(p) for name, p in self.params.items()}
         self.moments: dict[str, Moments] = {}  # none before a parameter's first gradient, and no step
         # Made now: among what a step makes and frees, they would keep an allocator from using that memory again.
@@ -44,9 +59,13 @@ class MasterAdamW:
 
         Where that is no finite number nothing changes.
         """
-        norms = [torch.linalg.vector_norm(self._gradient(*part)) for group in self._groups() for part in group]
-        first = norms[0].device if norms else None
-        norm = torch.linalg.vector_norm(torch.stack([each.to(first) for each in norms])) if norms else torch.zeros(())
+        norms: dict[bool, list[Tensor]] = {False: [], True: []}
+        for name, span in (part for group in self._groups() for part in group):
+            norms[name in self.dealt].append(torch.linalg.vector_norm(self._gradient(name, span)))
+        norm = _norm(norms[False])
+        if self.dealt:
+            everywhere = self.ranks.sum(_norm(norms[True]).double().cpu().square()).sqrt()
+            norm = _norm([norm, everywhere.to(norm)])
         if not math.isfinite(length := float(norm)):
             return length
         shrink = (self.config.clip / (norm + _EPSILON)).clamp(max=1.0)
@@ -168,3 +187,9 @@ class MasterAdamW:
                 raise InputError(f"tensor {name} is {found}, not {wanted}")
             if not tensor.isfinite().all():
                 raise InputError(f"tensor {name} holds values that are not finite")
+
+
+def _norm(norms: list[Tensor]) -> Tensor:
+    """Of tensors that have these norms, together."""
+    first = norms[0].device if norms else None
+    return torch.linalg.vector_norm(torch.stack([each.to(first) for each in norms])) if norms else torch.zeros(())

@@ -69,8 +69,21 @@ class Ranks:
         """The sums of every rank's numbers."""
         return list(values)
 
-    def largest(self, number: int) -> int:
+    def largest(self, number: int, at: str = "a step's end") -> int:
+        """Of every rank's numbers; ``at`` says what for, where a rank does not come."""
         return number
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Every rank's rows, as many of each, [n, ...] -> [ranks * n, ...]."""
+        return rows
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        """Of the sum of all ranks' rows this rank's part, [ranks * n, ...] -> [n, ...]."""
+        return rows
+
+    def collected(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Under each name all that ranks have of it, in their order, in the CPU's memory; for the first rank alone."""
+        return {name: [tensor] for name, tensor in tensors.items()}
 
     def told(self, make: Callable[[], Any]) -> Any:
         """A JSON value that the first rank makes, and all get."""
@@ -135,11 +148,39 @@ class Group(Ranks):
     def totals(self, *values: float) -> list[float]:
         return self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
 
-    def largest(self, number: int) -> int:
-        with self.watch.waiting("a step's end"):
+    def largest(self, number: int, at: str = "a step's end") -> int:
+        with self.watch.waiting(at):
             found = torch.tensor(number)
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        with self.watch.waiting("what all ranks' experts compute"):
+            found = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+            dist.all_gather_single(found, rows)
+        return found
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        with self.watch.waiting("the sum of what all ranks' experts compute"):
+            own = rows.new_empty(len(rows) // self.size, *rows.shape[1:])
+            dist.reduce_scatter_single(own, rows)
+        return own
+
+    def collected(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        kinds = self.gathered({name: [str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()})
+        found: dict[str, list[Tensor]] = {}
+        for name in dict.fromkeys(name for held in kinds for name in held):
+            for rank, (dtype, shape) in ((r, held[name]) for r, held in enumerate(kinds) if name in held):
+                if self.main:
+                    here = tensors[name].cpu() if rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+                    found.setdefault(name, []).append(here)
+                with self.watch.waiting("what other ranks hold"):
+                    # As bytes: of some dtypes gloo knows nothing.
+                    if self.main and rank:
+                        dist.recv(found[name][-1].view(-1).view(torch.uint8), rank)
+                    elif rank and rank == self.rank:
+                        dist.send(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8), 0)
+        return found
 
     def told(self, make: Callable[[], Any]) -> Any:
         text = json.dumps(make()).encode() if self.main else b""

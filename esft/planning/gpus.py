@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from esft.planning.outline import Outline
 from esft.planning.plan import Plan
 
 
@@ -22,26 +23,48 @@ class Spread:
     sent: int
 
 
-NOTHING, FROZEN = "nothing", "what is frozen"
+NOTHING, FROZEN, EXPERTS = "nothing", "what is frozen", "the experts"
+_OPTION = {FROZEN: "frozen", EXPERTS: "experts"}  # of --shard
 
 
-def spreads(plan: Plan, gpus: int, layers: int) -> list[Spread]:
-    """All on every GPU, with the gradients of what trains added up; and what is frozen cut up, gathered layer by layer.
+def spreads(plan: Plan, gpus: int, whole: Outline) -> list[Spread]:
+    """All on every GPU; what is frozen cut up, gathered layer by layer; and the experts dealt out.
 
     Args:
         plan: of one process, with the tokens that go through one GPU together.
         gpus: how many.
-        layers: of the model: one is gathered at a time, and the next one while it is used.
+        whole: the model.
 
-    What trains is on every GPU either way: its gradients, masters and moments are what ESFT has little of.
+    Gradients of what trains are added up, those of dealt experts are not: it is their tokens that are sent, see
+    ``esft.parallel.experts``.
     """
     ring = (gpus - 1) / gpus
     gradients = round(2 * ring * plan.gradients)
-    frozen = frozen_weights(plan)
-    kept = frozen // gpus + 2 * (frozen // layers)
-    gathered = round(2 * ring * frozen)  # for the forward and again for the backward
-    cut = plan.peak - frozen + min(kept, frozen)
-    return [Spread(NOTHING, plan.peak, gradients), Spread(FROZEN, cut, gradients + gathered)]
+    return [
+        Spread(NOTHING, plan.peak, gradients),
+        _frozen_cut_up(plan, gpus, whole.depth, gradients),
+        _experts_dealt(plan, gpus, whole),
+    ]
+
+
+def _frozen_cut_up(plan: Plan, gpus: int, depth: int, gradients: int) -> Spread:
+    """One layer is gathered at a time, and the next one while it is used; for the forward and for the backward."""
+    layers = frozen_weights(plan) - plan.outside
+    kept = layers // gpus + 2 * (layers // depth)
+    return Spread(FROZEN, plan.peak - layers + min(kept, layers), gradients + round(2 * (gpus - 1) / gpus * layers))
+
+
+def _experts_dealt(plan: Plan, gpus: int, whole: Outline) -> Spread:
+    """The other GPUs' tokens are kept for the backward, and their rows of one layer's output are there for a moment."""
+    others, size, k = (gpus - 1) * plan.tokens, whole.dtype.itemsize, whole.top_k
+    of_experts = plan.trained_experts / max(plan.gradients, 1)
+    dealt = plan.trained_experts + plan.frozen_experts + of_experts * (plan.masters + plan.moments)
+    widths = [layer.shape[1] for layer in whole.layers]
+    more = others * size * (sum(widths) + k * max(widths))
+    # Hidden states and outputs, and the gradients of both; ids in 8 bytes, routing weights and their gradients in 4.
+    exchanged = others * sum(4 * width * size + 16 * k for width in widths) if gpus > 1 else 0
+    beside = 2 * (gpus - 1) / gpus * (plan.gradients - plan.trained_experts)
+    return Spread(EXPERTS, round(plan.peak - dealt * (gpus - 1) / gpus + more), round(beside + exchanged))
 
 
 def frozen_weights(plan: Plan) -> int:
@@ -49,24 +72,25 @@ def frozen_weights(plan: Plan) -> int:
     return plan.trained_experts + plan.frozen_experts + plan.other_weights - plan.gradients
 
 
-def spreading(plan: Plan, gpus: int, layers: int, memory: float | None) -> list[str]:
+def spreading(plan: Plan, gpus: int, whole: Outline, memory: float | None) -> list[str]:
     """What to shard and why, as lines.
 
     Args:
         memory: bytes of one GPU; None where it is not told.
     """
-    ways = spreads(plan, gpus, layers)
+    ways = spreads(plan, gpus, whole)
     lines = [
         f"{gpus} GPUs, sharded {way.sharded}: {way.peak / 1e9:.3f} GB each, {way.sent / 1e9:.3f} GB sent a step by each"
         for way in ways
     ]
-    whole, cut = ways
+    everything, *cut = ways
     if memory is None:
         return lines
-    if whole.peak <= memory:
+    if everything.peak <= memory:
         why = "all of the model fits every GPU, and only the gradients of what trains are sent"
         return [*lines, f"Shard nothing: {why}."]
-    if cut.peak <= memory and plan.method == "esft":
-        why = f"all of it does not fit, and {cut.sent / max(whole.sent, 1):.0f} times the bytes are sent"
-        return [*lines, f"Shard what is frozen (--shard frozen): {why}."]
-    return [*lines, "It does not fit: what trains is on every GPU; see what to change above."]
+    if plan.method == "esft" and (fit := [way for way in cut if way.peak <= memory]):
+        best = min(fit, key=lambda way: way.sent)
+        why = f"all of it does not fit, and {best.sent / max(everything.sent, 1):.1f} times the bytes are sent"
+        return [*lines, f"Shard {best.sharded} (--shard {_OPTION[best.sharded]}): {why}."]
+    return [*lines, "It does not fit, whatever is sharded; see what to change above."]

@@ -18,6 +18,7 @@ from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import stacked_weights
 from esft.selection import ExpertSelection
 from esft.swapping.packed_modules import packable
+from esft.transformers_internals import whole_layers
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,22 @@ class Outline:
         layers: those with routed experts.
         shared: parameters of shared experts.
         others: parameters of all that is no expert; a tensor of two names counts once.
-        linear: (rows, columns, whether it is of a shared expert) of each matrix that could be kept in few bits.
+        linear: (rows, columns, whether of a shared expert, whether of a layer) of each matrix that could be kept in
+            few bits.
         dtype: that is computed in.
+        depth: number of decoder layers.
+        outside: parameters of no decoder layer, embeddings and head above all.
+        top_k: experts a token.
     """
 
     layers: tuple[ExpertLayer, ...]
     shared: int
     others: int
-    linear: tuple[tuple[int, int, bool], ...]
+    linear: tuple[tuple[int, int, bool, bool], ...]
     dtype: torch.dtype
+    depth: int
+    outside: int
+    top_k: int
 
     @property
     def routed(self) -> int:
@@ -102,9 +110,13 @@ def _outline(model: str, dtype: str, trust_remote_code: bool, digests: tuple[str
     routed, shared = _of_experts(skeleton)
     others = set(skeleton.parameters()) - routed - shared
     weights = [module.weight for module in packable(skeleton, ExpertSelection({})).values()]
-    linear = tuple((*weight.shape, weight in shared) for weight in weights)
+    decoder = whole_layers(skeleton)
+    inside = {p for layer in decoder for p in layer.parameters()}
+    linear = tuple((*weight.shape, weight in shared, weight in inside) for weight in weights)
     counts = sum(p.numel() for p in shared), sum(p.numel() for p in others)
-    return Outline(tuple(found), *counts, linear, skeleton.dtype)
+    outside = sum(p.numel() for p in others - inside)
+    top_k = getattr(skeleton.config.get_text_config(), "num_experts_per_tok", 1)
+    return Outline(tuple(found), *counts, linear, skeleton.dtype, max(len(decoder), 1), outside, top_k)
 
 
 def require_beside(skeleton: PreTrainedModel, shared_experts: bool, non_expert_modules: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -41,6 +42,7 @@ class Plan:
         parameters, trained_parameters: numbers.
         trained_experts, frozen_experts, other_weights: of weights; the last with LoRA's, and with the copy of the
             base that ``kl_weight`` keeps.
+        outside: of the frozen ones among the last, those of no layer: embeddings and head.
         masters: what is stepped, beside the weights.
         moments: of AdamW.
         gradients: of all that trains.
@@ -64,6 +66,7 @@ class Plan:
     trained_experts: int
     frozen_experts: int
     other_weights: int
+    outside: int
     masters: int
     moments: int
     gradients: int
@@ -208,7 +211,9 @@ def _summed(
     trained_experts = sum(n * layer.expert_size for n, layer in zip(chosen.experts, whole.layers, strict=True)) * size
     frozen_experts, scratch = _frozen(whole, chosen, frozen)
     additions = trained.nbytes * ((config.method == "lora") + (config.kl_weight > 0))  # a copy of the base
-    saved, linear_scratch = _packed_linear(whole, chosen, config.frozen_linear)
+    saved, linear_scratch = _packed_linear(whole.linear, size, chosen, config.frozen_linear)
+    saved_outside, _ = _packed_linear([m for m in whole.linear if not m[3]], size, chosen, config.frozen_linear)
+    outside = 0 if chosen.others else whole.outside * size - saved_outside
     other_weights = (whole.shared + whole.others) * size + additions - saved
     masters = sum(n * master_type(dtype).bytes_beside(dtype) for n, dtype in trained.tensors)
     moments = sum(MOMENTS[config.optimizer].count_bytes(n) for n, _ in trained.tensors)
@@ -218,15 +223,17 @@ def _summed(
     most = max(step.peak + max(scratch, linear_scratch), update)
     return Plan(
         config.method, frozen, config.frozen_linear, config.optimizer, config.recompute, batch.records, batch.tokens,
-        assumed, whole.parameters, trained.count, trained_experts, frozen_experts, other_weights, masters, moments,
-        trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most, trained.nbytes,
+        assumed, whole.parameters, trained.count, trained_experts, frozen_experts, other_weights, outside, masters,
+        moments, trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most, trained.nbytes,
     )  # fmt: skip
 
 
-def _packed_linear(whole: Outline, chosen: _Chosen, format_name: str) -> tuple[int, int]:
+def _packed_linear(
+    linear: Sequence[tuple[int, int, bool, bool]], size: int, chosen: _Chosen, format_name: str
+) -> tuple[int, int]:
     """Bytes that few bits save in frozen matrices beside the experts, and the room in which the largest is decoded."""
-    saved, scratch, size = 0, 0, whole.dtype.itemsize
-    for rows, columns, of_shared in whole.linear if format_name != PLAIN else ():
+    saved, scratch = 0, 0
+    for rows, columns, of_shared, _ in linear if format_name != PLAIN else ():
         if not (chosen.shared if of_shared else chosen.others):
             plain = rows * columns * size
             saved += plain - nbytes(format_name, rows, columns)

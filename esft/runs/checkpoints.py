@@ -49,13 +49,15 @@ class Best:
 class State:
     """A run after a step, counted from 1: the optimizer's tensors, and the losses of the last ``RECENT`` steps.
 
-    ``best`` is None before the first evaluation after a step.
+    ``best`` is None before the first evaluation after a step. ``parts`` names those tensors of which this rank has only
+    its own experts' part.
     """
 
     step: int
     losses: list[float]
     tensors: Mapping[str, Tensor]
     best: Best | None = None
+    parts: frozenset[str] = frozenset()
 
 
 def _name(step: int) -> str:

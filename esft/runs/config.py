@@ -22,7 +22,7 @@ RECOMPUTES = ("none", "frozen", "layers")
 STRATEGIES = ("bfd", "wrapped")
 FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
 FROZEN_LINEAR = ("bf16", "int8", "nf4")
-SHARDS = ("none", "frozen")
+SHARDS = ("none", "frozen", "experts")
 DTYPES = ("auto", "bfloat16", "float32")
 SCHEDULES = ("constant", "linear", "cosine")
 # As ``esft.evaluation`` has them, which imports PyTorch, too.
@@ -126,7 +126,7 @@ class TrainConfig:
     )
     shard: str = setting(
         "none",
-        "what several processes have a part of each; frozen: the weights that get no gradient, which is slower",
+        "what several processes have a part of each; frozen: the weights that get no gradient; experts: all experts",
         choices=SHARDS,
     )
     seed: int = setting(0, "of the data order, and of what a model or LoRA draws", "[0, 2**63)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,13 @@ class SharedRun:
             self.ranks.check_alike({f"state after step {state.step}": _digest(state)})
 
     def save(self, state: State) -> None:
-        """Write a checkpoint. Raises RankError as ``check_alike`` does."""
+        """Write a checkpoint, of whole tensors. Raises RankError as ``check_alike`` does."""
         self.check_alike(state)
+        parts = self.ranks.collected({name: state.tensors[name] for name in state.parts & state.tensors.keys()})
         if self.ranks.main:
-            self.folder.checkpoints().save(state)
+            # Of a number every rank has the same; of experts each has some, one after the other.
+            whole = {name: torch.cat(own) if own[0].dim() else own[0] for name, own in parts.items()}
+            self.folder.checkpoints().save(replace(state, tensors={**state.tensors, **whole}, parts=frozenset()))
         self.ranks.wait()
 
     def log(self, done: int) -> AbstractContextManager[Callable[..., None]]:
@@ -112,10 +115,9 @@ class SharedRun:
     def last_step(self) -> int:
         return self.ranks.told(self.folder.last_step)
 
-    def leave(self, write: Callable[[RunFolder], None]) -> int:
-        """Write the outcome. Returns the bytes of its tensors."""
-        if self.ranks.main:
-            write(self.folder)
+    def leave(self, write: Callable[[RunFolder | None], None]) -> int:
+        """Write the outcome; only the first rank is given a folder for it. Returns the bytes of its tensors."""
+        write(self.folder if self.ranks.main else None)
         self.ranks.wait()
         return self.ranks.told(self.folder.stored_bytes)
 
@@ -126,7 +128,7 @@ class SharedRun:
 
 def _digest(state: State) -> str:
     hashed = xxhash.xxh3_128(repr(state.losses).encode())
-    for name, tensor in sorted(state.tensors.items()):
+    for name, tensor in sorted((name, t) for name, t in state.tensors.items() if name not in state.parts):
         hashed.update(name.encode())
         for part in tensor.detach().reshape(-1).split(CHUNK):
             hashed.update(part.cpu().view(torch.uint8).numpy())

@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 from esft.errors import InputError
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.pooled_experts import Experts
+from esft.parallel.join import current
+from esft.parallel.ranks import Ranks
 from esft.scoring.expert_scores import Scores
 from esft.scoring.score import by_expert
 
@@ -47,9 +49,11 @@ def gradient_scores(
         max_tokens: stop when the batches have had so many.
         progress: show a bar, in tokens.
 
-    Raises InputError for a stock model and for experts in a ModuleList, where no token was supervised, and for
-    gradients that are no numbers.
+    Raises InputError for a stock model, for experts in a ModuleList or dealt out over processes, where no token was
+    supervised, and for gradients that are no numbers. Collective in a job of several processes, which share the
+    batches: all give the same ones.
     """
+    ranks = current()
     sums = [_Sums(layer) for layer in moe_layers(model)]
     was_training, seen, count = model.training, 0, 0
     with ExitStack() as stack, tqdm(total=max_tokens, desc="gradients", disable=not progress, unit="token") as bar:
@@ -61,18 +65,24 @@ def gradient_scores(
         hooks += [each.layer.experts.register_forward_hook(each.on_experts, with_kwargs=True) for each in sums]
         for hook in hooks:
             stack.callback(hook.remove)
-        for batch in batches:
-            inputs.clear()
-            with torch.enable_grad():
-                total, targets = loss(model, batch)
-            if targets:
-                torch.autograd.grad(total / targets, inputs, allow_unused=True)
-                count += 1
+        for number, batch in enumerate(batches):
+            if number % ranks.size == ranks.rank:
+                inputs.clear()
+                with torch.enable_grad():
+                    total, targets = loss(model, batch)
+                if targets:
+                    torch.autograd.grad(total / targets, inputs, allow_unused=True)
+                    count += 1
+                ranks.progress()
             tokens = int(batch["attention_mask"].sum())
             seen += tokens
             bar.update(tokens)
             if seen >= max_tokens:
                 break
+    ranks.meet()
+    count = int(ranks.totals(count)[0])
+    for each in sums:
+        each.add_up(ranks)
     if not count:
         raise InputError("no gradients to score: no token of the data is supervised")
     reached = {each.layer.index: each for each in sums if each.reached}  # without a tower that saw no token
@@ -86,9 +96,17 @@ class _Sums:
     def __init__(self, layer: MoELayer):
         if not isinstance(layer.experts, Experts):
             raise InputError(f"{layer.name}: gradients are scored of the experts of a swapped model")
+        if layer.experts.deal is not None:
+            raise InputError(f"{layer.name}: gradients are not scored of experts that are dealt out over processes")
         self.layer, self.experts, self.reached = layer, layer.experts, False
         self.of_batches_E = torch.zeros(layer.num_experts, dtype=torch.float64)
         self.of_rows_E = torch.zeros(layer.num_experts, dtype=torch.float64)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Over all ranks; collective."""
+        reached_E = torch.full_like(self.of_rows_E, self.reached)
+        summed = ranks.sum(torch.stack([self.of_batches_E, self.of_rows_E, reached_E]))
+        self.of_batches_E, self.of_rows_E, self.reached = summed[0], summed[1], bool(summed[2].any())
 
     def on_experts(self, module: nn.Module, args: tuple, kwargs: dict, out_TD: Tensor) -> None:
         x_TD, index_TK, weights_TK = (each.detach() for each in (*args, *kwargs.values()))

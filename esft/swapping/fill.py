@@ -82,6 +82,11 @@ class Filling:
         if tuple(value.shape) != whole:
             raise ValueError(f"has shape {tuple(value.shape)}, the model's has {whole}")
         experts = self._experts(layer)
+        if not experts.holds(expert):
+            for link in stored.links:
+                key = (layer, expert, link.parameter)
+                self._came(key, link.inside.read(self._layers[layer].weights(expert)[link.parameter]).numel())
+            return
         if isinstance(value, PackedTensor) and experts.is_packed(expert) and experts.frozen == value.format:
             self._put_packed(layer, expert, stored, value.matrices()[stored.expert or 0])
             return

@@ -21,11 +21,12 @@ from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.pooled_experts import BF16
 from esft.experts.stock_layout import Layout
 from esft.memory import check_fits, memory_watched
+from esft.parallel.ranks import ALONE, Ranks
 from esft.selection import ExpertSelection
 from esft.swapping.fill import Filling, Places, expert_places
 from esft.swapping.load_state import is_pool
 from esft.swapping.packed_modules import LinearFilling, Modules, linear_places, packable, packed, without_weight
-from esft.swapping.swap import begin, check, emptied, swap, thaw
+from esft.swapping.swap import begin, check, deals, emptied, swap, thaw
 from esft.transformers_internals import base_name
 
 AUTO = "auto"  # in place of a format: what the checkpoint has
@@ -41,6 +42,7 @@ def load(
     trust_remote_code: bool = False,
     progress: bool = False,
     frozen_linear: str = BF16,
+    ranks: Ranks = ALONE,
 ) -> PreTrainedModel:
     """A checkpoint as a swapped model in evaluation mode, its frozen experts in few bits where so asked.
 
@@ -54,7 +56,7 @@ def load(
         frozen: what the frozen experts are kept in: "bf16" (the dtype that is computed in), a format of
             ``esft_kernels.formats``, or "auto", that of the checkpoint: what comes in fp8 or mxfp4 stays as it is.
         dtype: of all else, as in ``load_model``.
-        backend, recompute, frozen_linear: see ``swap``.
+        backend, recompute, frozen_linear, ranks: see ``swap``; a rank reads all files, and keeps its own experts.
         trust_remote_code: whether Python files of the checkpoint may be run.
         progress: show a bar.
 
@@ -64,9 +66,9 @@ def load(
     checkpoint = Checkpoint.open(downloaded(path), trust_remote_code)
     shipped = packed_format(checkpoint.config, path)
     frozen = (shipped or BF16) if frozen == AUTO else frozen
-    if (places := _places(checkpoint, selection, backend, recompute, frozen, frozen_linear)) is None:
+    if (places := _places(checkpoint, selection, backend, recompute, frozen, frozen_linear, ranks)) is None:
         whole = load_model(path, dtype, trust_remote_code)
-        return swap(whole, selection, backend, recompute, frozen, frozen_linear)
+        return swap(whole, selection, backend, recompute, frozen, frozen_linear, ranks)
     linear = linear_places(checkpoint.skeleton, selection) if frozen_linear != BF16 else {}
     taken: list[MoELayer] = []
     layouts: dict[str, Layout] = {}
@@ -87,10 +89,10 @@ def load(
     model = load_without(path, take_experts, dtype, trust_remote_code)
     stock: dict[str, nn.Module] = {}
     with memory_watched(path) as reads:
-        for layer in taken:
+        for layer, deal in zip(taken, deals(taken, selection, ranks), strict=True):
             ids, device = selection.experts.get(layer.index, []), next(layer.block.parameters()).device
             layout, meta = layouts[layer.name], layer.experts.to(model.dtype)
-            experts = layout.swapped(meta, ids, backend, recompute, frozen, device)
+            experts = layout.swapped(meta, ids, backend, recompute, frozen, device, deal)
             setattr(layer.block, layer.attribute, experts.eval())
             stock[layer.name] = emptied(meta, layout)
         for name, module in to_pack.items():
@@ -107,18 +109,25 @@ def load(
     flags |= {f"{name}.{own}": True for name in stock for own in layouts[name].names}  # as the stock model's would be
     lossless = frozen in (BF16, shipped) and frozen_linear == BF16
     begin(model, Swapped(selection, base, flags, frozen, frozen_linear, lossless, stock))
+    ranks.lockstep |= ranks.size > 1
     return thaw(model)
 
 
 def _places(
-    checkpoint: Checkpoint, selection: ExpertSelection, backend: str, recompute: str, frozen: str, frozen_linear: str
+    checkpoint: Checkpoint,
+    selection: ExpertSelection,
+    backend: str,
+    recompute: str,
+    frozen: str,
+    frozen_linear: str,
+    ranks: Ranks,
 ) -> Places | None:
     """Where the experts' tensors belong; None where they cannot go from the files to their pools.
 
     Raises what ``check`` does, before anything is read.
     """
     layers, device = moe_layers(checkpoint.skeleton), first_device()
-    layouts = check(layers, selection, device, backend, recompute, frozen, frozen_linear)
+    layouts = check(layers, selection, device, backend, recompute, frozen, frozen_linear, ranks)
     fused = all(layer.name in layouts and layouts[layer.name].is_fused for layer in layers)
     places = expert_places(checkpoint.skeleton)
     if (missing := places.keys() - checkpoint.names()) and missing != places.keys():

@@ -35,6 +35,8 @@ def stock_shapes(layer: MoELayer) -> dict[str, tuple[int, ...]]:
 
 def whole_pools(layer: MoELayer, pools: Sequence[Tensor | None], advice: str) -> list[Tensor]:
     """The two pools. Raises InputError for shards, and for what stands for weights that are elsewhere."""
+    if layer.experts.deal is not None:
+        raise InputError(f"{layer.name}: the experts are dealt out over processes; save an adapter, and merge it")
     held = [
         pool
         for pool, rows in zip(pools, (len(layer.experts.trained), layer.experts.num_frozen), strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from esft.errors import InputError
 from esft.experts.model_state import OwnMethod, check_lossless, known_state, swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers
 from esft.experts.pooled_experts import PROJECTIONS, Experts
+from esft.parallel.environment import own_rank
 from esft.swapping.load_state import is_pool, read_stock, stock_shapes, whole_pools
+from esft.swapping.save_spread import is_apart, save_spread
 from esft.transformers_internals import has_peft_adapter, is_spread
 
 
@@ -48,14 +51,16 @@ def save_pretrained(
 ) -> None:
     """transformers' ``save_pretrained`` for a swapped model: tuned weights under the stock model's names and shapes.
 
-    What that costs is a copy of all experts in the CPU's memory, on the process that writes; on the device nothing.
+    What that costs is a copy of all experts in the CPU's memory, on the process that writes; on the device nothing. Of
+    weights that are spread over ranks it is one file's at a time, see ``save_spread``: all ranks call this then, and
+    the first one writes.
 
     Args:
         state_dict: where given, a state of the swapped model, as ``accelerator.get_state_dict(model)`` collects it.
         The others are those of transformers.
 
-    Raises InputError for experts that are spread over ranks, whose state has to be collected first, and for frozen
-    experts in a format that has cost some of their precision.
+    Raises InputError for a model that transformers has spread over ranks, for other arguments where we have, and for
+    frozen experts in a format that has cost some of their precision.
     """
     save = partial(type(model).save_pretrained, model, save_directory, is_main_process)
     if has_peft_adapter(model):  # PEFT's own weights alone are written
@@ -64,6 +69,13 @@ def save_pretrained(
     # Of a model that it has spread, transformers would take its own state.
     if is_spread(model) or kwargs.get("distributed_checkpoint", False):
         raise InputError("a swapped model that transformers has spread over ranks cannot be saved whole")
+    if state_dict is None and is_apart(model):
+        if args or kwargs:
+            raise InputError("a model whose weights are spread over ranks is saved without further arguments")
+        writes = is_main_process and own_rank() == 0
+        if writes:
+            save({})  # all but the weights
+        return save_spread(model, Path(save_directory), writes)
     if not is_main_process:
         return save({}, *args, **kwargs)
     swapped = [layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)]

@@ -20,9 +20,11 @@ from esft.experts.model_state import (
     swapped_state,
     uncompiled,
 )
-from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.experts.moe_layers import MoELayer, is_dealt, moe_layers
 from esft.experts.pooled_experts import BF16, FROZEN, Experts
 from esft.experts.stock_layout import Layout, read_layout
+from esft.parallel.experts import Deal, deal_experts
+from esft.parallel.ranks import ALONE, Ranks
 from esft.selection import ExpertSelection
 from esft.swapping.packed_modules import FROZEN_LINEAR, check_finite, pack, packable
 from esft.swapping.save_pretrained import attach, detach
@@ -38,6 +40,7 @@ def swap(
     recompute: str = "none",
     frozen: str = BF16,
     frozen_linear: str = BF16,
+    ranks: Ranks = ALONE,
 ) -> PreTrainedModel:
     """Exchange the experts of every MoE layer, in place, so that only what is selected trains.
 
@@ -61,6 +64,8 @@ def swap(
             which costs some of their precision. ``esft.load`` does that without the stock model in memory.
         frozen_linear: what all other linear layers and embeddings that do not train are kept in, "bf16" (the model's
             dtype), "int8" or "nf4". The head and the routers stay as they are.
+        ranks: of a job (``esft.parallel.join.joined``), each of which is to keep a part of every layer's experts; the
+            model's passes are collective then.
 
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
     selection that does not fit the model, a backend that cannot run here or a format that cannot hold the experts, and
@@ -73,7 +78,7 @@ def swap(
     if adapters is not None and adapters.active is not None and adapters.held.keys() != {DEFAULT_ADAPTER}:
         raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
     layers = moe_layers(model)
-    layouts = check(layers, selection, model.device, backend, recompute, frozen, frozen_linear)
+    layouts = check(layers, selection, model.device, backend, recompute, frozen, frozen_linear, ranks)
     if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
     required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -85,16 +90,18 @@ def swap(
     stock: dict[str, nn.Module] = {}
     lossless = frozen == frozen_linear == BF16
     begin(model, Swapped(selection, base, required_grad, frozen, frozen_linear, lossless, stock))
+    ranks.lockstep |= ranks.size > 1
     try:
-        for layer in layers:
+        for layer, deal in zip(layers, deals(layers, selection, ranks), strict=True):
             if (layout := layouts.get(layer.name)) is not None:
                 old, ids = layer.experts, selection.experts.get(layer.index, [])
-                experts = layout.swapped(old, ids, backend, recompute, frozen)
+                experts = layout.swapped(old, ids, backend, recompute, frozen, deal=deal)
                 experts.train(old.training)
                 setattr(layer.block, layer.attribute, experts)
                 stock[layer.name] = emptied(old, layout)
     except BaseException as error:  # out of memory, most likely: the layers done so far go back
-        _put_back(model)
+        if ranks.size == 1:  # else the job ends
+            _put_back(model)
         if isinstance(error, ValueError):  # of a format
             raise InputError(str(error)) from error
         raise
@@ -110,13 +117,19 @@ def check(
     recompute: str,
     frozen: str,
     frozen_linear: str,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Layout]:
     """The layouts of a stock model's stacked experts, by the layers' names. Raises what ``swap`` raises."""
     selection.check({layer.index: layer.num_experts for layer in layers}, any(layer.shared_experts for layer in layers))
     stacked = [layer for layer in layers if not isinstance(layer.experts, nn.ModuleList)]
     layouts = {layer.name: read_layout(layer.experts, layer.name) for layer in stacked}
     if spread := [layer.name for layer in stacked if is_expert_parallel(layer.experts)]:
-        raise InputError(f"{spread[0]}: experts that are spread over ranks cannot be swapped")
+        raise InputError(
+            f"{spread[0]}: experts that transformers has spread over ranks cannot be swapped: load the model with "
+            "esft.load, and name the job as its ranks"
+        )
+    if ranks.size > 1 and (lists := [layer.name for layer in layers if layer.name not in layouts]):
+        raise InputError(f"{lists[0]}: experts that are a ModuleList cannot be dealt out over processes")
     if recompute not in RECOMPUTE:
         raise InputError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     if frozen not in FROZEN:
@@ -136,6 +149,16 @@ def check(
 
 def _is_fused(layout: Layout | None) -> bool:
     return layout is not None and layout.is_fused
+
+
+def deals(layers: list[MoELayer], selection: ExpertSelection, ranks: Ranks) -> list[Deal | None]:
+    """Who holds what of every layer; None where this process holds all."""
+    if ranks.size == 1:
+        return [None] * len(layers)
+    return [
+        deal_experts(selection.experts.get(layer.index, []), layer.num_experts, ranks, turn)
+        for turn, layer in enumerate(layers)
+    ]
 
 
 def begin(model: PreTrainedModel, swapped: Swapped) -> None:
@@ -191,8 +214,10 @@ def unswap(model: PreTrainedModel) -> PreTrainedModel:
     """Put the stock experts back, in place, with the tuned weights inside.
 
     Raises InputError for a stock model, for frozen experts in a format that has cost some of their precision, and for a
-    model that holds adapters side by side.
+    model that holds adapters side by side, or whose experts are dealt out over processes.
     """
+    if is_dealt(uncompiled(model)):
+        raise InputError("the experts are dealt out over processes: none has the stock model's weights")
     if known_state(uncompiled(model)).mixed is not None:
         raise InputError("the model holds adapters side by side, for which the stock modules have no place")
     check_lossless(uncompiled(model), "unswap")

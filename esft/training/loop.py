@@ -19,6 +19,7 @@ from esft.checkpoint.source import Reach, open_config
 from esft.data.examples import Example
 from esft.data.mixing import mixed_in
 from esft.errors import InputError, Interrupted
+from esft.experts.moe_layers import dealt_parameters
 from esft.memory import peak_memory, peak_rss
 from esft.parallel.join import joined
 from esft.parallel.sharding import shard_frozen
@@ -115,9 +116,9 @@ def train(
         config.check_selection(selection)
         if config.kl_weight and mixed is None:
             raise InputError("kl_weight holds the model to its base on data that is mixed in, and none is: --mix")
-        if config.kl_weight and config.shard == "frozen" and ranks.size > 1:
+        if config.kl_weight and config.shard != "none" and ranks.size > 1:
             # Some ranks may have nothing that is mixed in, and would not go along with the others' base.
-            raise InputError("kl_weight does not go together with frozen weights that are sharded over processes")
+            raise InputError(f"kl_weight does not go together with shard {config.shard} over processes")
         deciding(config, list(held_out))
         check_reporting(config.report_to)
         reach = Reach.of(open_config(model_path, trust_remote_code))
@@ -132,7 +133,7 @@ def train(
             logger.info(_memory(model_path, config, selection, run_data.together(ranks.size), trust_remote_code))
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
-        with in_host_memory(config.shard != "none" and ranks.size > 1):
+        with in_host_memory(config.shard == "frozen" and ranks.size > 1):
             model, base = METHODS[config.method].prepare(source, config, selection)
         digests = {"model": base.digest, "data": run_data.digest()}
         begun = {"model": model_path, "data": run_data.name}
@@ -200,7 +201,10 @@ def _about(
 
 
 def _trained(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Parameters that train, on all ranks together."""
+    dealt = dealt_parameters(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return sum(p.shape[1:].numel() * sum(dealt[n]) if n in dealt else p.numel() for n, p in trained.items())
 
 
 def _train(
@@ -254,7 +258,7 @@ def _train(
         logger.info("ended after step %d: %s no better in %s evaluations", step, evaluations.deciding, patience)
     kept = evaluations.best.step if config.load_best_model_at_end and evaluations.best is not None else step
     if kept != step:
-        steps.optimizer.load_state(run.read(kept).tensors)
+        steps.load_weights(run.read(kept))
         logger.info("kept step %d, the best by %s", kept, evaluations.deciding)
     run.check_alike(steps.state(kept))
     seconds = time.monotonic() - started

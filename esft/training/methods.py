@@ -5,6 +5,7 @@ A method is a class with what ``Method`` names, and its name in ``METHODS``.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from esft.checkpoint.load import load_model, load_skeleton
 from esft.errors import InputError
 from esft.experts.model_state import Base, swapped_state
 from esft.experts.moe_layers import moe_layers
+from esft.parallel.join import current
+from esft.parallel.ranks import ALONE
 from esft.runs.config import TrainConfig
 from esft.runs.run_folder import ADAPTER, MODEL, RunFolder
 from esft.selection import ExpertSelection
@@ -49,7 +52,7 @@ class Source:
         recompute = "frozen" if config.recompute == "frozen" else "none"
         return load(
             self.path, selection, config.frozen, config.dtype, config.backend, recompute, self.trust_remote_code,
-            self.progress, config.frozen_linear,
+            self.progress, config.frozen_linear, current() if config.shard == "experts" else ALONE,
         )  # fmt: skip
 
 
@@ -60,8 +63,10 @@ class Method(Protocol):
         ...
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
-        """Write what was trained into the run's folder."""
+    def save(
+        model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder | None
+    ) -> None:
+        """Write what was trained into the run's folder; None on ranks that only hand over what they hold."""
         ...
 
 
@@ -76,8 +81,10 @@ class ESFT:
         return _recomputed(model, config), swapped_state(model).base
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
-        with run.outcome(ADAPTER) as folder:
+    def save(
+        model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder | None
+    ) -> None:
+        with nullcontext() if run is None else run.outcome(ADAPTER) as folder:
             write_adapter(model, folder)
 
 
@@ -93,7 +100,11 @@ class Full:
         return _recomputed(model, config), swapped_state(model).base
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
+    def save(
+        model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder | None
+    ) -> None:
+        if run is None:
+            return
         with run.outcome(MODEL) as folder:
             unswap(model).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -110,7 +121,11 @@ class LoRA:
         return add_lora(model, config.lora_rank, config.lora_alpha), base
 
     @staticmethod
-    def save(model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder) -> None:
+    def save(
+        model: Any, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, base: Base, run: RunFolder | None
+    ) -> None:
+        if run is None:
+            return
         with run.outcome(ADAPTER) as folder:
             model.save_pretrained(folder)
             config_file = folder / "adapter_config.json"

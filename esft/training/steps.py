@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,6 +15,7 @@ from esft.data.batches import collate
 from esft.data.examples import Example, joined
 from esft.errors import DivergenceError, InputError
 from esft.evaluation.loss import batch_loss, has_plain_head
+from esft.experts.moe_layers import dealt_parameters
 from esft.optimizer.adamw import MasterAdamW
 from esft.optimizer.schedule import learning_rate
 from esft.parallel.ranks import ALONE, Ranks
@@ -57,7 +58,8 @@ class Steps:
         """
         self.model, self.pad, self.config, self.places, self.ranks = model, pad, config, places, ranks
         self.together = config.micro_batch_size or config.batch_size
-        self.optimizer = MasterAdamW(model.named_parameters(), config)
+        self.dealt = dealt_parameters(model)
+        self.optimizer = MasterAdamW(model.named_parameters(), config, self.dealt, ranks)
         self.losses: list[float] = []
         self.tokens, self.supervised = 0, 0.0
         self.base = Base(model) if config.kl_weight else None
@@ -69,13 +71,29 @@ class Steps:
         """Go on from a state. Raises InputError for one that is not of this model and these settings."""
         if state.step >= self.config.steps and not state.losses:
             raise InputError(f"step {state.step} is the last one, and its loss is not kept: ask for more steps")
-        self.optimizer.load_state(state.tensors)
+        self.load_weights(state)
         self.losses = list(state.losses)
+
+    def load_weights(self, state: State) -> None:
+        """Take over a state's weights and moments; where experts are dealt out, this rank's."""
+        tensors = dict(state.tensors)
+        for name in self._parts(tensors):
+            sizes, whole = self.dealt[name.partition("/")[2]], tensors[name]
+            if not sizes[self.ranks.rank]:
+                del tensors[name]
+            elif whole.dim() and len(whole) % sum(sizes) == 0:
+                rows = [len(whole) // sum(sizes) * size for size in sizes]
+                tensors[name] = whole.split(rows)[self.ranks.rank]
+        self.optimizer.load_state(tensors)
+
+    def _parts(self, tensors: Iterable[str]) -> frozenset[str]:
+        return frozenset(name for name in tensors if name.partition("/")[2] in self.dealt)
 
     def state(self, step: int) -> State:
         """What to go on from after this step. Raises DivergenceError as ``check_weights`` does."""
         self.check_weights(step)
-        return State(step, self.losses[-RECENT:], self.optimizer.state())
+        tensors = self.optimizer.state()
+        return State(step, self.losses[-RECENT:], tensors, parts=self._parts(tensors))
 
     def check_weights(self, step: int) -> None:
         """Raise DivergenceError for weights that are no numbers, before they are stored.
@@ -101,7 +119,8 @@ class Steps:
         supervised = sum(record.targets for record in records)
         targets = max(supervised, 1)  # pieces of long records may have nothing to learn
         losses, *sums = self._gradients(parts, targets)
-        self.ranks.add_up([*self.optimizer.params.values()])
+        # A dealt expert has its whole gradient where it is.
+        self.ranks.add_up([p for name, p in self.optimizer.params.items() if name not in self.dealt])
         loss, balance, divergence, held = self.ranks.totals(losses.sum().item(), *sums)
         extra = {"aux_loss": balance} if self.config.aux_loss else {}
         extra |= {"kl": divergence / held} if held else {}

@@ -46,7 +46,7 @@ def route(
     check_choice(top_k_index_TK, position, elsewhere, adapter_T)
     positions = position.shape[-1] if num_positions is None else num_positions
     with torch.cuda.device_of(top_k_index_TK):
-        return routing_op.route(top_k_index_TK, position, num_trained, positions, adapter_T)
+        return routing_op.route(top_k_index_TK, position, num_trained, positions, adapter_T, elsewhere)
 
 
 def forward(

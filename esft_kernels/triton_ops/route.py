@@ -99,7 +99,12 @@ def _place_kernel(
 
 
 def route(
-    top_k_index_TK: Tensor, position: Tensor, num_trained: int, num_positions: int, adapter_T: Tensor | None = None
+    top_k_index_TK: Tensor,
+    position: Tensor,
+    num_trained: int,
+    num_positions: int,
+    adapter_T: Tensor | None = None,
+    elsewhere: bool = False,
 ) -> Routing:
     """``esft_kernels.routing.route`` of arguments that have been checked; any other id is of an expert elsewhere.
 
@@ -107,6 +112,7 @@ def route(
         top_k_index_TK: integer [T, K].
         position: int64 [E], or [A, E] with adapters.
         adapter_T: integer [T].
+        elsewhere: what the routing says of itself.
 
     Raises ValueError for 2**31 rows and more.
     """
@@ -131,4 +137,4 @@ def route(
         *where, token_N, slot_N, row_TK, offsets_P1, num_slots, share, shares, position.shape[-1], num_positions,
         **sizes, BLOCK_B=max(1, min(_WORK // block_p, triton.next_power_of_2(shares))),
     )  # fmt: skip
-    return Routing(token_N, slot_N, row_TK, offsets_P1, num_trained)
+    return Routing(token_N, slot_N, row_TK, offsets_P1, num_trained, elsewhere)

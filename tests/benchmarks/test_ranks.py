@@ -19,4 +19,9 @@ def test_bytes_of_larger_jobs_are_computed_from_the_models_sizes():
     assert float(two["full, FSDP"]) == pytest.approx(1.5 * float(two["full"]), rel=0.01)
     # 16 layers of one expert, 3 x 2048 x 1024 parameters each, in bf16.
     assert float(two["ESFT"]) == pytest.approx(16 * 3 * 2048 * 1024 * 2 / 1e9, abs=0.006)
-    assert float(two["ESFT, frozen sharded"]) == pytest.approx(float(two["full"]), rel=0.01)
+    # Embeddings and head stay whole. Of experts 2,048 tokens are sent, of 16 layers: four times hidden states, and ids,
+    # weights and gradients of eight.
+    assert float(two["ESFT, frozen sharded"]) == pytest.approx(
+        float(two["full"]) - 2 * 50304 * 2048 * 2 / 1e9, abs=0.02
+    )
+    assert float(two["ESFT, experts dealt out"]) == pytest.approx(2048 * 16 * (4 * 2048 * 2 + 16 * 8) / 1e9, abs=0.006)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import esft
 from esft.data.examples import IGNORE
+from esft.optimizer.adamw import MasterAdamW
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from esft.training.loop import TrainResult
@@ -40,6 +41,20 @@ class FakeLoss:
         count = int((batch["labels"][:, 1:] != IGNORE).sum())
         trained = next(p for p in model.parameters() if p.requires_grad and p.numel())
         return 0.0 * trained.sum() + (10.0 - len(self.batches)) * count, count
+
+
+class Recorded(MasterAdamW):
+    """Keeps the gradients of every step."""
+
+    kept: dict[str, torch.Tensor] = {}
+    count = 0
+
+    def step(self, lr: float) -> float:
+        Recorded.count += 1
+        for name, p in self.params.items():
+            if p.grad is not None:
+                Recorded.kept[f"{Recorded.count}/{name}"] = p.grad.clone()
+        return super().step(lr)
 
 
 def breaks(at: int) -> Callable[[], None]:

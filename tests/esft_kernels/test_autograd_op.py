@@ -132,6 +132,35 @@ def test_x_and_h_and_the_routing_are_saved_and_nothing_else(recompute):
     assert torch.equal(other, h) and other.untyped_storage().nbytes() == 4 * h.numel()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_of_rows_whose_experts_are_elsewhere_nothing_is_saved(backend):
+    layer = small(biased=True, elsewhere=True)
+    routing, (leaves, pools) = layer.routing, with_leaves(layer, ALL)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        expert_mlp(leaves["x"], leaves["weights"], pools, routing, backend)
+    assert routing.rows_here() < routing.num_rows
+    assert sum(t.shape == (routing.rows_here(), 12) for t in saved) == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("wanted", [("x", "weights"), ()])
+def test_an_empty_trained_pool_that_requires_gradients_gets_none_and_takes_part(backend, wanted):
+    layer = small(biased=True, trained=(), elsewhere=True)
+    (leaves, pools), expected = with_leaves(layer, wanted), None
+    if wanted:
+        expert_mlp(leaves["x"], leaves["weights"], pools, layer.routing, backend).sum().backward()
+        expected = leaves["x"].grad.clone()
+        leaves["x"].grad = None
+    for tensor in (empty := pools.trained.tensors()):
+        assert tensor is not None and not tensor.numel()
+        tensor.requires_grad_()
+    out = expert_mlp(leaves["x"], leaves["weights"], pools, layer.routing, backend)
+    out.sum().backward()
+    assert all(t is not None and t.grad is None for t in empty)
+    assert expected is None or torch.equal(leaves["x"].grad, expected)
+
+
 def shifted(tensor: Tensor) -> Tensor:
     """The same values one element off, at an address that no vector load can start from."""
     moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view(tensor.shape)

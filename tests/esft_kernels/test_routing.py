@@ -96,6 +96,15 @@ def test_experts_that_are_elsewhere_come_last():
         route(ids, torch.arange(4), num_trained=0)
 
 
+def test_experts_of_another_rank_have_no_position_here_and_their_rows_no_expert():
+    ids = torch.tensor([[0, 2], [3, 1], [4, 2]])  # 4 is of no rank
+    routing = route(ids, torch.tensor([1, 2, 0, 2]), num_trained=1, elsewhere=True, num_positions=2)
+    assert routing.offsets_E1.tolist() == [0, 2, 3] and routing.slot_N.tolist() == [1, 5, 0, 2, 3, 4]
+    assert (routing.rows_here(), routing.prefix_rows(), routing.num_rows, routing.num_experts) == (3, 2, 6, 2)
+    all_here = route(ids[:2], torch.arange(4), num_trained=1)
+    assert all_here.rows_here() == all_here.num_rows == 4
+
+
 @pytest.mark.parametrize("debug", [None, "0", "1"])
 def test_ids_on_a_device_are_looked_at_only_in_debugging(debug, monkeypatch):
     monkeypatch.delenv("ESFT_DEBUG", raising=False)

@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
     selection = ExpertSelection.load(args.experts) if args.experts else None
     names = {each.name for each in fields(TrainConfig)} & vars(args).keys() - {"frozen"}
     config = TrainConfig.load(None, **{name: getattr(args, name) for name in names})
-    from esft.checkpoint.source import open_config
     from esft.planning.advice import GB, advice, described, fitting
     from esft.planning.gpus import spreading, spreads
+    from esft.planning.outline import outline
     from esft.planning.plan import FORMATS, Plan, plan
 
     def planned(config: TrainConfig, frozen: str, tokens: int) -> Plan:
@@ -52,14 +52,14 @@ def run(args: argparse.Namespace) -> None:
             found, changes = planned(config, frozen, args.tokens), None
             if args.memory_gb and found.peak > args.memory_gb * GB:
                 changes = advice(planned, config, found.frozen, args.tokens, args.memory_gb * GB)
-            layers = open_config(args.model, args.trust_remote_code).get_text_config().num_hidden_layers
+            whole = outline(args.model, config.dtype, args.trust_remote_code)
             if args.json:
                 fits = {"fits": changes is None, "change": changes} if args.memory_gb else {}
-                ways = {"gpus": [vars(way) for way in spreads(found, args.gpus, layers)]} if args.gpus else {}
+                ways = {"gpus": [vars(way) for way in spreads(found, args.gpus, whole)]} if args.gpus else {}
                 say(json.dumps(vars(found) | fits | ways))
             else:
                 say(*described(found).split("\n"))
                 if args.memory_gb:
                     say(fitting(args.memory_gb, changes))
                 if args.gpus:
-                    say(*spreading(found, args.gpus, layers, args.memory_gb and args.memory_gb * GB))
+                    say(*spreading(found, args.gpus, whole, args.memory_gb and args.memory_gb * GB))

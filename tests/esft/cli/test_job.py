@@ -15,12 +15,13 @@ import pytest
 import esft
 from esft.cli.job import job as of_several
 from esft.cli.parser import main
-from tests.esft.models import save_tiny, write_records
+from tests.esft.models import chat, save_tiny, write_records
 from tests.esft.parallel.jobs import job
 
 STAGES = {
-    "score": "score --model base --data d.jsonl --out s{end}.json --max-length 16 --max-tokens 60 --quiet",
+    "score": "score --model base --data d.jsonl --out s{end}.json --max-length 16 --max-tokens 60 --gradients --quiet",
     "eval": "eval --model base --data d.jsonl --batch-size 3 --out e{end}.json --quiet",
+    "choose": "eval --model base --data c.jsonl --metrics choices --out c{end}.json --quiet",
     "generate": "generate --model base --prompt a --prompt bb --prompt ccc --max-new-tokens 4 --quiet",
     "select": "select --scores s{end}.json --out x{end}.json",
 }
@@ -42,6 +43,8 @@ def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "base")
     write_records(tmp_path / "d.jsonl", 7)
+    asked = [{"messages": chat(f"is {i}?", "no"), "choices": ["yes", "no", "may", "be"][: 2 + i % 3]} for i in range(5)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     return tmp_path
 
 
@@ -59,10 +62,16 @@ def test_scores_losses_and_answers_are_those_of_a_single_process_in_their_order(
     expected, found = (json.loads((work / f"e{n}.json").read_text()) for n in (1, 3))
     assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
     assert found == expected and len(found["answers"]) == 7
+    expected, found = (json.loads((work / f"c{n}.json").read_text()) for n in (1, 3))
+    assert found == expected and len(found["answers"]) == 5
     expected, found = (esft.ExpertScores.load(work / f"s{n}.json") for n in (1, 3))
     assert found.token_scores == expected.token_scores
     for layer, scores in found.gate_scores.items():
         assert scores == pytest.approx(expected.gate_scores[layer], rel=1e-6)
+    assert expected.fisher_scores
+    for name in ("fisher_scores", "fisher_rows_scores"):
+        for layer, scores in getattr(expected, name).items():
+            assert getattr(found, name)[layer] == pytest.approx(scores, rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -5,8 +5,10 @@ from transformers import GenerationConfig
 import esft
 from esft.checkpoint.source import Reach
 from esft.data.records import Record
+from esft.evaluation import answers
 from esft.evaluation import answers as module
 from esft.evaluation.answers import answer, encode_prompts, split_prompt
+from esft.parallel.ranks import Ranks
 from tests.esft.models import adds_a_start, chat, conversation, record_generate, tiny_model, tiny_tokenizer
 
 
@@ -111,6 +113,19 @@ def test_progress_is_shown_when_wanted_only(capsys):
     assert capsys.readouterr().err == ""
     answer(model, tokenizer, [conversation("a")], progress=True)
     assert "generate: 100%" in (shown := capsys.readouterr().err) and "batch" in shown
+
+
+def test_every_token_tells_others_that_this_process_is_at_work(monkeypatch):
+    class Counting(Ranks):
+        count = 0
+
+        def progress(self) -> None:
+            self.count += 1
+
+    monkeypatch.setattr(answers, "current", lambda: ranks)
+    ranks = Counting()
+    answer(speaker(), tiny_tokenizer(), [Record(chat("a", "")[:1])], max_new_tokens=5)
+    assert ranks.count == 5
 
 
 def test_the_last_assistant_turn_is_the_one_to_answer():

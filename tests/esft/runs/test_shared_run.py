@@ -48,7 +48,7 @@ def go_on(out) -> list:
         with run.log(1) as log:
             log(2, loss=1.0, lr=0.1, tokens_per_second=3.0)
         run.save(State(2, [2.0, 1.0], TENSORS))
-        stored = run.leave(lambda folder: (folder.path / "adapter").mkdir())
+        stored = run.leave(lambda folder: (folder.path / "adapter").mkdir() if folder is not None else None)
         assert (out / "adapter").is_dir()
         same = [config == CONFIG, selection == SELECTION, list((selection or SELECTION).experts) == [10, 2]]
         return [*same, stored, sorted(os.listdir(out / "checkpoints"))]

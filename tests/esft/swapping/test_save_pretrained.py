@@ -194,7 +194,7 @@ def test_a_state_that_was_collected_elsewhere_is_saved_and_one_that_is_not_whole
     assert not files(tmp_path / "refused")
 
 
-def test_a_sharded_model_is_saved_once_its_state_is_collected(tmp_path):
+def test_a_sharded_model_saves_itself_or_its_state_once_that_is_collected(tmp_path):
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -204,15 +204,16 @@ def test_a_sharded_model_is_saved_once_its_state_is_collected(tmp_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
-        with pytest.raises(esft.InputError, match="a part of the experts is elsewhere .* collect the state"):
-            model.save_pretrained(tmp_path / "sharded")
+        model.save_pretrained(tmp_path / "itself")
+        with pytest.raises(esft.InputError, match="is saved without further arguments"):
+            model.save_pretrained(tmp_path / "refused", max_shard_size="1GB")
         with pytest.raises(esft.InputError, match="a part of the experts is elsewhere .* load the checkpoint before"):
             model.load_state_dict(load_file(tmp_path / "whole" / "model.safetensors"))
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         model.save_pretrained(tmp_path / "sharded", state_dict=state)
     finally:
         dist.destroy_process_group()
-    assert files(tmp_path / "sharded") == files(tmp_path / "whole")
+    assert files(tmp_path / "sharded") == files(tmp_path / "whole") == files(tmp_path / "itself")
 
 
 def test_experts_in_a_module_list_save_and_load_as_they_always_did(tmp_path):
