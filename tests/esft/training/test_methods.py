@@ -16,7 +16,7 @@ from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from esft.training.methods import METHODS, Source, add_lora
 from tests.esft import zoo
-from tests.esft.models import tiny_tokenizer
+from tests.esft.models import tiny_model, tiny_tokenizer
 from tests.esft.small_runs import SELECTION, column, run, settings
 
 
@@ -105,6 +105,8 @@ def test_a_rank_above_that_of_every_matrix_is_refused(base):
     assert prepared(base, TrainConfig(method="lora", lora_rank=32))  # query heads of 4 x 16 from 32 values
     with pytest.raises(esft.InputError, match="^lora_rank 33: no matrix of the model has a rank above 32$"):
         prepared(base, TrainConfig(method="lora", lora_rank=33))
+    # Its linear layers have a rank of 8 at the most, an expert's matrices one of 32.
+    assert add_lora(tiny_model("qwen3_moe", head_dim=2), TrainConfig(method="lora", lora_rank=9))
 
 
 @pytest.mark.parametrize("recompute", ["none", "frozen", "layers"])
