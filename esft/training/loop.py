@@ -144,7 +144,8 @@ def train(
         if ranks.size > 1:
             settings = {f"setting {name}": value for name, value in asdict(config).items()}
             watched = {name or "evaluation data": source.digest() for name, source in held_out.items()}
-            ranks.check_alike(settings | watched | digests | {"selection": str(selection)})
+            others = {"selection": str(selection), "tokenizer or chat template": run_data.encoding()}
+            ranks.check_alike(settings | watched | digests | others)
         if resume:
             run.check_origin(digests, base.settings, begun)
         if config.shard == "frozen":

@@ -158,6 +158,10 @@ class RunData:
         mixed = "" if self.mixed is None else f", mixed with {self.mixed}"
         return ", ".join(map(str, self.sources)) + mixed
 
+    def encoding(self) -> str | None:
+        """A digest of what makes tokens of the records; see ``Encoder.digest``."""
+        return self._encoder(self.config.packing).digest()
+
     def digest(self) -> str:
         """Of the content: of a single source its own."""
         digests = [source.digest(self.config.streaming) for source in self._all_sources]
