@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esft.errors import RankError
-from esft.parallel.join import current
 from esft.parallel.ranks import Ranks
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], expert ids [T, K], routing weights [T, K] -> [T, D]
@@ -78,6 +77,8 @@ def exchanged(deal: Deal, compute: Compute, x_TD: Tensor, index_TK: Tensor, weig
 
     On every rank gradients have to be asked for alike. Raises RankError outside of the job that the deal is for.
     """
+    from esft.parallel.join import current  # not above: that imports transformers, which may import this
+
     ranks = current()
     if ranks.size != len(deal.sizes):
         raise RankError(

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from contextlib import nullcontext
@@ -111,6 +113,10 @@ def again() -> list:
 def test_a_job_can_be_joined_again(tmp_path):
     ended = job(tmp_path, 2, again)
     assert [(e.status, e.value) for e in ended] == [(0, [[[turn, 0], [turn, 1]] for turn in range(3)])] * 2, ended
+
+
+def test_it_may_be_what_a_process_imports_first():
+    subprocess.run([sys.executable, "-c", "from esft.parallel.join import joined"], check=True)
 
 
 def test_a_process_of_its_own_joins_nothing(monkeypatch):
