@@ -10,8 +10,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from benchmarks.roofline import GPUS, Launch, even_rows, ours
 from benchmarks.shapes import LayerShape
 from esft.errors import InputError
 from esft.runs.report import table
+from esft_kernels.triton_ops.tiles import variants, varied
 
 CHECKED_TOKENS = 512  # of the batch that every tile is checked on
 RESULTS, PAGE = "results.json", "report.md"
@@ -35,28 +38,50 @@ def check_tiles(shape: LayerShape, dtype: torch.dtype, device: torch.device, mos
     Each takes its place in a whole step, whose results are held to the reference in float32. ``most``: tiles of an op.
     """
     problem = layer.make_problem(shape, CHECKED_TOKENS, dtype, device)
-    step, exact = peers.ours(problem, problem.chosen, "triton"), problem.to(torch.float32)
-    expected = peers.ours(exact, exact.chosen, "reference").run(exact)
-    rows = []
-    for key, (op, first) in tune.asked(step, problem).items():
+    step, expected, rows = peers.ours(problem, problem.chosen, "triton"), tune.exact_results(problem), []
+    for key, (arch, op, first) in tune.asked(step, problem).items():
         row = {"kernel": key, "right": 0, "does not fit": 0, "wrong": [], "largest error": 0.0}
-        for tiles in tune.candidates(first, op)[:most]:
-            try:
-                with tune.using({key: tiles}):
-                    found = step.run(problem)
-            except Exception as error:  # whatever the compiler or the driver says of a tile too large
-                if "OutOfResources" not in type(error).__name__:
-                    raise
+        for candidate in tune.candidates(first, op, arch)[:most]:
+            with tune.using({key: candidate}):
+                error = tune.error_of(step, problem, expected)
+            if error is None:
                 row["does not fit"] += 1
                 continue
-            error = max(layer.relative_error(a, b) for a, b in zip(found, expected, strict=True))
             row["largest error"] = max(row["largest error"], error)
             if error <= layer.TOLERANCE[dtype]:
                 row["right"] += 1
             else:
-                row["wrong"].append(str(tiles))
+                row["wrong"].append(str(candidate))
         rows.append(row)
     return rows
+
+
+def time_variants(shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int) -> Rows:
+    """A row for every variant of the chosen tiles: the time of a step in which every op that has it takes it."""
+    problem = layer.make_problem(shape, tokens, dtype, device)
+    step, expected = peers.ours(problem, problem.chosen, "triton"), tune.exact_results(problem)
+    asked = tune.asked(step, problem).values()
+    names = ["chosen", *{name: 0 for arch, op, first in asked for name in variants(first, op, arch)}]
+    errors = {}
+    for name in names:
+        with varied(name):
+            errors[name] = tune.error_of(step, problem, expected)
+
+    def run(name: str) -> None:
+        with varied(name):
+            step.run(problem)
+
+    right = [name for name, error in errors.items() if error is not None and error <= layer.TOLERANCE[dtype]]
+    times = layer.interleaved({name: partial(run, name) for name in right}, rounds, device)
+    return [
+        {
+            "tiles": name,
+            "largest error": error,
+            "step ms": statistics.median(times[name]) * 1e3 if name in right else None,
+            "is": "right" if name in right else "does not fit" if error is None else "wrong",
+        }
+        for name, error in errors.items()
+    ]
 
 
 def time_layer(
@@ -88,6 +113,9 @@ def parts(
         made[f"Tiles of {shape.name}"] = lambda shape=shape: check_tiles(shape, dtype, device, most)
     for shape in shapes:
         for count in tokens:
+            made[f"Variants of {shape.name}, {count:,} tokens"] = partial(
+                time_variants, shape, count, dtype, device, rounds
+            )
             made[f"{shape.name}, {count:,} tokens"] = lambda shape=shape, count=count: time_layer(
                 shape, count, dtype, device, rounds, name
             )

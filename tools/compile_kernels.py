@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, and check what came out.
 
 ``python -m tools.compile_kernels [--targets sm_90,gfx942] [--models deepseek-v2-lite,odd] [--dtypes bf16]
-[--formats plain,nf4]``
+[--formats plain,nf4] [--variants chosen,descriptors]``
 
 The backend itself is run on meta tensors with launches turned into compilations, so what is compiled is what a
 real step of that model would launch: same tiles, same specialisation of sizes, strides and missing pointers.
@@ -10,10 +10,11 @@ target's matrix instructions in its main loop. What tf32 leaves as fp32 (a kerne
 tf32) is compiled as that.
 
 Columns: registers per thread; bytes of local memory (stack) and instructions that spill to it; bytes of shared memory;
-programs that fit a processor at once; matrix and other instructions in one turn of the main loop; and, for sm_90, the
-issue slots that the others leave free: a turn's matrix work takes tile FLOPs / 4096 cycles (the dense 16-bit peak of a
-processor), in which its four schedulers issue one instruction a cycle each, and every warp issues the others once. A
-tile is "wide" that reaches rows by 64-bit offsets, for tensors of 2**31 elements or more.
+programs that fit a processor at once; matrix and other instructions in one turn of the main loop, and how many of the
+latter load a tile by a descriptor (UTMALDG); and, for sm_90, the issue slots that the others leave free: a turn's
+matrix work takes tile FLOPs / 4096 cycles (the dense 16-bit peak of a processor), in which its four schedulers issue
+one instruction a cycle each, and every warp issues the others once. A tile is "wide" that reaches rows by 64-bit
+offsets, for tensors of 2**31 elements or more.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from esft_kernels.backends import triton_backend
 from esft_kernels.formats.resolve import FORMATS
 from esft_kernels.pools import PLAIN, ExpertPools, ExpertWeights, QuantizedWeights
 from esft_kernels.triton_ops import tiles
+from esft_kernels.triton_ops.tiles import Tiles, variants, varied
 from tools.sass import read
 
 # Every activation and width that a layer can have, on a small layer; gpt-oss has its own.
@@ -58,6 +60,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 LAYOUTS = (PLAIN, "int8", "nf4", "fp8", "mxfp4")  # nf4_double is nf4 to the kernels
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 ROWS_PER_EXPERT = (8, 128, 1024)  # between them they meet every tile that a model can get
+VARIANTS = ("chosen", *variants(Tiles(64, 64, 64, 8, 2), "gemm", "sm_90"))
 MANY_TOKENS = 1 << 20  # whose elements 32-bit offsets do not reach
 
 
@@ -98,6 +101,8 @@ class Row:
     matrix: str
     loop_matrix: int
     loop_others: int
+    loop_tiles: int
+    described: bool  # whether something is loaded by a descriptor
     slots: str  # share of the issue slots free for matrix instructions
 
     def problems(self) -> list[str]:
@@ -111,6 +116,8 @@ class Row:
             wanted = chip.matrix[:1] if rows >= 64 else chip.matrix
             if not self.matrix.startswith(wanted) or not self.loop_matrix:
                 found.append(f"no {wanted[0]} in the main loop")
+        if self.described and not self.loop_tiles:
+            found.append("no UTMALDG in the main loop")
         return found
 
 
@@ -234,7 +241,8 @@ def inspect(kernel: CompiledKernel, target: str) -> Row:
         dtype=dtype,
         format=sizes.get("FORMAT", PLAIN),
         tile=f"{'x'.join(map(str, blocks))} w{options.num_warps} s{options.num_stages}"
-        + " wide" * bool(sizes.get("WIDE")),
+        + " wide" * bool(sizes.get("WIDE"))
+        + " persistent" * bool(sizes.get("PERSISTENT")),
         registers=code.registers,
         stack=code.stack,
         spills=code.spills,
@@ -243,6 +251,8 @@ def inspect(kernel: CompiledKernel, target: str) -> Row:
         matrix=code.matrix,
         loop_matrix=code.loop.matrix,
         loop_others=code.loop.others,
+        loop_tiles=code.loop.tiles,
+        described=any(sizes.get(name) for name in ("LAYOUT", "ROW_TILES", "GRAD_TILES")),
         slots=slots,
     )
 
@@ -255,10 +265,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--formats", default=",".join(LAYOUTS))
+    parser.add_argument("--variants", default="chosen", help="of the tiles, see esft_kernels.triton_ops.tiles")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET, which replaces the compiler by an interpreter")
-    for option, known in (("targets", TARGETS), ("models", MODELS), ("dtypes", DTYPES), ("formats", LAYOUTS)):
+    for option, known in (("targets", TARGETS), ("models", MODELS), ("dtypes", DTYPES), ("formats", LAYOUTS),
+                          ("variants", VARIANTS)):  # fmt: skip
         if unknown := [name for name in getattr(args, option).split(",") if name not in known]:
             parser.error(f"--{option} takes {', '.join(known)}, got {', '.join(unknown)}")
     rows: dict[str, Row] = {}
@@ -266,12 +278,13 @@ def main(argv: list[str] | None = None) -> int:
     for target in args.targets.split(","):
         with compiling_for(target) as compiled:
             for name in args.models.split(","):
-                for dtype, format in product(args.dtypes.split(","), args.formats.split(",")):
+                settings = (getattr(args, option).split(",") for option in ("dtypes", "formats", "variants"))
+                for dtype, format, variant in product(*settings):
                     try:
-                        with matmul_precision("tf32" if dtype == "tf32" else "ieee"):
+                        with matmul_precision("tf32" if dtype == "tf32" else "ieee"), varied(variant):
                             launch_all(MODELS[name], DTYPES[dtype], format)
                     except Exception as error:  # whatever the compiler raised: report it and go on
-                        failures.append(f"{target} {dtype} {format} {name}: {type(error).__name__}: {error}")
+                        failures.append(f"{target} {dtype} {format} {variant} {name}: {type(error).__name__}: {error}")
         rows |= {key: inspect(kernel, target) for key, kernel in compiled.items()}
     failures += print_table(rows)
     for failure in failures:
@@ -282,18 +295,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_table(rows: dict[str, Row]) -> list[str]:
     """One line for all variants that came out alike. Returns the problems found."""
-    layout = "{:14} {:7} {:5} {:6} {:23} {:>9} {:>5} {:>6} {:>7} {:>8} {:>8}  {:24} {:>11} {:>6} {:>5}"
+    layout = "{:14} {:7} {:5} {:6} {:34} {:>9} {:>5} {:>6} {:>7} {:>8} {:>8}  {:24} {:>11} {:>6} {:>7} {:>5}"
     print(layout.format(
         "kernel", "target", "dtype", "format", "tile", "registers", "stack", "spills", "shared", "programs", "variants",
-        "matrix instruction", "matrix/turn", "others", "slots",
+        "matrix instruction", "matrix/turn", "others", "UTMALDG", "slots",
     ))  # fmt: skip
     failures = []
-    order = attrgetter("target", "kernel", "dtype", "format", "tile", "registers", "matrix", "loop_others")
+    order = attrgetter(
+        "target", "kernel", "dtype", "format", "tile", "registers", "matrix", "loop_others", "loop_tiles"
+    )
     for row, count in sorted(Counter(rows.values()).items(), key=lambda item: order(item[0])):
         r = row
         print(layout.format(
             r.kernel, r.target, r.dtype, r.format, r.tile, r.registers, r.stack, r.spills, r.shared, r.programs, count,
-            r.matrix, r.loop_matrix, r.loop_others, r.slots,
+            r.matrix, r.loop_matrix, r.loop_others, r.loop_tiles, r.slots,
         ))  # fmt: skip
         failures += [
             f"{row.target} {row.dtype} {row.format} {row.kernel} {row.tile}: {problem}" for problem in row.problems()

@@ -22,6 +22,7 @@ class Loop:
 
     matrix: int
     others: int
+    tiles: int = 0  # of the others, those that load a tile by a descriptor
 
 
 @dataclass(frozen=True)
@@ -97,4 +98,4 @@ def main_loop(names: list[str], jumps: list[tuple[int, int]]) -> Loop:
         return Loop(0, 0)
     body = min(bodies, key=len)
     matrix = sum(MATRIX.match(name) is not None for name in body)
-    return Loop(matrix, len(body) - matrix)
+    return Loop(matrix, len(body) - matrix, sum(name.startswith("UTMALDG") for name in body))

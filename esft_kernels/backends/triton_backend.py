@@ -16,8 +16,7 @@ from esft_kernels.backends.triton_parts import parts
 from esft_kernels.pools import ExpertPools, ExpertWeights
 from esft_kernels.routing import Routing, check_choice
 from esft_kernels.triton_ops import route as routing_op
-from esft_kernels.triton_ops.bias_dot import bias_dot
-from esft_kernels.triton_ops.bias_grad import bias_grad
+from esft_kernels.triton_ops.bias import bias_dot, bias_grad
 from esft_kernels.triton_ops.combine import combine, combine_sums
 from esft_kernels.triton_ops.decode import stack
 from esft_kernels.triton_ops.grad_gemm import grad_gemm

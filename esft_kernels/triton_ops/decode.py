@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from esft_kernels.formats import mxfp4, nf4
 from esft_kernels.formats.nf4 import Nf4
 from esft_kernels.pools import PLAIN as _PLAIN
 from esft_kernels.pools import ExpertWeights, Projection, QuantizedWeights
+from esft_kernels.triton_ops.descriptors import weight_layout
 
 PLAIN = tl.constexpr(_PLAIN)
 BLOCK_O, BLOCK_I = 16, 128
@@ -138,19 +140,25 @@ def stack(pool: ExpertWeights | QuantizedWeights, projection: Projection) -> Ten
     return pool.gate_up_EGD if projection == "gate_up" else pool.down_EDF
 
 
-def weight_operands(trained_SOI: Tensor, frozen: Tensor | Coded) -> tuple[tuple, tuple, dict]:
+def weight_operands(
+    trained_SOI: Tensor, frozen: Tensor | Coded, descriptors: bool = False, paired: Literal["out", "in"] | None = None
+) -> tuple[tuple, tuple, dict]:
     """What a kernel takes for its weights: pointers, then strides and sizes, then constants.
 
     Pointers of trained and frozen weights, of scales and values; strides of an expert, of output and input features, of
-    an expert's scales, and ``scale_columns``. Coded weights are alone in a launch, without trained ones.
+    an expert's scales, and ``scale_columns``. Coded weights are alone in a launch, without trained ones. Plain ones are
+    loaded by ``descriptors`` where these can, see ``weight_layout``.
     """
     if isinstance(frozen, Tensor):
         strides = (trained_SOI if len(trained_SOI) else frozen).stride()
-        return (trained_SOI, frozen, None, None), (*strides, 0, 0), {"FORMAT": PLAIN.value, "TRANSPOSED": False}
+        layout = weight_layout(trained_SOI, frozen, paired) if descriptors else None
+        constants = {"FORMAT": PLAIN.value, "TRANSPOSED": False, "LAYOUT": layout}
+        return (trained_SOI, frozen, None, None), (*strides, 0, 0), constants
     codes, scales = frozen.codes, frozen.scales
     row = (1, frozen.columns) if frozen.transposed else (frozen.columns, 1)
     sizes = (codes.stride(0), *row, scales.stride(0), frozen.scale_columns)
-    return (codes, codes, scales, frozen.values), sizes, {"FORMAT": frozen.format, "TRANSPOSED": frozen.transposed}
+    constants = {"FORMAT": frozen.format, "TRANSPOSED": frozen.transposed, "LAYOUT": None}
+    return (codes, codes, scales, frozen.values), sizes, constants
 
 
 def decode(pool: QuantizedWeights, projection: Projection, first: int, out_EOI: Tensor) -> None:

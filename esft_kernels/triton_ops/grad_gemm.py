@@ -14,9 +14,11 @@ from esft_kernels.backend import Needs
 from esft_kernels.pools import ExpertPools
 from esft_kernels.routing import Routing
 from esft_kernels.triton_ops.decode import Coded, stack, weight_operands
+from esft_kernels.triton_ops.descriptors import launch
 from esft_kernels.triton_ops.gate import activate_backward, constants
 from esft_kernels.triton_ops.mainloop import (
     block_of,
+    count_tiles,
     expert_of,
     find_tile,
     halves,
@@ -26,7 +28,7 @@ from esft_kernels.triton_ops.mainloop import (
     scales_of,
     wide,
 )
-from esft_kernels.triton_ops.tiles import max_row_tiles, tiles_for
+from esft_kernels.triton_ops.tiles import max_row_tiles, programs_for, tiles_for
 
 PIECE = tl.constexpr(16)  # columns that are finished together
 
@@ -78,29 +80,19 @@ def _finish(
     return tl.sum(tl.where(in_cols_1N, grad_a_MN * a_MN, 0.0), axis=1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_positions", "num_trained", "grad_h_positions"])
-def _grad_gemm_kernel(
-    grad_out_ptr,  # [T, D]
-    token_ptr, slot_ptr,  # int64 [N]
-    weights_ptr,  # [N] by slot
-    trained_ptr, frozen_ptr,  # [S, F, D] and [R, F, D], strided: down projections, transposed
-    scales_ptr, values_ptr,  # of frozen weights that are coded, else None
-    h_ptr,  # [N, G], columns (gate, up) in turn
-    grad_h_ptr,  # [N, G] in the same order, or None
-    weighted_a_ptr,  # [N, F], or None
-    sums_ptr,  # fp32 [tiles of F, N], or None
-    offsets_ptr,  # int64 [P + 1]
+@triton.jit
+def _make_tile(
+    position, first, end, n_tile,
+    grad_out_ptr, token_ptr, slot_ptr, weights_ptr, trained_ptr, frozen_ptr, scales_ptr, values_ptr,
+    h_ptr, grad_h_ptr, weighted_a_ptr, sums_ptr, offsets_ptr,
     stride_expert, stride_out, stride_in, stride_scales, scale_columns,
-    hidden, features, num_rows, num_positions, num_trained, grad_h_positions,
+    hidden, features, num_rows, num_trained, grad_h_positions,
     KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
-    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    position, first, end, n_tile = find_tile(features, offsets_ptr, num_positions, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P)
-    if first >= end:
-        return
-
+    """Make what the activation's backward yields, of one expert's rows from ``first`` on."""
     row_M = first + tl.arange(0, BLOCK_M)  # int64, like the offsets: rows x features can pass 2**31
     in_rows_M = row_M < end
     token_M = tl.load(token_ptr + tl.minimum(row_M, end - 1))
@@ -111,10 +103,11 @@ def _grad_gemm_kernel(
     # Before the routing weight: its row-wise product with A is the routing weight's gradient, so the down
     # projection's output is never needed.
     grad_a_MN = multiply(
-        grad_out_ptr, row_offsets(token_M, k_K, hidden, WIDE),
-        weight_ptr, n_N[None, :], k_K[:, None], BLOCK_K, in_cols_N[None, :], hidden, stride_out, stride_in,
+        grad_out_ptr, row_offsets(token_M, k_K, hidden, WIDE), None, 0,
+        weight_ptr, n_N[None, :], k_K[:, None], BLOCK_K, in_cols_N[None, :], n_tile * BLOCK_N, features,
+        hidden, stride_out, stride_in,
         scales_of(scales_ptr, position, stride_scales), values_ptr, scale_columns,
-        FORMAT, TRANSPOSED, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        FORMAT, TRANSPOSED, LAYOUT, False, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
     # How many of the tile's rows there are, and how many of dH and of the weighted A are written.
@@ -131,6 +124,59 @@ def _grad_gemm_kernel(
     if sums_ptr is not None:
         # A sum per row and tile of F; the tiles are added up afterwards, in order.
         tl.store(sums_ptr + n_tile.to(tl.int64) * num_rows + row_M, sum_M, mask=row_M < end)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_positions", "num_trained", "grad_h_positions"])
+def _grad_gemm_kernel(
+    grad_out_ptr,  # [T, D]
+    token_ptr, slot_ptr,  # int64 [N]
+    weights_ptr,  # [N] by slot
+    trained_ptr, frozen_ptr,  # [S, F, D] and [R, F, D], strided: down projections, transposed
+    scales_ptr, values_ptr,  # of frozen weights that are coded, else None
+    h_ptr,  # [N, G], columns (gate, up) in turn
+    grad_h_ptr,  # [N, G] in the same order, or None
+    weighted_a_ptr,  # [N, F], or None
+    sums_ptr,  # fp32 [tiles of F, N], or None
+    offsets_ptr,  # int64 [P + 1]
+    stride_expert, stride_out, stride_in, stride_scales, scale_columns,
+    hidden, features, num_rows, num_positions, num_trained, grad_h_positions,
+    KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
+    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PERSISTENT: tl.constexpr,
+    BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        tiles = count_tiles(features, offsets_ptr, num_positions, BLOCK_M, BLOCK_N)
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            position, first, end, n_tile = find_tile(
+                tile, tiles, features, offsets_ptr, num_positions, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P
+            )
+            if first < end:
+                _make_tile(
+                    position, first, end, n_tile,
+                    grad_out_ptr, token_ptr, slot_ptr, weights_ptr, trained_ptr, frozen_ptr, scales_ptr, values_ptr,
+                    h_ptr, grad_h_ptr, weighted_a_ptr, sums_ptr, offsets_ptr,
+                    stride_expert, stride_out, stride_in, stride_scales, scale_columns,
+                    hidden, features, num_rows, num_trained, grad_h_positions,
+                    KIND, GATED, SLOPE, LIMIT, UP_OFFSET, FORMAT, TRANSPOSED, LAYOUT,
+                    PRECISION, EVEN_N, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+    else:
+        position, first, end, n_tile = find_tile(
+            tl.program_id(0), tl.num_programs(0), features, offsets_ptr, num_positions,
+            GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P,
+        )  # fmt: skip
+        if first >= end:
+            return
+        _make_tile(
+            position, first, end, n_tile,
+            grad_out_ptr, token_ptr, slot_ptr, weights_ptr, trained_ptr, frozen_ptr, scales_ptr, values_ptr,
+            h_ptr, grad_h_ptr, weighted_a_ptr, sums_ptr, offsets_ptr,
+            stride_expert, stride_out, stride_in, stride_scales, scale_columns,
+            hidden, features, num_rows, num_trained, grad_h_positions,
+            KIND, GATED, SLOPE, LIMIT, UP_OFFSET, FORMAT, TRANSPOSED, LAYOUT,
+            PRECISION, EVEN_N, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 Results = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -176,11 +222,13 @@ def grad_gemm(
             h_NG.new_empty(num_rows, features) if needs.trained else None,
             None if sums_XN is None else sums_XN.T,
         )
-    pointers, strides, layout = weight_operands(pools.trained.down_EDF[:trained].mT, frozen)
-    _grad_gemm_kernel[(max_row_tiles(num_rows, positions, tiles.block_m) * n_tiles,)](
+    pointers, strides, coding = weight_operands(pools.trained.down_EDF[:trained].mT, frozen, tiles.descriptors)
+    count = max_row_tiles(num_rows, positions, tiles.block_m) * n_tiles
+    launch(
+        _grad_gemm_kernel[(programs_for(h_NG, tiles, count),)],
         grad_out_TD, routing.token_N, routing.slot_N, weights_TK, *pointers, h_NG, *results, routing.offsets_E1,
         *strides, hidden, features, num_rows, positions, trained, everyone if needs.x else trained,
-        **constants(pools.activation), **layout, PRECISION=precision(h_NG),
+        **constants(pools.activation), **coding, PERSISTENT=tiles.persistent > 0, PRECISION=precision(h_NG),
         EVEN_N=features % tiles.block_n == 0, EVEN_K=hidden % tiles.block_k == 0,
         WIDE=wide(grad_out_TD), BLOCK_P=block_of(positions), **tiles.launch_options(),
     )  # fmt: skip

@@ -10,43 +10,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esft_kernels.triton_ops.descriptors import aligned, launch, rows_descriptor
 from esft_kernels.triton_ops.mainloop import dot, precision, row_offsets, weight_row, wide
 from esft_kernels.triton_ops.tiles import splits_for, tiles_for
 
 
 @triton.jit
 def _load_rows(
-    ptr, index_ptr, first, end, column, features,
+    ptr, index_ptr, tiles, first, end, first_column, column, features,
     MASKED: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows ``first`` to ``first + BLOCK_K`` of a tensor, or those that an index names; zero from ``end`` on."""
-    k_K = tl.arange(0, BLOCK_K)
-    inside_K = k_K < end - first
-    if index_ptr is None:  # contiguous rows: one 64-bit base, 32-bit offsets
-        offset_K = k_K
-        ptr += first * features
-    elif MASKED:
-        offset_K = tl.load(index_ptr + first + k_K, mask=inside_K, other=0)
+    if tiles is not None:
+        rows_KC = tiles.load([tl.cast(first, tl.int32), first_column])
     else:
-        offset_K = tl.load(index_ptr + first + k_K)
-    offset_KC = row_offsets(offset_K, column, features, WIDE)
-    if MASKED:
-        rows_KC = tl.load(ptr + offset_KC, mask=inside_K[:, None] & (column < features)[None, :], other=0.0)
-    elif EVEN:
-        rows_KC = tl.load(ptr + offset_KC)
-    else:
-        rows_KC = tl.load(ptr + offset_KC, mask=(column < features)[None, :], other=0.0)
+        k_K = tl.arange(0, BLOCK_K)
+        inside_K = k_K < end - first
+        if index_ptr is None:  # contiguous rows: one 64-bit base, 32-bit offsets
+            offset_K = k_K
+            ptr += first * features
+        elif MASKED:
+            offset_K = tl.load(index_ptr + first + k_K, mask=inside_K, other=0)
+        else:
+            offset_K = tl.load(index_ptr + first + k_K)
+        offset_KC = row_offsets(offset_K, column, features, WIDE)
+        if MASKED:
+            rows_KC = tl.load(ptr + offset_KC, mask=inside_K[:, None] & (column < features)[None, :], other=0.0)
+        elif EVEN:
+            rows_KC = tl.load(ptr + offset_KC)
+        else:
+            rows_KC = tl.load(ptr + offset_KC, mask=(column < features)[None, :], other=0.0)
     return rows_KC
 
 
 @triton.jit
 def _add_rows(
-    acc_MN, grad_ptr, grad_index_ptr, rows_ptr, rows_index_ptr, first, end, m_M, n_N, out_features, in_features,
+    acc_MN, grad_ptr, grad_index_ptr, grad_tiles, rows_ptr, rows_index_ptr, row_tiles, first, end,
+    first_m, m_M, first_n, n_N, out_features, in_features,
     MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    grad_KM = _load_rows(grad_ptr, grad_index_ptr, first, end, m_M, out_features, MASKED, WIDE, EVEN_M, BLOCK_K)
-    rows_KN = _load_rows(rows_ptr, rows_index_ptr, first, end, n_N, in_features, MASKED, WIDE, EVEN_N, BLOCK_K)
+    grad_KM = _load_rows(
+        grad_ptr, grad_index_ptr, grad_tiles, first, end, first_m, m_M, out_features, MASKED, WIDE, EVEN_M, BLOCK_K
+    )
+    rows_KN = _load_rows(
+        rows_ptr, rows_index_ptr, row_tiles, first, end, first_n, n_N, in_features, MASKED, WIDE, EVEN_N, BLOCK_K
+    )
     return dot(tl.trans(grad_KM), rows_KN, acc_MN, PRECISION)
 
 
@@ -61,7 +70,8 @@ def _grouped_wgrad_kernel(
     stride_split, stride_expert, stride_out, stride_in,
     out_features, in_features,
     PAIRED: tl.constexpr, PRECISION: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, SPLITS: tl.constexpr,
-    WIDE: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GRAD_TILES: tl.constexpr, ROW_TILES: tl.constexpr, WIDE: tl.constexpr,
+    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # One program owns one tile of one expert's gradient and walks over its rows in order: no atomics, the
     # same bits every time, and an expert without rows gets its zeros from the accumulator.
@@ -79,18 +89,26 @@ def _grouped_wgrad_kernel(
         start += tl.program_id(1) * share
         end = tl.minimum(end, start + share)
 
+    grad_tiles = None
+    row_tiles = None
+    if GRAD_TILES:
+        grad_tiles = rows_descriptor(grad_ptr, end, out_features, BLOCK_K, BLOCK_M)
+    if ROW_TILES:
+        row_tiles = rows_descriptor(rows_ptr, end, in_features, BLOCK_K, BLOCK_N)
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Whole blocks first, without a comparison per row; then what is left.
     whole = tl.maximum(end - start, 0) // BLOCK_K * BLOCK_K
     for first in range(start, start + whole, BLOCK_K):
         acc_MN = _add_rows(
-            acc_MN, grad_ptr, grad_index_ptr, rows_ptr, rows_index_ptr, first, end, m_M, n_N, out_features, in_features,
+            acc_MN, grad_ptr, grad_index_ptr, grad_tiles, rows_ptr, rows_index_ptr, row_tiles, first, end,
+            m_tile * BLOCK_M, m_M, n_tile * BLOCK_N, n_N, out_features, in_features,
             False, WIDE, PRECISION, EVEN_M, EVEN_N, BLOCK_K,
         )  # fmt: skip
     if start + whole < end:
         acc_MN = _add_rows(
-            acc_MN, grad_ptr, grad_index_ptr, rows_ptr, rows_index_ptr, start + whole, end, m_M, n_N,
-            out_features, in_features, True, WIDE, PRECISION, EVEN_M, EVEN_N, BLOCK_K,
+            acc_MN, grad_ptr, grad_index_ptr, grad_tiles, rows_ptr, rows_index_ptr, row_tiles, start + whole, end,
+            m_tile * BLOCK_M, m_M, n_tile * BLOCK_N, n_N, out_features, in_features,
+            True, WIDE, PRECISION, EVEN_M, EVEN_N, BLOCK_K,
         )  # fmt: skip
     out_M = weight_row(m_M, out_features // 2, PAIRED)
     out_ptr += position.to(tl.int64) * stride_expert + tl.program_id(1).to(tl.int64) * stride_split
@@ -128,11 +146,15 @@ def grouped_wgrad(
     out = grad_SOI
     if splits > 1:
         out = torch.empty(splits, num_trained, out_features, in_features, dtype=torch.float32, device=rows_YI.device)
-    _grouped_wgrad_kernel[(programs, splits)](
+    # Rows that lie together; those that an index names have their addresses.
+    grad_tiles = tiles.descriptors and grad_index_N is None and aligned(grad_rows_XO)
+    row_tiles = tiles.descriptors and rows_index_N is None and aligned(rows_YI)
+    launch(
+        _grouped_wgrad_kernel[(programs, splits)],
         grad_rows_XO, grad_index_N, rows_YI, rows_index_N, out, offsets_S1,
         out.stride(0) if splits > 1 else 0, *out.stride()[-3:], out_features, in_features,
         PAIRED=paired, PRECISION=precision(rows_YI), EVEN_M=out_features % tiles.block_m == 0,
         EVEN_N=in_features % tiles.block_n == 0, SPLITS=splits,
-        WIDE=wide(grad_rows_XO, rows_YI), **tiles.launch_options(),
+        GRAD_TILES=grad_tiles, ROW_TILES=row_tiles, WIDE=wide(grad_rows_XO, rows_YI), **tiles.launch_options(),
     )  # fmt: skip
     return grad_SOI.copy_(out.sum(dim=0)) if splits > 1 else grad_SOI

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esft_kernels.triton_ops import tiles
 from esft_kernels.triton_ops.decode import PLAIN, load_weight
+from esft_kernels.triton_ops.descriptors import load_weight_tile, weight_descriptor
 
 
 @triton.jit
@@ -30,18 +31,24 @@ def find_row_tile(tile, offsets_ptr, num_positions, BLOCK_M: tl.constexpr, BLOCK
 
 
 @triton.jit
+def count_tiles(columns, offsets_ptr, num_positions, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many tiles an [N, columns] product has: those of ``tiles.max_row_tiles``, for the rows that there are."""
+    m_tiles = tl.load(offsets_ptr + num_positions) // BLOCK_M + num_positions - tl.load(offsets_ptr) // BLOCK_M
+    return m_tiles.to(tl.int32) * tl.cdiv(columns, BLOCK_N)
+
+
+@triton.jit
 def find_tile(
-    columns, offsets_ptr, num_positions,
+    tile, tiles, columns, offsets_ptr, num_positions,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Which tile of an [N, columns] product a program makes: ``find_row_tile`` and the number of the column tile.
+    """Where a tile of an [N, columns] product is: ``find_row_tile`` and the number of the column tile.
 
     GROUP_M row tiles go through the columns together, so that they find each other's weights in the cache.
     """
     n_tiles = tl.cdiv(columns, BLOCK_N)
-    m_tiles = tl.num_programs(0) // n_tiles
-    pid = tl.program_id(0)
-    m_tile, n_tile = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
+    m_tiles = tiles // n_tiles
+    m_tile, n_tile = tl.swizzle2d(tile // n_tiles, tile % n_tiles, m_tiles, n_tiles, GROUP_M)
     position, first, end = find_row_tile(m_tile, offsets_ptr, num_positions, BLOCK_M, BLOCK_P)
     return position, first, end, n_tile
 
@@ -94,16 +101,20 @@ def wide(*tensors: Tensor) -> bool:
 
 @triton.jit
 def multiply(
-    rows_ptr, row_offset_MK, weight_ptr, out_1N, in_K1, in_step, in_cols_1N, in_features, stride_out, stride_in,
-    scales_ptr, values_ptr, scale_columns,
-    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    rows_ptr, row_offset_MK, row_tiles, first_row,
+    weight_ptr, out_1N, in_K1, in_step, in_cols_1N, first_column, out_features,
+    in_features, stride_out, stride_in, scales_ptr, values_ptr, scale_columns,
+    FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, LAYOUT: tl.constexpr, PAIRED: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``rows @ weight`` over ``in_features``, fp32 [M, N].
 
     ``out_1N`` and ``in_K1`` are where the weight has the tile's columns and the first BLOCK_K features; ``in_step``
     leads to the next ones. Of a FORMAT the weights are decoded here, and a row of codes is ``stride_out`` long, or
-    ``stride_in`` where TRANSPOSED: where the matrix that was quantized is [in, out].
+    ``stride_in`` where TRANSPOSED: where the matrix that was quantized is [in, out]. With a LAYOUT a descriptor loads
+    the weights from ``first_column`` on, of ``out_features``, and where ``row_tiles`` is one, it loads rows from
+    ``first_row`` on.
 
     The loop moves two scalar bases past offsets that stay: pointers of every element would each be added to in every
     turn. Rows are never masked: the caller points rows past an expert's end at its last row, and drops them at the
@@ -112,10 +123,20 @@ def multiply(
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     k_K = tl.arange(0, BLOCK_K)
     weight_offset_KN = in_K1 * stride_in + out_1N * stride_out  # within an expert 32-bit offsets do
+    if LAYOUT is not None:
+        weight_tiles = weight_descriptor(
+            weight_ptr, out_features, in_features, stride_out, stride_in, LAYOUT, PAIRED, BLOCK_N, BLOCK_K
+        )
     for k in range(0, in_features, BLOCK_K):
-        if FORMAT != PLAIN:
-            in_k_K = k_K < in_features - k
+        in_k_K = k_K < in_features - k
+        if row_tiles is not None:
+            rows_MK = row_tiles.load([first_row, k])
+        elif FORMAT == PLAIN and EVEN_K:
+            rows_MK = tl.load(rows_ptr + row_offset_MK)
+        else:
+            # Both sides are zero past the last input feature: a zero alone would not silence a NaN on the other.
             rows_MK = tl.load(rows_ptr + row_offset_MK, mask=in_k_K[None, :], other=0.0)
+        if FORMAT != PLAIN:
             mask_KN = in_k_K[:, None] & in_cols_1N
             if TRANSPOSED:
                 decoded_KN = load_weight(
@@ -127,16 +148,13 @@ def multiply(
                 )  # fmt: skip
             in_K1 += in_step
             weight_KN = decoded_KN.to(rows_ptr.dtype.element_ty)
+        elif LAYOUT is not None:
+            weight_KN = load_weight_tile(weight_tiles, first_column, k, LAYOUT, PAIRED, BLOCK_N, BLOCK_K)
+        elif EVEN_K and EVEN_N:
+            weight_KN = tl.load(weight_ptr + weight_offset_KN)
         elif EVEN_K:
-            rows_MK = tl.load(rows_ptr + row_offset_MK)
-            if EVEN_N:
-                weight_KN = tl.load(weight_ptr + weight_offset_KN)
-            else:
-                weight_KN = tl.load(weight_ptr + weight_offset_KN, mask=in_cols_1N, other=0.0)
+            weight_KN = tl.load(weight_ptr + weight_offset_KN, mask=in_cols_1N, other=0.0)
         else:
-            # Both sides are zero past the last input feature: a zero alone would not silence a NaN on the other.
-            in_k_K = k_K < in_features - k
-            rows_MK = tl.load(rows_ptr + row_offset_MK, mask=in_k_K[None, :], other=0.0)
             weight_KN = tl.load(weight_ptr + weight_offset_KN, mask=in_k_K[:, None] & in_cols_1N, other=0.0)
         acc_MN = dot(rows_MK, weight_KN, acc_MN, PRECISION)
         rows_ptr += BLOCK_K

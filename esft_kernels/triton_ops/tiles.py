@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -42,6 +42,8 @@ class Tiles:
     num_warps: int
     num_stages: int
     group_m: int = 8  # row tiles that walk over the output features together, to share weights in the L2 cache
+    descriptors: bool = False  # weights, and rows that lie together, are loaded by descriptors where these can
+    persistent: int = 0  # programs per processor that make all tiles of a GEMM over rows; 0: one program for each tile
 
     def launch_options(self) -> dict[str, int]:
         return {
@@ -142,6 +144,9 @@ def tuned_file(device: torch.device) -> Path:
 def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
     """Tiles for one of the GEMMs.
 
+    Loaded by pointers, a program each: what is published of the ``variants`` speaks for and against them, and is quoted
+    in docs/performance.md. Tuning tries them.
+
     Args:
         arch: from ``device_arch``.
         op: ``up`` counts n in columns of H; ``grad`` holds twice its n columns of H besides; ``gemm`` is the plain
@@ -181,6 +186,49 @@ def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, fe
     # rows from 320 an expert on. With fewer the weights' bytes bound the time on every GPU here, not the padding.
     block_n = 64 if few and op in ("up", "grad") else min(full.block_n, 128)  # with few rows registers go to occupancy
     return replace(full, block_m=16 if few else 64, block_n=block_n, block_k=64, num_warps=4)
+
+
+def programs_for(tensor: Tensor, tiles: Tiles, count: int) -> int:
+    """How many programs make ``count`` tiles on the device of a tensor."""
+    return min(count, tiles.persistent * processors(tensor.device)) if tiles.persistent else count
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units; three in the interpreter, so that a program makes several tiles."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return PROCESSORS.get(device_arch(device), 3)
+
+
+def variants(tiles: Tiles, op: Op, arch: str) -> dict[str, Tiles]:
+    """Other ways to load and to walk over the same tiles, by name.
+
+    Weight gradients have no persistent one: their tiles take as many turns as their experts have rows, and a grid's
+    programs go to whichever processor is free.
+    """
+    found = {}
+    if arch == "interpreter" or (arch.startswith("sm_") and int(arch[3:]) >= 90):
+        found["descriptors"] = described = replace(tiles, descriptors=True)
+        if op == "grad" and arch == "sm_90" and tiles.block_k >= 64 and tiles.block_m >= 64:
+            # Wide, for long matrix instructions, and short, for H and its gradient to fit the registers.
+            found["long turns"] = Tiles(64, 256, 128, 4, 2, tiles.group_m, descriptors=True)
+        elif tiles.block_k <= 64:  # a turn's barriers cost the same however long it is
+            found["long turns"] = replace(described, block_k=2 * tiles.block_k, num_stages=2)
+    if op != "wgrad":
+        # As many as the registers of a processor hold, more or less.
+        ways = {"persistent": tiles} | {f"persistent {name}": t for name, t in found.items()}
+        found |= {name: replace(t, persistent=max(8 // t.num_warps, 1)) for name, t in ways.items()}
+    return found
+
+
+def varied(name: str) -> AbstractContextManager[None]:
+    """Inside, tiles are this one of the ``variants`` of ``choose_tiles``, or its own where they have no such."""
+
+    def choose(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
+        chosen = choose_tiles(arch, dtype, op, rows_per_expert, features)
+        return variants(chosen, op, arch).get(name, chosen)
+
+    return chosen_by(choose)
 
 
 def splits_for(tensor: Tensor, programs: int) -> int:

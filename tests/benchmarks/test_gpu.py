@@ -17,7 +17,7 @@ ABOUT = {"device": "a GPU", "dtype": "float32"}
 def test_every_tile_is_held_to_the_reference(monkeypatch):
     monkeypatch.setattr(gpu, "CHECKED_TOKENS", 6)
     other = Tiles(16, 64, 32, 4, 1)
-    monkeypatch.setattr(tune, "candidates", lambda first, op: [first, other, other])
+    monkeypatch.setattr(tune, "candidates", lambda first, op, arch: [first, other, other])
     rows = gpu.check_tiles(SMALL, torch.float32, CPU, most=2)
     assert {row["kernel"].split()[2] for row in rows} == {"up", "gemm", "grad", "wgrad"}
     assert all((row["right"], row["does not fit"], row["wrong"]) == (2, 0, []) for row in rows)
@@ -42,8 +42,8 @@ def test_a_tile_that_is_wrong_is_named_and_one_too_large_is_counted(monkeypatch)
     monkeypatch.setattr(gpu, "CHECKED_TOKENS", 6)
     monkeypatch.setattr(gpu.peers, "ours", lambda *args: Step())
     first, other = Tiles(16, 32, 64, 4, 1), Tiles(16, 64, 32, 4, 1)
-    monkeypatch.setattr(tune, "asked", lambda step, problem: {"a key": ("up", first)})
-    monkeypatch.setattr(tune, "candidates", lambda first, op: [first, other, other])
+    monkeypatch.setattr(tune, "asked", lambda step, problem: {"a key": ("sm_90", "up", first)})
+    monkeypatch.setattr(tune, "candidates", lambda first, op, arch: [first, other, other])
     (row,) = gpu.check_tiles(SMALL, torch.float32, CPU, most=3)
     assert row == {"kernel": "a key", "right": 1, "does not fit": 1, "wrong": [str(other)], "largest error": 1.0}
 
@@ -92,7 +92,8 @@ def test_all_is_checked_before_anything_is_timed():
     names = list(gpu.parts([SMALL, SHAPES["tiny"]], [64, 4096], torch.float32, CPU, 1, 1, "x"))
     assert names == [
         "Launches of small", "Tiles of small", "Launches of tiny", "Tiles of tiny",
-        "small, 64 tokens", "small, 4,096 tokens", "tiny, 64 tokens", "tiny, 4,096 tokens",
+        "Variants of small, 64 tokens", "small, 64 tokens", "Variants of small, 4,096 tokens", "small, 4,096 tokens",
+        "Variants of tiny, 64 tokens", "tiny, 64 tokens", "Variants of tiny, 4,096 tokens", "tiny, 4,096 tokens",
     ]  # fmt: skip
 
 
@@ -110,7 +111,24 @@ def test_results_are_of_a_dtype_and_of_the_kernels_as_they_are(tmp_path, monkeyp
 def test_a_rehearsal_on_a_cpu_leaves_a_page_of_real_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "CHECKED_TOKENS", 4)
     monkeypatch.setattr(gpu.layer, "peers_of", lambda problem, backend: {})
+    monkeypatch.setattr(gpu, "variants", lambda first, op, arch: {"descriptors": first})  # one of them
     todo = gpu.parts([SMALL], [4], torch.float32, CPU, 2, 1, "x")
     done = gpu.run(todo, gpu.about(CPU, torch.float32), tmp_path, 5.0)
     assert done.keys() == todo.keys() and not any("error" in rows[0] for rows in done.values()), done
     assert done["small, 4 tokens"][0]["esft ms"] > 0
+    variants = done["Variants of small, 4 tokens"]
+    assert [(row["tiles"], row["is"]) for row in variants] == [("chosen", "right"), ("descriptors", "right")]
+    assert all(row["step ms"] > 0 and 0 < row["largest error"] < 1e-4 for row in variants)
+
+
+def test_a_variant_that_is_wrong_or_does_not_fit_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu, "variants", lambda first, op, arch: dict.fromkeys(("descriptors", "persistent"), first))
+    errors = iter([1e-6, 0.5, None])
+    monkeypatch.setattr(tune, "error_of", lambda step, problem, expected: next(errors))
+    timed = []
+    monkeypatch.setattr(
+        gpu.layer, "interleaved", lambda tasks, rounds, device: timed.extend(tasks) or dict.fromkeys(tasks, [0.002])
+    )
+    rows = gpu.time_variants(SMALL, 4, torch.float32, CPU, 1)
+    assert [(row["is"], row["step ms"]) for row in rows] == [("right", 2.0), ("wrong", None), ("does not fit", None)]
+    assert timed == ["chosen"]

@@ -1,4 +1,6 @@
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +26,8 @@ def fresh():
 def test_the_fastest_tiles_are_kept_and_then_used(tmp_path, monkeypatch, fresh):
     out = tmp_path / "tiles.json"
     out.write_text('{"kept": {"block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 1}}')
-    monkeypatch.setattr(tune, "candidates", lambda first, op: [first, OTHER])
+    monkeypatch.setattr(tune, "variants", lambda first, op, arch: {"other": OTHER})
+    monkeypatch.setattr(tune, "near", lambda first: [])
     ticks = iter(range(10**6, 0, -1))  # every step takes less time than the one before
     monkeypatch.setattr(layer, "interleaved", lambda tasks, rounds, device: tasks["step"]() and {"step": [next(ticks)]})
     rows = tune.run(SMALL, 5, torch.float32, CPU, 1, out)
@@ -42,19 +45,45 @@ def test_the_fastest_tiles_are_kept_and_then_used(tmp_path, monkeypatch, fresh):
 
 
 def test_the_tables_choice_stays_where_nothing_is_faster(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "candidates", lambda first, op: [first, OTHER])
+    monkeypatch.setattr(tune, "variants", lambda first, op, arch: {"other": OTHER})
+    monkeypatch.setattr(tune, "near", lambda first: [])
     ticks = iter(range(10**6))
     monkeypatch.setattr(layer, "interleaved", lambda tasks, rounds, device: tasks["step"]() and {"step": [next(ticks)]})
     rows = tune.run(SMALL, 5, torch.float32, CPU, 1, tmp_path / "tiles.json")
     assert json.loads((tmp_path / "tiles.json").read_text()) == {}
-    assert all(row["before ms"] == row["after ms"] for row in rows)
+    assert all(row["before ms"] == row["after ms"] and row["wrong"] == [] for row in rows)
+
+
+def test_what_is_wrong_or_does_not_fit_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "variants", lambda first, op, arch: {"other": OTHER, "large": replace(OTHER, block_m=32)})
+    monkeypatch.setattr(tune, "near", lambda first: [])
+    errors = itertools.cycle([float("nan"), None])
+    monkeypatch.setattr(tune, "error_of", lambda step, problem, expected: next(errors))
+    timed = []
+    monkeypatch.setattr(layer, "interleaved", lambda tasks, rounds, device: timed.append(1) or {"step": [1.0]})
+    rows = tune.run(SMALL, 5, torch.float32, CPU, 1, tmp_path / "tiles.json")
+    assert len(timed) == len(rows) >= 4  # each kernel's first tiles alone
+    assert all(row["wrong"] == [str(OTHER)] and row["tiles"] != str(OTHER) for row in rows)
+
+
+def test_ways_to_load_are_tried_before_the_sizes_of_the_best(tmp_path, monkeypatch):
+    described = replace(OTHER, descriptors=True)
+    monkeypatch.setattr(tune, "variants", lambda first, op, arch: {"described": described})
+    monkeypatch.setattr(tune, "near", lambda first: [replace(first, block_n=32)])
+    ticks = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(layer, "interleaved", lambda tasks, rounds, device: {"step": [next(ticks)]})
+    tune.run(SMALL, 5, torch.float32, CPU, 1, tmp_path / "tiles.json")
+    found = json.loads((tmp_path / "tiles.json").read_text())
+    assert len(found) >= 4 and all(Tiles(**values) == replace(described, block_n=32) for values in found.values())
 
 
 def test_candidates_are_tiles_that_registers_hold():
     first = choose_tiles("sm_90", torch.bfloat16, "up", 1024, (2816, 2048))
-    found = tune.candidates(first, "up")
+    found = tune.candidates(first, "up", "sm_90")
     assert found[0] == first and len(found) == len(set(found)) > 20
     assert all(t.block_m * t.block_n <= tune.MAX_ACCUMULATORS * 32 * t.num_warps for t in found[1:])
+    ways = {(t.descriptors, t.persistent > 0) for t in found}
+    assert ways == {(False, False), (True, False), (False, True), (True, True)}
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"key": {"block_m": 16}}', '{"key": 3}'])

@@ -32,25 +32,38 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "model", "dtypes", "formats"),
+    ("target", "model", "dtypes", "formats", "variants"),
     [
-        ("sm_80", "deepseek-v2-lite", "bf16", "plain,nf4"),
-        ("sm_90", "deepseek-v2-lite", "bf16", "plain,fp8"),
-        ("sm_100", "deepseek-v2-lite", "bf16", "plain,int8"),
-        ("gfx942", "qwen3-235b-a22b", "bf16", "plain"),  # its larger rows once broke a pass of AMD's compiler
-        ("gfx942", "gpt-oss-20b", "bf16", "mxfp4"),
-        ("sm_80", "tiny", "fp32,tf32", "plain"),
+        ("sm_80", "deepseek-v2-lite", "bf16", "plain,nf4", "chosen"),
+        ("sm_90", "deepseek-v2-lite", "bf16", "plain,fp8", "chosen"),
+        ("sm_90", "deepseek-v2-lite", "bf16", "plain", "persistent long turns"),
+        ("sm_100", "deepseek-v2-lite", "bf16", "plain,int8", "chosen"),
+        ("sm_120", "tiny", "bf16", "plain", "descriptors"),
+        ("gfx942", "qwen3-235b-a22b", "bf16", "plain", "chosen"),  # its larger rows once broke a pass of AMD's compiler
+        ("gfx942", "gpt-oss-20b", "bf16", "mxfp4", "persistent"),
+        ("sm_80", "tiny", "fp32,tf32", "plain", "chosen"),
     ],
 )
-def test_compiles_without_spills_and_with_matrix_instructions(target, model, dtypes, formats):
-    options = {"targets": target, "models": model, "dtypes": dtypes, "formats": formats}
+def test_compiles_without_spills_and_with_matrix_instructions(target, model, dtypes, formats, variants):
+    options = {"targets": target, "models": model, "dtypes": dtypes, "formats": formats, "variants": variants}
     result = run("-m", "tools.compile_kernels", *(f"--{name}={value}" for name, value in options.items()))
     assert result.returncode == 0, result.stdout + result.stderr
     *table, summary = result.stdout.strip().splitlines()
     assert summary.endswith(f"kernels compiled for {target}: 0 problems")
     for kernel in (*KERNELS, *["decode"] * (formats != "plain")):
         assert any(line.split()[0] == kernel for line in table)
-    if target == "sm_90":  # issue slots left to the matrix instructions, of the tiles for many rows
+    if variants == "persistent long turns":
+        rows = [line for line in table if line.split()[0] in KERNELS[:3] and " persistent " in line]
+        slots = {
+            kernel: [
+                int(line.split()[-1].rstrip("%")) for line in rows if line.startswith(kernel) and "x256x128" in line
+            ]
+            for kernel in KERNELS[:3]
+        }
+        assert all(int(line.split()[-2]) > 0 for line in rows)  # UTMALDG in the main loop
+        assert all(len(found) >= 2 for found in slots.values())
+        assert min(slots["up_gemm"] + slots["grouped_gemm"]) >= 85 and min(slots["grad_gemm"]) >= 82
+    elif target == "sm_90":  # issue slots left to the matrix instructions, of the tiles for many rows
         large = [line for line in table if line.split()[4].startswith("128x") and line.split()[0] in KERNELS]
         slots, wide = ([int(line.split()[-1].rstrip("%")) for line in large if (" wide " in line) == w] for w in (0, 1))
         assert len(slots) >= 4 and min(slots) >= 75 and sum(slots) / len(slots) >= 80
@@ -65,7 +78,9 @@ def test_a_kernel_made_to_spill_fails():
     assert failed and all("grad_gemm 128x256x64 w4 s2: spills" in line for line in failed)
 
 
-@pytest.mark.parametrize("arg", ["--targets=sm_91", "--models=gpt", "--dtypes=fp64", "--formats=gptq"])
+@pytest.mark.parametrize(
+    "arg", ["--targets=sm_91", "--models=gpt", "--dtypes=fp64", "--formats=gptq", "--variants=slow"]
+)
 def test_unknown_names_are_refused(arg, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(SystemExit, match="2"):
@@ -82,7 +97,7 @@ def test_the_interpreter_is_refused(capsys):
 GOOD = Row(
     kernel="grouped_gemm", target="sm_90", dtype="bf16", format="plain", tile="128x128x64 w8 s3",
     registers=200, stack=0, spills=0, shared=98_304, programs=1, matrix="HGMMA", loop_matrix=4, loop_others=90,
-    slots="80%",
+    loop_tiles=1, described=True, slots="80%",
 )  # fmt: skip
 
 
@@ -92,7 +107,8 @@ def test_what_counts_as_a_problem():
     assert replace(GOOD, dtype="tf32", matrix="", loop_matrix=0).problems()
     assert not replace(GOOD, tile="16x128x64 w4 s3", matrix="HMMA").problems()
     bad = [{"spills": 8}, {"stack": 16}, {"shared": 300_000}, {"matrix": "", "loop_matrix": 0}, {"loop_matrix": 0}]
-    for change in (*bad, {"matrix": "HMMA"}):  # Ampere's instruction on Hopper
+    assert not replace(GOOD, loop_tiles=0, described=False).problems()
+    for change in (*bad, {"matrix": "HMMA"}, {"loop_tiles": 0}):  # Ampere's instruction on Hopper
         assert len(replace(GOOD, **change).problems()) == 1
     assert {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"} == set(TARGETS)
 
@@ -102,3 +118,4 @@ def test_the_main_loop_is_the_shortest_one_with_matrix_instructions():
     assert main_loop(names, [(1, 3), (4, 9), (10, 11), (0, 12)]) == Loop(matrix=1, others=2)
     assert main_loop(names, [(4, 9), (10, 11), (0, 12)]) == Loop(matrix=2, others=4)
     assert main_loop(names, [(10, 11)]) == Loop(0, 0)
+    assert main_loop(["HGMMA", "UTMALDG.2D", "UTMALDG.3D", "BRA"], [(0, 3)]) == Loop(matrix=1, others=3, tiles=2)

@@ -13,6 +13,7 @@ from esft_kernels.formats.resolve import FORMATS
 pytest.importorskip("triton")
 from esft_kernels.backends import triton_backend
 from esft_kernels.backends import triton_parts as parts
+from esft_kernels.triton_ops import tiles
 from tests.esft_kernels.bounds import check_bounds, poison_masked
 from tests.esft_kernels.layers import (
     ACTIVATIONS,
@@ -56,6 +57,40 @@ def small(dtype: torch.dtype = torch.float32, **settings) -> Layer:
 def exact_h(layer: Layer) -> torch.Tensor:
     layer = layer.to(torch.float64)
     return reference.forward(layer.x_TD, layer.weights_TK, layer.pools, layer.routing, layer.routing.num_rows)[1]
+
+
+# Sizes that descriptors can load: rows of whole 16 bytes. Blocks are 16 rows, 32 columns and 64 input features.
+DESCRIBED = {
+    "plain": {}, "transposed": {"transposed": True, "interleaved": True, "biased": True},
+    "without a gate": {"activation": ACTIVATIONS["relu2"], "trained": ()},
+    "gates before ups in columns": {"transposed": True},  # those cannot be loaded so
+    "whole blocks": {"hidden": 64, "intermediate": 32, "dtype": torch.bfloat16, "elsewhere": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DESCRIBED.values(), ids=DESCRIBED)
+def test_every_variant_of_the_tiles_gives_the_same_bits(case):
+    layer = small(**{"tokens": 30, "hidden": 72, "intermediate": 24} | case)
+    pools, routing, h = layer.pools, layer.routing, exact_h(layer)
+    h = h[:, h_columns(pools)].to(layer.x_TD.dtype).contiguous()
+
+    def results(**changes) -> list[torch.Tensor]:
+        def choose(*asked) -> tiles.Tiles:
+            return replace(tiles.choose_tiles(*asked), **changes)
+
+        with tiles.chosen_by(choose):
+            out, kept = triton_backend.forward(layer.x_TD, layer.weights_TK, pools, routing, routing.num_rows)
+            grads = triton_backend.backward(
+                layer.grad_out_TD, layer.x_TD, h, layer.weights_TK, pools, routing, NEEDS[0]
+            )
+        assert grads.trained is not None
+        found = out, kept[: int(routing.offsets_E1[-1])], grads.x_TD, grads.weights_TK, *grads.trained.tensors()
+        return [t for t in found if t is not None]
+
+    plain = results()
+    for changes in ({"descriptors": True}, {"persistent": 1}, {"descriptors": True, "persistent": 1}):
+        for one, other in zip(plain, results(**changes), strict=True):
+            assert torch.equal(one, other) and not one.isnan().any()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -70,16 +70,33 @@ def test_of_plain_pools_the_tensors_are_taken():
     assert stack(weights, "gate_up") is frozen and stack(weights, "down") is weights.down_EDF
     pointers, sizes, constants = weight_operands(trained, frozen)
     assert pointers[0] is trained and pointers[1] is frozen and pointers[2:] == (None, None)
-    assert sizes == (*frozen.stride(), 0, 0) and constants == {"FORMAT": "plain", "TRANSPOSED": False}
+    assert sizes == (*frozen.stride(), 0, 0) and constants == {
+        "FORMAT": "plain",
+        "TRANSPOSED": False,
+        "LAYOUT": None,
+    }
     trained = torch.randn(1, 6, 4).mT
     assert weight_operands(trained, frozen)[1] == (24, 1, 4, 0, 0)
+
+
+def test_plain_weights_are_loaded_by_descriptors_where_asked_for_and_where_these_can():
+    trained, frozen = torch.randn(1, 8, 4), torch.randn(2, 8, 4)
+    assert weight_operands(trained, frozen, True)[2]["LAYOUT"] == "out_in"
+    assert weight_operands(trained.mT, frozen.mT, True, "in")[2]["LAYOUT"] == "in_out"
+    assert weight_operands(trained, frozen, True, "in")[2]["LAYOUT"] is None
+    quantized = coded(pool((20, 70, 12), "int8"), "gate_up")
+    assert weight_operands(torch.empty(0, 20, 70), quantized, True)[2]["LAYOUT"] is None
 
 
 def test_a_row_of_codes_is_one_feature_or_the_other():
     found = coded(pool((20, 70, 12), "int8"), "gate_up")
     pointers, sizes, constants = weight_operands(torch.empty(0, 20, 70), found)
     assert pointers[0] is pointers[1] is found.codes and pointers[2:] == (found.scales, None)
-    assert sizes == (20 * 128, 70, 1, 20 * 2, 2) and constants == {"FORMAT": "int8", "TRANSPOSED": False}
+    assert sizes == (20 * 128, 70, 1, 20 * 2, 2) and constants == {
+        "FORMAT": "int8",
+        "TRANSPOSED": False,
+        "LAYOUT": None,
+    }
     _, sizes, constants = weight_operands(torch.empty(0, 70, 20), found.mT)
     assert sizes[1:3] == (1, 70) and constants["TRANSPOSED"]
 

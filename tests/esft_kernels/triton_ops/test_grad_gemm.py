@@ -12,6 +12,7 @@ import triton.language as tl
 
 from esft_kernels.triton_ops import grad_gemm as op
 from esft_kernels.triton_ops.grad_gemm import grad_gemm
+from esft_kernels.triton_ops.tiles import choose_tiles, chosen_by
 from tests.esft_kernels.bounds import Watched, check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import ACTIVATIONS, TOLERANCE, Layer, assert_close, h_columns, make_layer, poison_empty
 
@@ -167,3 +168,15 @@ def test_masks_are_left_out_only_where_every_tile_is_whole(hidden, intermediate,
     grad_gemm(layer.grad_out_TD, h, layer.weights_TK, layer.pools, layer.routing, NEEDS[0])
     assert kernel.constants["EVEN_N"] == (intermediate == 32) and kernel.constants["EVEN_K"] == (hidden == 64)
     assert isinstance(op.PIECE, tl.constexpr)  # the compiler takes no other global
+
+
+@pytest.mark.parametrize(("transposed", "layout"), [(False, "in_out"), (True, "out_in")])
+@pytest.mark.parametrize("changes", [{"descriptors": True}, {"persistent": 1}], ids=str)
+def test_variants_are_the_kernels_constants(changes, transposed, layout, monkeypatch):
+    monkeypatch.setattr(op, "_grad_gemm_kernel", kernel := Watched())
+    layer = make_layer(interleaved=True, transposed=transposed, dtype=torch.float32)
+    with chosen_by(lambda *asked: replace(choose_tiles(*asked), **changes)):
+        h = torch.empty(layer.routing.num_rows, layer.pools.gate_up_size)
+        grad_gemm(layer.grad_out_TD, h, layer.weights_TK, layer.pools, layer.routing, NEEDS[0])
+    assert kernel.constants["LAYOUT"] == (layout if "descriptors" in changes else None)
+    assert kernel.constants["PERSISTENT"] == ("persistent" in changes) == (kernel.grid == (3,))

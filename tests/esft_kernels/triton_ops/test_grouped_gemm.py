@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from esft_kernels.backends import reference
 pytest.importorskip("triton")
 from esft_kernels.triton_ops import grouped_gemm as op
 from esft_kernels.triton_ops.grouped_gemm import grouped_gemm
+from esft_kernels.triton_ops.tiles import choose_tiles, chosen_by
 from tests.esft_kernels.bounds import Watched, check_bounds, poison_masked
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 
@@ -130,3 +133,24 @@ def test_masks_are_left_out_only_where_every_tile_is_whole(in_features, out_feat
     weights = torch.randn(2, out_features, in_features)
     grouped_gemm(torch.randn(5, in_features), torch.arange(5), weights, weights[:0], torch.tensor([0, 2, 5]))
     assert kernel.constants["EVEN_N"] == (out_features == 32) and kernel.constants["EVEN_K"] == (in_features == 64)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("in_features", [20, 21])  # rows of whole 16 bytes, or not
+def test_descriptors_load_weights_and_rows_where_they_are_asked_for_and_can(in_features, descriptors, monkeypatch):
+    monkeypatch.setattr(op, "_grouped_gemm_kernel", kernel := Watched())
+    weights, rows = torch.randn(2, 12, in_features), torch.randn(5, in_features)
+    with chosen_by(lambda *asked: replace(choose_tiles(*asked), descriptors=descriptors, persistent=2)):
+        grouped_gemm(rows, torch.arange(5), weights, weights[:0], torch.tensor([0, 2, 5]))
+    can = descriptors and in_features == 20
+    assert kernel.constants["LAYOUT"] == ("out_in" if can else None) and kernel.constants["ROW_TILES"] == can
+    assert kernel.constants["PERSISTENT"] and kernel.grid == (2,)  # as many as there are tiles
+
+
+def test_rows_that_descriptors_cannot_load_stay_with_pointers(monkeypatch):
+    monkeypatch.setattr(op, "_grouped_gemm_kernel", kernel := Watched())
+    weights, rows = torch.randn(2, 21, 12).mT, torch.randn(5, 21)
+    with chosen_by(lambda *asked: replace(choose_tiles(*asked), descriptors=True)):
+        grouped_gemm(rows, torch.arange(5), weights, weights[:0], torch.tensor([0, 2, 5]))
+    assert kernel.constants["LAYOUT"] == "in_out" and not kernel.constants["ROW_TILES"]
+    assert not kernel.constants["PERSISTENT"]

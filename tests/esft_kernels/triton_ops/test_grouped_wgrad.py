@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,7 +8,8 @@ from esft_kernels.backends import reference
 pytest.importorskip("triton")
 from esft_kernels.triton_ops import grouped_wgrad as op
 from esft_kernels.triton_ops.grouped_wgrad import grouped_wgrad
-from tests.esft_kernels.bounds import check_bounds, poison_masked, sparse
+from esft_kernels.triton_ops.tiles import choose_tiles, chosen_by
+from tests.esft_kernels.bounds import Watched, check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import TOLERANCE, assert_close, poison_empty
 
 
@@ -158,3 +161,18 @@ def test_a_piece_past_what_32_bit_offsets_reach(tmp_path, monkeypatch):
     out = grouped_wgrad(grad, rows, torch.zeros(1, 8, 4), offsets)
     assert_close(out, reference.grouped_wgrad(grad.double(), rows.double(), offsets.tolist(), 1), 1e-5)
     assert huge[2].any(), "the third piece has the last eight rows"
+
+
+@pytest.mark.parametrize(("columns", "gathered"), [(12, "neither"), (12, "grad"), (12, "rows"), (13, "neither")])
+def test_rows_that_lie_together_are_loaded_by_descriptors(columns, gathered, monkeypatch):
+    monkeypatch.setattr(op, "_grouped_wgrad_kernel", kernel := Watched())
+    index = torch.arange(5)
+    with chosen_by(lambda *asked: replace(choose_tiles(*asked), descriptors=True)):
+        grouped_wgrad(
+            torch.randn(5, columns), torch.randn(5, 8), torch.zeros(2, columns, 8), torch.tensor([0, 3, 5]),
+            index if gathered == "grad" else None, index if gathered == "rows" else None,
+        )  # fmt: skip
+    assert kernel.constants["GRAD_TILES"] == (gathered != "grad" and columns == 12)
+    assert kernel.constants["ROW_TILES"] == (gathered != "rows")
+    grouped_wgrad(torch.randn(5, 12), torch.randn(5, 8), torch.zeros(2, 12, 8), torch.tensor([0, 3, 5]))
+    assert not kernel.constants["GRAD_TILES"] and not kernel.constants["ROW_TILES"]

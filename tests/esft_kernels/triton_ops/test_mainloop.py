@@ -9,6 +9,7 @@ from triton.runtime import interpreter
 from esft_kernels.triton_ops import tiles
 from esft_kernels.triton_ops.mainloop import (
     block_of,
+    count_tiles,
     dot,
     expert_of,
     find_row_tile,
@@ -68,7 +69,9 @@ def _tiles(
     offsets_ptr, out_ptr, columns, num_positions,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    position, first, end, n_tile = find_tile(columns, offsets_ptr, num_positions, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P)
+    position, first, end, n_tile = find_tile(
+        tl.program_id(0), tl.num_programs(0), columns, offsets_ptr, num_positions, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P
+    )
     out_ptr += 4 * tl.program_id(0)
     tl.store(out_ptr, position)
     tl.store(out_ptr + 1, first)
@@ -90,6 +93,21 @@ def test_tiles_cover_every_row_and_column_once(columns):
         for n in range(n_tiles)
     ]
     assert sorted(row for row in found.tolist() if row[1] < row[2]) == expected
+
+
+@triton.jit
+def _count(offsets_ptr, out_ptr, columns, num_positions, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    tl.store(out_ptr, count_tiles(columns, offsets_ptr, num_positions, BLOCK_M, BLOCK_N))
+
+
+@pytest.mark.parametrize("columns", [32, 33])
+@pytest.mark.parametrize("before", [0, 7, 21])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_the_tiles_of_a_schedule_are_counted(counts, before, columns):
+    offsets, found = torch.tensor([before, *counts]).cumsum(0), torch.zeros(1, dtype=torch.int64)
+    _count[(1,)](offsets, found, columns, len(counts), BLOCK_M=4, BLOCK_N=32)
+    planned = int(offsets[-1]) // 4 - before // 4 + len(counts)
+    assert found.item() == planned * -(-columns // 32)
 
 
 def test_a_group_of_row_tiles_goes_through_the_columns_together():
@@ -156,25 +174,30 @@ def test_64_bit_offsets_from_the_first_element_that_32_bits_do_not_reach():
 @triton.jit
 def _product(
     rows_ptr, weight_ptr, out_ptr, out_features, in_features, stride_row, stride_out, stride_in,
-    PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    LAYOUT: tl.constexpr, ROW_TILES: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m_M, n_N, k_K = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    row_tiles = None
+    if ROW_TILES:
+        row_tiles = tl.make_tensor_descriptor(rows_ptr, [4, in_features], [stride_row, 1], [BLOCK_M, BLOCK_K])
     acc_MN = multiply(
-        rows_ptr, m_M[:, None] * stride_row + k_K[None, :],
-        weight_ptr, n_N[None, :], k_K[:, None], BLOCK_K, (n_N < out_features)[None, :], in_features,
-        stride_out, stride_in, None, None, 0, "plain", False, PRECISION, EVEN_N, EVEN_K,
+        rows_ptr, m_M[:, None] * stride_row + k_K[None, :], row_tiles, 0,
+        weight_ptr, n_N[None, :], k_K[:, None], BLOCK_K, (n_N < out_features)[None, :], 0, out_features,
+        in_features, stride_out, stride_in, None, None, 0, "plain", False, LAYOUT, False, PRECISION, EVEN_N, EVEN_K,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     tl.store(out_ptr + m_M[:, None] * BLOCK_N + n_N[None, :], acc_MN)
 
 
+@pytest.mark.parametrize("described", ["nothing", "weights", "both"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("out_features", "in_features"), [(16, 24), (16, 21), (11, 24), (11, 21), (11, 3), (15, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_reads_only_its_features(dtype, out_features, in_features, transposed, monkeypatch):
-    rows = torch.full((4, in_features + 8), float("nan"), dtype=dtype)
-    weight = torch.full((out_features + 8, in_features + 8), float("nan"), dtype=dtype)
+def test_the_product_reads_only_its_features(dtype, out_features, in_features, transposed, described, monkeypatch):
+    stride = (out_features + 15) // 8 * 8, (in_features + 15) // 8 * 8  # descriptors want 16 bytes
+    rows = torch.full((4, stride[1]), float("nan"), dtype=dtype)
+    weight = torch.full(stride, float("nan"), dtype=dtype)
     rows[:, :in_features] = torch.randn(4, in_features)
     weight[:out_features, :in_features] = torch.randn(out_features, in_features)
     if transposed:
@@ -183,7 +206,9 @@ def test_the_product_reads_only_its_features(dtype, out_features, in_features, t
     check_bounds(monkeypatch)
     out = torch.full((4, 16), float("nan"))
     _product[(1,)](
-        rows, weight, out, out_features, in_features, rows.stride(0), *weight.stride(), PRECISION="cast",
+        rows, weight, out, out_features, in_features, rows.stride(0), *weight.stride(),
+        LAYOUT=None if described == "nothing" else "in_out" if transposed else "out_in",
+        ROW_TILES=described == "both", PRECISION="cast",
         EVEN_N=out_features == 16, EVEN_K=in_features % 8 == 0, BLOCK_M=4, BLOCK_N=16, BLOCK_K=8,
     )  # fmt: skip
     expected = rows[:, :in_features].double() @ weight[:out_features, :in_features].double().T

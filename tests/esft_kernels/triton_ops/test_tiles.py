@@ -2,6 +2,7 @@ import dataclasses
 import gzip
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -303,6 +304,49 @@ def test_little_is_padded_on_the_published_routing():
             padding = padded_rows(offsets, tiles.block_m) / (tokens * top_k)
             print(f"{path.name} {op} {tiles.block_m} rows a tile: {padding:.1%} padding")
             assert padding < 0.10
+
+
+def test_variants_are_those_that_a_gpu_and_an_op_have():
+    full, plain = Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 2)
+    long = replace(full, block_k=128, num_stages=2, descriptors=True)
+    assert module.variants(full, "up", "sm_90") == {
+        "descriptors": replace(full, descriptors=True), "long turns": long, "persistent": replace(full, persistent=1),
+        "persistent descriptors": replace(full, descriptors=True, persistent=1),
+        "persistent long turns": replace(long, persistent=1),
+    }  # fmt: skip
+    assert module.variants(plain, "gemm", "gfx942") == {"persistent": replace(plain, persistent=1)}
+    assert module.variants(plain, "gemm", "sm_89").keys() == {"persistent"}
+    assert module.variants(replace(full, block_k=128), "wgrad", "sm_100").keys() == {"descriptors"}
+    assert module.variants(plain, "wgrad", "sm_80") == {}
+    assert module.variants(replace(plain, num_warps=4), "up", "sm_80")["persistent"].persistent == 2
+    grad = module.variants(Tiles(128, 128, 128, 8, 3), "grad", "sm_90")
+    assert grad["long turns"] == Tiles(64, 256, 128, 4, 2, descriptors=True)
+    assert grad["persistent long turns"].persistent == 2
+    assert module.variants(Tiles(16, 64, 64, 4, 3), "grad", "sm_90")["long turns"].block_n == 64
+    assert "descriptors" in module.variants(plain, "grad", "interpreter")
+
+
+def test_inside_a_variant_every_op_that_has_it_takes_it():
+    tensor = torch.empty(1)
+    usual = tiles_for(tensor, "up", 5, (48, 32)), tiles_for(tensor, "wgrad", 5, (48, 32))
+    with module.varied("persistent"):
+        assert tiles_for(tensor, "up", 5, (48, 32)) == replace(usual[0], persistent=2)
+        assert tiles_for(tensor, "wgrad", 5, (48, 32)) == usual[1]
+    with module.varied("chosen"):
+        assert tiles_for(tensor, "up", 5, (48, 32)) == usual[0]
+
+
+def test_persistent_programs_are_as_many_as_the_processors_hold(monkeypatch):
+    tensor, grid = torch.empty(1), Tiles(16, 32, 64, 4, 1)
+    assert module.processors(tensor.device) == 3  # so that small tests walk over several tiles
+    assert module.programs_for(tensor, grid, 100) == 100
+    assert [module.programs_for(tensor, replace(grid, persistent=n), 5) for n in (1, 2)] == [3, 5]
+    monkeypatch.setattr(module, "device_arch", lambda device: "sm_100")
+    assert module.processors(torch.device("meta")) == 148
+    gpu = torch.device("cuda", 1)
+    has = {gpu: SimpleNamespace(multi_processor_count=114)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", has.__getitem__)
+    assert module.processors(gpu) == 114
 
 
 def test_tiles_can_be_handed_in_for_a_while(monkeypatch):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from esft_kernels.triton_ops import up_gemm as op
+from esft_kernels.triton_ops.tiles import choose_tiles, chosen_by
 from esft_kernels.triton_ops.up_gemm import up_gemm
 from tests.esft_kernels.bounds import Watched, check_bounds, poison_masked, sparse
 from tests.esft_kernels.layers import (
@@ -215,3 +218,15 @@ def test_masks_are_left_out_only_where_every_tile_is_whole(hidden, intermediate,
     up_gemm(layer.x_TD, layer.routing.token_N, layer.pools, layer.routing.offsets_E1, 2, h, a)
     assert kernel.constants["EVEN_N"] == (intermediate == 16) and kernel.constants["EVEN_K"] == (hidden == 64)
     assert isinstance(op.PIECE, tl.constexpr)  # the compiler takes no other global
+
+
+@pytest.mark.parametrize(("transposed", "layout"), [(False, "out_in"), (True, "in_out")])
+@pytest.mark.parametrize("changes", [{"descriptors": True}, {"persistent": 1}], ids=str)
+def test_variants_are_the_kernels_constants(changes, transposed, layout, monkeypatch):
+    monkeypatch.setattr(op, "_up_gemm_kernel", kernel := Watched())
+    layer = make_layer(interleaved=True, transposed=transposed, dtype=torch.float32)
+    with chosen_by(lambda *asked: replace(choose_tiles(*asked), **changes)):
+        h, a = buffers(layer, layer.routing.num_rows)
+        up_gemm(layer.x_TD, layer.routing.token_N, layer.pools, layer.routing.offsets_E1, 2, h, a)
+    assert kernel.constants["LAYOUT"] == (layout if "descriptors" in changes else None)
+    assert kernel.constants["PERSISTENT"] == ("persistent" in changes) == (kernel.grid == (3,))
