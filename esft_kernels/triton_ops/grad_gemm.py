@@ -37,25 +37,25 @@ PIECE = tl.constexpr(16)  # columns that are finished together
 def _finish(
     grad_a_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column,
     h_ptr, grad_h_ptr, weighted_a_ptr, features,
-    M: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WIDEST: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Gradient of H and weighted A of N columns, and their part [M] of the row sums of ``grad_a * a``.
 
     A few columns at a time: H, its gradient and what lies between would not fit the registers for all at once.
     """
-    if N > PIECE:
+    if N > WIDEST:
         HALF: tl.constexpr = N // 2
         left_MN, right_MN = halves(grad_a_MN, M, N)
         left_M = _finish(
             left_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column,
             h_ptr, grad_h_ptr, weighted_a_ptr, features,
-            M, HALF, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+            M, HALF, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
         )  # fmt: skip
         right_M = _finish(
             right_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column + HALF,
             h_ptr, grad_h_ptr, weighted_a_ptr, features,
-            M, HALF, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+            M, HALF, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
         )  # fmt: skip
         return left_M + right_M
     WIDTH: tl.constexpr = 2 if GATED else 1
@@ -116,10 +116,11 @@ def _make_tile(
     weighted_rows = tl.minimum(end - first, tl.load(offsets_ptr + num_trained) - first).to(tl.int32)
     slot_M = tl.load(slot_ptr + row_M, mask=in_rows_M, other=0)
     weight_M1 = tl.load(weights_ptr + slot_M, mask=in_rows_M, other=0.0).to(tl.float32)[:, None]
+    WIDEST: tl.constexpr = PIECE // 2 if BLOCK_N > 128 else PIECE  # a wider accumulator leaves fewer registers
     sum_M = _finish(
         grad_a_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, n_tile * BLOCK_N,
         h_ptr, grad_h_ptr, weighted_a_ptr, features,
-        BLOCK_M, BLOCK_N, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+        BLOCK_M, BLOCK_N, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
     )  # fmt: skip
     if sums_ptr is not None:
         # A sum per row and tile of F; the tiles are added up afterwards, in order.

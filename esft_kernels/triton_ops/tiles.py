@@ -208,15 +208,17 @@ def variants(tiles: Tiles, op: Op, arch: str) -> dict[str, Tiles]:
     """
     found = {}
     if arch == "interpreter" or (arch.startswith("sm_") and int(arch[3:]) >= 90):
-        found["descriptors"] = described = replace(tiles, descriptors=True)
-        if op == "grad" and arch == "sm_90" and tiles.block_k >= 64 and tiles.block_m >= 64:
+        found["descriptors"] = replace(tiles, descriptors=True)
+        if op == "grad" and arch == "sm_90" and tiles.block_m >= 64 and tiles.block_k >= 64:
             # Wide, for long matrix instructions, and short, for H and its gradient to fit the registers.
             found["long turns"] = Tiles(64, 256, 128, 4, 2, tiles.group_m, descriptors=True)
         elif tiles.block_k <= 64:  # a turn's barriers cost the same however long it is
-            found["long turns"] = replace(described, block_k=2 * tiles.block_k, num_stages=2)
+            found["long turns"] = replace(found["descriptors"], block_k=2 * tiles.block_k, num_stages=2)
     if op != "wgrad":
         # As many as the registers of a processor hold, more or less.
         ways = {"persistent": tiles} | {f"persistent {name}": t for name, t in found.items()}
+        if op == "grad" and found:  # its epilogue leaves the others too few registers for a loop around it
+            ways = {"persistent descriptors": found["descriptors"]}
         found |= {name: replace(t, persistent=max(8 // t.num_warps, 1)) for name, t in ways.items()}
     return found
 

@@ -36,11 +36,12 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     [
         ("sm_80", "deepseek-v2-lite", "bf16", "plain,nf4", "chosen"),
         ("sm_90", "deepseek-v2-lite", "bf16", "plain,fp8", "chosen"),
-        ("sm_90", "deepseek-v2-lite", "bf16", "plain", "persistent long turns"),
+        ("sm_90", "deepseek-v2-lite", "bf16", "plain", "long turns"),
         ("sm_100", "deepseek-v2-lite", "bf16", "plain,int8", "chosen"),
-        ("sm_120", "tiny", "bf16", "plain", "descriptors"),
+        ("sm_120", "tiny", "bf16", "plain", "persistent descriptors"),
         ("gfx942", "qwen3-235b-a22b", "bf16", "plain", "chosen"),  # its larger rows once broke a pass of AMD's compiler
-        ("gfx942", "gpt-oss-20b", "bf16", "mxfp4", "persistent"),
+        ("gfx942", "gpt-oss-20b", "bf16", "mxfp4", "chosen"),
+        ("gfx942", "tiny", "bf16", "plain", "persistent"),
         ("sm_80", "tiny", "fp32,tf32", "plain", "chosen"),
     ],
 )
@@ -52,8 +53,8 @@ def test_compiles_without_spills_and_with_matrix_instructions(target, model, dty
     assert summary.endswith(f"kernels compiled for {target}: 0 problems")
     for kernel in (*KERNELS, *["decode"] * (formats != "plain")):
         assert any(line.split()[0] == kernel for line in table)
-    if variants == "persistent long turns":
-        rows = [line for line in table if line.split()[0] in KERNELS[:3] and " persistent " in line]
+    if variants == "long turns":
+        rows = [line for line in table if line.split()[0] in KERNELS[:3]]
         slots = {
             kernel: [
                 int(line.split()[-1].rstrip("%")) for line in rows if line.startswith(kernel) and "x256x128" in line
@@ -61,8 +62,7 @@ def test_compiles_without_spills_and_with_matrix_instructions(target, model, dty
             for kernel in KERNELS[:3]
         }
         assert all(int(line.split()[-2]) > 0 for line in rows)  # UTMALDG in the main loop
-        assert all(len(found) >= 2 for found in slots.values())
-        assert min(slots["up_gemm"] + slots["grouped_gemm"]) >= 85 and min(slots["grad_gemm"]) >= 82
+        assert all(len(found) >= 2 and min(found) >= 85 for found in slots.values())
     elif target == "sm_90":  # issue slots left to the matrix instructions, of the tiles for many rows
         large = [line for line in table if line.split()[4].startswith("128x") and line.split()[0] in KERNELS]
         slots, wide = ([int(line.split()[-1].rstrip("%")) for line in large if (" wide " in line) == w] for w in (0, 1))
