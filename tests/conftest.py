@@ -16,6 +16,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
     torch.set_num_threads(1)
 
 
+# Beside the tests that are marked one by one: whole commands, several processes, thousands of cases.
+SLOW = tuple(
+    f"tests/{place}"
+    for place in (
+        "benchmarks/", "examples/", "esft/parallel/", "esft/cli/test_job.py", "esft/swapping/test_save_spread.py",
+        "esft/training/test_several_processes.py", "esft/test_readers.py", "esft/test_init.py", "esft/test_interop",
+    )
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # In the interpreter a family's model takes a second; the kernels' own tests have every case.
+        if item.nodeid.startswith(SLOW) or (item.nodeid.startswith("tests/esft/") and "-triton]" in item.nodeid):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
