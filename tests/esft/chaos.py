@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -146,9 +146,10 @@ class Place:
     def check_foreign(self) -> None:
         assert self.untouched() == self.foreign
 
-    def check_run(self, out: str = "run") -> None:
-        """That the run, which has ended, is the unbroken one of its settings."""
+    def check_run(self, out: str = "run", beside: Collection[str] = ()) -> None:
+        """That the run, which has ended, is the unbroken one of its settings; files beside it are a user's."""
         found = outcome(self.folder / out)
+        found["left"] = [name for name in found["left"] if name not in beside]
         assert found in [self.whole[name if out == "run" else f"{out} {name}"] for name in CONFIGS]
 
 

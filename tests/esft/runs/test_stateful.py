@@ -43,7 +43,7 @@ class Runs(RuleBasedStateMachine):
         ended = self.place.wait(self.place.start(partial(self.place.train, **how), before))
         if ended == 0:
             self.spoilt = False
-            self.place.check_run()
+            self.place.check_run(beside=[path.name for path in self.mine])
         elif kept is not None and not any(self.run.glob("overwriting*/*")):
             assert contents(self.run / "adapter") == kept  # whole, or about to be put in place
         return ended
@@ -101,7 +101,7 @@ class Runs(RuleBasedStateMachine):
         assert KILLED not in ended
         if 0 in ended:
             self.spoilt = False
-            self.place.check_run()
+            self.place.check_run(beside=[path.name for path in self.mine])
 
     @invariant()
     def files_of_others_stay(self) -> None:
