@@ -217,8 +217,8 @@ def variants(tiles: Tiles, op: Op, arch: str) -> dict[str, Tiles]:
     if op != "wgrad":
         # As many as the registers of a processor hold, more or less.
         ways = {"persistent": tiles} | {f"persistent {name}": t for name, t in found.items()}
-        if op == "grad" and found:  # its epilogue leaves the others too few registers for a loop around it
-            ways = {"persistent descriptors": found["descriptors"]}
+        if op == "grad":  # its epilogue leaves the others too few registers for a loop around it
+            ways = {name: t for name, t in ways.items() if name == "persistent descriptors"}
         found |= {name: replace(t, persistent=max(8 // t.num_warps, 1)) for name, t in ways.items()}
     return found
 
