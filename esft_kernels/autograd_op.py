@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -35,9 +33,8 @@ def run_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, the routing weights and the trained pool's four tensors, None where there is none."""
-    needs = replace(needs, trained=needs.trained and routing.num_trained > 0)  # a rank may hold none of what trains
-    if not needs.all_rows and not needs.trained:
-        return (None,) * 6
+    if not needs.all_rows and not routing.num_trained:  # of a rank that holds none of what trains
+        return None, None, *(None if t is None else torch.empty_like(t) for t in pools.trained.tensors())
     x_TD, weights_TK = aligned(x_TD), aligned(weights_TK)
     if needs.all_rows and h_NG.shape[0] < routing.rows_here():
         h_NG = backend.rebuild(x_TD, h_NG, pools, routing)

@@ -53,8 +53,8 @@ def deal_experts(trained: Sequence[int], num_experts: int, ranks: Ranks, turn: i
         trained: ids.
         turn: the layer's place in the model: who gets what is left over changes from layer to layer.
     """
-    n = ranks.size
-    frozen = [expert for expert in range(num_experts) if expert not in set(trained)]
+    n, chosen = ranks.size, set(trained)
+    frozen = [expert for expert in range(num_experts) if expert not in chosen]
     parts: list[list[tuple[int, ...]]] = [[], []]
     for rank in range(n):
         early = (rank - turn) % n  # to get one of what is left over

@@ -154,7 +154,8 @@ def test_every_tensor_gets_its_gradient_whichever_others_do(wanted, keep, calls)
 def test_h_and_the_routing_come_with_the_output(keep):
     layer = small(elsewhere=True)
     routing = layer.routing
-    rows = {"all": routing.num_rows, "prefix": routing.prefix_rows(), "none": 0}[keep]
+    rows = {"all": routing.rows_here(), "prefix": routing.prefix_rows(), "none": 0}[keep]
+    assert routing.rows_here() < routing.num_rows
     found = torch.ops.esft.routed_mlp(*operands(layer, keep))
     expected = (
         *reference.forward(layer.x_TD, layer.weights_TK, layer.pools, routing, rows),
@@ -386,9 +387,13 @@ def test_the_fake_knows_shapes_strides_and_dtypes(layout: dict, keep: str, moved
         assert [g.dtype for g, t in zip(grads, inputs, strict=True) if g.numel() and t.dtype != g.dtype] == []
 
 
-@pytest.mark.parametrize(("keep", "rows"), [("all", 15), ("prefix", None), ("none", 0)])
-def test_only_the_length_of_a_prefix_is_unknown_to_the_compiler(keep, rows):
+@pytest.mark.parametrize(
+    ("keep", "elsewhere", "rows"),
+    [("all", False, 15), ("all", True, None), ("prefix", False, None), ("none", False, 0), ("none", True, 0)],
+)
+def test_only_the_length_of_a_part_of_the_rows_is_unknown_to_the_compiler(keep, elsewhere, rows):
     x, index, *rest = operands(small(), keep)
+    rest[-2] = elsewhere
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (x, index.int(), *rest))
     with mode:

@@ -9,6 +9,7 @@ from esft.optimizer import adamw
 from esft.optimizer.adamw import MasterAdamW
 from esft.optimizer.masters import Split
 from esft.optimizer.moments import BLOCK, signed, unsigned
+from esft.parallel.ranks import Ranks
 from esft.runs.config import TrainConfig
 
 SIZES = (20.0, 0.01, 0.5)  # of three steps' gradients: the first alone is beyond the default clip
@@ -395,3 +396,24 @@ def test_what_lies_on_two_devices_is_not_stepped_together():
         name: SimpleNamespace(grad=True, numel=lambda: 4, device=torch.device(place)) for name, place in places.items()
     }
     assert [[name for name, _ in group] for group in optimizer._groups()] == [["a", "b"], ["c"], ["d"]]
+
+
+def test_the_norm_counts_what_is_dealt_out_over_all_ranks_and_the_rest_once():
+    class Two(Ranks):
+        size = 2
+
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return values + 5.0**2  # of the other rank's part
+
+    named = [("alike", nn.Parameter(torch.zeros(2))), ("dealt", nn.Parameter(torch.zeros(1, 2)))]
+    optimizer = MasterAdamW(named, TrainConfig(), ["dealt", "of the other alone"], Two())
+    named[0][1].grad, named[1][1].grad = torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 4.0]])
+    assert optimizer.step(0.1) == pytest.approx((1 + 4 + 4 + 16 + 25) ** 0.5)
+
+
+def test_moments_in_8_bits_are_not_dealt_out_where_a_block_would_be_of_two_experts():
+    whole, half = (nn.Parameter(torch.zeros(3, rows, BLOCK // 2)) for rows in (2, 1))
+    config = TrainConfig(optimizer="adamw_8bit")
+    MasterAdamW([("a", whole), ("b", half)], config, ["a"])
+    with pytest.raises(InputError, match=f"^b: an expert's are no multiple of {BLOCK}, so adamw_8bit cannot be dealt"):
+        MasterAdamW([("a", whole), ("b", half)], config, ["a", "b"])

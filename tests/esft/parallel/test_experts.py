@@ -142,9 +142,9 @@ def gradients(base, name: str, size: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_loss_and_every_gradient_are_those_of_a_single_process(base, runs, size: int, name: str):
     alone, several = (base.parent / f"{name}-{n}" for n in (1, size))
-    rel = 1e-2 if name == "half" else 1e-5  # bf16: a sum is rounded once for every rank
+    rel = 1e-2 if name == "half" else 2e-6  # bf16: a sum is rounded once for every rank
     for figure in ("loss", "grad_norm", "eval_loss"):
-        assert column(several, figure) == pytest.approx(column(alone, figure), rel=2 * rel)
+        assert column(several, figure) == pytest.approx(column(alone, figure), rel=5 * rel)
     expected, found = gradients(base, name, 1), gradients(base, name, size)
     assert found.keys() == expected.keys()
     first = {n: g for n, g in expected.items() if n.startswith("1/")}  # later ones are of weights that differ a little
@@ -167,7 +167,7 @@ def test_adapters_and_checkpoints_are_those_of_a_single_process(base, runs, size
             assert found[n].shape == tensor.shape and found[n].dtype == tensor.dtype
             if n.startswith(("model.", "master", "weight", "step")):
                 # At most three steps of 3e-3: where a gradient is nearly zero, Adam makes much of a rounding.
-                torch.testing.assert_close(found[n], tensor, rtol=1e-2, atol=6e-3 if name == "half" else 2e-4)
+                torch.testing.assert_close(found[n], tensor, rtol=1e-3, atol=6e-3 if name == "half" else 5e-5)
 
 
 def test_a_rank_holds_its_part_and_sends_no_gradient_of_an_expert(base, runs):

@@ -22,7 +22,8 @@ def test_a_single_process_keeps_what_it_has():
     assert ranks.totals(1.5, 2) == [1.5, 2] and ranks.largest(3) == 3 and ranks.told(lambda: {"a": 1}) == {"a": 1}
     assert ranks.sum(torch.ones(1)).item() == 1 and ranks.gathered("x") == ["x"]
     tensors = {"t": torch.ones(1)}
-    assert ranks.spread(tensors) == tensors
+    assert ranks.spread(tensors) == tensors and ranks.collected(tensors) == {"t": [tensors["t"]]}
+    assert ranks.gather(tensors["t"]) is ranks.scatter_sum(tensors["t"]) is tensors["t"]
     ranks.check_alike({"data": 1})
     ranks.wait()
     with ranks.main_first(), joined() as same:
@@ -50,6 +51,13 @@ def exchanges() -> dict:
         p.grad = torch.tensor([1.0, r])
         ranks.add_up([p])
         found["gradient"] = p.grad.tolist()
+        found["rows"] = ranks.gather(torch.tensor([[r, 9]])).tolist()
+        parts = ranks.scatter_sum(torch.arange(6.0).view(6, 1) + 10 * r)
+        found["parts"] = ranks.gather(parts).tolist()
+        own = {"all": torch.full((r, 2), r), "number": torch.tensor(0.5)} | ({"last": mine["b"]} if r == 2 else {})
+        found["collected"] = {
+            name: [[str(t.dtype), t.tolist()] for t in each] for name, each in ranks.collected(own).items()
+        }
         try:
             ranks.check_alike({"seed": 3, "data": "one" if r < 2 else "two" * 10**6})
         except RankError as error:
@@ -75,6 +83,13 @@ def test_every_rank_gets_the_same_of_every_exchange(tmp_path):
     assert [f.pop("rank") for f in found] == [0, 1, 2]
     assert [f.pop("main") for f in found] == [True, False, False]
     assert [f.pop("share") for f in found] == [["aaaa"], ["cc"], ["b", "d"]]
+    collected, *others = [f.pop("collected") for f in found]
+    assert others == [{}, {}]  # for the first one alone
+    assert collected == {
+        "all": [["torch.int64", []], ["torch.int64", [[1, 1]]], ["torch.int64", [[2, 2], [2, 2]]]],
+        "number": [["torch.float32", 0.5]] * 3,
+        "last": [["torch.bfloat16", [1, 1]]],
+    }
     assert found[0] == found[1] == found[2]
     same = found[0]
     assert same["totals"] == [3, pytest.approx(0.3)] and same["sum"] == [[3, 3]]
@@ -87,6 +102,8 @@ def test_every_rank_gets_the_same_of_every_exchange(tmp_path):
     }
     assert same["unlike"] == f"rank 2 has other data than rank 0: {('two' * 134)[:400]}, not one"
     assert same["gradient"] == [3, 3]
+    assert same["rows"] == [[0, 9], [1, 9], [2, 9]]
+    assert same["parts"] == [[30 + 3.0 * i] for i in range(6)]
     (_, first_left), *others = same["turns"]
     assert all(first_left <= entered for entered, _ in others)
     came, left = zip(*same["meeting"], strict=True)
