@@ -1,6 +1,6 @@
 """Which experts the tasks use: how few get most rows, how far tasks agree, and how much text the choice needs.
 
-As figures 2 and 4 of the paper (arXiv 2407.01906) and its section on how scores are sampled, on the small model.
+After the analyses of the paper (arXiv 2407.01906), on the small model.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def scored(examples: Sequence[Example]) -> esft.ExpertScores:
 
 def stability(examples: Sequence[Example]) -> dict[str, str]:
     """How far choices agree that are made from as many rows of other text, by that number; end to end, none twice."""
+    if (tokens := sum(len(each.ids) for each in examples)) < (needed := ROW * DRAWS * sum(SAMPLES)):
+        raise ValueError(f"{tokens} tokens are too few: {needed} are needed")
     model, batches = load(MODEL), windows(examples, ROW, 1)
     return {
         f"{ROW * count:,}": f"{agreement([_chosen(model, list(islice(batches, count))) for _ in range(DRAWS)]):.2f}"

@@ -6,8 +6,7 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,29 +79,27 @@ def _known(folder: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
 
 
 def _each_in_a_process(cells: list[Cell], folder: Path, workers: int) -> Iterator[Cell]:
-    """A process for every cell, or the peak of memory would be that of an earlier one; the imports are made once."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(partial(_in_a_process, folder), cells)
+
+
+def _in_a_process(folder: Path, cell: Cell) -> Cell:
+    """Of its own, or the peak of memory would be that of an earlier cell; what it imports was imported once for all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    left = list(cells)
-    try:
-        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-            for cell in pool.map(partial(one, folder), cells):
-                left.remove(cell)
-                yield cell
-    except BrokenProcessPool as error:
-        begun = ", ".join(cell.name for cell in left[:workers])
-        raise RuntimeError(f"a process was killed, perhaps for want of memory: {begun}") from error
+    process = context.Process(target=one, args=(folder, cell))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{cell.name}: ended with {process.exitcode}, see above")
+    return cell
 
 
-def one(folder: Path, cell: Cell) -> Cell:
+def one(folder: Path, cell: Cell) -> None:
     """Measure a cell and leave what was found in its file."""
     task = folder / "tasks" / cell.task
-    try:
-        found = measure(cell, task, folder / "general.jsonl", folder / "runs" / cell.name)
-    except Exception as error:
-        raise RuntimeError(f"{cell.name}: {error}") from error
+    found = measure(cell, task, folder / "general.jsonl", folder / "runs" / cell.name)
     write_json(folder / "cells" / f"{cell.name}.json", found)
-    return cell
 
 
 SMOKE = Study(("settings",), ("base", "esft-token, shared"), (1, 2), 2, {"train": 64, "validation": 16, "test": 16})

@@ -43,12 +43,13 @@ def named(texts: Sequence[str], option: str) -> dict[str, str]:
     return found
 
 
-def check_alike(sources: Iterable[Any]) -> None:
-    """Raise RankError where another process of this one's job has other records."""
+def check_alike(encoder: Any, sources: Iterable[Any] = ()) -> None:
+    """Raise RankError where another process of this one's job has other records, or makes other tokens of them."""
     from esft.parallel.join import current
 
     if current().size > 1:
-        current().check_alike({source.name: source.digest() for source in sources})
+        records = {source.name: source.digest() for source in sources}
+        current().check_alike({"tokenizer or chat template": encoder.digest()} | records)
 
 
 def encoder_for(args: argparse.Namespace) -> Any:

@@ -31,7 +31,7 @@ def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
                 **({"nargs": "?", "const": "true"} if truth else {}),
                 choices=choices or None,
                 metavar=None if choices else "X",
-                help=f"{each.metadata['text']}{default}",
+                help=f"{each.metadata['text']}{default}".replace("%", "%%"),
             )
 
 

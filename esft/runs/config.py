@@ -226,10 +226,12 @@ def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> N
         raise InputError(f"{aux} and {recompute} layers do not go together: the second pass routes again")
     if settings["aux_loss"] and settings["method"] == "lora":
         raise InputError(f"{aux} goes with the methods esft and full, not with lora")
-    if settings["compile"] and (settings["aux_loss"] or settings["shard"] != "none"):
-        raise InputError(
-            f"{called.get('compile', 'compile')} goes with neither {aux} nor {called.get('shard', 'shard')}"
-        )
+    for name, besides in (("aux_loss", settings["aux_loss"]), ("shard", settings["shard"] != "none")):
+        if settings["compile"] and besides:
+            other = f"{called.get(name, name)} {settings[name]}"
+            raise InputError(f"{called.get('compile', 'compile')} and {other} do not go together")
+    if settings["compile"] and settings["method"] == "lora":
+        raise InputError(f"{called.get('compile', 'compile')} goes with the methods esft and full, not with lora")
     for name in ("frozen", "frozen_linear", "shard"):
         if settings[name] not in ("auto", "bf16", "none") and settings["method"] != "esft":
             option, value = called.get(name, name), settings[name]

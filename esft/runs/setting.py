@@ -67,7 +67,7 @@ def converted(each: Field, value: Any, where: str) -> Any:
         if "float" in kind:
             found = float(value.replace(".inf", "inf") if isinstance(value, str) else value)
             if found == 0 and isinstance(value, str) and re.search("[1-9]", re.split("[eE]", value)[0]):
-                raise ValueError  # below the smallest found
+                raise ValueError  # below the smallest number
         elif "int" in kind:
             if isinstance(value, float) and not value.is_integer():
                 raise ValueError

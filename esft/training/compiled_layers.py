@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from esft.errors import InputError
+from esft.transformers_internals import whole_layers
 
 BACKEND = "inductor"  # of torch.compile
 
@@ -21,8 +21,7 @@ def compile_layers(model: nn.Module) -> None:
     Raises InputError where nothing can be compiled, for want of a compiler for instance, and for a model without what
     transformers knows as layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
+    if not (layers := whole_layers(model)):
         raise InputError(f"compile: {type(model).__name__} has no layers that could be compiled one by one")
     device = next(model.parameters()).device
     try:

@@ -15,6 +15,7 @@ from torch import nn
 
 from esft.checkpoint.device import first_device, in_host_memory
 from esft.checkpoint.load import load_tokenizer
+from esft.checkpoint.packed_tensors import packed_format
 from esft.checkpoint.source import Reach, open_config
 from esft.data.examples import Example
 from esft.data.mixing import mixed_in
@@ -129,8 +130,8 @@ def train(
             sets = run_data.eval_sets(held_out, progress)
         if (report := run_data.report()) is not None:
             logger.info("%s: %s", run_data.name, report)
-        if progress and first_device().type == "cpu":
-            logger.info(_memory(model_path, config, selection, run_data.together(ranks.size), trust_remote_code))
+        if progress and ranks.size == 1 and first_device().type == "cpu":
+            logger.info(_memory(model_path, config, selection, run_data.together(), trust_remote_code))
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
         with in_host_memory(config.shard == "frozen" and ranks.size > 1):
@@ -143,7 +144,8 @@ def train(
         if ranks.size > 1:
             settings = {f"setting {name}": value for name, value in asdict(config).items()}
             watched = {name or "evaluation data": source.digest() for name, source in held_out.items()}
-            ranks.check_alike(settings | watched | digests | {"selection": str(selection)})
+            others = {"selection": str(selection), "tokenizer or chat template": run_data.encoding()}
+            ranks.check_alike(settings | watched | digests | others)
         if resume:
             run.check_origin(digests, base.settings, begun)
         if config.shard == "frozen":
@@ -177,11 +179,10 @@ def _memory(
 ) -> str:
     """What a training on a CPU is planned to take, in a line, before minutes of loading."""
     rows, tokens = together
-    alone = replace(config, micro_batch_size=rows)
     try:
-        found = plan(
-            model_path, selection, alone, frozen=config.frozen, tokens=tokens, trust_remote_code=trust_remote_code
-        )
+        shipped = packed_format(open_config(model_path, trust_remote_code), model_path) or "auto"
+        frozen = shipped if config.frozen == "auto" else config.frozen
+        found = plan(model_path, selection, config, frozen=frozen, tokens=tokens, trust_remote_code=trust_remote_code)
     except InputError as error:  # if a training is refused for this too, that says so
         return f"memory: not planned ({error})"
     return f"memory: {found.peak / GB:.1f} GB at the most, as planned for {tokens:,} tokens in {rows} rows together"

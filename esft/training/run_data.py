@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import ceil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -125,10 +124,10 @@ class RunData:
             self.examples, config.batch_size, self.packing, self.mix, config.micro_batch_size, config.padding_free
         )
 
-    def together(self, ranks: int = 1) -> tuple[int, int]:
-        """How many rows go through a model together in each of so many processes, and how many tokens at the most."""
+    def together(self) -> tuple[int, int]:
+        """How many rows go through the model together in one process, and how many tokens at the most."""
         config = self.config
-        rows = ceil((config.micro_batch_size or config.batch_size) / ranks)
+        rows = config.micro_batch_size or config.batch_size
         if self.examples is None or config.packing:
             return rows, rows * self.reach.length(config.max_length)
         longest = sorted(self.examples.lengths.tolist(), reverse=True)[:rows]
@@ -158,6 +157,10 @@ class RunData:
     def name(self) -> str:
         mixed = "" if self.mixed is None else f", mixed with {self.mixed}"
         return ", ".join(map(str, self.sources)) + mixed
+
+    def encoding(self) -> str | None:
+        """A digest of what makes tokens of the records; see ``Encoder.digest``."""
+        return self._encoder(self.config.packing).digest()
 
     def digest(self) -> str:
         """Of the content: of a single source its own."""

@@ -46,6 +46,7 @@ def test_no_other_module_looks_inside(path: Path):
 def test_what_a_model_says_of_itself(tmp_path):
     model = tiny_model()
     assert internals.base_name(model) == "" and internals.tied_names(model) == {}
+    assert internals.tied_names(SimpleNamespace()) == {}  # of a model that says nothing of it
     tied = tiny_model(tie_word_embeddings=True)
     assert internals.tied_names(tied) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert internals.has_peft_adapter(model) is False and internals.is_spread(model) is False
@@ -167,6 +168,21 @@ def test_a_loaded_models_conversions_are_those_of_its_files_unless_they_held_its
     for others in ([], [SimpleNamespace(operations=[object()], source_patterns=["c"], target_patterns=["d"])]):
         loaded._weight_conversions = [*others, few_bits]
         assert patterns(internals.conversions(loaded)) == family
+
+
+@pytest.mark.parametrize("known", [None, ["a"]])
+def test_what_a_class_passes_over_of_its_files_it_goes_on_to_pass_over(known: list[str] | None):
+    loader = SimpleNamespace(quantization_config=SimpleNamespace(take_out=lambda model: ["x.y"]))
+    model = SimpleNamespace(_keys_to_ignore_on_load_unexpected=known)
+    internals._Loader._process_model_before_weight_loading(loader, model)
+    assert model._keys_to_ignore_on_load_unexpected == {*(known or ()), r"^(.*\.)?x\.y\.", "_scale_inv$"}
+
+
+def test_a_prefix_that_only_some_files_have_is_none_of_a_familys_conversions(monkeypatch):
+    prefix, renaming = (object.__new__(kind) for kind in (internals.PrefixChange, internals.WeightRenaming))
+    of_family = {True: [], False: [prefix, renaming]}
+    monkeypatch.setattr(internals, "get_model_conversion_mapping", lambda _, add_legacy=True: of_family[add_legacy])
+    assert internals.conversions(SimpleNamespace(state_dict=dict)) == [renaming]
 
 
 def test_marks_of_a_chat_template_are_places_in_the_text_that_it_renders():

@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> None:
     from esft.evaluation.scores import EvalSet
     from esft.parallel.join import current
 
-    check_alike(sources.values())
     adapter = adapter_of(args)
     with reading(args.model):
         encoder, sets = encoder_for(args), []
+        check_alike(encoder, sources.values())
         reach = Reach.of(open_config(args.model, args.trust_remote_code))
         for name, source in sources.items():
             records = read_records(source)[: args.limit]

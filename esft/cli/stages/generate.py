@@ -6,7 +6,7 @@ import argparse
 import os
 
 from esft.cli.arguments import count
-from esft.cli.inputs import load_for
+from esft.cli.inputs import check_alike, load_for
 from esft.cli.options import Stages, add_batch_size, add_model, add_stage
 from esft.cli.output import say
 from esft.errors import InputError, reading
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from esft.adapters.mixed import load_adapters
     from esft.checkpoint.load import load_tokenizer
     from esft.checkpoint.source import Reach, open_config
+    from esft.data.encoding import Encoder
     from esft.data.records import Record
     from esft.evaluation.answers import answer, encode_prompts
 
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     with reading(args.model):
         reach = Reach.of(open_config(args.model, args.trust_remote_code))
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        check_alike(Encoder(tokenizer, None, reach.vocabulary))
         encode_prompts(tokenizer, prompts, reach, reach.length(args.max_length))  # before the model is loaded
         model = load_for(args, single)
         if adapters:

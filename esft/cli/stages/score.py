@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> None:
     from esft.scoring.gradients import gradient_scores
     from esft.scoring.score import score_experts
 
-    check_alike([source])
     adapter = adapter_of(args)
     with reading(args.model):
         encoder = encoder_for(args)
+        check_alike(encoder, [source])
         with current().main_first():  # who leaves them encoded for the others
             examples = encoded(source, encoder, progress=not args.quiet)
         model = load_for(args, adapter)

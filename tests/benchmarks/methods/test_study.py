@@ -1,7 +1,6 @@
 """Which cells a comparison has, and that one which was stopped goes on."""
 
 import json
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -67,20 +66,11 @@ def test_what_there_is_not_is_named_before_anything_runs(tmp_path, capsys, what:
     assert "there is no 'nothing'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_cell_that_fails_is_named(tmp_path):
+def test_a_cell_that_fails_is_named_and_says_why(tmp_path, capfd):
     cell = Cell("nothing", "base", 0.0, 1, "test", 5)
-    with pytest.raises(RuntimeError, match=f"^{cell.name}: .*test.jsonl"):
-        study.one(tmp_path, cell)
-
-
-def test_a_killed_process_is_told_with_the_cells_that_were_begun(tmp_path, monkeypatch):
-    def killed(*_):
-        raise BrokenProcessPool("terminated abruptly")
-
-    monkeypatch.setattr(study.ProcessPoolExecutor, "map", killed)
-    cells = TWO.trials()
-    with pytest.raises(RuntimeError, match=f"killed.*: {cells[0].name}, {cells[1].name}$"):
-        list(study._each_in_a_process(cells, tmp_path, 2))
+    with pytest.raises(RuntimeError, match=f"^{cell.name}: ended with 1, see above$"):
+        list(study._each_in_a_process([cell], tmp_path, 1))
+    assert "No such file or directory" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ def test_a_rank_above_that_of_every_matrix_is_refused():
     add_lora(tiny_model("deepseek_v2"), 32, 16)  # query heads of 4 x 16 from 32 values
     with pytest.raises(InputError, match="^lora_rank 33: no matrix of the model has a rank above 32$"):
         add_lora(tiny_model("deepseek_v2"), 33, 16)
+    # Its linear layers have a rank of 8 at the most, an expert's matrices one of 32.
+    assert add_lora(tiny_model("qwen3_moe", head_dim=2), 9, 16)
 
 
 def test_without_peft_the_package_is_named(monkeypatch):

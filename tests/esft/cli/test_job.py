@@ -4,11 +4,13 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,13 @@ STAGES = {
     "generate": "generate --model base --prompt a --prompt bb --prompt ccc --max-new-tokens 4 --quiet",
     "select": "select --scores s{end}.json --out x{end}.json",
 }
+
+ENCODING = (
+    "score --model base --out s.json",
+    "eval --model base",
+    "generate --model base --prompt a",
+    "train --model base --method full --out run --steps 1 --quiet",
+)
 
 
 def stages(end: str) -> list:
@@ -106,19 +115,23 @@ def test_the_first_rank_that_fails_says_so_in_one_line_with_its_name(work):
         ("generate --model base --prompt a", "--prompt b", r"option prompt than rank 0: \['a', 'b'\], not \['a'\]"),
         ("eval --model base", "--data", "e.jsonl than rank 0: "),
         ("score --model base --out s.json", "--data", "e.jsonl than rank 0: "),
+        *((command, "template", "tokenizer or chat template than rank 0: ") for command in ENCODING),
     ],
 )
 def test_a_process_with_other_options_or_other_records_is_found_out(work, command: str, others: str, unlike: str):
-    """``--data`` stands for a file of one name, and of other content on the second one's machine."""
+    """``--data`` and ``template`` stand for files of one name, and of other content on the second one's machine."""
 
     def unlike_the_first() -> int:
-        if others != "--data":
-            return main([*command.split(), *(others.split() if os.environ["RANK"] == "1" else ())])
+        second = os.environ["RANK"] == "1"
+        if others.startswith("--") and others != "--data":
+            return main([*command.split(), *(others.split() if second else ())])
         (place := work / os.environ["RANK"]).mkdir()
         os.chdir(place)
-        (place / "base").symlink_to(work / "base")
-        write_records(place / "e.jsonl", 3 + int(os.environ["RANK"]))
-        return main([*command.split(), "--data", "e.jsonl"])
+        shutil.copytree(work / "base", "base")
+        if second and others == "template":
+            Path("base/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+        write_records(place / "e.jsonl", 4 if second and others == "--data" else 3)
+        return main([*command.split(), *(() if "--prompt" in command else ("--data", "e.jsonl"))])
 
     ended = job(work, 2, unlike_the_first)
     assert [e.value if e.status == 0 else e.status for e in ended] == [2, 2]

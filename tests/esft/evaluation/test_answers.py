@@ -5,7 +5,6 @@ from transformers import GenerationConfig
 import esft
 from esft.checkpoint.source import Reach
 from esft.data.records import Record
-from esft.evaluation import answers
 from esft.evaluation import answers as module
 from esft.evaluation.answers import answer, encode_prompts, split_prompt
 from esft.parallel.ranks import Ranks
@@ -122,7 +121,7 @@ def test_every_token_tells_others_that_this_process_is_at_work(monkeypatch):
         def progress(self) -> None:
             self.count += 1
 
-    monkeypatch.setattr(answers, "current", lambda: ranks)
+    monkeypatch.setattr(module, "current", lambda: ranks)
     ranks = Counting()
     answer(speaker(), tiny_tokenizer(), [Record(chat("a", "")[:1])], max_new_tokens=5)
     assert ranks.count == 5

@@ -100,10 +100,10 @@ def test_every_rank_gets_the_same_of_every_exchange(tmp_path):
         "b": ["torch.bfloat16", [1, 1]],
         "none": ["torch.float32", []],
     }
-    assert same["unlike"] == f"rank 2 has other data than rank 0: {('two' * 134)[:400]}, not one"
-    assert same["gradient"] == [3, 3]
     assert same["rows"] == [[0, 9], [1, 9], [2, 9]]
     assert same["parts"] == [[30 + 3.0 * i] for i in range(6)]
+    assert same["unlike"] == f"rank 2 has other data than rank 0: {('two' * 134)[:400]}, not one"
+    assert same["gradient"] == [3, 3]
     (_, first_left), *others = same["turns"]
     assert all(first_left <= entered for entered, _ in others)
     came, left = zip(*same["meeting"], strict=True)

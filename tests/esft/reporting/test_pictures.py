@@ -59,6 +59,21 @@ def test_lines_differ_in_dashes_and_not_in_colours_alone():
         assert len({dashes for _, dashes in lines}) == len(names)
 
 
+@pytest.mark.parametrize(("values", "markers"), [(12, 12), (13, 13), (96, 8), (100, 9)])
+def test_a_short_line_has_a_marker_at_every_value_and_a_long_one_at_about_eight(values: int, markers: int):
+    steps = list(range(values))
+    drawn = svg(draw(Chart("x", [Line("loss", steps, [float(step) for step in steps])])).light)
+    styles = [use.attrib.get("style", "").lower() for use in drawn.iter(f"{SVG}use")]
+    assert sum("#0072b2" in style for style in styles) == markers
+
+
+@pytest.mark.parametrize(("names", "columns"), [("ab", 1), ("abc", 1), ("abcd", 2)])
+def test_a_legend_of_many_names_has_two_columns(names: str, columns: int):
+    drawn = svg(draw(Chart("x", [line(name) for name in names])).light)
+    places = {text.text: text.attrib["x"] for text in drawn.iter(f"{SVG}text")}
+    assert len({places[name] for name in names}) == columns
+
+
 _GREYS = {"#1b1b1b", "#d0d0d0", "#e6e6e6", "#484848", "none"}
 
 

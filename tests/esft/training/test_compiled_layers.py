@@ -61,6 +61,27 @@ def test_loss_and_gradients_are_those_of_the_plain_layers_at_all_lengths(family:
     assert asked[0] > 1 and asked[1] == asked[2] == asked[3]  # one is the trial whether anything can be compiled
 
 
+def test_many_layers_are_compiled_as_few_graphs(graphs):
+    found = []
+    for layers in (3, 12):
+        torch._dynamo.reset()
+        graphs.frame_count = 0
+        model = esft.swap(tiny_model("deepseek_v2", num_hidden_layers=layers), esft.ExpertSelection({1: [0, 2]}))
+        plain = step(model.train(), 7)
+        compile_layers(model)
+        both(model, 7, plain)
+        found.append(graphs.frame_count)
+    assert found[0] == found[1] > 1
+
+
+@pytest.mark.parametrize("how", [{"frozen": "int8"}, {"recompute": "frozen"}])
+def test_experts_in_few_bits_or_made_again_are_left_as_they_are(how: dict, graphs):
+    model = esft.swap(tiny_model("olmoe"), esft.ExpertSelection({1: [0, 2]}), **how).train()
+    plain = step(model, 9)
+    compile_layers(model)
+    both(model, 9, plain)
+
+
 @pytest.mark.slow
 def test_the_compilers_own_code_computes_the_same():
     model = esft.swap(tiny_model("olmoe"), esft.ExpertSelection({0: [1]})).train()
@@ -94,7 +115,14 @@ def test_what_cannot_be_compiled_is_told_in_one_line(monkeypatch):
         compile_layers(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("other", [{"aux_loss": 0.1}, {"shard": "frozen"}])
-def test_what_does_not_go_together_is_refused(other: dict):
-    with pytest.raises(InputError, match="^compile goes with neither aux_loss nor shard$"):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"aux_loss": 0.1}, "compile and aux_loss 0.1 do not go together"),
+        ({"shard": "frozen"}, "compile and shard frozen do not go together"),
+        ({"method": "lora"}, "compile goes with the methods esft and full, not with lora"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(other: dict, message: str):
+    with pytest.raises(InputError, match=f"^{message}$"):
         settings(compile=True, **other)

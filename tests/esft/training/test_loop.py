@@ -342,9 +342,12 @@ def test_frozen_weights_are_cut_up_from_the_cpus_memory_where_there_are_several_
 
 def test_what_is_held_to_the_base_is_not_cut_up(base, fake, monkeypatch):
     monkeypatch.setattr(train_module, "joined", lambda: nullcontext(Two()))
-    held = settings(steps=1, kl_weight=1.0, shard="frozen")
-    with pytest.raises(esft.InputError, match="^kl_weight does not go together with frozen weights that are sharded"):
-        run(base, "run", held, eval_data=None, mix=f"{base.parent / 'd.jsonl'}:0.5")
+    for shard in ("frozen", "experts"):
+        held = settings(steps=1, kl_weight=1.0, shard=shard)
+        with pytest.raises(
+            esft.InputError, match=f"^kl_weight does not go together with shard {shard} over processes$"
+        ):
+            run(base, "run", held, eval_data=None, mix=f"{base.parent / 'd.jsonl'}:0.5")
 
 
 def unlike(base, what: str) -> None:

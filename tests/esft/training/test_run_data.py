@@ -220,17 +220,15 @@ def test_nothing_is_mixed_into_a_stream(paths):
         with_mixed(paths, "0.25", streaming=True)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_what_goes_through_the_model_together_is_known_beforehand(tmp_path, ranks: int):
+def test_what_goes_through_the_model_together_is_known_beforehand(tmp_path):
     """At the most: the longest records, padded, end to end, or rows that are full."""
     paths = tmp_path / "a.jsonl"
     lines = [{"messages": chat("a", "b" * length)} for length in range(1, 9)]
     paths.write_text("".join(json.dumps(line) + "\n" for line in lines))
     lengths = sorted(read(paths).examples.lengths.tolist(), reverse=True)
-    rows = 4 if ranks == 1 else 2
     assert lengths[0] > lengths[1]
-    assert read(paths).together(ranks) == (rows, rows * lengths[0])
-    assert read(paths, padding_free=True).together(ranks) == (rows, sum(lengths[:rows]))
+    assert read(paths).together() == (4, 4 * lengths[0])
+    assert read(paths, padding_free=True).together() == (4, sum(lengths[:4]))
     assert read(paths, micro_batch_size=3).together() == (3, 3 * lengths[0])
-    assert read(paths, packing=True, max_length=64).together(ranks) == (rows, rows * 64)
-    assert read(paths, streaming=True, max_length=64).together(ranks) == (rows, rows * 64)
+    assert read(paths, packing=True, max_length=64).together() == (4, 4 * 64)
+    assert read(paths, streaming=True, max_length=64).together() == (4, 4 * 64)

@@ -122,6 +122,20 @@ def test_what_is_seen_without_a_gradient_is_told_by_what_comes_out():
         check_separates(Toy(slice(None)))
 
 
+@pytest.mark.parametrize(
+    "out_of",
+    [lambda embedded: embedded + 1e-4 * embedded[:, :1], lambda embedded: 0 * embedded + embedded.detach()],
+    ids=["of one token", "of none, not even its own"],
+)
+def test_a_gradient_of_one_token_is_enough_and_one_that_is_nowhere_says_nothing(out_of):
+    class Other(Toy):
+        def base_model(self, input_ids, position_ids, use_cache):
+            return SimpleNamespace(last_hidden_state=out_of(self.embed(input_ids)))
+
+    with pytest.raises(esft.InputError, match="^packing: the documents of a row would see each other in a toy model"):
+        check_separates(Other(slice(0, 0)))
+
+
 def test_a_few_tokens_that_come_out_otherwise_are_a_routers_choice():
     for seen in (slice(0, 0), slice(0, 1), slice(3, 8)):
         check_separates(Toy(seen))

@@ -40,13 +40,13 @@ def test_plan_prints_what_fits_what_to_change_and_json(tmp_path, capsys):
 def test_plan_says_what_to_shard_over_several_gpus(tmp_path, capsys):
     usual = ["plan", "--model", str(save_tiny(tmp_path / "base")), "--tokens", "64", "--gpus", "2"]
     assert main([*usual, "--memory-gb", "16"]) == 0
-    nothing, frozen, advice = capsys.readouterr().out.splitlines()[-3:]
+    nothing, frozen, experts, advice = capsys.readouterr().out.splitlines()[-4:]
     assert nothing.startswith("2 GPUs, sharded nothing: ") and advice.startswith("Shard nothing: ")
     assert main(usual) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == frozen
+    assert capsys.readouterr().out.splitlines()[-2:] == [frozen, experts]
     assert main([*usual, "--json"]) == 0
     ways = json.loads(capsys.readouterr().out)["gpus"]
-    assert [way["sharded"] for way in ways] == ["nothing", "what is frozen"]
+    assert [way["sharded"] for way in ways] == ["nothing", "what is frozen", "the experts"]
 
 
 @pytest.mark.parametrize(("flag", "trusted"), [([], False), (["--trust-remote-code"], True)])
@@ -83,10 +83,10 @@ def test_plan_is_called_like_this(monkeypatch):
         "--model MODEL [--experts EXPERTS | --top-p TOP_P | --experts-per-layer N] [--tokens TOKENS] "
         "[--frozen {auto,bf16,int8,nf4,nf4_double,fp8,mxfp4,all}] [--memory-gb GB] [--gpus N] [--json] "
         "[--method {esft,full,lora}] [--batch-size X] [--micro-batch-size X] [--optimizer {adamw,adamw_8bit}] "
-        "[--lora-rank X] [--dtype {auto,bfloat16,float32}] [--frozen-linear {bf16,int8,nf4}] "
+        "[--kl-weight X] [--lora-rank X] [--dtype {auto,bfloat16,float32}] [--frozen-linear {bf16,int8,nf4}] "
         "[--recompute {none,frozen,layers}] [--trust-remote-code]"
     )
-    settings = "method optimizer recompute micro_batch_size lora_rank dtype frozen_linear".split()
+    settings = "method optimizer recompute micro_batch_size lora_rank dtype frozen_linear kl_weight".split()
     assert values(monkeypatch, "plan --model m") == {
         **dict.fromkeys(settings), "batch_size": "1", "model": "m", "experts": None, "top_p": 0.2,
         "experts_per_layer": None, "tokens": 2048, "frozen": "auto", "memory_gb": None, "gpus": None, "json": False,
