@@ -14,8 +14,7 @@ from esft.adapters.folder import MANIFEST, SELECTION, WEIGHTS, check_model, open
 from esft.checkpoint.adapter_tensors import AdapterTensor, adapter_tensors
 from esft.errors import InputError
 from esft.experts.model_state import known_state
-from esft.experts.moe_layers import is_dealt
-from esft.parallel.join import current
+from esft.experts.moe_layers import is_dealt, ranks_of
 from esft.parallel.ranks import ALONE, Ranks
 from esft.storage.outputs import new_folder
 
@@ -32,9 +31,10 @@ def save_adapter(model: PreTrainedModel, path: str | Path, overwrite: bool = Fal
 
     Raises InputError for a stock model, for a wrapped one, for one where another adapter has written what the selection
     does not cover, where another library has exchanged modules that the selection trains, and for a folder that holds
-    something else or that another process writes; DiskError for a full disk. Then no file is left.
+    something else or that another process writes; RankError outside of the job that holds the experts, DiskError for a
+    full disk. Then no file is left.
     """
-    ranks = current() if is_dealt(model) else ALONE
+    ranks = ranks_of(model) if is_dealt(model) else ALONE
     with new_folder(path, _earlier if overwrite else None) if ranks.main else nullcontext() as folder:
         write_adapter(model, folder)
     ranks.wait()
@@ -72,7 +72,10 @@ def write_adapter(model: PreTrainedModel, folder: Path | None) -> None:
             f"{min(foreign)}: is not of the model that was swapped, but the selection's non-expert modules hold it: "
             "take out what another library has put in (PEFT: merge_and_unload or unload) before saving the adapter"
         )
-    values = _values(tensors, current() if is_dealt(model) else ALONE)
+    dealt = is_dealt(model)
+    if folder is None and not dealt:
+        return
+    values = _values(tensors, ranks_of(model) if dealt else ALONE)
     if folder is None:
         return
     swapped.selection.save(folder / SELECTION)

@@ -73,12 +73,14 @@ def answer(
                 pad_token_id=pad,
                 eos_token_id=tokenizer.eos_token_id,
                 logits_processor=[_check_logits, tell],
+                synced_gpus=ranks.lockstep,  # sums that differ in their last bits may end an answer on one rank alone
                 **adapters,
                 **watching,
             )
         for i, row in zip(part, out, strict=True):
             answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
-    found = dict(pair for pairs in ranks.gathered(list(answers.items())) for pair in pairs)
+    # Where all ranks have made all of them, the first one's count.
+    found = dict(pair for pairs in reversed(ranks.gathered(list(answers.items()))) for pair in pairs)
     return [found[i] for i in every]
 
 

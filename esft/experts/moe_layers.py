@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from esft.errors import InputError
 from esft.experts.pooled_experts import Experts
 from esft.experts.stock_layout import is_stacked, stacked_weights
+from esft.parallel.join import job_of
+from esft.parallel.ranks import ALONE, Ranks
 from esft.transformers_internals import is_transposed
 
 # What a MoE block calls its router and its shared experts.
@@ -117,6 +119,25 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 def is_dealt(model: nn.Module) -> bool:
     """Whether other ranks hold some of a swapped model's experts."""
     return any(isinstance(module, Experts) and module.deal is not None for module in model.modules())
+
+
+def is_apart(model: nn.Module) -> bool:
+    """Whether this rank has only a part of some weights: dealt experts, or what FSDP2 has cut up."""
+    return bool(_spread(model))
+
+
+def ranks_of(model: nn.Module) -> Ranks:
+    """The job over which a model's weights are spread; one process where this one has all of them.
+
+    Raises RankError outside of that job.
+    """
+    return job_of(max(sizes)) if (sizes := _spread(model)) else ALONE
+
+
+def _spread(model: nn.Module) -> list[int]:
+    """Over how many processes each of the parts is spread that are."""
+    dealt = [len(m.deal.sizes) for m in model.modules() if isinstance(m, Experts) and m.deal is not None]
+    return dealt + [p.device_mesh.size() for p in model.parameters() if hasattr(p, "full_tensor")]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def dealt_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -33,7 +33,7 @@ def plain_mlp(
         norm: applied to an expert's output [rows, D] before the routing weight.
 
     Returns [T, D]. Differentiable through autograd, which saves what it likes for every row; a frozen expert's weights
-    still get no gradient.
+    still get no gradient, a trained one's get zeros where no token goes to it.
     """
     # One view of each expert: indexing a pool once per expert would make a gradient of the whole pool for each.
     experts = [
@@ -43,7 +43,10 @@ def plain_mlp(
             *([None] * len(pool.gate_up_EGD) if t is None else t.unbind() for t in pool.tensors()), strict=True
         )
     ]
-    out_TD = torch.zeros_like(x_TD)
+    # What is asked for a gradient gets one, zeros where no row is here, as from the kernels: of dealt experts the
+    # backward is collective, and no rank may leave it out.
+    asked = (x_TD, weights_TK, *pools.trained.tensors())
+    out_TD = torch.zeros_like(x_TD) + sum(t[:0].sum() for t in asked if t is not None)
     for position in position_TK[position_TK < len(experts)].unique().tolist():
         token, slot = torch.where(position_TK == position)
         expert = experts[position]

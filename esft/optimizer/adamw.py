@@ -41,8 +41,9 @@ class MasterAdamW:
     ):
         self.params = {name: p for name, p in named if p.requires_grad and p.numel()}
         for name in self.params.keys() & set(dealt) if config.optimizer == "adamw_8bit" else ():
-            if self.params[name][0].numel() % BLOCK:
-                raise InputError(f"{name}: an expert's are no multiple of {BLOCK}, so adamw_8bit cannot be dealt out")
+            if (count := self.params[name][0].numel()) % BLOCK:
+                why = f"an expert has {count} elements, not a multiple of {BLOCK}"
+                raise InputError(f"{name}: {why}: with optimizer adamw_8bit such cannot be dealt out")
         for p in self.params.values():
             p.data = p.data.contiguous()
         self.config, self.dealt, self.ranks = config, frozenset(dealt), ranks

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esft.errors import RankError
 from esft.parallel.ranks import Ranks
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], expert ids [T, K], routing weights [T, K] -> [T, D]
@@ -77,13 +76,9 @@ def exchanged(deal: Deal, compute: Compute, x_TD: Tensor, index_TK: Tensor, weig
 
     On every rank gradients have to be asked for alike. Raises RankError outside of the job that the deal is for.
     """
-    from esft.parallel.join import current  # not above: that imports transformers, which may import this
+    from esft.parallel.join import job_of  # not above: that imports transformers, which may import this
 
-    ranks = current()
-    if ranks.size != len(deal.sizes):
-        raise RankError(
-            f"the experts are dealt out over {len(deal.sizes)} processes, and this is a job of {ranks.size}"
-        )
+    ranks = job_of(len(deal.sizes))
     longest = ranks.largest(len(x_TD), "a layer's experts")
     x_XD, weights_XK = _Gather.apply(ranks, longest, x_TD, weights_TK)  # pyright: ignore[reportGeneralTypeIssues]
     index_XK = ranks.gather(_padded(index_TK, longest, nobody))

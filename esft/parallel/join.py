@@ -35,6 +35,13 @@ def current() -> Ranks:
     return _joined[-1] if _joined else ALONE
 
 
+def job_of(size: int) -> Ranks:
+    """The job over which weights are spread. Raises RankError for a process that is in one of another size."""
+    if current().size != size:
+        raise RankError(f"the weights are spread over {size} processes, and this is a job of {current().size}")
+    return current()
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks of the job that this process is one of, for the block; inside it, those that are joined already.

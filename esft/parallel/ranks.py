@@ -81,9 +81,13 @@ class Ranks:
         """Of the sum of all ranks' rows this rank's part, [ranks * n, ...] -> [n, ...]."""
         return rows
 
-    def collected(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-        """Under each name all that ranks have of it, in their order, in the CPU's memory; for the first rank alone."""
-        return {name: [tensor] for name, tensor in tensors.items()}
+    def collected(self, tensors: Mapping[str, Tensor], put: Callable[[list[Tensor]], Any] = list) -> dict[str, Any]:
+        """Under each name all that ranks have of it, in their order, in the CPU's memory; for the first rank alone.
+
+        Args:
+            put: together, name by name, as they come.
+        """
+        return {name: put([tensor]) for name, tensor in tensors.items()}
 
     def told(self, make: Callable[[], Any]) -> Any:
         """A JSON value that the first rank makes, and all get."""
@@ -166,20 +170,23 @@ class Group(Ranks):
             dist.reduce_scatter_single(own, rows)
         return own
 
-    def collected(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    def collected(self, tensors: Mapping[str, Tensor], put: Callable[[list[Tensor]], Any] = list) -> dict[str, Any]:
         kinds = self.gathered({name: [str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()})
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, Any] = {}
         for name in dict.fromkeys(name for held in kinds for name in held):
+            parts: list[Tensor] = []
             for rank, (dtype, shape) in ((r, held[name]) for r, held in enumerate(kinds) if name in held):
                 if self.main:
                     here = tensors[name].cpu() if rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
-                    found.setdefault(name, []).append(here)
+                    parts.append(here)
                 with self.watch.waiting("what other ranks hold"):
                     # As bytes: of some dtypes gloo knows nothing.
                     if self.main and rank:
-                        dist.recv(found[name][-1].view(-1).view(torch.uint8), rank)
+                        dist.recv(parts[-1].view(-1).view(torch.uint8), rank)
                     elif rank and rank == self.rank:
                         dist.send(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8), 0)
+            if self.main:
+                found[name] = put(parts)
         return found
 
     def told(self, make: Callable[[], Any]) -> Any:

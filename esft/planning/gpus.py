@@ -68,8 +68,8 @@ def _experts_dealt(plan: Plan, gpus: int, whole: Outline) -> Spread:
 
 
 def frozen_weights(plan: Plan) -> int:
-    """Bytes of the weights that get no gradient."""
-    return plan.trained_experts + plan.frozen_experts + plan.other_weights - plan.gradients
+    """Bytes of the model's weights that get no gradient."""
+    return plan.trained_experts + plan.frozen_experts + plan.other_weights - plan.kept_base - plan.gradients
 
 
 def spreading(plan: Plan, gpus: int, whole: Outline, memory: float | None) -> list[str]:
@@ -89,7 +89,8 @@ def spreading(plan: Plan, gpus: int, whole: Outline, memory: float | None) -> li
     if everything.peak <= memory:
         why = "all of the model fits every GPU, and only the gradients of what trains are sent"
         return [*lines, f"Shard nothing: {why}."]
-    if plan.method == "esft" and (fit := [way for way in cut if way.peak <= memory]):
+    shards = plan.method == "esft" and not plan.kept_base  # what train does
+    if shards and (fit := [way for way in cut if way.peak <= memory]):
         best = min(fit, key=lambda way: way.sent)
         why = f"all of it does not fit, and {best.sent / max(everything.sent, 1):.1f} times the bytes are sent"
         return [*lines, f"Shard {best.sharded} (--shard {_OPTION[best.sharded]}): {why}."]

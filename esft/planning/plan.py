@@ -40,8 +40,8 @@ class Plan:
         records, tokens: numbers that go through the model together; ``tokens`` is of all records.
         assumed: number of experts a layer that train, where it is an assumption.
         parameters, trained_parameters: numbers.
-        trained_experts, frozen_experts, other_weights: of weights; the last with LoRA's, and with the copy of the
-            base that ``kl_weight`` keeps.
+        trained_experts, frozen_experts, other_weights: of weights; the last with LoRA's, and with ``kept_base``.
+        kept_base: of what trains, as the base has it, which ``kl_weight`` keeps.
         outside: of the frozen ones among the last, those of no layer: embeddings and head.
         masters: what is stepped, beside the weights.
         moments: of AdamW.
@@ -66,6 +66,7 @@ class Plan:
     trained_experts: int
     frozen_experts: int
     other_weights: int
+    kept_base: int
     outside: int
     masters: int
     moments: int
@@ -210,7 +211,8 @@ def _summed(
     size = whole.dtype.itemsize
     trained_experts = sum(n * layer.expert_size for n, layer in zip(chosen.experts, whole.layers, strict=True)) * size
     frozen_experts, scratch = _frozen(whole, chosen, frozen)
-    additions = trained.nbytes * ((config.method == "lora") + (config.kl_weight > 0))  # a copy of the base
+    kept_base = trained.nbytes * (config.kl_weight > 0)
+    additions = trained.nbytes * (config.method == "lora") + kept_base
     saved, linear_scratch = _packed_linear(whole.linear, size, chosen, config.frozen_linear)
     saved_outside, _ = _packed_linear([m for m in whole.linear if not m[3]], size, chosen, config.frozen_linear)
     outside = 0 if chosen.others else whole.outside * size - saved_outside
@@ -223,8 +225,9 @@ def _summed(
     most = max(step.peak + max(scratch, linear_scratch), update)
     return Plan(
         config.method, frozen, config.frozen_linear, config.optimizer, config.recompute, batch.records, batch.tokens,
-        assumed, whole.parameters, trained.count, trained_experts, frozen_experts, other_weights, outside, masters,
-        moments, trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most, trained.nbytes,
+        assumed, whole.parameters, trained.count, trained_experts, frozen_experts, other_weights, kept_base, outside,
+        masters, moments, trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most,
+        trained.nbytes,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
 from esft.parallel.ranks import Ranks
 from esft.runs.checkpoints import Best, State
@@ -97,10 +98,8 @@ class SharedRun:
     def save(self, state: State) -> None:
         """Write a checkpoint, of whole tensors. Raises RankError as ``check_alike`` does."""
         self.check_alike(state)
-        parts = self.ranks.collected({name: state.tensors[name] for name in state.parts & state.tensors.keys()})
+        whole = self.ranks.collected({name: state.tensors[name] for name in state.parts}, _put_together)
         if self.ranks.main:
-            # Of a number every rank has the same; of experts each has some, one after the other.
-            whole = {name: torch.cat(own) if own[0].dim() else own[0] for name, own in parts.items()}
             self.folder.checkpoints().save(replace(state, tensors={**state.tensors, **whole}, parts=frozenset()))
         self.ranks.wait()
 
@@ -124,6 +123,11 @@ class SharedRun:
     def write_summary(self, measured: dict[str, Any]) -> None:
         if self.ranks.main:
             self.folder.write_summary(measured)
+
+
+def _put_together(parts: list[Tensor]) -> Tensor:
+    """Of a number every rank has the same; of experts each has some, one after the other."""
+    return torch.cat(parts) if parts[0].dim() else parts[0]
 
 
 def _digest(state: State) -> str:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.experts.moe_layers import MoELayer, is_apart, moe_layers
 from esft.experts.pooled_experts import Experts
 from esft.parallel.join import current
 from esft.parallel.ranks import Ranks
@@ -49,10 +49,12 @@ def gradient_scores(
         max_tokens: stop when the batches have had so many.
         progress: show a bar, in tokens.
 
-    Raises InputError for a stock model, for experts in a ModuleList or dealt out over processes, where no token was
-    supervised, and for gradients that are no numbers. Collective in a job of several processes, which share the
-    batches: all give the same ones.
+    Raises InputError for a stock model, for experts in a ModuleList, for weights that are spread over processes, where
+    no token was supervised, and for gradients that are no numbers. Collective in a job of several processes, which
+    share the batches: all give the same ones.
     """
+    if is_apart(model):  # its passes are collective, and batches are shared
+        raise InputError("gradients are not scored of a model whose weights are spread over processes")
     ranks = current()
     sums = [_Sums(layer) for layer in moe_layers(model)]
     was_training, seen, count = model.training, 0, 0
@@ -96,8 +98,6 @@ class _Sums:
     def __init__(self, layer: MoELayer):
         if not isinstance(layer.experts, Experts):
             raise InputError(f"{layer.name}: gradients are scored of the experts of a swapped model")
-        if layer.experts.deal is not None:
-            raise InputError(f"{layer.name}: gradients are not scored of experts that are dealt out over processes")
         self.layer, self.experts, self.reached = layer, layer.experts, False
         self.of_batches_E = torch.zeros(layer.num_experts, dtype=torch.float64)
         self.of_rows_E = torch.zeros(layer.num_experts, dtype=torch.float64)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from esft.errors import InputError
-from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.experts.moe_layers import MoELayer, is_apart, moe_layers
 from esft.parallel.join import current
 from esft.parallel.ranks import Ranks
 from esft.scoring.expert_scores import ExpertScores
@@ -74,11 +74,14 @@ def score_experts(
     Scores are token means per layer, as in the published score files. What the router applies to its logits is told
     from the weights that it makes of them (see ``esft.routers``), or is known of the family; one expert a token tells
     nothing, so gate scores are left out there. Raises InputError when no token was seen, for a model without MoE
-    layers, and for routers whose gate values are no numbers, or, of several experts a token, cannot be told.
+    layers, for one whose weights are spread over processes, and for routers whose gate values are no numbers, or, of
+    several experts a token, cannot be told.
 
     The LM head never runs, and from the second batch on nothing after the last router does. Collective in a job of
     several processes, which share the batches: all give the same ones.
     """
+    if is_apart(model):  # its passes are collective, and batches are shared
+        raise InputError("experts are not scored of a model whose weights are spread over processes")
     ranks = current()
     counts = {layer.index: _Counts(layer.index, layer.num_experts) for layer in moe_layers(model)}
     was_training = model.training

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from esft.errors import InputError
 from esft.experts.model_state import OwnMethod, check_lossless, known_state, swapped_state
-from esft.experts.moe_layers import MoELayer, moe_layers
+from esft.experts.moe_layers import MoELayer, is_apart, moe_layers
 from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.parallel.environment import own_rank
 from esft.swapping.load_state import is_pool, read_stock, stock_shapes, whole_pools
-from esft.swapping.save_spread import is_apart, save_spread
+from esft.swapping.save_spread import save_spread
 from esft.transformers_internals import has_peft_adapter, is_spread
 
 
@@ -72,10 +72,7 @@ def save_pretrained(
     if state_dict is None and is_apart(model):
         if args or kwargs:
             raise InputError("a model whose weights are spread over ranks is saved without further arguments")
-        writes = is_main_process and own_rank() == 0
-        if writes:
-            save({})  # all but the weights
-        return save_spread(model, Path(save_directory), writes)
+        return save_spread(model, Path(save_directory), is_main_process and own_rank() == 0, partial(save, {}))
     if not is_main_process:
         return save({}, *args, **kwargs)
     swapped = [layer for layer in moe_layers(model) if isinstance(layer.experts, Experts)]

@@ -69,7 +69,7 @@ def swap(
 
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
     selection that does not fit the model, a backend that cannot run here or a format that cannot hold the experts, and
-    a model that is swapped already.
+    a model that is swapped already. One of several ranks that fails half way leaves the model as it is then.
     """
     state = known_state(model)
     if state.swapped is not None:

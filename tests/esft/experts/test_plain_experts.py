@@ -112,6 +112,17 @@ def test_without_tokens_or_without_experts_for_them_nothing_is_added(tokens: int
     assert found.shape == (tokens, D) and not found.any()
 
 
+@pytest.mark.parametrize("trained", [0, 2])
+def test_what_no_row_here_depends_on_gets_zeros_as_its_gradient(trained: int):
+    pools = pools_of(all_weights(True), trained)
+    leaves = [torch.full((3, D), torch.inf).double().requires_grad_(), torch.rand(3, 2).requires_grad_()]
+    leaves += [t for t in pools.trained.tensors() if t is not None]
+    for asked in (leaves, leaves[:1], leaves[1:2], leaves[2:]):
+        out = plain_mlp(leaves[0], torch.full((3, 2), E), leaves[1], pools, gate)
+        found = torch.autograd.grad(out.sum(), asked)
+        assert not out.any() and all(g.shape == t.shape and not g.any() for g, t in zip(found, asked, strict=True))
+
+
 @pytest.mark.parametrize("norm", [None, Norm])
 def test_the_module_looks_experts_up_by_id_and_is_otherwise_experts(norm):
     norm = norm and norm()

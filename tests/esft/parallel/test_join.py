@@ -19,7 +19,7 @@ import torch
 
 from esft.errors import InputError, Interrupted, RankError
 from esft.parallel import join
-from esft.parallel.join import current, joined
+from esft.parallel.join import current, job_of, joined
 from esft.parallel.watch import PATIENCE, STATUS
 from tests.esft.parallel.jobs import job
 
@@ -195,3 +195,9 @@ def test_every_process_gets_a_gpu_of_its_own_or_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="has no GPU: this machine has 2"):
         join._take_gpu()
+
+
+def test_weights_that_are_spread_over_several_processes_are_out_of_reach_of_one():
+    assert job_of(1) is current()
+    with pytest.raises(RankError, match="^the weights are spread over 3 processes, and this is a job of 1$"):
+        job_of(3)

@@ -8,7 +8,7 @@ GIB = 10**9
 SOME = Plan(
     method="esft", frozen="bf16", frozen_linear="bf16", optimizer="adamw", recompute="none", records=8,
     tokens=2048, assumed=5, parameters=1000, trained_parameters=50, trained_experts=1, frozen_experts=2,
-    other_weights=3, outside=1, masters=4, moments=5,
+    other_weights=3, kept_base=0, outside=1, masters=4, moments=5,
     gradients=6, activations=7, step=8, base=9, peak=32, stored=11,
 )  # fmt: skip
 

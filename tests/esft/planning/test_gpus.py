@@ -70,6 +70,10 @@ def test_nothing_is_sharded_that_fits_whole_and_else_what_sends_least(ours):
     assert spreading(many, 8, WHOLE, cut.peak)[-1].startswith("Shard what is frozen (--shard frozen): ")
     lora = replace(ours, method="lora")  # which is not sharded
     assert spreading(lora, 8, WHOLE, cut.peak)[-1].startswith("It does not fit")
+    kept = plan(OLMOE, config=TrainConfig(batch_size=1, dtype="bfloat16", kl_weight=0.1), tokens=64)
+    assert kept.kept_base == kept.gradients and frozen_weights(kept) == frozen_weights(ours)
+    least = min(way.peak for way in spreads(kept, 8, WHOLE))
+    assert spreading(kept, 8, WHOLE, least)[-1].startswith("It does not fit")  # nor is what keeps its base
     lines = spreading(ours, 8, WHOLE, None)
     assert len(lines) == 3
     assert lines[0].startswith(f"8 GPUs, sharded nothing: {whole.peak / 1e9:.3f} GB each, ")

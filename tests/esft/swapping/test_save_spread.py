@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import esft
-from esft.errors import InputError
+from esft.errors import DiskError, InputError
+from esft.experts.moe_layers import is_apart
 from esft.parallel.join import joined
 from esft.parallel.sharding import shard_frozen
 from esft.selection import ExpertSelection
-from esft.swapping.save_spread import is_apart
 from tests.esft import zoo
 from tests.esft.models import FAMILIES, tiny_model
 from tests.esft.parallel.jobs import job
@@ -45,8 +46,8 @@ def tuned(family: str, **spread):
     return model
 
 
-def saves(folder: Path) -> list[int]:
-    """Every one of ``SAVED``. Returns the elements of the largest tensor that a rank had beside its own."""
+def saves(folder: Path) -> list:
+    """Every one of ``SAVED``. Returns why the one that is refused is, and whether its folder is there."""
     with joined() as ranks:
         for name, (family, how, size) in SAVED.items():
             save_spread.FILE = size
@@ -82,7 +83,7 @@ def test_the_files_are_those_of_a_single_process(folder, tmp_path, name: str):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], tensor) and found[n].dtype == tensor.dtype for n, tensor in expected.items())
     assert (folder / name / "config.json").read_text() == (tmp_path / "config.json").read_text()
-    assert not [*(folder / name).glob("*.partial")]
+    assert not (folder / name / save_spread.NEW).exists()
     if name != "many files":
         assert [file.name for file in files] == ["model.safetensors"]
         assert files[0].read_bytes() == (tmp_path / "model.safetensors").read_bytes()
@@ -103,6 +104,35 @@ def test_several_files_have_an_index_and_are_of_the_size_that_is_said(folder):
     loaded = AutoModelForCausalLM.from_pretrained(folder / "many files")
     expected = esft.unswap(tuned("deepseek_v2"))
     assert all(torch.equal(p, expected.get_parameter(n)) for n, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(SafetensorError("no space left"), DiskError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_an_earlier_checkpoint_stays_until_all_weights_are_written(tmp_path, monkeypatch, error, seen):
+    def save_file(tensors, path, metadata):
+        files.append(path.name)
+        path.write_bytes(b"a part")
+        if len(files) == 3:
+            raise error
+
+    files: list[str] = []
+    monkeypatch.setattr(save_spread, "FILE", 50_000)
+    monkeypatch.setattr(save_spread, "save_file", save_file)
+    (tmp_path / "model.safetensors").write_bytes(b"an earlier one")
+    (tmp_path / save_spread.NEW).mkdir()  # of a process that was killed
+    (tmp_path / save_spread.NEW / "7").write_bytes(b"a part")
+    with pytest.raises(seen):
+        save_spread.save_spread(tuned("deepseek_v2"), tmp_path, True, (tmp_path / "model.safetensors").unlink)
+    assert files == ["0", "1", "2"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"model.safetensors": b"an earlier one"}
+
+
+def test_cut_up_experts_in_few_bits_are_refused_before_anything_is_written(tmp_path):
+    model = esft.swap(tiny_model(moe_intermediate_size=32), SELECTION, frozen="nf4")
+    with pytest.raises(InputError, match="experts in nf4 that are cut up over ranks cannot be saved whole"):
+        save_spread.save_spread(model, tmp_path / "new", True, lambda: None)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_model_that_is_whole_is_not_apart():
