@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import time
@@ -47,7 +48,8 @@ def check_tiles(shape: LayerShape, dtype: torch.dtype, device: torch.device, mos
             if error is None:
                 row["does not fit"] += 1
                 continue
-            row["largest error"] = max(row["largest error"], error)
+            if math.isfinite(error):  # else it is among the wrong ones
+                row["largest error"] = max(row["largest error"], error)
             if error <= layer.TOLERANCE[dtype]:
                 row["right"] += 1
             else:

@@ -1,7 +1,8 @@
 """Triton: tiles that the tensor memory accelerator (TMA) of NVIDIA's GPUs, from sm_90 on, loads by a descriptor.
 
 One thread asks for a whole tile, where pointers take an address and an instruction for every 16 bytes. A program makes
-the descriptors of its expert itself, in a scratch of 128 bytes each, so that a launch takes what it takes by pointers.
+the descriptors of its expert itself, in a scratch of 128 bytes each, so that a launch has the operands that it has by
+pointers; the scratch comes from PyTorch's allocator.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false

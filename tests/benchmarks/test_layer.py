@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -92,3 +94,10 @@ def test_layers_of_another_layout_have_no_peers_but_ourselves():
         "esft, frozen packed",
         *formats,
     ]
+
+
+def test_a_result_that_is_no_number_is_an_error_wherever_it_comes():
+    right, broken = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert layer.largest_error([right, 1.5 * right], [right, right]) == pytest.approx(0.5)
+    for found in ([right, broken], [broken, right], [right, right, broken]):
+        assert math.isnan(layer.largest_error(found, [right] * len(found)))

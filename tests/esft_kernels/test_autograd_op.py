@@ -132,7 +132,7 @@ def test_x_and_h_and_the_routing_are_saved_and_nothing_else(recompute):
     assert torch.equal(other, h) and other.untyped_storage().nbytes() == 4 * h.numel()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_of_rows_whose_experts_are_elsewhere_nothing_is_saved(backend):
     layer = small(biased=True, elsewhere=True)
     routing, (leaves, pools) = layer.routing, with_leaves(layer, ALL)
@@ -143,7 +143,7 @@ def test_of_rows_whose_experts_are_elsewhere_nothing_is_saved(backend):
     assert sum(t.shape == (routing.rows_here(), 12) for t in saved) == 1
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("wanted", [("x", "weights"), ()])
 def test_an_empty_trained_pool_that_requires_gradients_takes_part_in_the_backward(backend, wanted):
     layer = small(biased=True, trained=(), elsewhere=True)
