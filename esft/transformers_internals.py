@@ -100,6 +100,11 @@ def whole_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def names_not_saved(model: PreTrainedModel) -> list[str]:
+    """Of tensors that ``save_pretrained`` leaves out, tied ones not among them."""
+    return list(model._keys_to_ignore_on_save or ())
+
+
 def without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model of this class from its configuration; its weights are made on the device that is set."""
     return model_class._from_config(config)

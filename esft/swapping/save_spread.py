@@ -26,7 +26,7 @@ from esft.parallel.ranks import Ranks
 from esft.storage.files import write_json
 from esft.storage.outputs import disk_errors
 from esft.swapping.load_state import is_pool
-from esft.transformers_internals import tied_names
+from esft.transformers_internals import names_not_saved, tied_names
 
 FILE = 5 << 30  # bytes of one file of weights
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,7 +47,7 @@ def save_spread(model: PreTrainedModel, folder: Path, writes: bool, save_rest: C
     for a full disk; then nothing is left.
     """
     readers = _readers(model, ranks_of(model))
-    left_out = {*tied_names(model), *(model._keys_to_ignore_on_save or ())}
+    left_out = {*tied_names(model), *names_not_saved(model)}
     names = [name for name in readers if name not in left_out]
     if not writes:
         for name in (name for group in by_layer(names) for name in group):

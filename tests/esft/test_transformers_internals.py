@@ -194,3 +194,10 @@ def test_marks_of_a_chat_template_are_places_in_the_text_that_it_renders():
     messages = [{"role": "user", "content": "ab", "name": None}, {"role": "user", "content": "c"}]
     found = internals.render_with_marks(tokenizer, messages, [{"name": "t"}], {"mood": "u"})
     assert found == ("tu<|end|>ab,c,", [(9, 11), (12, 13)])
+
+
+def test_what_is_not_saved_is_told_by_the_models_class():
+    model = tiny_model("olmoe")
+    assert internals.names_not_saved(model) == []
+    model._keys_to_ignore_on_save = {"head.position_ids"}
+    assert internals.names_not_saved(model) == ["head.position_ids"]
