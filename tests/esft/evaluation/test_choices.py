@@ -1,3 +1,4 @@
+import math
 import random
 from dataclasses import replace
 
@@ -6,6 +7,7 @@ import torch
 
 import esft
 from esft.data.records import Record
+from esft.evaluation import choices
 from esft.evaluation.choices import candidates, choose
 from tests.esft.models import chat, tiny_encoder, tiny_model, tiny_tokenizer
 
@@ -72,3 +74,10 @@ def test_likelihoods_that_are_no_numbers_are_an_error():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(esft.InputError, match="^line 7: the likelihoods are no numbers"):
         choose(model, tiny_encoder(), [asked("a")])
+
+
+def test_one_likelihood_that_is_no_number_is_enough(monkeypatch):
+    losses = iter([1.0, math.nan, 2.0])
+    monkeypatch.setattr(choices, "batch_loss", lambda *_: (torch.tensor(next(losses)), 1))
+    with pytest.raises(esft.InputError, match="^line 7: the likelihoods are no numbers"):
+        choose(tiny_model(), tiny_encoder(), [asked("a")])
