@@ -102,7 +102,7 @@ def _grouped_gemm_kernel(
                     FORMAT, TRANSPOSED, LAYOUT, ROW_TILES, PAIRED, PRECISION, EVEN_N, EVEN_K,
                     BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-    else:
+    else:  # without a loop, so that a grid compiles to what it was before there was one
         position, first, end, n_tile = find_tile(
             tl.program_id(0), tl.num_programs(0), out_features, offsets_ptr, num_positions,
             GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P,

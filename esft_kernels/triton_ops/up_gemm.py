@@ -141,7 +141,7 @@ def _up_gemm_kernel(
                     KIND, GATED, SLOPE, LIMIT, UP_OFFSET, FORMAT, TRANSPOSED, LAYOUT, PAIRED,
                     PRECISION, EVEN_N, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-    else:
+    else:  # without a loop, so that a grid compiles to what it was before there was one
         position, first, end, n_tile = find_tile(
             tl.program_id(0), tl.num_programs(0), columns, offsets_ptr, num_positions,
             GROUP_M, BLOCK_M, BLOCK_N, BLOCK_P,

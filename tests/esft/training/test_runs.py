@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,18 +228,22 @@ def test_the_memory_is_planned_before_the_model_is_loaded(base, caplog, monkeypa
             run(base, out, settings(steps=1, micro_batch_size=3), eval_data=None, **how)
         return [line for each in caplog.records if (line := each.getMessage()).startswith("memory: ")]
 
-    planned = esft.plan(str(base), SELECTION, settings(batch_size=8, micro_batch_size=3), tokens=3 * 13).peak
-    assert told("run", progress=True) == [
-        f"memory: {planned / 1e9:.1f} GB at the most, as planned for 39 tokens in 3 rows together"
-    ]
-    assert told("quiet") == []
+    loop, asked = importlib.import_module("esft.training.loop"), []  # ``esft.train`` is the function
+
+    def planned(*given, **named):
+        asked.append((given, named))
+        return SimpleNamespace(peak=12_340_000_000)
+
+    monkeypatch.setattr(loop, "plan", planned)
+    line = "memory: 12.3 GB at the most, as planned for 39 tokens in 3 rows together"
+    assert told("run", progress=True) == [line] and told("quiet") == []
+    config = settings(steps=1, micro_batch_size=3)
+    assert asked == [((str(base), SELECTION, config), {"frozen": "auto", "tokens": 3 * 13, "trust_remote_code": False})]
 
     def refuses(*_, **__):
         raise esft.InputError("no numbers")
 
-    monkeypatch.setattr(
-        importlib.import_module("esft.training.loop"), "plan", refuses
-    )  # ``esft.train`` is the function
+    monkeypatch.setattr(loop, "plan", refuses)
     assert told("unplanned", progress=True) == ["memory: not planned (no numbers)"]
 
 
