@@ -41,6 +41,8 @@ from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
 from esft.runs.report import table
 from esft_kernels.triton_ops.tiles import tuned_file
 
+WORKERS = min(os.cpu_count() or 1, 12)  # each has the layer's weights on the GPU, in the dtype and in float32
+
 
 def _shapes(parser: argparse.ArgumentParser, names: str) -> list[LayerShape]:
     if unknown := [name for name in names.split(",") if name not in SHAPES]:
@@ -170,6 +172,7 @@ def _tune(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile and check tiles")
     args = parser.parse_args(argv)
     shapes = _shapes(parser, args.shapes)
     if not torch.cuda.is_available():
@@ -177,7 +180,9 @@ def _tune(argv: list[str]) -> None:
     device = torch.device("cuda")
     out = args.out or tuned_file(device)
     rows = [
-        row for s in shapes for row in tune.run(s, args.tokens, getattr(torch, args.dtype), device, args.rounds, out)
+        row
+        for s in shapes
+        for row in tune.run(s, args.tokens, getattr(torch, args.dtype), device, args.rounds, out, args.workers)
     ]
     print(table(rows))
     print(f"Kept in {out}")
@@ -195,6 +200,7 @@ def _gpu(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tiles", type=int, default=6, help="of an op to check, the chosen ones first")
     parser.add_argument("--minutes", type=float, default=10.0, help="no new part after so many")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile and check tiles")
     args = parser.parse_args(argv)
     shapes, device, dtype = _shapes(parser, args.shapes), torch.device(args.device), getattr(torch, args.dtype)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -202,7 +208,7 @@ def _gpu(argv: list[str]) -> None:
     if not all(count.isdecimal() for count in args.tokens.split(",")):
         parser.error(f"--tokens takes whole numbers, got {args.tokens!r}")
     about, tokens = gpu.about(device, dtype), [int(count) for count in args.tokens.split(",")]
-    todo = gpu.parts(shapes, tokens, dtype, device, args.rounds, args.tiles, about["device"])
+    todo = gpu.parts(shapes, tokens, dtype, device, args.rounds, args.tiles, about["device"], args.workers)
     done = gpu.run(todo, about, args.out, args.minutes)
     print(gpu.page(about, done, list(todo)))
     print(f"{len(done.keys() & todo.keys())} of {len(todo)} parts in {args.out}")

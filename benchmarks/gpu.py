@@ -33,18 +33,22 @@ RESULTS, PAGE = "results.json", "report.md"
 Rows = list[dict]
 
 
-def check_tiles(shape: LayerShape, dtype: torch.dtype, device: torch.device, most: int) -> Rows:
+def check_tiles(shape: LayerShape, dtype: torch.dtype, device: torch.device, most: int, workers: int) -> Rows:
     """A row for every op: how many tiles near the chosen ones were right, did not fit the GPU, or were wrong.
 
-    Each takes its place in a whole step, whose results are held to the reference in float32. ``most``: tiles of an op.
+    Each takes its place in a whole step, whose results are held to the reference in float32. ``most``: tiles of an op;
+    ``workers``: processes that check them.
     """
-    problem = layer.make_problem(shape, CHECKED_TOKENS, dtype, device)
-    step, expected, rows = peers.ours(problem, problem.chosen, "triton"), tune.exact_results(problem), []
-    for key, (arch, op, first) in tune.asked(step, problem).items():
-        row = {"kernel": key, "right": 0, "does not fit": 0, "wrong": [], "largest error": 0.0}
-        for candidate in tune.candidates(first, op, arch)[:most]:
-            with tune.using({key: candidate}):
-                error = tune.error_of(step, problem, expected)
+    given = tune.Given(shape, CHECKED_TOKENS, dtype, device)
+    problem = given.problem()
+    asked = tune.asked(peers.ours(problem, problem.chosen, "triton"), problem)
+    tried = [
+        (key, tiles) for key, (arch, op, first) in asked.items() for tiles in tune.candidates(first, op, arch)[:most]
+    ]
+    rows = {key: {"kernel": key, "right": 0, "does not fit": 0, "wrong": [], "largest error": 0.0} for key in asked}
+    with tune.checker(given, workers) as errors:
+        for (key, tiles), error in zip(tried, errors([{key: tiles} for key, tiles in tried]), strict=True):
+            row = rows[key]
             if error is None:
                 row["does not fit"] += 1
                 continue
@@ -53,9 +57,8 @@ def check_tiles(shape: LayerShape, dtype: torch.dtype, device: torch.device, mos
             if error <= layer.TOLERANCE[dtype]:
                 row["right"] += 1
             else:
-                row["wrong"].append(str(candidate))
-        rows.append(row)
-    return rows
+                row["wrong"].append(str(tiles))
+    return list(rows.values())
 
 
 def time_variants(shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int) -> Rows:
@@ -106,13 +109,13 @@ def time_layer(
 
 def parts(
     shapes: list[LayerShape], tokens: list[int], dtype: torch.dtype, device: torch.device, rounds: int, most: int,
-    name: str,
+    name: str, workers: int,
 ) -> dict[str, Callable[[], Rows]]:  # fmt: skip
     """What there is to do, by name, in its order: all that is checked before all that is timed."""
     made: dict[str, Callable[[], Rows]] = {}
     for shape in shapes:
         made[f"Launches of {shape.name}"] = lambda shape=shape: launches.rows(shape)
-        made[f"Tiles of {shape.name}"] = lambda shape=shape: check_tiles(shape, dtype, device, most)
+        made[f"Tiles of {shape.name}"] = lambda shape=shape: check_tiles(shape, dtype, device, most, workers)
     for shape in shapes:
         for count in tokens:
             made[f"Variants of {shape.name}, {count:,} tokens"] = partial(

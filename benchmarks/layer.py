@@ -98,23 +98,46 @@ def peers_of(problem: Problem, backend: str) -> dict[str, Callable[[], Step]]:
     return made
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+FILLER = 8192  # rows and columns of a product that keeps a GPU busy for a millisecond or two
 
 
 def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every task in every round, one after the other in each, so that drift meets them all alike."""
+    """Seconds of every task in every round, one after the other in each, so that drift meets them all alike.
+
+    On a GPU it is the time between two events, before the first of which dense products are queued: they empty the
+    cache, and keep the GPU busy until the task is queued as well, as a training's other layers do.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    timed = _timed_on_gpu(device) if device.type == "cuda" else _timed
     for round_ in range(rounds + 2):
         for name, task in tasks.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            task()
-            _synchronise(device)
+            taken = timed(task)
             if round_ >= 2:  # the first two warm up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
+
+
+def _timed(task: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    task()
+    return time.perf_counter() - start
+
+
+def _timed_on_gpu(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    rows, out = (torch.randn(FILLER, FILLER, device=device, dtype=torch.bfloat16) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timed(task: Callable[[], object]) -> float:
+        torch.cuda.synchronize(device)
+        for _ in range(3):
+            torch.mm(rows, rows, out=out)
+        start.record()
+        task()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+
+    return timed
 
 
 def run(

@@ -1,8 +1,9 @@
 """Find the fastest tiles of a layer on the GPU at hand, and keep them in a file.
 
 One kernel at a time: each candidate takes its place in the whole step, whose results are held to the reference before
-it is timed. A candidate that does not fit the GPU is passed over, and so is a wrong one, which the table names; the
-winners together must agree with the reference before the file is written.
+it is timed. That is done by several processes, because compiling takes longest; timed is alone. A candidate that does
+not fit the GPU is passed over, and so is a wrong one, which the table names; the winners together must agree with the
+reference before the file is written.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import itertools
 import json
 import os
 import statistics
-from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -85,48 +90,99 @@ def error_of(step, problem: layer.Problem, expected: list[torch.Tensor]) -> floa
     return layer.largest_error(found, expected)
 
 
+@dataclass(frozen=True)
+class Given:
+    """A layer and a batch whose kernels are tuned; what every process makes for itself."""
+
+    shape: LayerShape
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def problem(self) -> layer.Problem:
+        return layer.make_problem(self.shape, self.tokens, self.dtype, self.device)
+
+
+@contextmanager
+def checker(given: Given, workers: int) -> Iterator[Callable[[list[dict[str, Tiles]]], Iterator[float | None]]]:
+    """Inside, a function from tables of tiles to each one's ``error_of``, several at a time.
+
+    With one worker it is this process, else as many others, which compile into the cache that this one finds.
+    """
+    if workers == 1:
+        _prepare(given)
+        yield lambda tables: map(_error, tables)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare, (given,)) as pool:
+        yield lambda tables: pool.map(_error, tables)
+
+
+_prepared: list[tuple] = []  # of a worker: step, problem, and the results that there should be
+
+
+def _prepare(given: Given) -> None:
+    problem = given.problem()
+    _prepared[:] = [(peers.ours(problem, problem.chosen, "triton"), problem, exact_results(problem))]
+
+
+def _error(table: dict[str, Tiles]) -> float | None:
+    with using(table):
+        return error_of(*_prepared[0])
+
+
 def run(
-    shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int, out: str | Path
-) -> list[dict]:
+    shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int, out: str | Path,
+    workers: int = 1,
+) -> list[dict]:  # fmt: skip
     """A row for every tuned kernel: its tiles, and the step's time with the table's choice and with the fastest.
 
+    The last row is the whole step, all kernels in the table's choice and all in the fastest, timed side by side.
     Raises RuntimeError when the step with the winners is wrong; the file is then not written.
     """
-    problem = layer.make_problem(shape, tokens, dtype, device)
+    given = Given(shape, tokens, dtype, device)
+    problem = given.problem()
     step = peers.ours(problem, problem.chosen, "triton")
-    expected, best, rows = exact_results(problem), {}, []
+    found = asked(step, problem)
+    first = {key: chosen for key, (_, _, chosen) in found.items()}
+    best, rows = dict(first), {key: {"kernel": key, "wrong": list[str]()} for key in found}
 
-    def seconds(table: dict[str, Tiles]) -> float:
+    def run_with(table: dict[str, Tiles]) -> None:
         with using(table):
-            times = layer.interleaved({"step": lambda: step.run(problem)}, rounds, device)["step"]
-        return statistics.median(times)
+            step.run(problem)
 
-    for key, (arch, op, first) in asked(step, problem).items():
-        before, fastest, wrong = seconds(best), first, []
-        limit = before
+    def milliseconds(table: dict[str, Tiles]) -> float:
+        times = layer.interleaved({"step": partial(run_with, table)}, rounds, device)["step"]
+        return statistics.median(times) * 1e3
+
+    with checker(given, workers) as errors:
         for ways in (True, False):  # the best way to load and to walk, and its sizes then
-            for candidate in variants(fastest, op, arch).values() if ways else near(fastest):
-                table = best | {key: candidate}
-                with using(table):
-                    error = error_of(step, problem, expected)
-                if error is None:
-                    continue
-                if not error <= layer.TOLERANCE[dtype]:
-                    wrong.append(str(candidate))
-                    continue
-                time = seconds(table)
-                if time < limit:
-                    fastest, limit = candidate, time
-        if fastest != first:
-            best[key] = fastest
-        times = {"before ms": before * 1e3, "after ms": limit * 1e3}
-        rows.append({"kernel": key, "tiles": str(fastest), **times, "wrong": wrong})
+            tried = [
+                (key, candidate)
+                for key, (arch, op, _) in found.items()
+                for candidate in (variants(best[key], op, arch).values() if ways else near(best[key]))
+            ]
+            checked = list(zip(tried, errors([{key: candidate} for key, candidate in tried]), strict=True))
+            for key, row in rows.items():
+                row["after ms"] = milliseconds(best)
+                row.setdefault("before ms", row["after ms"])
+                for (of, candidate), error in checked:
+                    if of != key or error is None:
+                        continue
+                    if not error <= layer.TOLERANCE[dtype]:
+                        row["wrong"].append(str(candidate))
+                    elif (time := milliseconds(best | {key: candidate})) < row["after ms"]:
+                        best[key], row["after ms"] = candidate, time
+                row["tiles"] = str(best[key])
     with using(best):
         layer.check(problem, dtype, "triton")
+    sides = {"before ms": partial(run_with, first), "after ms": partial(run_with, best)}
+    times = layer.interleaved(sides, 3 * rounds, device)
+    medians = {name: statistics.median(each) * 1e3 for name, each in times.items()}
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    faster = {key: asdict(tiles) for key, tiles in best.items() if tiles != first[key]}
     temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(kept | {key: asdict(t) for key, t in best.items()}, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(kept | faster, indent=1), encoding="utf-8")
     os.replace(temporary, out)
-    return rows
+    return [*rows.values(), {"kernel": "all", "tiles": "", "wrong": [], **medians}]

@@ -14,7 +14,7 @@ from esft.adapters.load_any import load_any_adapter
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.data.sources import read_records
 from esft.evaluation.scores import exact_match
-from esft.memory import peak_rss
+from esft.memory import peak_memory, peak_rss
 from examples.compare import general_loss, read_general
 from examples.demo import ESFT, MODEL, load
 
@@ -95,7 +95,7 @@ def measure(cell: Cell, task: Path, general: Path, out: Path) -> dict[str, Any]:
         else:
             model = load_any_adapter(load_model(str(MODEL)), out / "adapter")
         kept = "trained_parameters stored_bytes seconds tokens_per_second".split()
-        found = {name: vars(result)[name] for name in kept} | {"peak_rss": peak_rss()}
+        found = {name: vars(result)[name] for name in kept} | {"peak_memory": peak_memory() or peak_rss()}
         shutil.rmtree(out)
     score, _ = exact_match(
         model, load_tokenizer(str(MODEL)), read_records(task / f"{cell.split}.jsonl"), batch_size=128

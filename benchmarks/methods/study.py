@@ -6,9 +6,8 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,11 @@ class Study:
     seeds: tuple[int, ...]
     steps: int
     sizes: dict[str, int]
+
+    def cells(self, known: dict[Cell, dict[str, Any]]) -> list[Cell]:
+        """All that can be measured with what is known, task after task: a study that is stopped has whole tables."""
+        each = [replace(self, tasks=(task,)) for task in self.tasks]
+        return [cell for alone in each for cell in (*alone.trials(), *alone.finals(known))]
 
     def trials(self) -> list[Cell]:
         """For the choice of each method's rate, on the validation split."""
@@ -57,19 +61,19 @@ def measured(study: Study, folder: Path, workers: int) -> dict[Cell, dict[str, A
         tasks.scores(tasks.files(task, folder / "tasks", study.sizes))
     tasks.general(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    for task in study.tasks:  # one after the other, so that a study which is stopped has whole tables of some
-        alone = replace(study, tasks=(task,))
-        _measure(alone.trials(), folder, workers)
-        _measure(alone.finals(dict(_known(folder))), folder, workers)
-    wanted = [*study.trials(), *study.finals(known := dict(_known(folder)))]
-    return {cell: known[cell] for cell in wanted}
-
-
-def _measure(cells: list[Cell], folder: Path, workers: int) -> None:
-    known = dict(_known(folder))
-    left = [cell for cell in cells if cell not in known]
-    for done, cell in enumerate(_each_in_a_process(left, folder, workers), 1):
-        print(f"{done} of {len(left)}: {cell.name}", flush=True)
+    known, running = dict(_known(folder)), dict[Future[dict[str, Any]], Cell]()
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            begun = {*known, *running.values()}
+            waiting = [cell for cell in study.cells(known) if cell not in begun]
+            for cell in waiting[: workers - len(running)]:
+                running[pool.submit(_in_a_process, folder, cell)] = cell
+            if not running:
+                return {cell: known[cell] for cell in study.cells(known)}
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                known[cell] = future.result()
+                print(f"{cell.name}: {known[cell]['score']:.1%}; {len(waiting)} and those that follow wait", flush=True)
 
 
 def _known(folder: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
@@ -78,12 +82,7 @@ def _known(folder: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
         yield Cell(**{name: found[name] for name in Cell.__dataclass_fields__}), found
 
 
-def _each_in_a_process(cells: list[Cell], folder: Path, workers: int) -> Iterator[Cell]:
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(partial(_in_a_process, folder), cells)
-
-
-def _in_a_process(folder: Path, cell: Cell) -> Cell:
+def _in_a_process(folder: Path, cell: Cell) -> dict[str, Any]:
     """Of its own, or the peak of memory would be that of an earlier cell; what it imports was imported once for all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -92,14 +91,18 @@ def _in_a_process(folder: Path, cell: Cell) -> Cell:
     process.join()
     if process.exitcode:
         raise RuntimeError(f"{cell.name}: ended with {process.exitcode}, see above")
-    return cell
+    return json.loads(_file(folder, cell).read_text(encoding="utf-8"))
+
+
+def _file(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / f"{cell.name}.json"
 
 
 def one(folder: Path, cell: Cell) -> None:
     """Measure a cell and leave what was found in its file."""
     task = folder / "tasks" / cell.task
     found = measure(cell, task, folder / "general.jsonl", folder / "runs" / cell.name)
-    write_json(folder / "cells" / f"{cell.name}.json", found)
+    write_json(_file(folder, cell), found)
 
 
 SMOKE = Study(("settings",), ("base", "esft-token, shared"), (1, 2), 2, {"train": 64, "validation": 16, "test": 16})

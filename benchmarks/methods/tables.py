@@ -75,7 +75,7 @@ def costs(cells: Rows) -> str:
                     "share": f"{mean['trained_parameters'] / mean['parameters']:.1%}",
                     "stored MB": f"{mean['stored_bytes'] / 1e6:.1f}",
                     "seconds": f"{mean['seconds']:.0f}",
-                    "peak MB": f"{mean['peak_rss'] / 1e6:.0f}",
+                    "peak MB": f"{mean['peak_memory'] / 1e6:.0f}",
                 }
             )
     return table(rows) if rows else "Nothing was trained."

@@ -22,7 +22,6 @@ from esft_kernels.triton_ops.mainloop import (
     multiply,
     precision,
     row_offsets,
-    scales_of,
     weight_row,
 )
 from esft_kernels.triton_ops.tiles import max_row_tiles, programs_for, tiles_for
@@ -56,7 +55,7 @@ def _make_tile(
         row_offsets(tl.minimum(m_M, end - first - 1), k_K, in_features, False), row_tiles, first.to(tl.int32),
         weight_ptr, n_N[None, :], in_K[:, None], in_step, in_cols_N[None, :], n_tile * BLOCK_N, out_features,
         in_features, stride_out, stride_in,
-        scales_of(scales_ptr, position, stride_scales), values_ptr, scale_columns,
+        scales_ptr, position.to(tl.int64) * stride_scales, values_ptr, scale_columns,
         FORMAT, TRANSPOSED, LAYOUT, PAIRED, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if trained_bias_ptr is not None:

@@ -65,14 +65,6 @@ def expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert):
 
 
 @triton.jit
-def scales_of(scales_ptr, position, stride_scales):
-    """Where the scales of the expert at a position begin, of weights that are coded; nothing of others."""
-    if scales_ptr is not None:
-        scales_ptr += position.to(tl.int64) * stride_scales
-    return scales_ptr
-
-
-@triton.jit
 def weight_row(column, features, PAIRED: tl.constexpr):
     """The row of gate_up that makes a column of H.
 
@@ -103,7 +95,7 @@ def wide(*tensors: Tensor) -> bool:
 def multiply(
     rows_ptr, row_offset_MK, row_tiles, first_row,
     weight_ptr, out_1N, in_K1, in_step, in_cols_1N, first_column, out_features,
-    in_features, stride_out, stride_in, scales_ptr, values_ptr, scale_columns,
+    in_features, stride_out, stride_in, scales_ptr, first_scale, values_ptr, scale_columns,
     FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, LAYOUT: tl.constexpr, PAIRED: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -111,10 +103,10 @@ def multiply(
     """``rows @ weight`` over ``in_features``, fp32 [M, N].
 
     ``out_1N`` and ``in_K1`` are where the weight has the tile's columns and the first BLOCK_K features; ``in_step``
-    leads to the next ones. Of a FORMAT the weights are decoded here, and a row of codes is ``stride_out`` long, or
-    ``stride_in`` where TRANSPOSED: where the matrix that was quantized is [in, out]. With a LAYOUT a descriptor loads
-    the weights from ``first_column`` on, of ``out_features``, and where ``row_tiles`` is one, it loads rows from
-    ``first_row`` on.
+    leads to the next ones. Of a FORMAT the weights are decoded here, with scales from ``first_scale`` on, and a row of
+    codes is ``stride_out`` long, or ``stride_in`` where TRANSPOSED: where the matrix that was quantized is [in, out].
+    With a LAYOUT a descriptor loads the weights from ``first_column`` on, of ``out_features``, and where ``row_tiles``
+    is one, it loads rows from ``first_row`` on.
 
     The loop moves two scalar bases past offsets that stay: pointers of every element would each be added to in every
     turn. Rows are never masked: the caller points rows past an expert's end at its last row, and drops them at the
@@ -122,6 +114,8 @@ def multiply(
     """
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     k_K = tl.arange(0, BLOCK_K)
+    if scales_ptr is not None:
+        scales_ptr += first_scale
     weight_offset_KN = in_K1 * stride_in + out_1N * stride_out  # within an expert 32-bit offsets do
     if LAYOUT is not None:
         weight_tiles = weight_descriptor(

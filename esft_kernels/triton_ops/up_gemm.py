@@ -22,7 +22,6 @@ from esft_kernels.triton_ops.mainloop import (
     multiply,
     precision,
     row_offsets,
-    scales_of,
     weight_row,
     wide,
 )
@@ -95,7 +94,7 @@ def _make_tile(
         x_ptr, row_offsets(token_M, k_K, hidden, WIDE), None, 0,
         weight_ptr, out_N[None, :], k_K[:, None], BLOCK_K, in_cols_N[None, :], n_tile * BLOCK_N, columns,
         hidden, stride_out, stride_in,
-        scales_of(scales_ptr, position, stride_scales), values_ptr, scale_columns,
+        scales_ptr, position.to(tl.int64) * stride_scales, values_ptr, scale_columns,
         FORMAT, TRANSPOSED, LAYOUT, PAIRED, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     bias_ptr = trained_bias_ptr

@@ -18,7 +18,7 @@ def test_every_tile_is_held_to_the_reference(monkeypatch):
     monkeypatch.setattr(gpu, "CHECKED_TOKENS", 6)
     other = Tiles(16, 64, 32, 4, 1)
     monkeypatch.setattr(tune, "candidates", lambda first, op, arch: [first, other, other])
-    rows = gpu.check_tiles(SMALL, torch.float32, CPU, most=2)
+    rows = gpu.check_tiles(SMALL, torch.float32, CPU, most=2, workers=1)
     assert {row["kernel"].split()[2] for row in rows} == {"up", "gemm", "grad", "wgrad"}
     assert all((row["right"], row["does not fit"], row["wrong"]) == (2, 0, []) for row in rows)
     assert all(0 < row["largest error"] < 1e-4 for row in rows)
@@ -44,7 +44,7 @@ def test_a_tile_that_is_wrong_is_named_and_one_too_large_is_counted(monkeypatch)
     first, other = Tiles(16, 32, 64, 4, 1), Tiles(16, 64, 32, 4, 1)
     monkeypatch.setattr(tune, "asked", lambda step, problem: {"a key": ("sm_90", "up", first)})
     monkeypatch.setattr(tune, "candidates", lambda first, op, arch: [first, other, other])
-    (row,) = gpu.check_tiles(SMALL, torch.float32, CPU, most=3)
+    (row,) = gpu.check_tiles(SMALL, torch.float32, CPU, most=3, workers=1)
     assert row == {"kernel": "a key", "right": 1, "does not fit": 1, "wrong": [str(other)], "largest error": 1.0}
 
 
@@ -89,7 +89,7 @@ def test_when_the_minutes_are_over_the_page_names_what_is_left(tmp_path):
 
 
 def test_all_is_checked_before_anything_is_timed():
-    names = list(gpu.parts([SMALL, SHAPES["tiny"]], [64, 4096], torch.float32, CPU, 1, 1, "x"))
+    names = list(gpu.parts([SMALL, SHAPES["tiny"]], [64, 4096], torch.float32, CPU, 1, 1, "x", 1))
     assert names == [
         "Launches of small", "Tiles of small", "Launches of tiny", "Tiles of tiny",
         "Variants of small, 64 tokens", "small, 64 tokens", "Variants of small, 4,096 tokens", "small, 4,096 tokens",
@@ -112,7 +112,7 @@ def test_a_rehearsal_on_a_cpu_leaves_a_page_of_real_figures(tmp_path, monkeypatc
     monkeypatch.setattr(gpu, "CHECKED_TOKENS", 4)
     monkeypatch.setattr(gpu.layer, "peers_of", lambda problem, backend: {})
     monkeypatch.setattr(gpu, "variants", lambda first, op, arch: {"descriptors": first})  # one of them
-    todo = gpu.parts([SMALL], [4], torch.float32, CPU, 2, 1, "x")
+    todo = gpu.parts([SMALL], [4], torch.float32, CPU, 2, 1, "x", 1)
     done = gpu.run(todo, gpu.about(CPU, torch.float32), tmp_path, 5.0)
     assert done.keys() == todo.keys() and not any("error" in rows[0] for rows in done.values()), done
     assert done["small, 4 tokens"][0]["esft ms"] > 0

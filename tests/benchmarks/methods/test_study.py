@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 
@@ -38,15 +39,14 @@ def test_a_method_whose_trials_are_not_all_measured_is_not_tested():
 def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def measure(cells: list[Cell], folder, workers):
-        for cell in cells:
-            asked.append(cell)
-            if len(asked) == 4:
-                raise RuntimeError("stopped")
-            study.write_json(folder / "cells" / f"{cell.name}.json", vars(cell) | {"score": cell.rate})
-            yield cell
+    def measure(folder, cell: Cell) -> dict:
+        asked.append(cell)
+        if len(asked) == 4:
+            raise RuntimeError("stopped")
+        study.write_json(study._file(folder, cell), found := vars(cell) | {"score": cell.rate})
+        return found
 
-    monkeypatch.setattr(study, "_each_in_a_process", measure)
+    monkeypatch.setattr(study, "_in_a_process", measure)
     monkeypatch.setattr(study.tasks, "files", lambda *_: None)
     monkeypatch.setattr(study.tasks, "scores", lambda *_: None)
     monkeypatch.setattr(study.tasks, "general", lambda *_: None)
@@ -56,7 +56,22 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert len(asked) == len(set(asked)) + 1 == len(found) + 1
     assert {cell.rate for cell in found if cell.split == "test" and cell.method == "full"} == {METHODS["full"].rates[2]}
     assert [cell.task for cell in asked] == ["a"] * 4 + ["a"] * 4 + ["b"] * 7  # whole tables of some where it stops
-    assert capsys.readouterr().out.splitlines()[-1].startswith("4 of 4: b-full-0.001-3-test")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("b-full-0.001-3-test-5: 0.1%; 1 ")
+
+
+def test_as_many_cells_as_workers_are_measured_at_a_time(tmp_path, monkeypatch):
+    together, meets = Barrier(3), []
+
+    def measure(folder, cell: Cell) -> dict:
+        if len(meets) < 3:  # the first of each worker wait for one another
+            meets.append(cell)
+            together.wait(timeout=30)
+        return vars(cell) | {"score": cell.rate}
+
+    monkeypatch.setattr(study, "_in_a_process", measure)
+    for name in ("files", "scores", "general"):
+        monkeypatch.setattr(study.tasks, name, lambda *_: None)
+    assert len(study.measured(TWO, tmp_path, 3)) == len(TWO.cells(known(TWO, METHODS["full"].rates[2])))
 
 
 @pytest.mark.parametrize("what", [["--tasks", "dates,nothing"], ["--methods", "full;nothing"]])
@@ -69,7 +84,7 @@ def test_what_there_is_not_is_named_before_anything_runs(tmp_path, capsys, what:
 def test_a_cell_that_fails_is_named_and_says_why(tmp_path, capfd):
     cell = Cell("nothing", "base", 0.0, 1, "test", 5)
     with pytest.raises(RuntimeError, match=f"^{cell.name}: ended with 1, see above$"):
-        list(study._each_in_a_process([cell], tmp_path, 1))
+        study._in_a_process(tmp_path, cell)
     assert "No such file or directory" in capfd.readouterr().err
 
 

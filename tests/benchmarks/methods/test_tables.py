@@ -12,8 +12,8 @@ def cell(method: str, task: str, seed: int, score: float, loss: float = 2.0, **m
     return found | {"rate": 1e-3, "steps": 2, "parameters": 1000} | more
 
 
-ESFT = {"trained_parameters": 100, "stored_bytes": 2_000_000, "seconds": 10.0, "peak_rss": 3_000_000}
-FULL = {"trained_parameters": 1000, "stored_bytes": 20_000_000, "seconds": 30.0, "peak_rss": 9_000_000}
+ESFT = {"trained_parameters": 100, "stored_bytes": 2_000_000, "seconds": 10.0, "peak_memory": 3_000_000}
+FULL = {"trained_parameters": 1000, "stored_bytes": 20_000_000, "seconds": 30.0, "peak_memory": 9_000_000}
 CELLS = [
     cell("base", "a", 1, 0.0),
     cell("base", "b", 1, 0.5),
