@@ -216,6 +216,14 @@ def split_pools(
     """
     order, s = expert_order(trained, len(weights.down_EDF)), len(trained)
     pools = (
-        ExpertWeights(*(None if t is None else t[ids] for t in weights.tensors())) for ids in (order[:s], order[s:])
+        ExpertWeights(*(None if t is None else _taken(t, ids) for t in weights.tensors()))
+        for ids in (order[:s], order[s:])
     )
     return ExpertPools(*pools, activation, interleaved)
+
+
+def _taken(stack: Tensor, ids: list[int]) -> Tensor:
+    """A copy of some experts in the layout of all: out of a transposed stack a GPU takes few in one, many in another."""
+    if stack.dim() == 3 and not stack.is_contiguous() and stack.mT.is_contiguous():
+        return stack.mT[ids].mT
+    return stack[ids]

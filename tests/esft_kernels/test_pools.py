@@ -119,6 +119,18 @@ def test_stacked_weights_are_split_into_pools_with_copies_in_their_order(trained
         split_pools(weights, [5])
 
 
+@pytest.mark.parametrize("trained", [[], [1], [0, 1, 2]])
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # which lay out what they take from a transposed stack in two ways
+def test_pools_lie_in_memory_as_the_stack_does(trained, device):
+    transposed = ExpertWeights(torch.randn(3, D, 2 * F, device=device).mT, torch.randn(3, F, D, device=device).mT)
+    for weights in (transposed, ExpertWeights(transposed.gate_up_EGD.contiguous(), transposed.down_EDF.contiguous())):
+        pools = split_pools(weights, trained)
+        for pool in (pools.trained, pools.frozen):
+            assert isinstance(pool, ExpertWeights)
+            assert pool.gate_up_EGD.stride() == weights.gate_up_EGD.stride()
+            assert pool.down_EDF.stride() == weights.down_EDF.stride()
+
+
 def random_weights(experts: int, biased: bool = True) -> ExpertWeights:
     biases = (torch.randn(experts, 2 * F), torch.randn(experts, D)) if biased else ()
     return ExpertWeights(torch.randn(experts, 2 * F, D), torch.randn(experts, D, F), *biases)
