@@ -223,7 +223,7 @@ def split_pools(
 
 
 def _taken(stack: Tensor, ids: list[int]) -> Tensor:
-    """A copy of some experts, laid out as all are: left to the GPU, a transposed stack's few lie otherwise than many."""
+    """A copy of some experts, laid out as all are: on its own a GPU lays out few of a transposed stack otherwise."""
     if stack.dim() == 3 and not stack.is_contiguous() and stack.mT.is_contiguous():
         return stack.mT[ids].mT
     return stack[ids]
