@@ -109,20 +109,22 @@ def checker(given: Given, workers: int) -> Iterator[Callable[[list[dict[str, Til
 
     With one worker it is this process, else as many others, which compile into the cache that this one finds.
     """
+    expected = [tensor.cpu() for tensor in exact_results(given.problem())]  # which take most of the memory
     if workers == 1:
-        _prepare(given)
+        _prepare(given, expected)
         yield lambda tables: map(_error, tables)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare, (given,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare, (given, expected)) as pool:
         yield lambda tables: pool.map(_error, tables)
 
 
 _prepared: list[tuple] = []  # of a worker: step, problem, and the results that there should be
 
 
-def _prepare(given: Given) -> None:
+def _prepare(given: Given, expected: list[torch.Tensor]) -> None:
     problem = given.problem()
-    _prepared[:] = [(peers.ours(problem, problem.chosen, "triton"), problem, exact_results(problem))]
+    step = peers.ours(problem, problem.chosen, "triton")
+    _prepared[:] = [(step, problem, [tensor.to(given.device) for tensor in expected])]
 
 
 def _error(table: dict[str, Tiles]) -> float | None:
