@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from tests.gpu.device import ABSENT, REHEARSAL
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there are as many processes as cores already
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
