@@ -25,7 +25,7 @@ from tests.gpu.device import DEVICE, REHEARSAL, gpu_only, sized
 BF16 = torch.bfloat16
 
 
-def layer_of(tokens: int = sized(300, 5), **kwargs) -> Layer:
+def layer_of(tokens: int = sized(300, 4), **kwargs) -> Layer:
     usual = {"hidden": sized(256, 16), "intermediate": sized(128, 8), "dtype": BF16, "biased": True}
     return make_layer(tokens, 3, 6, **{**usual, **kwargs}).on(DEVICE)
 
@@ -115,7 +115,7 @@ def test_a_step_is_replayed_from_a_graph_with_another_routing(kind):
     first = layer_of(**layout)
     step = Step(first)
     replay, results = recorded(step)
-    for used in (None, (0, 2, 5), (1, 3, 4)):
+    for used in sized((None, (0, 2, 5), (1, 3, 4)), ((1, 3, 4),)):
         step.take(layer_of(used=used, **layout))
         replay()
         found = [t.clone() for t in results]
