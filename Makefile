@@ -5,11 +5,16 @@ RUN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 THP_MEM_ALLOC_ENAB
 CONSTRAINTS := tools/constraints.txt
 DATA := build/home_assistant
 
-.PHONY: test test-fast mutants chaos lint fmt kernels bench demo compare clean
+.PHONY: test test-fast test-gpu mutants chaos lint fmt kernels bench demo compare clean
 
 # T: a test file or folder; all where it is left out.
 test: .venv/installed lint
 	$(RUN) -m pytest $(or $(T),-n auto --dist worksteal)
+	$(if $(T),,$(if $(wildcard /dev/nvidiactl /dev/kfd),$(MAKE) test-gpu))
+
+# The kernels on a GPU: a process of its own, for Triton interprets everything or nothing.
+test-gpu: .venv/installed
+	TRITON_INTERPRET=0 $(RUN) -m pytest $(or $(T),tests/gpu -n 12 --dist worksteal)
 
 test-fast: .venv/installed
 	$(RUN) -m pytest -n auto --dist worksteal -m "not slow"

@@ -31,12 +31,14 @@ def chosen_experts(shape: LayerShape) -> int:
 
 def make_problem(shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device) -> Problem:
     generator = torch.Generator().manual_seed(0)
+    # On a GPU values are drawn there: for billions of weights a CPU takes many seconds.
+    values = generator if device.type == "cpu" else torch.Generator(device).manual_seed(0)
     d, f, e = shape.hidden, shape.intermediate, shape.experts
     chosen = list(range(chosen_experts(shape)))
     index = skewed_top_k(shape, tokens, chosen, SHARE, generator)
 
     def random(*size: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+        return (torch.randn(*size, generator=values, device=device) * scale).to(dtype)
 
     return Problem(
         shape=shape,

@@ -26,7 +26,7 @@ TOLERANCE = {
 }
 
 
-def assert_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
+def assert_close(actual: Tensor | None, expected: Tensor | None, tolerance: float, what: str = "a result") -> None:
     """Shapes equal and no element off by more than ``tolerance`` of the largest expected one; NaN fails."""
     assert (actual is None) == (expected is None)
     if actual is None or expected is None:
@@ -34,7 +34,7 @@ def assert_close(actual: Tensor | None, expected: Tensor | None, tolerance: floa
     assert actual.shape == expected.shape
     if actual.numel():
         error = (actual.double() - expected.double()).abs().max()
-        assert error <= tolerance * expected.double().abs().max(), f"off by {error}"
+        assert error <= tolerance * expected.double().abs().max(), f"{what} is off by {error}"
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ class Layer:
 
     @property
     def routing(self) -> Routing:
-        order = torch.tensor(expert_order(self.trained, len(self.down_EDF)))
+        order = torch.tensor(expert_order(self.trained, len(self.down_EDF)), device=self.ids_TK.device)
         return route(self.ids_TK, torch.argsort(order), len(self.trained), elsewhere=True)
 
     def to(self, dtype: torch.dtype) -> Layer:
@@ -94,6 +94,9 @@ class Layer:
             if (value := getattr(self, field.name)) is not self.weights_TK
         }
         return Layer(**values, weights_TK=self.weights_TK.to(torch.promote_types(dtype, torch.float32)))
+
+    def on(self, device: torch.device) -> Layer:
+        return Layer(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()})
 
 
 def written_out(layer: Layer) -> Layer:
