@@ -98,7 +98,8 @@ def peers_of(problem: Problem, backend: str) -> dict[str, Callable[[], Step]]:
     return made
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait for what a GPU has to do yet."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -108,10 +109,10 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: tor
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_ in range(rounds + 2):
         for name, task in tasks.items():
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             task()
-            _synchronise(device)
+            synchronise(device)
             if round_ >= 2:  # the first two warm up
                 seconds[name].append(time.perf_counter() - start)
     return seconds
