@@ -12,6 +12,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -142,10 +143,12 @@ def run(todo: dict[str, Callable[[], Rows]], about: dict[str, str], folder: Path
             continue
         if time.monotonic() - began > 60 * minutes:
             break
+        started = time.monotonic()
         try:
             done[name] = part()
         except Exception as error:  # one that fails is a result too, and the others go on
             done[name] = [{"error": f"{type(error).__name__}: {error}"}]
+        print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
         temporary = results.with_suffix(".tmp")
         temporary.write_text(json.dumps({"about": about, "parts": done}, indent=1), encoding="utf-8")
         os.replace(temporary, results)

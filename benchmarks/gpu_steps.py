@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,8 +32,10 @@ from esft.checkpoint.load import load_skeleton
 from esft.checkpoint.source import open_config
 from esft.evaluation.loss import predictions
 from esft.experts.model_state import Base
+from esft.experts.moe_layers import moe_layers
 from esft.memory import asked_for
-from esft.planning.plan import Plan
+from esft.optimizer.masters import master_type
+from esft.optimizer.moments import MOMENTS
 from esft.runs.config import TrainConfig
 from esft.scoring.score import score_experts
 from esft.selection import ExpertSelection
@@ -47,23 +50,30 @@ TOLERANCE = 0.02  # of the loss
 GB = 1e9
 FULL_BYTES = 2 + 2 + 4  # a parameter: weight, gradient and both moments in bf16
 
-EAGER, EAGER_MODELS = "transformers eager, full", ("olmoe-1b-7b",)  # that it is timed with
-
 OURS = {
     "esft": settings(),
-    "esft, recompute frozen": settings(recompute="frozen"),
-    "esft, recompute layers": settings(recompute="layers"),
     "esft, frozen in nf4": settings(frozen="nf4"),
     "esft, 8-bit moments, recompute layers": settings(optimizer="adamw_8bit", recompute="layers"),
+    "esft, recompute frozen": settings(recompute="frozen"),
+    "esft, recompute layers": settings(recompute="layers"),
     "esft, everything trained": settings("full"),
     "esft, layers compiled": settings(compile=True),
 }
 STOCK: dict[str, Callable[[Any], Trainer]] = {
     "transformers grouped_mm, full": lambda model: stock(model, "grouped_mm"),
     "PEFT LoRA on the experts, grouped_mm": lambda model: stock(model, "grouped_mm", lora=True),
-    EAGER: lambda model: stock(model, "eager"),
+    "transformers eager, full": lambda model: stock(model, "eager"),
 }
-LAST = ("esft, layers compiled", EAGER)  # they take long to begin, or long at all
+# In this order, each stage with all models: what tells most comes first, and what takes long to begin last.
+STAGES = (
+    ("esft", "transformers grouped_mm, full", "esft, frozen in nf4", "PEFT LoRA on the experts, grouped_mm"),
+    ("esft, 8-bit moments, recompute layers", "esft, recompute frozen", "esft, recompute layers"),
+    ("esft, everything trained", "transformers eager, full"),
+    (USE := "scoring and generating",),
+    ("esft, layers compiled",),
+    (PLANS := "memory, computed",),
+)
+ONLY = {"transformers eager, full": "olmoe-1b-7b"}  # the model that is timed with it: it takes long
 
 
 @dataclass(frozen=True)
@@ -113,23 +123,18 @@ def rate_of(device: torch.device) -> float:
     return dense_rate(DENSE_SIZE, DENSE_SECONDS, device)
 
 
-def planned(path: str, config: TrainConfig, sequences: int) -> Plan:
-    """What a training of ``chosen_experts`` is planned to take with so many sequences a step."""
-    selection = chosen_experts(path) if config.method == "esft" else None
-    config = replace(config, batch_size=sequences)
-    frozen = "bf16" if config.frozen == "auto" else config.frozen
-    return esft.plan(path, selection, config, frozen=frozen, tokens=sequences * LENGTH)
-
-
 def at_least(path: str, peer: str) -> int:
     """Bytes of weights, gradients and optimizer, before any activation; 0 where they are not known."""
-    if peer in OURS:
-        plan = planned(path, OURS[peer], SEQUENCES[0])
-        weights = plan.trained_experts + plan.frozen_experts + plan.other_weights
-        return weights + plan.masters + plan.moments + plan.gradients
-    if peer.endswith("full"):
-        return FULL_BYTES * sum(p.numel() for p in load_skeleton(path).parameters())
-    return 0
+    model = load_skeleton(path)
+    parameters = sum(p.numel() for p in model.parameters())
+    if peer in STOCK:
+        return FULL_BYTES * parameters if peer.endswith("full") else 0
+    config, chosen = OURS[peer], chosen_experts(path).experts
+    experts = {layer.index: sum(w.numel() for w in layer.weights(0).values()) for layer in moe_layers(model)}
+    trained = parameters if config.method == "full" else sum(len(chosen[i]) * size for i, size in experts.items())
+    beside = 2 + master_type(torch.bfloat16).bytes_beside(torch.bfloat16)  # and the gradient
+    weights = 2 * parameters if config.frozen == "auto" else 0
+    return weights + beside * trained + MOMENTS[config.optimizer].count_bytes(trained)
 
 
 def outlook(model: Any, batch: Batch) -> tuple[float, Tensor]:
@@ -140,7 +145,9 @@ def outlook(model: Any, batch: Batch) -> tuple[float, Tensor]:
 
 
 def time_steps(path: str, peer: str, device: torch.device, rounds: int, memory: float, name: str) -> Rows:
-    """A row for each of ``SEQUENCES``: the median step, its memory, and how that compares with what was computed.
+    """A row for each of ``SEQUENCES``: the median step, its memory, and what it reaches of what the GPU could do.
+
+    The FLOPs are those of our step with ``chosen_experts``, for every peer.
 
     Args:
         path: folder of a configuration.
@@ -189,15 +196,14 @@ def _steps(rows: Rows, path: str, peer: str, device: torch.device, rounds: int, 
         low, middle, high = statistics.quantiles(seconds, n=4)
         flops = sequences * LENGTH * per_token / middle
         known = next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
-        plan = planned(path, OURS[peer], sequences) if peer in OURS else None
         rows.append(
             _row(peer, sequences)
             | {
                 "tokens/s": round(sequences * LENGTH / middle),
                 "ms": middle * 1e3,
                 "quartiles": f"{low * 1e3:.1f}-{high * 1e3:.1f}",
+                "forward, backward, update": ", ".join(f"{part * 1e3:.1f}" for part in _parts(trainer, batch, device)),
                 "peak GB": peak(device),
-                "planned GB": (plan.peak - plan.base) / GB if plan is not None else "",
                 "of peak": f"{flops / known:.1%}" if known else "",
                 "of dense": f"{flops / rate:.1%}",
                 "hidden states off": off,
@@ -205,9 +211,44 @@ def _steps(rows: Rows, path: str, peer: str, device: torch.device, rounds: int, 
         )
 
 
+def _parts(trainer: Trainer, batch: Batch, device: torch.device) -> list[float]:
+    """Seconds of forward, backward and update, each waited for: medians of three steps."""
+    found = []
+    for _ in range(3):
+        moments, loss = [], None
+        for part in range(4):
+            synchronise(device)
+            moments.append(time.perf_counter())
+            if part == 0:
+                loss = trainer.loss(batch)
+            elif part == 1 and loss is not None:
+                loss.backward()
+            elif part == 2:
+                trainer.update()
+        found.append([after - before for before, after in pairwise(moments)])
+    return [statistics.median(part) for part in zip(*found, strict=True)]
+
+
+COLUMNS = (
+    "tokens/s", "ms", "quartiles", "forward, backward, update", "peak GB", "of peak", "of dense", "hidden states off"
+)  # fmt: skip
+
+
 def _row(peer: str, sequences: int, remark: str = "") -> dict:
-    columns = ("tokens/s", "ms", "quartiles", "peak GB", "planned GB", "of peak", "of dense", "hidden states off")
-    return {"peer": peer, "sequences": sequences, **dict.fromkeys(columns, ""), "remark": remark}
+    return {"peer": peer, "sequences": sequences, **dict.fromkeys(COLUMNS, ""), "remark": remark}
+
+
+def memory_planned(path: str) -> Rows:
+    """What ``esft.plan`` computes of our steps' memory, without Python and the libraries: no measurement."""
+    rows = []
+    for peer, config in OURS.items():
+        selection = chosen_experts(path) if config.method == "esft" else None
+        frozen = "bf16" if config.frozen == "auto" else config.frozen
+        for sequences in SEQUENCES:
+            of_step = replace(config, batch_size=sequences)
+            plan = esft.plan(path, selection, of_step, frozen=frozen, tokens=sequences * LENGTH)
+            rows.append({"peer": peer, "sequences": sequences, "planned GB": (plan.peak - plan.base) / GB})
+    return rows
 
 
 def time_use(path: str, device: torch.device) -> Rows:
@@ -253,13 +294,17 @@ def _generate(model: Any, prompt: Tensor) -> int:
 def parts(
     paths: list[Path], device: torch.device, rounds: int, memory: float, name: str
 ) -> dict[str, Callable[[], Rows]]:
-    """What there is to do, by name, model after model; what takes long to begin comes after all else."""
+    """What there is to do, by name, stage after stage."""
     made: dict[str, Callable[[], Rows]] = {}
-    for late in (False, True):
+    for stage in STAGES:
         for path in paths:
-            if late:
-                made[f"{path.name}: scoring and generating"] = partial(time_use, str(path), device)
-            for peer in (*OURS, *STOCK):
-                if (peer in LAST) == late and (peer != EAGER or path.name in EAGER_MODELS):
-                    made[f"{path.name}: {peer}"] = partial(time_steps, str(path), peer, device, rounds, memory, name)
+            for what in stage:
+                if what == USE:
+                    part = partial(time_use, str(path), device)
+                elif what == PLANS:
+                    part = partial(memory_planned, str(path))
+                else:
+                    part = partial(time_steps, str(path), what, device, rounds, memory, name)
+                if ONLY.get(what, path.name) == path.name:
+                    made[f"{path.name}: {what}"] = part
     return made

@@ -12,7 +12,6 @@ from tests.esft.models import _SIZES, FAMILIES
 
 CPU = torch.device("cpu")
 PEERS = [peer for peer in (*gpu_steps.OURS, *gpu_steps.STOCK) if peer != "esft, layers compiled"]  # that takes long
-real_plan = gpu_steps.planned
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +19,6 @@ def small(monkeypatch):
     for name, value in {"LENGTH": 16, "SEQUENCES": (1, 2), "PROMPT": 4, "NEW": 3, "GENERATED": (1, 2)}.items():
         monkeypatch.setattr(gpu_steps, name, value)
     monkeypatch.setattr(gpu_steps, "rate_of", lambda device: 1e9)
-    known: dict = {}  # a plan takes longer than all else
-    monkeypatch.setattr(gpu_steps, "planned", lambda *args: known.get(0) or known.setdefault(0, real_plan(*args)))
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +41,13 @@ def test_every_peer_is_timed(folder, peer):
     for row in rows:
         assert row["tokens/s"] == pytest.approx(row["sequences"] * 16e3 / row["ms"], abs=0.5)
         assert row["hidden states off"] < (0.1 if "nf4" in peer else 0.01)
-        assert (row["planned GB"] == "") == (peer in gpu_steps.STOCK)
+        parts = [float(part) for part in row["forward, backward, update"].split(", ")]
+        assert len(parts) == 3 and sum(parts) > 0
         assert float(row["of peak"].rstrip("%")) >= 0 and float(row["of dense"].rstrip("%")) > 0
 
 
 def test_what_cannot_fit_is_not_tried_and_says_what_it_needs(folder, monkeypatch):
     monkeypatch.setattr(gpu_steps, "make_model", None)
-    monkeypatch.setattr(gpu_steps, "planned", real_plan)
     parameters = sum(p.numel() for p in gpu_steps.load_skeleton(str(folder)).parameters())
     assert gpu_steps.at_least(str(folder), "transformers grouped_mm, full") == 8 * parameters
     # bf16 with its low bits and its gradient, and moments in float32.
@@ -102,8 +99,18 @@ def test_the_swapped_model_is_used_beside_the_stock_one(folder):
     assert all(row["esft tokens/s"] > 0 and row["grouped_mm tokens/s"] > 0 for row in rows)
 
 
-def test_what_takes_long_to_begin_comes_last_and_eager_is_for_few():
-    todo = list(gpu_steps.parts([MODELS / "olmoe-1b-7b", MODELS / "deepseek-v2-lite"], CPU, 1, 1e12, "x"))
-    late = [f"olmoe-1b-7b: {name}" for name in ("scoring and generating", *gpu_steps.LAST)]
-    late += [f"deepseek-v2-lite: {name}" for name in ("scoring and generating", gpu_steps.LAST[0])]
-    assert todo[-5:] == late and len(todo) == 2 * (len(PEERS) - 1) + 5
+def test_memory_is_planned_of_the_steps_that_are_timed(folder):
+    rows = gpu_steps.memory_planned(str(folder))
+    assert [(row["peer"], row["sequences"]) for row in rows] == [(p, n) for p in gpu_steps.OURS for n in (1, 2)]
+    found = {row["peer"]: row["planned GB"] for row in rows if row["sequences"] == 2}
+    assert found["esft, frozen in nf4"] < found["esft"] < found["esft, everything trained"]
+    assert all(found[peer] > gpu_steps.at_least(str(folder), peer) / 1e9 for peer in found)
+
+
+def test_every_peer_has_its_place_with_every_model_but_eager():
+    paths = [MODELS / "olmoe-1b-7b", MODELS / "deepseek-v2-lite"]
+    todo = list(gpu_steps.parts(paths, CPU, 1, 1e12, "x"))
+    whats = [*PEERS, "esft, layers compiled", gpu_steps.USE, gpu_steps.PLANS]
+    wanted = {f"{path.name}: {what}" for path in paths for what in whats}
+    assert set(todo) == wanted - {"deepseek-v2-lite: transformers eager, full"} and len(todo) == len(set(todo))
+    assert todo[0] == "olmoe-1b-7b: esft" and todo[-1] == "deepseek-v2-lite: memory, computed"
