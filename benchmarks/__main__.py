@@ -6,6 +6,7 @@
     python -m benchmarks routing  [--out build/methods]
     python -m benchmarks data     [--records 50000] [--words 80] [--processes 2] [--data train.jsonl]
     python -m benchmarks gpu      [--out build/gpu] [--shapes deepseek-v2-lite] [--minutes 10]
+    python -m benchmarks gpu-steps [--out build/gpu-steps] [--models olmoe-1b-7b] [--minutes 10]
     python -m benchmarks tune     [--out tiles.json] [--shapes deepseek-v2-lite] [--tokens 4096]
     python -m benchmarks scale    --model deepseek-v2-lite --frozen nf4 [--optimizer adamw_8bit] [--memory-gb 24]
     python -m benchmarks plan     [--models olmoe-1b-7b,deepseek-v2-lite] [--experts-per-layer 1]
@@ -18,7 +19,8 @@ tasks and seeds, which takes hours, and goes on where it was stopped; ``routing`
 ``data`` times the encoding of records, and says
 how much of batches is padding. ``ranks`` times steps of several processes with a core each, and counts what they send.
 ``scale`` writes a checkpoint of a big model's true sizes and measures every stage on it. ``gpu`` checks and times the
-kernels on this machine's GPU, and leaves a page to attach to a report. ``tune`` tries other tiles there, and writes the
+kernels on this machine's GPU, and leaves a page to attach to a report; ``gpu-steps`` does so with whole training steps
+of models of true size. ``tune`` tries other tiles there, and writes the
 fastest into a file that the kernels find. ``roofline`` computes what the kernels' FLOPs and bytes allow on GPUs that
 need not be here, ``plan`` what training known models takes; nothing in them is measured. Without a name, ``layer``
 runs. Each prints a table for people and JSON for machines.
@@ -34,7 +36,21 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import data, gpu, launches, layer, plan, random_checkpoint, ranks, roofline, scale, step, tune
+import esft
+from benchmarks import (
+    data,
+    gpu,
+    gpu_steps,
+    launches,
+    layer,
+    plan,
+    random_checkpoint,
+    ranks,
+    roofline,
+    scale,
+    step,
+    tune,
+)
 from benchmarks.methods import routing, study
 from benchmarks.shapes import SHAPES, LayerShape
 from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
@@ -214,6 +230,29 @@ def _gpu(argv: list[str]) -> None:
     print(f"{len(done.keys() & todo.keys())} of {len(todo)} parts in {args.out}")
 
 
+def _gpu_steps(argv: list[str]) -> None:
+    names = sorted(folder.name for folder in plan.MODELS.iterdir())
+    parser = argparse.ArgumentParser(prog="benchmarks gpu-steps", description="training steps of big models, timed")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu-steps"), help="of results and page; goes on there")
+    chosen = "olmoe-1b-7b,deepseek-v2-lite,qwen3-30b-a3b"
+    parser.add_argument("--models", default=chosen, help=f"comma-separated, of {', '.join(names)}")
+    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed, after two that are not")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no new part after so many")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.models.split(",") if name not in names]:
+        parser.error(f"no model {unknown[0]!r}; there are {', '.join(names)}")
+    if not torch.cuda.is_available():
+        parser.error("no GPU here: nothing is timed")
+    device = torch.device("cuda")
+    about = gpu.about(device, torch.bfloat16, esft)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    paths = [plan.MODELS / name for name in args.models.split(",")]
+    todo = gpu_steps.parts(paths, device, args.rounds, memory, about["device"])
+    done = gpu.run(todo, about, args.out, args.minutes)
+    print(gpu.page(about, done, list(todo)))
+    print(f"{len(done.keys() & todo.keys())} of {len(todo)} parts in {args.out}")
+
+
 def _scale(argv: list[str]) -> None:
     names = sorted(path.name for path in random_checkpoint.MODELS.iterdir())
     parser = argparse.ArgumentParser(prog="benchmarks scale", description="a big model's stages at its true size")
@@ -244,6 +283,7 @@ def _scale(argv: list[str]) -> None:
 
 COMMANDS = {
     "gpu": _gpu,
+    "gpu-steps": _gpu_steps,
     "plan": _plan,
     "scale": _scale,
     "tune": _tune,

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.layer import synchronise
 from esft.checkpoint.load import load_skeleton
 from esft.experts.moe_layers import moe_layers
 from esft.selection import ExpertSelection
 
+CPU = torch.device("cpu")
 SIZE = 2048  # rows and columns of the products
 
 
@@ -42,13 +44,15 @@ def flops_per_token(path: str, selection: ExpertSelection, supervised: float = 1
     return 2 * (2 * (others + active + supervised * head.numel()) + trained)
 
 
-def dense_rate(size: int = SIZE, seconds: float = 2.0) -> float:
+def dense_rate(size: int = SIZE, seconds: float = 2.0, device: torch.device = CPU) -> float:
     """FLOPs a second of square bf16 products, the median of some."""
-    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
-    out, rates, begun = torch.empty(size, size, dtype=torch.bfloat16), [], time.monotonic()
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    out, rates, begun = torch.empty_like(a), [], time.monotonic()
+    synchronise(device)
     while time.monotonic() - begun < seconds:
         start = time.monotonic()
         torch.mm(a, b, out=out)
+        synchronise(device)
         rates.append(2 * size**3 / (time.monotonic() - start))
     return sorted(rates)[len(rates) // 2]
 

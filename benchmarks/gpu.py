@@ -12,10 +12,12 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -144,10 +146,12 @@ def run(todo: dict[str, Callable[[], Rows]], about: dict[str, str], folder: Path
             continue
         if time.monotonic() - began > 60 * minutes:
             break
+        started = time.monotonic()
         try:
             done[name] = part()
         except Exception as error:  # one that fails is a result too, and the others go on
             done[name] = [{"error": f"{type(error).__name__}: {error}"}]
+        print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
         temporary = results.with_suffix(".tmp")
         temporary.write_text(json.dumps({"about": about, "parts": done}, indent=1), encoding="utf-8")
         os.replace(temporary, results)
@@ -157,16 +161,23 @@ def run(todo: dict[str, Callable[[], Rows]], about: dict[str, str], folder: Path
 
 def page(about: dict[str, str], done: dict[str, Rows], names: list[str]) -> str:
     """All of it in Markdown; what is not done yet is named."""
-    text = ["# The kernels on " + about["device"], "", *(f"- {key}: {value}" for key, value in about.items())]
+    text = ["# Measured on " + about["device"], "", *(f"- {key}: {value}" for key, value in about.items())]
     for name in names:
         text += ["", f"## {name}", "", table(done[name]) if name in done else "Not done yet: run it again."]
     return "\n".join(text) + "\n"
 
 
-def about(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What results are of: those of two machines, or of kernels that were changed in between, are never mixed."""
+def about(device: torch.device, dtype: torch.dtype, *packages: ModuleType) -> dict[str, str]:
+    """What results are of: those of two machines, or of code that was changed in between, are never mixed.
+
+    ``packages`` are those beside the kernels that were measured.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, Triton's interpreter"
     versions = {package: importlib.metadata.version(package) for package in ("torch", "triton", "transformers")}
-    sources = sorted(Path(esft_kernels.__file__).parent.rglob("*.py"))
-    kernels = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    return {"device": name, "dtype": str(dtype).removeprefix("torch."), "kernels": kernels, **versions}
+    kept = {package.__name__.replace("esft_", ""): _code(package) for package in (esft_kernels, *packages)}
+    return {"device": name, "dtype": str(dtype).removeprefix("torch."), **kept, **versions}
+
+
+def _code(package: ModuleType) -> str:
+    sources = sorted(Path(str(package.__file__)).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -103,14 +104,23 @@ def peers_of(problem: Problem, backend: str) -> dict[str, Callable[[], Step]]:
 FILLER = 8192  # rows and columns of a product that keeps a GPU busy for a millisecond or two
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def synchronise(device: torch.device) -> None:
+    """Wait for what a GPU has to do yet."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, ahead: bool = True
+) -> dict[str, list[float]]:
     """Seconds of every task in every round, one after the other in each, so that drift meets them all alike.
 
     On a GPU it is the time between two events, before the first of which dense products are queued: they empty the
-    cache, and keep the GPU busy until the task is queued as well, as a training's other layers do.
+    cache, and keep the GPU busy until the task is queued as well, as a training's other layers do. Where the host is
+    not ``ahead`` of the GPU, as at the first layer of a step, it is the clock's time between synchronisations.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    timed = _timed_on_gpu(device) if device.type == "cuda" else _timed
+    timed = _timed_on_gpu(device) if device.type == "cuda" and ahead else partial(_timed, device)
     for round_ in range(rounds + 2):
         for name, task in tasks.items():
             taken = timed(task)
@@ -119,9 +129,11 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: tor
     return seconds
 
 
-def _timed(task: Callable[[], object]) -> float:
+def _timed(device: torch.device, task: Callable[[], object]) -> float:
+    synchronise(device)
     start = time.perf_counter()
     task()
+    synchronise(device)
     return time.perf_counter() - start
 
 

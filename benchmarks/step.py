@@ -9,6 +9,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from esft.short_attention import use_short_attention
 from esft.training.compiled_layers import compile_layers
 from esft.training.methods import METHODS, Source
 
+Batch = dict[str, Tensor]  # token ids and labels in the CPU's memory
+
 RATE = 1e-6  # small enough that a model timed for long stays what it was
 TRAINED_SHARE = 5 / 64  # of the experts, as published
 SUPERVISED = 0.35  # share of a record's tokens in assistant turns, as in the examples' task
@@ -35,19 +39,20 @@ BACKENDS = ("eager", "batched_mm", "grouped_mm")  # of transformers
 
 @dataclass(frozen=True)
 class Trainer:
-    """A model and its two halves of a step."""
+    """A model and the two halves of its step."""
 
-    loss: Callable[[], Tensor]
+    model: nn.Module
+    loss: Callable[[Batch], Tensor]
     update: Callable[[], object]
 
-    def step(self) -> float:
-        loss = self.loss()
+    def step(self, batch: Batch) -> float:
+        loss = self.loss(batch)
         loss.backward()
         self.update()
         return loss.item()
 
 
-def make_batch(vocabulary: int, records: int, length: int) -> dict[str, Tensor]:
+def make_batch(vocabulary: int, records: int, length: int) -> Batch:
     """Random ids [B, L]; the last ``SUPERVISED`` of every row carry labels, as an answer does."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocabulary, (records, length), generator=generator)
@@ -62,26 +67,29 @@ def chosen_experts(path: str) -> esft.ExpertSelection:
     return esft.ExpertSelection({m.index: list(range(max(1, round(TRAINED_SHARE * m.num_experts)))) for m in layers})
 
 
-def ours(path: str, batch: dict[str, Tensor], method: str, compiled: bool = False) -> Trainer:
-    """Our training loop's step, for ``esft`` of ``chosen_experts``; perhaps with ``--compile``."""
-    selection = chosen_experts(path) if method == "esft" else None
-    config = TrainConfig(method=method, lr=RATE, dtype="bfloat16")
-    model, _ = METHODS[method].prepare(Source(path), config, selection)
+def settings(method: str = "esft", **others: Any) -> TrainConfig:
+    """Those of every step that is timed."""
+    return TrainConfig(method=method, lr=RATE, dtype="bfloat16", **others)
+
+
+def ours(source: Source, config: TrainConfig) -> Trainer:
+    """Our training loop's step; with method "esft" it is ``chosen_experts`` that train."""
+    selection = chosen_experts(source.path) if config.method == "esft" else None
+    model, _ = METHODS[config.method].prepare(source, config, selection)
     use_short_attention(model.train())
-    if compiled:
+    if config.compile:
         compile_layers(model)
     optimizer = MasterAdamW(model.named_parameters(), config)
 
-    def loss() -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         total, count = batch_loss(model, batch)
         return total / count
 
-    return Trainer(loss, lambda: optimizer.step(RATE))
+    return Trainer(model, loss, lambda: optimizer.step(RATE))
 
 
-def stock(path: str, batch: dict[str, Tensor], implementation: str, lora: bool = False) -> Trainer:
+def stock(model: Any, implementation: str, lora: bool = False) -> Trainer:
     """transformers' model with its own loss and PyTorch's fused AdamW on bf16: everything trained, or LoRA by PEFT."""
-    model: nn.Module = load_model(path, "bfloat16")
     model.set_experts_implementation(implementation)
     device = model.device
     if lora:
@@ -97,20 +105,20 @@ def stock(path: str, batch: dict[str, Tensor], implementation: str, lora: bool =
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def loss() -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         return model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
 
-    return Trainer(loss, update)
+    return Trainer(model, loss, update)
 
 
-def peers_of(path: str, batch: dict[str, Tensor]) -> dict[str, Callable[[], Trainer]]:
+def peers_of(path: str) -> dict[str, Callable[[], Trainer]]:
     made: dict[str, Callable[[], Trainer]] = {
-        "esft, layers compiled": lambda: ours(path, batch, "esft", compiled=True),
-        "esft, everything trained": lambda: ours(path, batch, "full"),
+        "esft, layers compiled": lambda: ours(Source(path), settings(compile=True)),
+        "esft, everything trained": lambda: ours(Source(path), settings("full")),
     }
     for name in BACKENDS:
-        made[f"transformers {name}, full"] = lambda name=name: stock(path, batch, name)
-    made["PEFT LoRA on the experts, grouped_mm"] = lambda: stock(path, batch, "grouped_mm", lora=True)
+        made[f"transformers {name}, full"] = lambda name=name: stock(load_model(path, "bfloat16"), name)
+    made["PEFT LoRA on the experts, grouped_mm"] = lambda: stock(load_model(path, "bfloat16"), "grouped_mm", lora=True)
     return made
 
 
@@ -123,11 +131,11 @@ def run(path: str, records: int, length: int, rounds: int, only: set[str] | None
     model = load_model(path)
     batch, device = make_batch(model.config.vocab_size, records, length), model.device
     del model
-    mine, tokens = ours(path, batch, "esft"), batch["input_ids"].numel()
-    first, rows = mine.loss().item(), []
+    mine, tokens = ours(Source(path), settings()), batch["input_ids"].numel()
+    first, rows = mine.loss(batch).item(), []
 
     def timed(name: str, step: Callable[[], object]) -> None:
-        seconds = interleaved({"esft": mine.step, name: step}, rounds, device)
+        seconds = interleaved({"esft": partial(mine.step, batch), name: step}, rounds, device, ahead=False)
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         speeds = [tokens / statistics.median(values) for values in seconds.values()]
@@ -141,13 +149,13 @@ def run(path: str, records: int, length: int, rounds: int, only: set[str] | None
             }
         )
 
-    for name, make in peers_of(path, batch).items():
+    for name, make in peers_of(path).items():
         if only is not None and name not in only:
             continue
         peer = make()
-        if not abs((theirs := peer.loss().item()) - first) <= 0.02 * first:
+        if not abs((theirs := peer.loss(batch).item()) - first) <= 0.02 * first:
             raise RuntimeError(f"{name}: loss {theirs:.4f} where esft has {first:.4f}; not timed")
-        timed(name, peer.step)
+        timed(name, partial(peer.step, batch))
     if only is None or DENSE in only:
         timed(DENSE, dense_products(tokens * flops_per_token(path, chosen_experts(path), SUPERVISED), device))
     return rows

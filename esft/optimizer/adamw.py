@@ -16,6 +16,7 @@ from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.config import TrainConfig
 
 PIECE = 1 << 20  # elements that are stepped together, a multiple of the moments' block
+GPU_PIECE = 1 << 23  # there the launches for a small one take longer than what they do
 _EPSILON = 1e-6  # beside the norm when it is clipped, as in ``torch.nn.utils.clip_grad_norm_``
 
 
@@ -87,9 +88,10 @@ class MasterAdamW:
         """All that has a gradient: names with spans of elements, at most a piece of one device together."""
         group, filled, device = [], 0, None
         for name, p in self.params.items():
-            for start in range(0, 0 if p.grad is None else p.numel(), PIECE):
-                size = min(PIECE, p.numel() - start)
-                if group and (filled + size > PIECE or p.device != device):
+            piece = _piece(p.device)
+            for start in range(0, 0 if p.grad is None else p.numel(), piece):
+                size = min(piece, p.numel() - start)
+                if group and (filled + size > piece or p.device != device):
                     yield group
                     group, filled = [], 0
                 group.append((name, slice(start, start + size)))
@@ -109,7 +111,7 @@ class MasterAdamW:
 
     def _buffer(self, device: torch.device) -> Tensor:
         if device not in self._buffers:
-            size = min(PIECE, sum(p.numel() for p in self.params.values()))
+            size = min(_piece(device), sum(p.numel() for p in self.params.values()))
             self._buffers[device] = torch.empty(2, size, device=device)
         return self._buffers[device]
 
@@ -188,6 +190,10 @@ class MasterAdamW:
                 raise InputError(f"tensor {name} is {found}, not {wanted}")
             if not tensor.isfinite().all():
                 raise InputError(f"tensor {name} holds values that are not finite")
+
+
+def _piece(device: torch.device) -> int:
+    return PIECE if device.type == "cpu" else GPU_PIECE
 
 
 def _norm(norms: list[Tensor]) -> Tensor:

@@ -74,7 +74,7 @@ def test_what_was_done_is_kept_and_what_failed_is_done_again(tmp_path):
     assert done == {"a": [{"value": 1.5}], "b": [{"error": "RuntimeError: broke"}], "c": [{"value": 1.5}]}
     assert json.loads((tmp_path / "results.json").read_text()) == {"about": ABOUT, "parts": done}
     page = (tmp_path / "report.md").read_text()
-    assert page.startswith("# The kernels on a GPU\n") and "RuntimeError: broke" in page and "1.500" in page
+    assert page.startswith("# Measured on a GPU\n") and "RuntimeError: broke" in page and "1.500" in page
     done = gpu.run({name: part(name) for name in "abcd"}, ABOUT, tmp_path, 1.0)
     assert calls == ["a", "b", "c", "b", "d"] and all(rows == [{"value": 1.5}] for rows in done.values())
     with pytest.raises(InputError, match=r"results.json: is of .*a GPU.* and this is .*another"):

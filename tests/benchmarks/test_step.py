@@ -3,6 +3,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import step
 from esft.training import compiled_layers
+from esft.training.methods import Source
 from tests.esft.models import _SIZES, FAMILIES
 
 
@@ -20,7 +21,7 @@ def checkpoint(tmp_path_factory) -> str:
 def test_every_peer_is_timed_beside_ours(checkpoint, monkeypatch):
     monkeypatch.setattr(compiled_layers, "BACKEND", "eager")  # a compiler would take most of the time
     rows = step.run(checkpoint, records=4, length=16, rounds=2)
-    assert [row["peer"] for row in rows] == [*step.peers_of(checkpoint, {}), step.DENSE]
+    assert [row["peer"] for row in rows] == [*step.peers_of(checkpoint), step.DENSE]
     assert all(row["peer tokens/s"] > 0 and row["esft tokens/s"] > 0 and row["peer / esft time"] > 0 for row in rows)
 
 
@@ -35,7 +36,7 @@ def test_a_peer_of_another_loss_is_not_timed(checkpoint, monkeypatch):
 
     def wrong(*args, **kwargs):
         trainer = real(*args, **kwargs)
-        return step.Trainer(lambda: trainer.loss() * 1.1, trainer.update)
+        return step.Trainer(trainer.model, lambda batch: trainer.loss(batch) * 1.1, trainer.update)
 
     monkeypatch.setattr(step, "stock", wrong)
     with pytest.raises(RuntimeError, match="transformers eager, full: loss .* not timed"):
@@ -45,8 +46,8 @@ def test_a_peer_of_another_loss_is_not_timed(checkpoint, monkeypatch):
 def test_a_step_trains(checkpoint, monkeypatch):
     monkeypatch.setattr(step, "RATE", 1e-2)
     batch = step.make_batch(300, 2, 16)
-    trainer = step.ours(checkpoint, batch, "esft")
-    before = trainer.loss().item()
+    trainer = step.ours(Source(checkpoint), step.settings())
+    before = trainer.loss(batch).item()
     for _ in range(3):
-        trainer.step()
-    assert trainer.loss().item() < before
+        trainer.step(batch)
+    assert trainer.loss(batch).item() < before

@@ -417,3 +417,9 @@ def test_moments_in_8_bits_are_not_dealt_out_where_a_block_would_be_of_two_exper
     MasterAdamW([("a", whole), ("b", half)], config, ["a"])
     with pytest.raises(InputError, match=f"^b: an expert has {BLOCK // 2} elements, not a multiple of {BLOCK}: "):
         MasterAdamW([("a", whole), ("b", half)], config, ["a", "b"])
+
+
+def test_on_a_gpu_pieces_are_larger_than_their_launches():
+    assert adamw._piece(torch.device("cpu")) == adamw.PIECE
+    assert adamw._piece(torch.device("cuda")) == adamw.GPU_PIECE >= 8 * adamw.PIECE
+    assert adamw.GPU_PIECE % BLOCK == 0  # a piece starts with a block of moments
