@@ -64,8 +64,8 @@ def test_memory_that_does_not_reach_is_a_row_and_leaves_nothing_behind(folder, m
         made.append(weakref.ref(model := real_make(*args)))
         return model
 
-    def time_them(tasks, rounds, device):
-        seconds = real_time(tasks, rounds, device)
+    def time_them(tasks, rounds, device, ahead):
+        seconds = real_time(tasks, rounds, device, ahead)
         calls.append(len(calls))
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.gpu.device import DEVICE, sized
 
 from esft.experts.moe_layers import moe_layers
 from esft.experts.pooled_experts import PROJECTIONS
 from tests.esft import zoo
 from tests.esft.experts.test_moe_layers import FAMILIES, TRITON, names_of, selection, swapped
 from tests.esft_kernels.layers import assert_close
+from tests.gpu.device import DEVICE, sized
 
 
 def output(model) -> torch.Tensor:
