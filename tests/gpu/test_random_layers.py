@@ -66,7 +66,7 @@ QUANTIZED = [
     Kind(FP32, "silu", 128, 64, format="int8"), Kind(FP16, "gelu", 72, 33, "b", format="fp8"),
 ]  # fmt: skip
 REHEARSED = [Kind(FP32, "gpt-oss", 24, 33, "itb")]
-QUANTIZED_REHEARSED = [Kind(BF16, "silu", 17, 8, "", "middle", "nf4")]
+QUANTIZED_REHEARSED = [Kind(BF16, "silu", 9, 8, "", "middle", "nf4")]
 
 drawn = settings(
     max_examples=sized(25, 2), deadline=None, derandomize=True, report_multiple_bugs=False, database=None,

@@ -22,7 +22,7 @@ LAYOUTS = {
 # What descriptors cannot load: gates and ups that would be columns of a tile, not rows; and rows at any address.
 PASSED_OVER = {
     "gates before ups, transposed": {"hidden": sized(128, 16), "intermediate": sized(64, 16), "transposed": True},
-    "rows at any address": {"hidden": 33, "intermediate": sized(20, 6)},
+    "rows at any address": {"hidden": sized(33, 17), "intermediate": sized(20, 6)},
 }
 # Tokens and the experts that they use, of six: ragged; half of them without rows; no row at all; one token.
 BATCHES = sized([(1700, range(6)), (20, (1, 2, 4)), (0, range(6)), (1, (0, 1, 5))], [(5, (1, 2, 3, 4)), (0, range(6))])
