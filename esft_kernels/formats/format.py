@@ -102,6 +102,11 @@ def blocks_of(count: int, block: int) -> int:
     return -(-count // block)
 
 
+def scale_for(largest: Tensor, most: float) -> Tensor:
+    """``largest / most``, the same bits on every device: a GPU would multiply by the reciprocal of a plain number."""
+    return largest / torch.full_like(largest, most)
+
+
 def scale_into(out: Tensor, values: Tensor, scales: Tensor, block: int) -> None:
     """``out = values * scales``, a scale for every block of one-dimensional values, which are float32 and overwritten.
 

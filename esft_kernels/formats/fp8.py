@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esft_kernels.formats.format import Format, Stored, blocks_of
+from esft_kernels.formats.format import Format, Stored, blocks_of, scale_for
 from esft_kernels.formats.tables import look_up, pairs
 
 BLOCK = 128
@@ -36,7 +36,7 @@ class Fp8(Format):
         rows, columns = weight_OI.shape
         whole = torch.nn.functional.pad(weight_OI, (0, -columns % BLOCK, 0, -rows % BLOCK))
         blocks = whole.view(whole.shape[0] // BLOCK, BLOCK, -1, BLOCK)
-        scales = blocks.abs().amax(dim=(1, 3)) / LARGEST
+        scales = scale_for(blocks.abs().amax(dim=(1, 3)), LARGEST)
         scaled = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None, :, None]
         codes = scaled.to(torch.float8_e4m3fn)
         return codes.view(whole.shape)[:rows, :columns], scales

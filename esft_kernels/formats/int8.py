@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, padded, scale_into
+from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, padded, scale_for, scale_into
 
 GROUP = 64
 
@@ -29,7 +29,7 @@ class Int8(Format):
 
     def encode(self, weight_OI: Tensor) -> tuple[Tensor, ...]:
         groups = padded(weight_OI, GROUP)
-        scales = groups.abs().amax(dim=-1) / 127
+        scales = scale_for(groups.abs().amax(dim=-1), 127)
         codes = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round_()
         return codes.to(torch.int8).flatten(1), scales
 

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, scale_into
+from esft_kernels.formats.format import PIECE, Format, Stored, blocks_of, scale_for, scale_into
 from esft_kernels.formats.tables import bins_of, count_below, look_up, pairs
 
 BLOCK, NESTED = 64, 256
@@ -95,7 +95,7 @@ class Nf4Double(Nf4):
         codes, absmax = super().encode(weight_OI)
         mean = absmax.mean()
         apart = torch.nn.functional.pad(absmax - mean, (0, -absmax.numel() % NESTED)).view(-1, NESTED)
-        scales = apart.abs().amax(dim=-1) / 127
+        scales = scale_for(apart.abs().amax(dim=-1), 127)
         rounded = (apart / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_()
         return codes, rounded.to(torch.int8).view(-1)[: absmax.numel()], scales, mean
 
