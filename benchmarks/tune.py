@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +30,7 @@ MAX_ACCUMULATORS = 128  # fp32 registers of a thread's 255 that a tile may take 
 
 
 def near(first: Tiles) -> list[Tiles]:
-    """Tiles that differ in their sizes: each halved, kept or doubled, within what registers hold."""
+    """Tiles that differ in one or two of their sizes: halved or doubled, within what registers hold."""
 
     def sizes(size: int, least: int) -> list[int]:
         return [s for s in (size // 2, size, size * 2) if s >= least]
@@ -42,7 +42,7 @@ def near(first: Tiles) -> list[Tiles]:
         )
         if m * n <= MAX_ACCUMULATORS * 32 * warps
     ]
-    return [t for t in found if t != first]
+    return [t for t in found if 0 < sum(a != b for a, b in zip(astuple(t), astuple(first), strict=True)) <= 2]
 
 
 def candidates(first: Tiles, op: Op, arch: str) -> list[Tiles]:
@@ -136,25 +136,27 @@ def run(
     shape: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int, out: str | Path,
     workers: int = 1,
 ) -> list[dict]:  # fmt: skip
-    """A row for every tuned kernel: its tiles, and the step's time with the table's choice and with the fastest.
+    """A row for every tuned kernel: its tiles, and what the step then takes of what it took with the table's choice.
 
-    The last row is the whole step, all kernels in the table's choice and all in the fastest, timed side by side.
-    Raises RuntimeError when the step with the winners is wrong; the file is then not written.
+    A candidate is timed beside what is best so far, in turns, because a GPU's clock wanders by more than a kernel
+    gains; it is taken where three of four rounds speak for it. The last row is the whole step, all kernels in the
+    table's choice and all in the fastest. Raises RuntimeError when the step with the winners is wrong; the file is then
+    not written.
     """
     given = Given(shape, tokens, dtype, device)
     problem = given.problem()
     step = peers.ours(problem, problem.chosen, "triton")
     found = asked(step, problem)
     first = {key: chosen for key, (_, _, chosen) in found.items()}
-    best, rows = dict(first), {key: {"kernel": key, "wrong": list[str]()} for key in found}
+    best = dict(first)
+    rows = {
+        key: {"kernel": key, "tiles": str(tiles), "step": 1.0, "wrong": list[str]()} for key, tiles in first.items()
+    }
 
-    def run_with(table: dict[str, Tiles]) -> None:
-        with using(table):
-            step.run(problem)
-
-    def milliseconds(table: dict[str, Tiles]) -> float:
-        times = layer.interleaved({"step": partial(run_with, table)}, rounds, device)["step"]
-        return statistics.median(times) * 1e3
+    def side_by_side(before: dict[str, Tiles], after: dict[str, Tiles], rounds: int) -> list[list[float]]:
+        tables = {"before": before, "after": after}
+        tasks = {name: partial(_run_with, table, step, problem) for name, table in tables.items()}
+        return list(layer.interleaved(tasks, rounds, device).values())
 
     with checker(given, workers) as errors:
         for ways in (True, False):  # the best way to load and to walk, and its sizes then
@@ -163,23 +165,21 @@ def run(
                 for key, (arch, op, _) in found.items()
                 for candidate in (variants(best[key], op, arch).values() if ways else near(best[key]))
             ]
-            checked = list(zip(tried, errors([{key: candidate} for key, candidate in tried]), strict=True))
-            for key, row in rows.items():
-                row["after ms"] = milliseconds(best)
-                row.setdefault("before ms", row["after ms"])
-                for (of, candidate), error in checked:
-                    if of != key or error is None:
-                        continue
-                    if not error <= layer.TOLERANCE[dtype]:
-                        row["wrong"].append(str(candidate))
-                    elif (time := milliseconds(best | {key: candidate})) < row["after ms"]:
-                        best[key], row["after ms"] = candidate, time
-                row["tiles"] = str(best[key])
+            checked = list(errors([{key: candidate} for key, candidate in tried]))  # all, before anything is timed
+            for (key, candidate), error in zip(tried, checked, strict=True):
+                if error is None:
+                    continue
+                if not error <= layer.TOLERANCE[dtype]:
+                    rows[key]["wrong"].append(str(candidate))
+                    continue
+                before, after = side_by_side(best, best | {key: candidate}, rounds)
+                _, middle, high = statistics.quantiles([b / a for a, b in zip(before, after, strict=True)], n=4)
+                if high < 1:
+                    best[key] = candidate
+                    rows[key] |= {"tiles": str(candidate), "step": rows[key]["step"] * middle}
     with using(best):
         layer.check(problem, dtype, "triton")
-    sides = {"before ms": partial(run_with, first), "after ms": partial(run_with, best)}
-    times = layer.interleaved(sides, 3 * rounds, device)
-    medians = {name: statistics.median(each) * 1e3 for name, each in times.items()}
+    before, after = (statistics.median(times) for times in side_by_side(first, best, 3 * rounds))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
@@ -187,4 +187,10 @@ def run(
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps(kept | faster, indent=1), encoding="utf-8")
     os.replace(temporary, out)
-    return [*rows.values(), {"kernel": "all", "tiles": "", "wrong": [], **medians}]
+    whole = f"{before * 1e3:.3f} ms before, {after * 1e3:.3f} ms after"
+    return [*rows.values(), {"kernel": "all", "tiles": whole, "step": after / before, "wrong": []}]
+
+
+def _run_with(table: dict[str, Tiles], step: peers.PoolStep, problem: layer.Problem) -> None:
+    with using(table):
+        step.run(problem)

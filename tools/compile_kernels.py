@@ -60,7 +60,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 LAYOUTS = (PLAIN, "int8", "nf4", "fp8", "mxfp4")  # nf4_double is nf4 to the kernels
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 ROWS_PER_EXPERT = (8, 128, 1024)  # between them they meet every tile that a model can get
-VARIANTS = ("chosen", *variants(Tiles(64, 64, 64, 8, 2), "gemm", "sm_90"))
+VARIANTS = (
+    "chosen",
+    *dict.fromkeys(name for op in ("gemm", "grad") for name in variants(Tiles(64, 64, 64, 8, 2), op, "sm_90")),
+)
 MANY_TOKENS = 1 << 20  # whose elements 32-bit offsets do not reach
 
 

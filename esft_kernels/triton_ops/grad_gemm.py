@@ -33,50 +33,72 @@ PIECE = tl.constexpr(16)  # columns that are finished together
 
 
 @triton.jit
+def _offsets(first_column, columns, M: tl.constexpr, G: tl.constexpr):
+    """Of a piece of H and of its gradient, and the columns: 32 bits do within a tile, from one 64-bit base."""
+    g_G = first_column + tl.arange(0, G)
+    return tl.arange(0, M)[:, None] * columns + g_G[None, :], (g_G < columns)[None, :]
+
+
+@triton.jit
+def _load_h(h_ptr, rows, first_column, columns, M: tl.constexpr, G: tl.constexpr, WIDEST: tl.constexpr):
+    """G columns of H in pieces: two halves of halves and so on, as the accumulator is halved."""
+    if G > WIDEST:
+        HALF: tl.constexpr = G // 2
+        left = _load_h(h_ptr, rows, first_column, columns, M, HALF, WIDEST)
+        right = _load_h(h_ptr, rows, first_column + HALF, columns, M, HALF, WIDEST)
+        pieces = left, right
+    else:
+        offset_MG, in_columns_1G = _offsets(first_column, columns, M, G)
+        pieces = tl.load(h_ptr + offset_MG, mask=(tl.arange(0, M) < rows)[:, None] & in_columns_1G, other=0.0)
+    return pieces
+
+
+@triton.jit
 def _finish(
-    grad_a_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column,
-    h_ptr, grad_h_ptr, weighted_a_ptr, features,
-    M: tl.constexpr, N: tl.constexpr, WIDEST: tl.constexpr,
+    grad_a_MN, weight_M1, h, rows, grad_h_rows, weighted_rows, first_column, grad_h_ptr, weighted_a_ptr, features,
+    AHEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WIDEST: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Gradient of H and weighted A of N columns, and their part [M] of the row sums of ``grad_a * a``.
 
-    A few columns at a time: H, its gradient and what lies between would not fit the registers for all at once.
+    ``h`` is what ``_load_h`` gave where it was AHEAD, else where the tile's first row begins. A few columns at a time:
+    what lies between H and its gradient would not fit the registers for all at once.
     """
     if N > WIDEST:
         HALF: tl.constexpr = N // 2
         left_MN, right_MN = halves(grad_a_MN, M, N)
+        if AHEAD:
+            left_h = h[0]
+            right_h = h[1]
+        else:
+            left_h = h
+            right_h = h
         left_M = _finish(
-            left_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column,
-            h_ptr, grad_h_ptr, weighted_a_ptr, features,
-            M, HALF, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+            left_MN, weight_M1, left_h, rows, grad_h_rows, weighted_rows, first_column,
+            grad_h_ptr, weighted_a_ptr, features, AHEAD, M, HALF, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
         )  # fmt: skip
         right_M = _finish(
-            right_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, first_column + HALF,
-            h_ptr, grad_h_ptr, weighted_a_ptr, features,
-            M, HALF, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+            right_MN, weight_M1, right_h, rows, grad_h_rows, weighted_rows, first_column + HALF,
+            grad_h_ptr, weighted_a_ptr, features, AHEAD, M, HALF, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
         )  # fmt: skip
-        return left_M + right_M
-    WIDTH: tl.constexpr = 2 if GATED else 1
-    columns = features * WIDTH
-    m_M = tl.arange(0, M)
-    n_N = first_column + tl.arange(0, N)
-    in_cols_1N = (n_N < features)[None, :]
-    g_G = first_column * WIDTH + tl.arange(0, N * WIDTH)
-    # One 64-bit base for the tile, 32-bit offsets within it: pointers of this many elements would fill the registers.
-    h_offset_MG = m_M[:, None] * columns + g_G[None, :]
-    h_mask_MG = (m_M < rows)[:, None] & (g_G < columns)[None, :]
-    h_MG = tl.load(h_ptr + first * columns + h_offset_MG, mask=h_mask_MG, other=0.0)
-    a_MN, grad_h_MG = activate_backward(grad_a_MN, weight_M1, h_MG, M, N, KIND, GATED, SLOPE, LIMIT, UP_OFFSET)
-    if weighted_a_ptr is not None:
-        weighted_MN = (a_MN * weight_M1).to(weighted_a_ptr.dtype.element_ty)
-        write_M1 = (m_M < weighted_rows)[:, None]
-        a_ptr_MN = weighted_a_ptr + first * features + (m_M[:, None] * features + n_N[None, :])
-        tl.store(a_ptr_MN, weighted_MN, mask=write_M1 & in_cols_1N)
-    if grad_h_ptr is not None:
-        write_MG = (m_M < grad_h_rows)[:, None] & (g_G < columns)[None, :]
-        tl.store(grad_h_ptr + first * columns + h_offset_MG, grad_h_MG.to(grad_h_ptr.dtype.element_ty), mask=write_MG)
-    return tl.sum(tl.where(in_cols_1N, grad_a_MN * a_MN, 0.0), axis=1)
+        sum_M = left_M + right_M
+    else:
+        WIDTH: tl.constexpr = 2 if GATED else 1
+        m_M = tl.arange(0, M)
+        if AHEAD:
+            h_MG = h
+        else:
+            h_MG = _load_h(h, rows, first_column * WIDTH, features * WIDTH, M, N * WIDTH, N * WIDTH)
+        a_MN, grad_h_MG = activate_backward(grad_a_MN, weight_M1, h_MG, M, N, KIND, GATED, SLOPE, LIMIT, UP_OFFSET)
+        offset_MN, in_cols_1N = _offsets(first_column, features, M, N)
+        if weighted_a_ptr is not None:
+            weighted_MN = (a_MN * weight_M1).to(weighted_a_ptr.dtype.element_ty)
+            tl.store(weighted_a_ptr + offset_MN, weighted_MN, mask=(m_M < weighted_rows)[:, None] & in_cols_1N)
+        if grad_h_ptr is not None:
+            offset_MG, in_cols_1G = _offsets(first_column * WIDTH, features * WIDTH, M, N * WIDTH)
+            tl.store(grad_h_ptr + offset_MG, grad_h_MG, mask=(m_M < grad_h_rows)[:, None] & in_cols_1G)
+        sum_M = tl.sum(tl.where(in_cols_1N, grad_a_MN * a_MN, 0.0), axis=1)
+    return sum_M
 
 
 @triton.jit
@@ -88,8 +110,8 @@ def _make_tile(
     hidden, features, num_rows, num_trained, grad_h_positions,
     KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
     FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Make what the activation's backward yields, of one expert's rows from ``first`` on."""
     row_M = first + tl.arange(0, BLOCK_M)  # int64, like the offsets: rows x features can pass 2**31
@@ -98,6 +120,16 @@ def _make_tile(
     n_N = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols_N = n_N < features
     k_K = tl.arange(0, BLOCK_K)
+    rows = (end - first).to(tl.int32)
+    WIDTH: tl.constexpr = 2 if GATED else 1
+    WIDEST: tl.constexpr = PIECE // 2 if BLOCK_N > 128 else PIECE  # a wider accumulator leaves fewer registers
+    h = h_ptr + first * (features * WIDTH)
+    if AHEAD:
+        # Asked for now, H comes while the products are made. Behind a store the compiler cannot know whether a load
+        # reads what was stored, and each piece would wait for the memory anew.
+        h = _load_h(
+            h, rows, n_tile * BLOCK_N * WIDTH, features * WIDTH, BLOCK_M, BLOCK_N * WIDTH, WIDEST * WIDTH
+        )  # fmt: skip
     weight_ptr = expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert)
     # Before the routing weight: its row-wise product with A is the routing weight's gradient, so the down
     # projection's output is never needed.
@@ -109,17 +141,18 @@ def _make_tile(
         FORMAT, TRANSPOSED, LAYOUT, False, PRECISION, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
-    # How many of the tile's rows there are, and how many of dH and of the weighted A are written.
-    rows = (end - first).to(tl.int32)
+    # How many of the tile's rows of dH and of the weighted A are written.
     grad_h_rows = tl.minimum(end - first, tl.load(offsets_ptr + grad_h_positions) - first).to(tl.int32)
     weighted_rows = tl.minimum(end - first, tl.load(offsets_ptr + num_trained) - first).to(tl.int32)
     slot_M = tl.load(slot_ptr + row_M, mask=in_rows_M, other=0)
     weight_M1 = tl.load(weights_ptr + slot_M, mask=in_rows_M, other=0.0).to(tl.float32)[:, None]
-    WIDEST: tl.constexpr = PIECE // 2 if BLOCK_N > 128 else PIECE  # a wider accumulator leaves fewer registers
+    if grad_h_ptr is not None:
+        grad_h_ptr += first * (features * WIDTH)
+    if weighted_a_ptr is not None:
+        weighted_a_ptr += first * features
     sum_M = _finish(
-        grad_a_MN, weight_M1, first, rows, grad_h_rows, weighted_rows, n_tile * BLOCK_N,
-        h_ptr, grad_h_ptr, weighted_a_ptr, features,
-        BLOCK_M, BLOCK_N, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
+        grad_a_MN, weight_M1, h, rows, grad_h_rows, weighted_rows, n_tile * BLOCK_N,
+        grad_h_ptr, weighted_a_ptr, features, AHEAD, BLOCK_M, BLOCK_N, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
     )  # fmt: skip
     if sums_ptr is not None:
         # A sum per row and tile of F; the tiles are added up afterwards, in order.
@@ -143,6 +176,7 @@ def _grad_gemm_kernel(
     KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
     FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PERSISTENT: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
@@ -159,7 +193,7 @@ def _grad_gemm_kernel(
                     stride_expert, stride_out, stride_in, stride_scales, scale_columns,
                     hidden, features, num_rows, num_trained, grad_h_positions,
                     KIND, GATED, SLOPE, LIMIT, UP_OFFSET, FORMAT, TRANSPOSED, LAYOUT,
-                    PRECISION, EVEN_N, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+                    PRECISION, EVEN_N, EVEN_K, WIDE, AHEAD, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
     else:  # without a loop, so that a grid compiles to what it was before there was one
         position, first, end, n_tile = find_tile(
@@ -175,7 +209,7 @@ def _grad_gemm_kernel(
             stride_expert, stride_out, stride_in, stride_scales, scale_columns,
             hidden, features, num_rows, num_trained, grad_h_positions,
             KIND, GATED, SLOPE, LIMIT, UP_OFFSET, FORMAT, TRANSPOSED, LAYOUT,
-            PRECISION, EVEN_N, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+            PRECISION, EVEN_N, EVEN_K, WIDE, AHEAD, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -228,8 +262,8 @@ def grad_gemm(
         _grad_gemm_kernel[(programs_for(h_NG, tiles, count),)],
         grad_out_TD, routing.token_N, routing.slot_N, weights_TK, *pointers, h_NG, *results, routing.offsets_E1,
         *strides, hidden, features, num_rows, positions, trained, everyone if needs.x else trained,
-        **constants(pools.activation), **coding, PERSISTENT=tiles.persistent > 0, PRECISION=precision(h_NG),
-        EVEN_N=features % tiles.block_n == 0, EVEN_K=hidden % tiles.block_k == 0,
+        **constants(pools.activation), **coding, PERSISTENT=tiles.persistent > 0, AHEAD=tiles.ahead,
+        PRECISION=precision(h_NG), EVEN_N=features % tiles.block_n == 0, EVEN_K=hidden % tiles.block_k == 0,
         WIDE=wide(grad_out_TD), BLOCK_P=block_of(positions), **tiles.launch_options(),
     )  # fmt: skip
     return results

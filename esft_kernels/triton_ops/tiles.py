@@ -44,6 +44,7 @@ class Tiles:
     group_m: int = 8  # row tiles that walk over the output features together, to share weights in the L2 cache
     descriptors: bool = False  # weights, and rows that lie together, are loaded by descriptors where these can
     persistent: int = 0  # programs per processor that make all tiles of a GEMM over rows; 0: one program for each tile
+    ahead: bool = False  # of the backward GEMM: H is loaded before its products are made, and takes registers meanwhile
 
     def launch_options(self) -> dict[str, int]:
         return {
@@ -98,12 +99,12 @@ def decoding(tiles: Tiles, dtype: torch.dtype) -> Tiles:
     The codes that a pipeline has ahead wait in registers then, where their weights are made: turns are shorter, stages
     fewer, and warps more where the tile is large. ``block_n`` stays, because launches share what they number by it.
     """
-    stages = min(tiles.num_stages, 2)
+    tiles = replace(tiles, num_stages=min(tiles.num_stages, 2), ahead=False)
     if dtype == torch.float32:
-        return replace(tiles, block_m=min(tiles.block_m, 32), block_k=min(tiles.block_k, 16), num_stages=stages)
+        return replace(tiles, block_m=min(tiles.block_m, 32), block_k=min(tiles.block_k, 16))
     large = tiles.block_m * tiles.block_n >= 4096
     block_k, warps = min(tiles.block_k, 16 if large else 32), 8 if large else 4
-    return replace(tiles, block_k=block_k, num_warps=warps, num_stages=stages)
+    return replace(tiles, block_k=block_k, num_warps=warps)
 
 
 def tile_key(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> str:
@@ -179,13 +180,13 @@ def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, fe
     if op == "wgrad":  # two loads, the rows after their indices, share the stages of the pipeline
         return full if arch.startswith("gfx") else replace(full, num_stages=2 * full.num_stages - 1)
     if op == "grad":  # the epilogue holds H and its gradient, twice as wide, beside the accumulator
-        full = replace(full, block_n=128, block_k=128 if arch == "sm_90" else full.block_k)
+        full = replace(full, block_n=128, block_k=128 if arch == "sm_90" else full.block_k, ahead=arch == "sm_90")
     if rows_per_expert >= 768:
         return full
     # Half a row tile per expert is padding on average, so few rows per expert want short tiles: below a tenth of all
     # rows from 320 an expert on. With fewer the weights' bytes bound the time on every GPU here, not the padding.
     block_n = 64 if few and op in ("up", "grad") else min(full.block_n, 128)  # with few rows registers go to occupancy
-    return replace(full, block_m=16 if few else 64, block_n=block_n, block_k=64, num_warps=4)
+    return replace(full, block_m=16 if few else 64, block_n=block_n, block_k=64, num_warps=4, ahead=False)
 
 
 def programs_for(tensor: Tensor, tiles: Tiles, count: int) -> int:
@@ -207,6 +208,8 @@ def variants(tiles: Tiles, op: Op, arch: str) -> dict[str, Tiles]:
     programs go to whichever processor is free.
     """
     found = {}
+    if op == "grad":
+        found["H later" if tiles.ahead else "H ahead"] = replace(tiles, ahead=not tiles.ahead)
     if arch == "interpreter" or (arch.startswith("sm_") and int(arch[3:]) >= 90):
         found["descriptors"] = replace(tiles, descriptors=True)
         if op == "grad" and arch == "sm_90" and tiles.block_m >= 64 and tiles.block_k >= 64:
@@ -218,7 +221,7 @@ def variants(tiles: Tiles, op: Op, arch: str) -> dict[str, Tiles]:
         # As many as the registers of a processor hold, more or less.
         ways = {"persistent": tiles} | {f"persistent {name}": t for name, t in found.items()}
         if op == "grad":  # its epilogue leaves the others too few registers for a loop around it
-            ways = {name: t for name, t in ways.items() if name == "persistent descriptors"}
+            ways = {name: replace(t, ahead=False) for name, t in ways.items() if name == "persistent descriptors"}
         found |= {name: replace(t, persistent=max(8 // t.num_warps, 1)) for name, t in ways.items()}
     return found
 

@@ -1,4 +1,4 @@
-"""Every other way to load and to walk over tiles: descriptors, longer turns, programs that stay."""
+"""Every other way to load and to walk over tiles: H ahead, descriptors, longer turns, programs that stay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from tests.esft_kernels.layers import GPT_OSS, make_layer
 from tests.esft_kernels.test_fuzz import agrees
 from tests.gpu.device import DEVICE, sized
 
-NAMES = ("descriptors", "long turns", "persistent", "persistent descriptors", "persistent long turns")
+NAMES = (
+    "H ahead", "H later", "descriptors", "long turns", "persistent", "persistent descriptors", "persistent long turns"
+)  # fmt: skip
 LAYOUTS = {
     "gates before ups": {"hidden": sized(256, 32), "intermediate": sized(128, 16)},
     "gpt-oss": {
@@ -42,7 +44,7 @@ def test_every_one_is_tested_that_a_kernel_has_here():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", sized(NAMES, ("persistent descriptors",)))
+@pytest.mark.parametrize("name", sized(NAMES, ("persistent descriptors", "H ahead")))
 def test_it_gives_what_the_reference_does(name, layout):
     check(name, **LAYOUTS[layout])
 

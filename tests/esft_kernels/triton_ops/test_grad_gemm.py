@@ -170,8 +170,25 @@ def test_masks_are_left_out_only_where_every_tile_is_whole(hidden, intermediate,
     assert isinstance(op.PIECE, tl.constexpr)  # the compiler takes no other global
 
 
+@pytest.mark.parametrize("activation", [ACTIVATIONS["silu"], ACTIVATIONS["relu2"]], ids=["gated", "plain"])
+@pytest.mark.parametrize("needs", [NEEDS[0], NEEDS[-1]], ids=["all rows", "prefix"])
+def test_h_that_is_loaded_ahead_gives_the_same_bits(activation, needs, monkeypatch):
+    monkeypatch.setattr(op, "PIECE", tl.constexpr(8))
+    layer = make_layer(tokens=9, experts=3, intermediate=41, dtype=torch.bfloat16, trained=(1,), activation=activation)
+    h, found = torch.randn(layer.routing.num_rows, layer.pools.gate_up_size).bfloat16(), []
+    for ahead in (False, True):
+        with chosen_by(lambda *asked, ahead=ahead: replace(choose_tiles(*asked), ahead=ahead)):
+            results = grad_gemm(layer.grad_out_TD, h, layer.weights_TK, layer.pools, layer.routing, needs)
+            found.append([None if each is None else each.nan_to_num(7) for each in results])
+    prefix, every = (int(layer.routing.offsets_E1[index]) for index in (layer.routing.num_trained, -1))
+    ends = (every, prefix, every) if needs.all_rows else (prefix,) * 3
+    for later, ahead, end in zip(*found, ends, strict=True):
+        assert (later is None) == (ahead is None)
+        assert later is None or ahead is None or (torch.equal(later[:end], ahead[:end]) and later[:end].any())
+
+
 @pytest.mark.parametrize(("transposed", "layout"), [(False, "in_out"), (True, "out_in")])
-@pytest.mark.parametrize("changes", [{"descriptors": True}, {"persistent": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{"descriptors": True}, {"persistent": 1}, {"ahead": True}], ids=str)
 def test_variants_are_the_kernels_constants(changes, transposed, layout, monkeypatch):
     monkeypatch.setattr(op, "_grad_gemm_kernel", kernel := Watched())
     layer = make_layer(interleaved=True, transposed=transposed, dtype=torch.float32)
@@ -180,3 +197,4 @@ def test_variants_are_the_kernels_constants(changes, transposed, layout, monkeyp
         grad_gemm(layer.grad_out_TD, h, layer.weights_TK, layer.pools, layer.routing, NEEDS[0])
     assert kernel.constants["LAYOUT"] == (layout if "descriptors" in changes else None)
     assert kernel.constants["PERSISTENT"] == ("persistent" in changes) == (kernel.grid == (3,))
+    assert kernel.constants["AHEAD"] == ("ahead" in changes)

@@ -61,7 +61,7 @@ CHOSEN = {
     # many rows
     ("sm_90", BF16, "gemm", 768, EVEN): (128, 256, 64, 8, 3),
     ("sm_90", BF16, "up", 768, EVEN): (128, 256, 64, 8, 3),
-    ("sm_90", BF16, "grad", 768, EVEN): (128, 128, 128, 8, 3),
+    ("sm_90", BF16, "grad", 768, EVEN): (128, 128, 128, 8, 3, 8, False, 0, True),
     ("sm_100", BF16, "gemm", 768, EVEN): (128, 128, 64, 8, 3),
     ("sm_103", BF16, "up", 768, EVEN): (128, 128, 64, 8, 3),
     ("sm_100", BF16, "grad", 768, EVEN): (128, 128, 64, 8, 3),
@@ -321,8 +321,11 @@ def test_variants_are_those_that_a_gpu_and_an_op_have():
     assert module.variants(replace(plain, num_warps=4), "up", "sm_80")["persistent"].persistent == 2
     grad = module.variants(Tiles(128, 128, 128, 8, 3), "grad", "sm_90")
     assert grad["long turns"] == Tiles(64, 256, 128, 4, 2, descriptors=True)
-    assert grad.keys() == {"descriptors", "long turns", "persistent descriptors"}
-    assert module.variants(plain, "grad", "sm_80") == {}
+    assert grad.keys() == {"H ahead", "descriptors", "long turns", "persistent descriptors"}
+    assert grad["H ahead"].ahead and not grad["descriptors"].ahead
+    ahead = module.variants(grad["H ahead"], "grad", "sm_90")
+    assert not ahead["H later"].ahead and ahead["descriptors"].ahead and not ahead["persistent descriptors"].ahead
+    assert module.variants(plain, "grad", "sm_80") == {"H ahead": replace(plain, ahead=True)}
     assert module.variants(Tiles(16, 64, 64, 4, 3), "grad", "sm_90")["long turns"].block_n == 64
     assert "long turns" not in module.variants(Tiles(128, 128, 128, 8, 3), "grad", "sm_100")
     assert "descriptors" in module.variants(plain, "grad", "interpreter")
