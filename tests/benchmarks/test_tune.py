@@ -23,9 +23,9 @@ def run_all(tasks) -> None:
 
 @pytest.fixture
 def fresh():
-    tiles.tuned.cache_clear()
+    tiles.tuned.cache_clear(), tiles.usual_tiles.cache_clear()
     yield
-    tiles.tuned.cache_clear()
+    tiles.tuned.cache_clear(), tiles.usual_tiles.cache_clear()
 
 
 def test_the_fastest_tiles_are_kept_and_then_used(tmp_path, monkeypatch, fresh):
