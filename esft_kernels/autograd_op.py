@@ -113,52 +113,20 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
+_fitting: set[tuple] = set()  # what ``_looks`` of pools in which no fault was found; layers are of few kinds
+
+
 def _validate(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Routing) -> None:
-    for name, tensor in (("gate_up", pools.trained.gate_up_EGD), ("down", pools.trained.down_EDF)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"trained_{name} must be a stack of matrices, got {found}")
     if not x_TD.is_floating_point():
         raise ValueError(f"x must be of a float dtype, got {x_TD.dtype}")
-    d, f, g = pools.hidden_size, pools.intermediate_size, pools.gate_up_size
-    sizes = {"trained": pools.num_trained, "frozen": pools.num_experts - pools.num_trained}
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}
-    for pool, n in sizes.items():
-        shapes = {"gate_up": (n, g, d), "down": (n, d, f), "gate_up_bias": (n, g), "down_bias": (n, d)}
-        held = getattr(pools, pool)
-        if isinstance(held, QuantizedWeights):
-            _validate_quantized(held, shapes["gate_up"], shapes["down"], x_TD.device)
-            shapes = {name: shape for name, shape in shapes.items() if name.endswith("bias")}
-        tensors = held.tensors()[-len(shapes) :]
-        expected |= {f"{pool}_{name}": (t, shapes[name]) for name, t in zip(shapes, tensors, strict=True)}
-    expected["x"] = (x_TD, (routing.num_tokens, d))
-    if len({tensor is None for name, (tensor, _) in expected.items() if name.endswith("bias")}) > 1:
-        raise ValueError("biases must be given for both projections of both pools, or not at all")
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x_TD.dtype or tensor.device != x_TD.device:
-            raise ValueError(
-                f"{name} must be {x_TD.dtype} on {x_TD.device} like x, got {tensor.dtype} on {tensor.device}"
-            )
-        if name.endswith("bias") and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-        if tensor.device.type != "cpu" and name != "x" and tensor.data_ptr() % ALIGNMENT:
-            raise ValueError(f"{name} must start at a multiple of {ALIGNMENT} bytes, got {tensor.data_ptr():#x}")
-        # The kernels reach into one expert with 32-bit offsets.
-        if sum((size - 1) * stride for size, stride in zip(shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:
-            raise ValueError(f"{name} must hold an expert within 2**31 elements, got strides {tensor.stride()}")
-    if all(sizes.values()) and pools.format == PLAIN:
-        for name in ("gate_up", "down"):
-            trained, frozen = (expected[f"{pool}_{name}"][0] for pool in sizes)
-            if trained is not None and frozen is not None and trained.stride() != frozen.stride():
-                raise ValueError(
-                    f"trained_{name} and frozen_{name} must have the same strides, "
-                    f"got {trained.stride()} and {frozen.stride()}"
-                )
-    if tuple(weights_TK.shape) != tuple(routing.row_TK.shape):
+    looks = _looks(pools, x_TD.dtype, x_TD.device)
+    if looks not in _fitting:
+        _validate_pools(pools, x_TD.dtype, x_TD.device)
+        _fitting.add(looks)
+    if x_TD.shape != (routing.num_tokens, pools.hidden_size):
+        expected = (routing.num_tokens, pools.hidden_size)
+        raise ValueError(f"x must have shape {expected}, got {tuple(x_TD.shape)}")
+    if weights_TK.shape != routing.row_TK.shape:
         raise ValueError(
             f"routing weights must have shape {tuple(routing.row_TK.shape)}, got {tuple(weights_TK.shape)}"
         )
@@ -175,6 +143,61 @@ def _validate(x_TD: Tensor, weights_TK: Tensor, pools: ExpertPools, routing: Rou
             f"routing is for {routing.num_trained} trained of {routing.num_experts} experts, "
             f"the pools hold {pools.num_trained} of {pools.num_experts}"
         )
+
+
+def _looks(pools: ExpertPools, dtype: torch.dtype, device: torch.device) -> tuple:
+    """All that ``_validate_pools`` looks at, for it takes longer than a launch and a step asks in every layer."""
+    frozen, on_cpu = pools.frozen, device.type == "cpu"
+    quantized = (frozen.format, frozen.shape, len(frozen.gate_up)) if isinstance(frozen, QuantizedWeights) else None
+    tensors = (
+        (t.shape, t.stride(), t.dtype, t.device, on_cpu or t.data_ptr() % ALIGNMENT)
+        if isinstance(t, Tensor)
+        else type(t)
+        for t in pools.tensors()
+    )
+    return dtype, device, pools.activation.width, quantized, *tensors
+
+
+def _validate_pools(pools: ExpertPools, dtype: torch.dtype, device: torch.device) -> None:
+    for name, tensor in (("gate_up", pools.trained.gate_up_EGD), ("down", pools.trained.down_EDF)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"trained_{name} must be a stack of matrices, got {found}")
+    d, f, g = pools.hidden_size, pools.intermediate_size, pools.gate_up_size
+    sizes = {"trained": pools.num_trained, "frozen": pools.num_experts - pools.num_trained}
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}
+    for pool, n in sizes.items():
+        shapes = {"gate_up": (n, g, d), "down": (n, d, f), "gate_up_bias": (n, g), "down_bias": (n, d)}
+        held = getattr(pools, pool)
+        if isinstance(held, QuantizedWeights):
+            _validate_quantized(held, shapes["gate_up"], shapes["down"], device)
+            shapes = {name: shape for name, shape in shapes.items() if name.endswith("bias")}
+        tensors = held.tensors()[-len(shapes) :]
+        expected |= {f"{pool}_{name}": (t, shapes[name]) for name, t in zip(shapes, tensors, strict=True)}
+    if len({tensor is None for name, (tensor, _) in expected.items() if name.endswith("bias")}) > 1:
+        raise ValueError("biases must be given for both projections of both pools, or not at all")
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(f"{name} must be {dtype} on {device} like x, got {tensor.dtype} on {tensor.device}")
+        if name.endswith("bias") and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        if device.type != "cpu" and tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(f"{name} must start at a multiple of {ALIGNMENT} bytes, got {tensor.data_ptr():#x}")
+        # The kernels reach into one expert with 32-bit offsets.
+        if sum((size - 1) * stride for size, stride in zip(shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:
+            raise ValueError(f"{name} must hold an expert within 2**31 elements, got strides {tensor.stride()}")
+    if all(sizes.values()) and pools.format == PLAIN:
+        for name in ("gate_up", "down"):
+            trained, frozen = (expected[f"{pool}_{name}"][0] for pool in sizes)
+            if trained is not None and frozen is not None and trained.stride() != frozen.stride():
+                raise ValueError(
+                    f"trained_{name} and frozen_{name} must have the same strides, "
+                    f"got {trained.stride()} and {frozen.stride()}"
+                )
 
 
 def _validate_quantized(

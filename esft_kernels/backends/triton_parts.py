@@ -40,6 +40,10 @@ def parts(pools: ExpertPools, routing: Routing, projection: Projection, first: i
     """All positions from ``first`` on, which is 0 or S, part by part; each is good until the next is asked for."""
     s, offsets, frozen = routing.num_trained, routing.offsets_E1, pools.frozen
 
+    if isinstance(frozen, ExpertWeights) and not first:
+        yield Part(pools, routing, None)
+        return
+
     def part(start: int, end: int, rows: int | None, **changes: ExpertWeights | QuantizedWeights) -> Part:
         here = replace(routing, offsets_E1=offsets[start : end + 1], num_trained=max(s - start, 0))
         return Part(replace(pools, **changes), here, rows)

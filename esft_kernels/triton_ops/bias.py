@@ -13,7 +13,7 @@ from torch import Tensor
 from esft_kernels.pools import ExpertPools
 from esft_kernels.routing import Routing
 from esft_kernels.triton_ops.mainloop import block_of, expert_of, find_row_tile, weight_row
-from esft_kernels.triton_ops.tiles import max_row_tiles
+from esft_kernels.triton_ops.tiles import cdiv, max_row_tiles
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 32, 128
 
@@ -66,7 +66,7 @@ def bias_grad(
     """
     num_trained, columns = offsets_S1.numel() - 1, grad_XC.shape[1]
     out_SC = torch.empty(num_trained, columns, dtype=grad_XC.dtype, device=grad_XC.device)
-    _bias_grad_kernel[(num_trained, triton.cdiv(columns, _BLOCK_COLUMNS))](
+    _bias_grad_kernel[(num_trained, cdiv(columns, _BLOCK_COLUMNS))](
         grad_XC, index_N, weights_TK, slot_N, out_SC, offsets_S1,
         columns, PAIRED=paired, BLOCK_M=_BLOCK_ROWS, BLOCK_N=_BLOCK_COLUMNS,
     )  # fmt: skip

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esft_kernels.triton_ops.tiles import cdiv, next_power_of_2
+
 _MAX_BLOCK = 1024
 _SLOTS = 256  # of a program of ``combine_sums``
 
@@ -41,8 +43,8 @@ def combine(y_TKD: Tensor, row_TK: Tensor, offsets_E1: Tensor) -> Tensor:
     """
     num_tokens, top_k, features = y_TKD.shape
     out_TD = torch.empty(num_tokens, features, dtype=y_TKD.dtype, device=y_TKD.device)
-    block = min(triton.next_power_of_2(features), _MAX_BLOCK)
-    _combine_kernel[(num_tokens, triton.cdiv(features, block))](
+    block = min(next_power_of_2(features), _MAX_BLOCK)
+    _combine_kernel[(num_tokens, cdiv(features, block))](
         y_TKD, row_TK, offsets_E1[-1:], out_TD, features, TOP_K=top_k, BLOCK_D=block
     )
     return out_TD
@@ -81,7 +83,7 @@ def combine_sums(
     """
     out_TK = torch.empty(row_TK.shape, dtype=dtype, device=sums_NX.device)
     num_slots = row_TK.numel()
-    _combine_sums_kernel[(triton.cdiv(num_slots, _SLOTS),)](
+    _combine_sums_kernel[(cdiv(num_slots, _SLOTS),)](
         sums_NX.T, more_N, row_TK, offsets_E1[-1:], out_TK, sums_NX.shape[0], num_slots, sums_NX.shape[1],
         BLOCK_N=_SLOTS,
     )  # fmt: skip

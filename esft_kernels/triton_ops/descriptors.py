@@ -106,9 +106,12 @@ def aligned(tensor: Tensor) -> bool:
     return last == 1 and all(place % ALIGNMENT == 0 for place in places)
 
 
-def launch(kernel: Callable[..., object], *args: object, **options: object) -> None:
-    """Launch a kernel with memory at hand for its descriptors; the allocator of the caller's own kernels stays."""
-    copy_context().run(_launch, kernel, args, options)
+def launch(kernel: Callable[..., object], descriptors: bool, *args: object, **options: object) -> None:
+    """Launch a kernel, with memory at hand for its descriptors; the allocator of the caller's own kernels stays."""
+    if descriptors:
+        copy_context().run(_launch, kernel, args, options)
+    else:
+        kernel(*args, **options)
 
 
 def _launch(kernel: Callable[..., object], args: tuple, options: dict) -> None:

@@ -27,7 +27,7 @@ from esft_kernels.triton_ops.mainloop import (
     row_offsets,
     wide,
 )
-from esft_kernels.triton_ops.tiles import max_row_tiles, programs_for, tiles_for
+from esft_kernels.triton_ops.tiles import cdiv, max_row_tiles, programs_for, tiles_for
 
 PIECE = tl.constexpr(16)  # columns that are finished together
 
@@ -248,7 +248,7 @@ def grad_gemm(
         rows_per_expert = num_rows // max(positions, 1)
     frozen = stack(pools.frozen, "down").mT
     tiles = tiles_for(h_NG, "grad", rows_per_expert, (features, hidden), isinstance(frozen, Coded))
-    n_tiles = triton.cdiv(features, tiles.block_n)
+    n_tiles = cdiv(features, tiles.block_n)
     if results is None:
         sums_XN = h_NG.new_empty(n_tiles, num_rows, dtype=torch.float32) if needs.weights else None
         results = (
@@ -259,7 +259,7 @@ def grad_gemm(
     pointers, strides, coding = weight_operands(pools.trained.down_EDF[:trained].mT, frozen, tiles.descriptors)
     count = max_row_tiles(num_rows, positions, tiles.block_m) * n_tiles
     launch(
-        _grad_gemm_kernel[(programs_for(h_NG, tiles, count),)],
+        _grad_gemm_kernel[(programs_for(h_NG, tiles, count),)], tiles.descriptors,
         grad_out_TD, routing.token_N, routing.slot_N, weights_TK, *pointers, h_NG, *results, routing.offsets_E1,
         *strides, hidden, features, num_rows, positions, trained, everyone if needs.x else trained,
         **constants(pools.activation), **coding, PERSISTENT=tiles.persistent > 0, AHEAD=tiles.ahead,

@@ -24,7 +24,7 @@ from esft_kernels.triton_ops.mainloop import (
     row_offsets,
     weight_row,
 )
-from esft_kernels.triton_ops.tiles import max_row_tiles, programs_for, tiles_for
+from esft_kernels.triton_ops.tiles import cdiv, max_row_tiles, programs_for, tiles_for
 
 
 @triton.jit
@@ -152,9 +152,9 @@ def grouped_gemm(
         rows_per_expert = num_rows // max(num_positions, 1)
     tiles = tiles_for(rows_NI, "gemm", rows_per_expert, (out_features, in_features), isinstance(frozen_ROI, Coded))
     pointers, strides, coding = weight_operands(trained_SOI, frozen_ROI, tiles.descriptors, "in" if paired else None)
-    count = max_row_tiles(num_rows, num_positions, tiles.block_m) * triton.cdiv(out_features, tiles.block_n)
+    count = max_row_tiles(num_rows, num_positions, tiles.block_m) * cdiv(out_features, tiles.block_n)
     launch(
-        _grouped_gemm_kernel[(programs_for(rows_NI, tiles, count),)],
+        _grouped_gemm_kernel[(programs_for(rows_NI, tiles, count),)], tiles.descriptors,
         rows_NI, slot_N, weights_TK, *pointers, *biases, out_NO, offsets_P1,
         *strides, in_features, out_features, num_positions, num_trained, **coding,
         PAIRED=paired, ROW_TILES=coding["LAYOUT"] is not None and aligned(rows_NI), PERSISTENT=tiles.persistent > 0,

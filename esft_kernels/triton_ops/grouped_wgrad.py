@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esft_kernels.triton_ops.descriptors import aligned, launch, rows_descriptor
 from esft_kernels.triton_ops.mainloop import dot, precision, row_offsets, weight_row, wide
-from esft_kernels.triton_ops.tiles import splits_for, tiles_for
+from esft_kernels.triton_ops.tiles import cdiv, splits_for, tiles_for
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def grouped_wgrad(
     num_trained, out_features, in_features = like_SOI.shape
     # The rows per trained expert are known to the device only, and not asked for.
     tiles = tiles_for(rows_YI, "wgrad", 0, (out_features, in_features))
-    m_tiles, n_tiles = triton.cdiv(out_features, tiles.block_m), triton.cdiv(in_features, tiles.block_n)
+    m_tiles, n_tiles = cdiv(out_features, tiles.block_m), cdiv(in_features, tiles.block_n)
     programs = num_trained * m_tiles * n_tiles
     grad_SOI = torch.empty_like(like_SOI)
     splits = splits_for(rows_YI, programs)
@@ -150,7 +150,7 @@ def grouped_wgrad(
     grad_tiles = tiles.descriptors and grad_index_N is None and aligned(grad_rows_XO)
     row_tiles = tiles.descriptors and rows_index_N is None and aligned(rows_YI)
     launch(
-        _grouped_wgrad_kernel[(programs, splits)],
+        _grouped_wgrad_kernel[(programs, splits)], tiles.descriptors,
         grad_rows_XO, grad_index_N, rows_YI, rows_index_N, out, offsets_S1,
         out.stride(0) if splits > 1 else 0, *out.stride()[-3:], out_features, in_features,
         PAIRED=paired, PRECISION=precision(rows_YI), EVEN_M=out_features % tiles.block_m == 0,

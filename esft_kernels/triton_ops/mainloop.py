@@ -193,4 +193,4 @@ def block_of(count: int) -> int:
 
     A program reads that many offsets once, 2 KB, before the hundreds of KB of its main loop.
     """
-    return 1 << (max(count, 256) - 1).bit_length()
+    return tiles.next_power_of_2(max(count, 256))

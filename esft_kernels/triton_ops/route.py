@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from esft_kernels.routing import Routing
+from esft_kernels.triton_ops.tiles import cdiv, next_power_of_2
 
 _SHARES = 128  # programs at most: each reads all counts
 _WORK = 4096  # elements of a block of slots by positions
@@ -120,10 +121,10 @@ def route(
     num_slots = num_tokens * top_k
     if num_slots >= 2**31:
         raise ValueError(f"a batch must have fewer than 2**31 rows, got {num_slots:,}")
-    block_p = triton.next_power_of_2(num_positions + 1)
+    block_p = next_power_of_2(num_positions + 1)
     block_n = max(16, min(_WORK // block_p, 256))
-    share = triton.cdiv(triton.cdiv(num_slots, block_n), _SHARES) * block_n
-    shares = triton.cdiv(num_slots, share) if num_slots else 1
+    share = cdiv(cdiv(num_slots, block_n), _SHARES) * block_n
+    shares = cdiv(num_slots, share) if num_slots else 1
     index_N, position = top_k_index_TK.contiguous(), position.contiguous()
     counts = index_N.new_empty(shares, block_p, dtype=torch.int32)
     token_N, slot_N, row_TK = (
@@ -135,6 +136,6 @@ def route(
     _count_kernel[(shares,)](*where, num_slots, share, position.shape[-1], num_positions, **sizes)
     _place_kernel[(shares,)](
         *where, token_N, slot_N, row_TK, offsets_P1, num_slots, share, shares, position.shape[-1], num_positions,
-        **sizes, BLOCK_B=max(1, min(_WORK // block_p, triton.next_power_of_2(shares))),
+        **sizes, BLOCK_B=max(1, min(_WORK // block_p, next_power_of_2(shares))),
     )  # fmt: skip
     return Routing(token_N, slot_N, row_TK, offsets_P1, num_trained, elsewhere)

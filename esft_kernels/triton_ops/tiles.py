@@ -84,13 +84,18 @@ def tiles_for(tensor: Tensor, op: Op, rows_per_expert: int, features: tuple[int,
 
     ``decodes``: for weights that are decoded as they are loaded, see ``decoding``.
     """
-    arch = device_arch(tensor.device)
-    if _chooser is not None:
-        found = _chooser(arch, tensor.dtype, op, rows_per_expert, features)
-    else:
-        key = tile_key(arch, tensor.dtype, op, rows_per_expert, features)
-        found = tuned(tensor.device).get(key) or choose_tiles(arch, tensor.dtype, op, rows_per_expert, features)
+    question = device_arch(tensor.device), tensor.dtype, op, rows_per_expert, features
+    found = usual_tiles(tensor.device, *question) if _chooser is None else _chooser(*question)
     return decoding(found, tensor.dtype) if decodes else found
+
+
+@cache  # a step asks six times a layer, and with few tokens the host's time is the step's
+def usual_tiles(
+    device: torch.device, arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]
+) -> Tiles:
+    """Tiles of a device outside of ``chosen_by``."""
+    key = tile_key(arch, dtype, op, rows_per_expert, features)
+    return tuned(device).get(key) or choose_tiles(arch, dtype, op, rows_per_expert, features)
 
 
 def decoding(tiles: Tiles, dtype: torch.dtype) -> Tiles:
@@ -250,6 +255,16 @@ def choose_splits(arch: str, programs: int) -> int:
     if arch == "interpreter":
         return 1 if programs > 8 else 2  # both ways for the tests
     return max(1, min(8, PROCESSORS.get(arch, 128) // max(programs, 1)))
+
+
+def cdiv(count: int, block: int) -> int:
+    """How many blocks hold ``count``. Triton's own is for kernels, and takes the host ten times as long."""
+    return -(-count // block)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is not below a positive ``count``."""
+    return 1 << (count - 1).bit_length()
 
 
 def max_row_tiles(num_rows: int, num_positions: int, block_m: int) -> int:

@@ -25,7 +25,7 @@ from esft_kernels.triton_ops.mainloop import (
     weight_row,
     wide,
 )
-from esft_kernels.triton_ops.tiles import max_row_tiles, programs_for, tiles_for
+from esft_kernels.triton_ops.tiles import cdiv, max_row_tiles, programs_for, tiles_for
 
 PIECE = tl.constexpr(32)  # columns that are finished together
 
@@ -190,9 +190,9 @@ def up_gemm(
     pointers, strides, coding = weight_operands(
         pools.trained.gate_up_EGD[:num_trained], frozen, tiles.descriptors, "out" if paired else None
     )
-    count = max_row_tiles(num_rows, num_positions, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
+    count = max_row_tiles(num_rows, num_positions, tiles.block_m) * cdiv(columns, tiles.block_n)
     launch(
-        _up_gemm_kernel[(programs_for(x_TD, tiles, count),)],
+        _up_gemm_kernel[(programs_for(x_TD, tiles, count),)], tiles.descriptors,
         x_TD, token_N, *pointers, pools.trained.gate_up_bias_EG, pools.frozen.gate_up_bias_EG, h_XG, a_NF, offsets_P1,
         *strides, hidden, pools.intermediate_size, num_positions, num_trained,
         0 if h_XG is None else h_XG.shape[0],

@@ -18,9 +18,9 @@ OTHER = Tiles(16, 64, 32, 4, 1)
 
 @pytest.fixture
 def fresh():
-    tiles.tuned.cache_clear()
+    tiles.tuned.cache_clear(), tiles.usual_tiles.cache_clear()
     yield
-    tiles.tuned.cache_clear()
+    tiles.tuned.cache_clear(), tiles.usual_tiles.cache_clear()
 
 
 def timed(monkeypatch, *ratios: float) -> list[int]:

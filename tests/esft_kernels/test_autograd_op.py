@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from esft_kernels import autograd_op
 from esft_kernels.autograd_op import RECOMPUTE, aligned, expert_mlp
 from esft_kernels.backend import Needs
 from esft_kernels.backends import reference
@@ -445,6 +446,22 @@ def test_the_routing_is_for_these_pools():
     refused(other, "^routing is for 1 trained of 6 experts, the pools hold 2 of 6$")
     other = (x, weights, pools, replace(routing, offsets_E1=torch.cat([routing.offsets_E1, routing.offsets_E1[-1:]])))
     refused(other, "^routing is for 2 trained of 7 experts, the pools hold 2 of 6$")
+
+
+def test_pools_that_fit_are_looked_over_once_and_again_when_they_change(monkeypatch):
+    x, weights, pools, routing = arguments(format="int8")
+    looked, look = [], autograd_op._validate_pools
+    monkeypatch.setattr(autograd_op, "_fitting", set())
+    monkeypatch.setattr(autograd_op, "_validate_pools", lambda *found: looked.append(found) or look(*found))
+    for _ in range(2):
+        assert expert_mlp(x, weights, pools, routing).shape == (5, 8)
+    assert len(looked) == 1
+    pools.trained.down_EDF.data = pools.trained.down_EDF.double()
+    refused(
+        (x, weights, pools, routing), "^trained_down must be torch.float32 on cpu like x, got torch.float64 on cpu$"
+    )
+    pools.trained.down_EDF.data = pools.trained.down_EDF.float()
+    refused((x.double(), weights, pools, routing), "must be torch.float64 on cpu like x, got torch.float32 on cpu$")
 
 
 def test_settings_that_do_not_exist_are_refused():

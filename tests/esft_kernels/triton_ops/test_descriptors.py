@@ -106,11 +106,17 @@ def test_a_launch_has_memory_for_descriptors_in_any_thread_and_leaves_the_caller
         seen.append((args, options, _allocation._allocator.get()(128, 16, None)))
 
     before = _allocation._allocator.get()
-    launch(kernel, 1, 2, BLOCK=3)
-    thread = threading.Thread(target=launch, args=(kernel, 1, 2), kwargs={"BLOCK": 3})  # as autograd's
+    launch(kernel, True, 1, 2, BLOCK=3)
+    thread = threading.Thread(target=launch, args=(kernel, True, 1, 2), kwargs={"BLOCK": 3})  # as autograd's
     thread.start()
     thread.join()
     assert seen == [((1, 2), {"BLOCK": 3}, "memory")] * 2
     assert asked == [(128, {"dtype": torch.int8, "device": "cuda"})] * 2
     assert _allocation._allocator.get() is before
     assert descriptors.ALIGNMENT == 16
+
+
+def test_a_launch_without_descriptors_leaves_even_its_own_context_alone():
+    seen = []
+    launch(lambda *args, **options: seen.append((args, options, _allocation._allocator.get())), False, 1, 2, BLOCK=3)
+    assert seen == [((1, 2), {"BLOCK": 3}, _allocation._allocator.get())]

@@ -130,9 +130,9 @@ def test_a_launch_is_told_of_every_size():
 @pytest.fixture
 def fresh():
     """Nothing is remembered of files and devices, before and after."""
-    module.tuned.cache_clear(), device_arch.cache_clear()
+    module.tuned.cache_clear(), module.usual_tiles.cache_clear(), device_arch.cache_clear()
     yield
-    module.tuned.cache_clear(), device_arch.cache_clear()
+    module.tuned.cache_clear(), module.usual_tiles.cache_clear(), device_arch.cache_clear()
 
 
 def test_cpu_tensors_are_interpreted():
@@ -226,6 +226,30 @@ def test_a_file_that_holds_no_tiles_is_named(text, tmp_path, monkeypatch, fresh)
     monkeypatch.setenv("ESFT_TILES", str(path))
     with pytest.raises(ValueError, match=r"^ESFT_TILES=.*/mine.json: not a file of tuned tiles \(.+\)$"):
         module.tuned(torch.device("cpu"))
+
+
+def test_a_kernels_tiles_are_looked_up_once(fresh, monkeypatch):
+    tensor, asked, odd = torch.empty(1), [], Tiles(16, 32, 48, 4, 1)
+    kept = {tile_key("interpreter", torch.float32, "grad", 5, (48, 32)): odd}
+    monkeypatch.setattr(module, "tuned", lambda device: asked.append(device) or kept)
+    for _ in range(2):
+        assert module.tiles_for(tensor, "grad", 5, (48, 32)) is odd
+        assert module.tiles_for(tensor, "up", 5, (48, 32)) == choose_tiles(
+            "interpreter", torch.float32, "up", 5, (48, 32)
+        )
+        assert module.tiles_for(tensor, "up", 5, (48, 32), True).num_stages <= 2
+    assert asked == [tensor.device] * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "block", "blocks"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (7, 1, 7)]
+)
+def test_blocks_hold_all(count, block, blocks):
+    assert module.cdiv(count, block) == blocks
+
+
+def test_a_power_of_two_is_not_below():
+    assert [module.next_power_of_2(count) for count in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
 
 
 @pytest.mark.parametrize("block_m", [1, 4, 16])
