@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil
 from operator import attrgetter
 from unittest.mock import patch
 
@@ -59,7 +60,8 @@ MODELS = SHAPES | {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 LAYOUTS = (PLAIN, "int8", "nf4", "fp8", "mxfp4")  # nf4_double is nf4 to the kernels
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-ROWS_PER_EXPERT = (8, 128, 1024)  # between them they meet every tile that a model can get
+# Between them they meet every tile that a model can get. With less than one, loads decode the weights.
+ROWS_PER_EXPERT = (0.5, 8, 128, 1024)
 VARIANTS = (
     "chosen",
     *dict.fromkeys(name for op in ("gemm", "grad") for name in variants(Tiles(64, 64, 64, 8, 2), op, "sm_90")),
@@ -202,7 +204,7 @@ def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN) -> No
     frozen = pool(shape.experts - s) if format == PLAIN else quantized(shape.experts - s)
     pools = ExpertPools(pool(s), frozen, shape.activation, shape.gpt_oss_layout)
     k = shape.top_k
-    for t in (*(-(-rows * shape.experts // k) for rows in ROWS_PER_EXPERT), MANY_TOKENS):
+    for t in (*(ceil(rows * shape.experts / k) for rows in ROWS_PER_EXPERT), MANY_TOKENS):
         index, position = meta(t, k, dtype=torch.int64), meta(shape.experts, dtype=torch.int64)
         adapters = meta(t, dtype=torch.int64)
         triton_backend.route(index, position.view(1, -1), s, False, shape.experts, adapters)

@@ -106,11 +106,10 @@ def quantized_backend(request, monkeypatch) -> str:
     name, *first = request.param.split(",")
     if name == "triton":
         pytest.importorskip("triton")
-        if first:
-            from esft_kernels.backends import triton_parts as parts
+        from esft_kernels.backends import triton_parts as parts
 
-            monkeypatch.setattr(parts, "FEW_ROWS", -1)
-            monkeypatch.setattr(parts, "SCRATCH", 4 * 2 * 72 * 80)  # two experts of the usual layer
+        monkeypatch.setattr(parts, "FEW_ROWS", -1 if first else 1000)
+        monkeypatch.setattr(parts, "SCRATCH", 4 * 2 * 72 * 80)  # two experts of the usual layer
     return name
 
 

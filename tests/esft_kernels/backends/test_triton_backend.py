@@ -160,9 +160,8 @@ def test_the_prefix_alone(case):
 
 @pytest.fixture(params=["decoded in the loads", "decoded first"])
 def way(request, monkeypatch):
-    if request.param == "decoded first":
-        monkeypatch.setattr(parts, "FEW_ROWS", -1)
-        monkeypatch.setattr(parts, "SCRATCH", 4 * 400 * 3)  # three experts of one matrix of the small layer, some times
+    monkeypatch.setattr(parts, "FEW_ROWS", -1 if request.param == "decoded first" else 1000)
+    monkeypatch.setattr(parts, "SCRATCH", 4 * 400 * 3)  # three experts of one matrix of the small layer, some times
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -13,13 +13,13 @@ from esft_kernels.routing import Routing, route
 S, R, D, F = 2, 5, 12, 7
 
 
-def layer(name: str = "int8", trained: int = S, frozen: int = R) -> tuple[ExpertPools, Routing]:
+def layer(name: str = "int8", trained: int = S, frozen: int = R, tokens: int = 21) -> tuple[ExpertPools, Routing]:
     def weights(n: int) -> ExpertWeights:
         return ExpertWeights(torch.randn(n, 2 * F, D), torch.randn(n, D, F), torch.randn(n, 2 * F), torch.randn(n, D))
 
     held = weights(frozen) if name == "plain" else quantize(weights(frozen), name)
     experts = trained + frozen
-    routing = route(torch.randint(experts, (21, 1)), torch.arange(experts), trained)
+    routing = route(torch.randint(experts, (tokens, 1)), torch.arange(experts), trained)
     return ExpertPools(weights(trained), held), routing
 
 
@@ -32,7 +32,8 @@ def test_plain_pools_are_one_part():
     assert part.routing.num_trained == 0 and torch.equal(part.routing.offsets_E1, routing.offsets_E1[S:])
 
 
-def test_with_few_rows_the_frozen_experts_are_one_part_in_their_format():
+def test_with_few_rows_the_frozen_experts_are_one_part_in_their_format(monkeypatch):
+    monkeypatch.setattr(module, "FEW_ROWS", 3)
     pools, routing = layer()
     trained, frozen = parts(pools, routing, "down")
     assert trained.routing.num_trained == S and torch.equal(trained.routing.offsets_E1, routing.offsets_E1[: S + 1])
@@ -43,12 +44,10 @@ def test_with_few_rows_the_frozen_experts_are_one_part_in_their_format():
     assert trained.routing.token_N is routing.token_N
 
 
-@pytest.mark.parametrize(("rows", "first"), [(2, False), (3, True)])
-def test_few_is_up_to_a_limit(rows, first, monkeypatch):
-    monkeypatch.setattr(module, "FEW_ROWS", rows)
-    pools, routing = layer()  # three rows an expert
-    *_, last = parts(pools, routing, "down")
-    assert isinstance(last.pools.frozen, QuantizedWeights) == first
+@pytest.mark.parametrize(("tokens", "in_loads"), [(S + R - 1, True), (S + R, False)])
+def test_few_are_fewer_rows_than_experts(tokens, in_loads):
+    *_, last = parts(*layer(tokens=tokens), "down")
+    assert isinstance(last.pools.frozen, QuantizedWeights) == in_loads
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -57,7 +56,6 @@ def test_few_is_up_to_a_limit(rows, first, monkeypatch):
 def test_with_many_rows_they_are_decoded_some_at_a_time_into_one_scratch(name, projection, experts, monkeypatch):
     pools, routing = layer(name)
     size = {"gate_up": 2 * F * D, "down": D * F}[projection] * 4
-    monkeypatch.setattr(module, "FEW_ROWS", 0)
     monkeypatch.setattr(module, "SCRATCH", size * experts + 3)
     assert isinstance(pools.frozen, QuantizedWeights)
     plain = dequantize(pools.frozen, torch.float32)
@@ -95,7 +93,6 @@ def test_pools_without_experts_are_no_part(few_rows, monkeypatch):
 
 
 def test_a_scratch_holds_one_expert_at_least(monkeypatch):
-    monkeypatch.setattr(module, "FEW_ROWS", 0)
     monkeypatch.setattr(module, "SCRATCH", 1)
     pools, routing = layer()
     assert len(list(parts(pools, replace(routing), "down"))) == 1 + R

@@ -5,13 +5,14 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from esft_kernels.formats import fp8
+from esft_kernels.formats import fp8, mxfp4
 from esft_kernels.formats.resolve import FORMATS
 from esft_kernels.pools import ExpertWeights, dequantize, quantize
-from esft_kernels.triton_ops.decode import coded, decode, e4m3, e8m0, load_weight, stack, weight_operands
+from esft_kernels.triton_ops.decode import coded, decode, e2m1, e4m3, e8m0, load_weight, stack, weight_operands
 from tests.esft_kernels.bounds import check_bounds, poison_masked
 
-SIZES = [(24, 67, 12), (20, 64, 128), (260, 130, 130)]  # G, D, F
+# G, D, F: less than a block; whole blocks, in a part of a tile; rows that end in one; tiles, whose last is not whole.
+SIZES = [(24, 67, 12), (20, 64, 128), (260, 130, 130), (74, 256, 32)]
 
 
 def pool(size: tuple[int, int, int], name: str, experts: int = 3):
@@ -38,16 +39,25 @@ def test_the_scratch_holds_the_formats_own_weights(name, size, first, monkeypatc
 def _values(codes_ptr, out_ptr, KIND: tl.constexpr):
     n = tl.arange(0, 256)
     code = tl.load(codes_ptr + n)
-    tl.store(out_ptr + n, e4m3(code) if KIND == "e4m3" else e8m0(code))
+    if KIND == "e4m3":
+        value = e4m3(code)
+    elif KIND == "e8m0":
+        value = e8m0(code)
+    else:
+        value = e2m1(code.to(tl.int32) << 28)  # the low bits alone
+    tl.store(out_ptr + n, value)
 
 
-def test_every_float_of_8_bits_has_its_value():
+def test_every_float_of_few_bits_has_its_value():
     codes, out = torch.arange(256, dtype=torch.uint8), torch.empty(256)
     _values[(1,)](codes, out, KIND="e4m3")
     assert torch.equal(out.nan_to_num(1e9), torch.tensor(fp8.VALUES).nan_to_num(1e9))
     assert out[128].signbit() and not out[0].signbit()  # zeros have a sign
     _values[(1,)](codes, out, KIND="e8m0")
     assert torch.equal(out[:255].double(), 2.0 ** (torch.arange(255, dtype=torch.float64) - 127))
+    _values[(1,)](codes, out, KIND="e2m1")
+    expected = torch.tensor(mxfp4.VALUES).repeat(16)
+    assert torch.equal(out, expected) and torch.equal(out.signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -57,7 +67,7 @@ def test_a_coded_stack_is_the_pools_own_memory(name):
     assert found.codes.data_ptr() == quantized.down[0].data_ptr()
     assert found.codes.dtype == (torch.int8 if name == "int8" else torch.uint8)
     assert found.columns == 12 and not found.transposed and found.mT.transposed and found.mT.mT == found
-    assert (found.values is None) == (name in ("int8", "fp8"))
+    assert (found.values is None) == (name not in ("nf4", "nf4_double"))
     if name != "nf4_double":
         assert found.scales.data_ptr() == quantized.down[1].data_ptr()
     else:
