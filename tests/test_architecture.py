@@ -13,7 +13,7 @@ ESFT = (
     "experts moe scoring checkpoint swapping adapters runs evaluation reporting optimizer planning training cli "
     "__main__"
 ).split()
-KERNELS = "activation routing formats pools backend triton_ops backends autograd_op compiled_op".split()
+KERNELS = "activation routing formats pools backend triton_ops backends autograd_op compiled_op adamw".split()
 MOST_LINES = {"esft": 300, "esft_kernels": 300, "benchmarks": 500, "tools": 500, "tests": 500, "examples": 500}
 MOST_FILES = 12
 

@@ -33,12 +33,16 @@ from unittest.mock import patch
 
 import torch
 import triton
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import SHAPES, LayerShape
+from esft.optimizer.masters import master_type
+from esft.optimizer.moments import FloatMoments
 from esft_kernels.activation import Activation
+from esft_kernels.adamw import adamw_step
 from esft_kernels.backend import Needs
 from esft_kernels.backends import triton_backend
 from esft_kernels.formats.resolve import FORMATS
@@ -203,6 +207,9 @@ def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN) -> No
     s = max(shape.experts // 8, 2)
     frozen = pool(shape.experts - s) if format == PLAIN else quantized(shape.experts - s)
     pools = ExpertPools(pool(s), frozen, shape.activation, shape.gpt_oss_layout)
+    for weight in pools.trained.tensors():
+        if weight is not None:
+            launch_update(weight.numel(), dtype)
     k = shape.top_k
     for t in (*(ceil(rows * shape.experts / k) for rows in ROWS_PER_EXPERT), MANY_TOKENS):
         index, position = meta(t, k, dtype=torch.int64), meta(shape.experts, dtype=torch.int64)
@@ -216,6 +223,15 @@ def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN) -> No
         for needs in (Needs(True, True, True), Needs(True, True, False), Needs(True, False, True),
                       Needs(False, True, True), Needs(False, False, True)):  # fmt: skip
             triton_backend.backward(x, x, h, weights, pools, routing, needs)
+
+
+def launch_update(count: int, dtype: torch.dtype) -> None:
+    """The launch that steps a parameter of so many elements, with its master."""
+    weight = torch.empty(count, dtype=dtype, device="meta")
+    adamw_step(
+        *master_type(dtype)(nn.Parameter(weight)).parts(slice(None)), weight, *FloatMoments(weight).read(slice(None)),
+        torch.empty((), device="meta"), 1, lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8,
+    )  # fmt: skip
 
 
 def programs_at_once(target: str, registers: int, shared: int, warps: int) -> int:

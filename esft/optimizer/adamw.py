@@ -1,9 +1,15 @@
-"""AdamW over the masters of the trained tensors, in pieces: a step makes no copy of a whole tensor."""
+"""AdamW over the masters of the trained tensors, in pieces: a step makes no copy of a whole tensor.
+
+On a GPU, where everything is bounded by memory traffic, a kernel steps master, parameter and moments in one pass.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +22,7 @@ from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.config import TrainConfig
 
 PIECE = 1 << 20  # elements that are stepped together, a multiple of the moments' block
-GPU_PIECE = 1 << 23  # there the launches for a small one take longer than what they do
+GPU_PIECE = 1 << 24  # there the launches for a small one take longer than what they do
 _EPSILON = 1e-6  # beside the norm when it is clipped, as in ``torch.nn.utils.clip_grad_norm_``
 
 
@@ -63,7 +69,8 @@ class MasterAdamW:
         """
         norms: dict[bool, list[Tensor]] = {False: [], True: []}
         for name, span in (part for group in self._groups() for part in group):
-            norms[name in self.dealt].append(torch.linalg.vector_norm(self._gradient(name, span)))
+            gradient = self._gradient(name, span)
+            norms[name in self.dealt].append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
         norm = _norm(norms[False])
         if self.dealt:
             everywhere = self.ranks.sum(_norm(norms[True]).double().cpu().square()).sqrt()
@@ -100,11 +107,11 @@ class MasterAdamW:
             yield group
 
     def _gradient(self, name: str, span: slice, buffer: Tensor | None = None) -> Tensor:
-        """Float32 [n]: the gradient's own memory, or the buffer, filled."""
+        """[n], as a step takes it. Where no kernel does, float32: the gradient's own memory, or the buffer, filled."""
         p = self.params[name]
         assert p.grad is not None
         gradient = p.grad.reshape(-1)[span]
-        if gradient.dtype == torch.float32:
+        if gradient.dtype == torch.float32 or kernel_on(p.device):
             return gradient
         buffer = self._buffer(p.device)[0, : gradient.numel()] if buffer is None else buffer
         return buffer.copy_(gradient)
@@ -117,26 +124,38 @@ class MasterAdamW:
 
     def _update(self, group: list[tuple[str, slice]], shrink: Tensor, lr: float) -> None:
         device = self.params[group[0][0]].device
-        buffer, shrink, done, filled = self._buffer(device), shrink.to(device), [], 0
+        config, shrink = self.config, shrink.to(device)
+        settings = {
+            "lr": lr, "beta1": config.beta1, "beta2": config.beta2, "weight_decay": config.weight_decay, "eps": 1e-8
+        }  # fmt: skip
+        if kernel := kernel_on(device):
+            for name, span in group:
+                moments = self.moments[name].read(span)
+                weight, beside = self.masters[name].parts(span)
+                kernel(weight, beside, self._gradient(name, span), *moments, shrink, self.steps[name], **settings)
+                self.moments[name].write(span, *moments)
+        else:
+            self._update_by_passes(group, shrink, settings)
+        for name, span in group:
+            if span.stop == self.params[name].numel():
+                self.params[name].grad = None
+
+    def _update_by_passes(self, group: list[tuple[str, slice]], shrink: Tensor, settings: dict[str, float]) -> None:
+        """What the kernel does, in PyTorch."""
+        buffer, done, filled = self._buffer(shrink.device), [], 0
         for name, span in group:
             end = filled + span.stop - span.start
             first, second = buffer[:, filled:end]
             filled = end
             gradient = self._gradient(name, span, first).mul_(shrink)
             # A count for each piece, as the update counts on.
-            count = torch.full((), self.steps[name] - 1.0, device=device)
+            count = torch.full((), self.steps[name] - 1.0, device=shrink.device)
             done.append((self.masters[name].read(span, second), gradient, *self.moments[name].read(span), count))
         masters, gradients, means, squares, counts = (list(column) for column in zip(*done, strict=True))
-        config = self.config
-        adamw(
-            masters, gradients, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, lr=lr,
-            beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay, eps=1e-8,
-        )  # fmt: skip
+        adamw(masters, gradients, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, **settings)
         for (name, span), (master, _, mean, square, _) in zip(group, done, strict=True):
             self.moments[name].write(span, mean, square)
             self.masters[name].write(span, master)
-            if span.stop == self.params[name].numel():
-                self.params[name].grad = None
 
     def gradients_are_finite(self) -> bool:
         """Whether those that have been added up are numbers so far."""
@@ -190,6 +209,14 @@ class MasterAdamW:
                 raise InputError(f"tensor {name} is {found}, not {wanted}")
             if not tensor.isfinite().all():
                 raise InputError(f"tensor {name} holds values that are not finite")
+
+
+@cache
+def kernel_on(device: torch.device) -> Callable[..., None] | None:
+    """``adamw_step`` of ``esft_kernels.adamw`` where it is for tensors of this device."""
+    if device.type != "cuda" or not find_spec("triton"):
+        return None
+    return import_module("esft_kernels.adamw").adamw_step
 
 
 def _piece(device: torch.device) -> int:

@@ -25,6 +25,10 @@ class Master(Protocol):
         """Take over what ``read`` gave and a step has changed; the parameter follows. Spoils the values."""
         ...
 
+    def parts(self, span: slice) -> tuple[Tensor, Tensor | None]:
+        """The parameter's elements [n], and what the master has beside them: ``esft_kernels.adamw`` steps both."""
+        ...
+
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, by names for files, each in the parameter's shape; no copies."""
         ...
@@ -53,6 +57,9 @@ class Whole:
     def write(self, span: slice, values: Tensor) -> None:
         if self.is_copy:
             self.parameter.view(-1)[span] = values
+
+    def parts(self, span: slice) -> tuple[Tensor, Tensor | None]:
+        return self.parameter.view(-1)[span], self.values.view(-1)[span] if self.is_copy else None
 
     def tensors(self) -> dict[str, Tensor]:
         return {"master": self.values}
@@ -87,6 +94,9 @@ class Split:
         bits = values.view(torch.int32)
         self.low_bits.view(-1)[span] = bits  # the lower half: 0x8000 and above becomes negative
         self._high_bits[span] = bits.add_(0x8000).bitwise_right_shift_(16)
+
+    def parts(self, span: slice) -> tuple[Tensor, Tensor | None]:
+        return self.parameter.view(-1)[span], self.low_bits.view(-1)[span]
 
     @property
     def _high_bits(self) -> Tensor:

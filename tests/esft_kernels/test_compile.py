@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from tools.compile_kernels import TARGETS, Row, main
 from tools.sass import Loop, main_loop
 
-KERNELS = ("up_gemm", "grouped_gemm", "grad_gemm", "grouped_wgrad", "combine")
+KERNELS = ("up_gemm", "grouped_gemm", "grad_gemm", "grouped_wgrad", "combine", "adamw")
 # A grad_gemm tile whose accumulator and H do not fit the registers of four warps.
 SPILLING = """
 import sys

@@ -100,3 +100,22 @@ def test_a_split_master_is_made_of_a_whole_one_which_stays_as_it_is():
     master.load({"master": given})
     assert torch.equal(values_of(master).view(SHAPE), values) and torch.equal(given, values)
     assert torch.equal(weight.detach(), values.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_masters_parts_are_its_own_memory_and_all_that_it_is(dtype: torch.dtype):
+    weight = parameter(dtype)
+    master, span = master_type(dtype)(weight), slice(4, 11)
+    step(master, ALL, torch.randn(15))
+    part, beside = master.parts(span)
+    assert part.data_ptr() == weight[0, 4:].data_ptr() and len(part) == 7
+    if beside is None:
+        whole = part
+    elif beside.dtype == torch.int16:
+        whole = ((part.view(torch.int16).int() << 16) + beside).view(torch.float32)
+    else:
+        whole = beside
+    assert torch.equal(whole, values_of(master, span))
+    for each in (part, beside) if beside is not None else (part,):
+        each.zero_()
+    assert not values_of(master, span).any() and values_of(master)[11:].all()
