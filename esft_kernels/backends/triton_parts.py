@@ -18,7 +18,7 @@ from esft_kernels.routing import Routing
 from esft_kernels.triton_ops.decode import decode
 
 # An expert. Loads decode only where a batch has fewer rows than experts: most of these are not used then, and not read.
-# Else it never pays. On an H200 a layer of DeepSeek-V2-Lite with 1, 16, 32, 64, 128 rows an expert takes, forward and
+# Else it never pays. On an H200 a layer of DeepSeek-V2-Lite with 1, 16, 32, 64, 128 rows an expert took, forward and
 # backward, in ms, with loads that decode | with the scratch: nf4 5.6, 9.6, 17.5, 17.8, 32.5 | 4.6, 4.7, 5.0, 4.7, 5.0;
 # fp8 3.6, 6.3, 11.0, 9.6, 17.5 | 2.3, 3.2, 3.5, 2.5, 3.4.
 FEW_ROWS = 0

@@ -89,7 +89,10 @@ def _decode_kernel(
     stride_codes, stride_scales, size, columns, row_blocks,
     FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One block of each of ROWS rows. Masks are alike along a whole vector: else it would be taken apart."""
+    """One block of each of ROWS rows. Masks are alike along a whole vector: else it would be taken apart.
+
+    What is not loaded may be anything: it is not stored.
+    """
     expert = tl.program_id(1).to(tl.int64)
     codes_ptr += expert * stride_codes
     scales_ptr += expert * stride_scales
@@ -101,22 +104,22 @@ def _decode_kernel(
     place = row * columns + column
     mask = (column < columns) & (place < size)
     if FORMAT == "int8":
-        value = tl.load(codes_ptr + block * BLOCK + tl.arange(0, BLOCK)[None, :], mask=exists, other=0).to(tl.float32)
-        scale = tl.load(scales_ptr + block, mask=exists, other=0.0)
+        value = tl.load(codes_ptr + block * BLOCK + tl.arange(0, BLOCK)[None, :], mask=exists).to(tl.float32)
+        scale = tl.load(scales_ptr + block, mask=exists)
     elif FORMAT == "fp8":
-        value = e4m3(tl.load(codes_ptr + place, mask=mask, other=0))
-        scale = tl.load(scales_ptr + (row >> 7) * row_blocks + row_block, mask=exists, other=0.0)
+        value = e4m3(tl.load(codes_ptr + place, mask=mask))
+        scale = tl.load(scales_ptr + (row >> 7) * row_blocks + row_block, mask=exists)
     else:
         pair = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-        byte = tl.load(codes_ptr + pair, mask=exists, other=0).to(tl.int32)
+        byte = tl.load(codes_ptr + pair, mask=exists).to(tl.int32)
         if FORMAT == "mxfp4":
             value = e2m1(tl.join(byte << 28, byte << 24).reshape(ROWS, BLOCK))
-            scale = e8m0(tl.load(scales_ptr + block, mask=exists, other=0))
+            scale = e8m0(tl.load(scales_ptr + block, mask=exists))
         else:
             tl.static_assert(FORMAT == "nf4")
             code = tl.join(byte >> 4, byte & 15).reshape(ROWS * BLOCK)
             value = tl.gather(tl.load(values_ptr + tl.arange(0, 16)), code, 0).reshape(ROWS, BLOCK)
-            scale = tl.load(scales_ptr + block, mask=exists, other=0.0)
+            scale = tl.load(scales_ptr + block, mask=exists)
     tl.store(out_ptr + expert * size + place, (value * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
