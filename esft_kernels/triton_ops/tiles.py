@@ -150,8 +150,8 @@ def tuned_file(device: torch.device) -> Path:
 def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
     """Tiles for one of the GEMMs.
 
-    Loaded by pointers, a program each: what is published of the ``variants`` speaks for and against them, and is quoted
-    in docs/performance.md. Tuning tries them.
+    Loaded by pointers, a program each: on an H200 none of the ``variants`` was faster (docs/gpu.md). The tiles of sm_90
+    were measured there, those of other GPUs computed. Tuning tries others.
 
     Args:
         arch: from ``device_arch``.
@@ -174,24 +174,33 @@ def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, fe
         return Tiles(16 if few else 64, 32 if op == "grad" else 64, 32, num_warps=8, num_stages=2)
     if arch.startswith("gfx"):
         full = Tiles(128, 128, 64, num_warps=8, num_stages=2)
-    elif arch in ("sm_90", "sm_100", "sm_103"):  # 227 KiB of shared memory
-        full = Tiles(128, 256 if arch == "sm_90" else 128, 64, num_warps=8, num_stages=3)
-    elif arch == "sm_80":  # 163 KiB
+    elif arch == "sm_90":  # 227 KiB of shared memory
+        full = Tiles(128, 256, 64, num_warps=8, num_stages=4)
+    elif arch in ("sm_100", "sm_103") or arch == "sm_80":  # 227 KiB as well
         full = Tiles(128, 128, 64, num_warps=8, num_stages=3)
     else:  # 99 KiB
         full = Tiles(128, 128, 32, num_warps=8, num_stages=3)
     if op == "wgrad" and arch == "sm_90":  # longer turns: a turn's addresses and barriers take issue slots
-        return replace(full, block_k=128)
+        return replace(full, block_k=128, num_stages=3)
     if op == "wgrad":  # two loads, the rows after their indices, share the stages of the pipeline
         return full if arch.startswith("gfx") else replace(full, num_stages=2 * full.num_stages - 1)
     if op == "grad":  # the epilogue holds H and its gradient, twice as wide, beside the accumulator
-        full = replace(full, block_n=128, block_k=128 if arch == "sm_90" else full.block_k, ahead=arch == "sm_90")
-    if rows_per_expert >= 768:
+        full = replace(full, block_n=128, ahead=arch == "sm_90")
+    if rows_per_expert >= (128 if arch == "sm_90" else 768):
         return full
     # Half a row tile per expert is padding on average, so few rows per expert want short tiles: below a tenth of all
-    # rows from 320 an expert on. With fewer the weights' bytes bound the time on every GPU here, not the padding.
+    # rows from 320 an expert on. With fewer the weights' bytes bound the time on every GPU here, not the padding. But
+    # a short tile is slow on sm_90: with 384 rows an expert, padding and all, large tiles take two thirds of its time.
     block_n = 64 if few and op in ("up", "grad") else min(full.block_n, 128)  # with few rows registers go to occupancy
-    return replace(full, block_m=16 if few else 64, block_n=block_n, block_k=64, num_warps=4, ahead=False)
+    return replace(
+        full,
+        block_m=16 if few else 64,
+        block_n=block_n,
+        block_k=64,
+        num_warps=4,
+        num_stages=min(full.num_stages, 3),
+        ahead=False,
+    )
 
 
 def programs_for(tensor: Tensor, tiles: Tiles, count: int) -> int:

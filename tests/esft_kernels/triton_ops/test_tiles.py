@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import itertools
 import json
 import warnings
 from dataclasses import replace
@@ -59,9 +60,9 @@ CHOSEN = {
     ("sm_80", BF16, "grad", 100_000, ODD): (64, 32, 32, 8, 2),
     ("sm_90", BF16, "wgrad", 1, ODD): (64, 64, 32, 8, 2),
     # many rows
-    ("sm_90", BF16, "gemm", 768, EVEN): (128, 256, 64, 8, 3),
-    ("sm_90", BF16, "up", 768, EVEN): (128, 256, 64, 8, 3),
-    ("sm_90", BF16, "grad", 768, EVEN): (128, 128, 128, 8, 3, 8, False, 0, True),
+    ("sm_90", BF16, "gemm", 128, EVEN): (128, 256, 64, 8, 4),
+    ("sm_90", BF16, "up", 768, EVEN): (128, 256, 64, 8, 4),
+    ("sm_90", BF16, "grad", 128, EVEN): (128, 128, 64, 8, 4, 8, False, 0, True),
     ("sm_100", BF16, "gemm", 768, EVEN): (128, 128, 64, 8, 3),
     ("sm_103", BF16, "up", 768, EVEN): (128, 128, 64, 8, 3),
     ("sm_100", BF16, "grad", 768, EVEN): (128, 128, 64, 8, 3),
@@ -72,7 +73,7 @@ CHOSEN = {
     ("gfx942", BF16, "gemm", 768, EVEN): (128, 128, 64, 8, 2),
     ("gfx950", BF16, "grad", 768, EVEN): (128, 128, 64, 8, 2),
     # fewer
-    ("sm_90", BF16, "gemm", 767, EVEN): (64, 128, 64, 4, 3),
+    ("sm_90", BF16, "gemm", 127, EVEN): (64, 128, 64, 4, 3),
     ("sm_90", BF16, "up", 33, EVEN): (64, 128, 64, 4, 3),
     ("sm_90", BF16, "grad", 33, EVEN): (64, 128, 64, 4, 3),
     ("sm_89", BF16, "gemm", 767, EVEN): (64, 128, 64, 4, 3),
@@ -105,7 +106,7 @@ def test_the_tiles_of_a_gpu_are_those_chosen_for_it(question, answer):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_tiles_depend_on_rows_except_for_weight_gradients_and_not_on_which_16_bits(arch, features):
     for op in get_args(Op):
-        found = {choose_tiles(arch, BF16, op, rows, features) for rows in (0, 1, 32, 33, 767, 768, 10**6)}
+        found = {choose_tiles(arch, BF16, op, rows, features) for rows in (0, 1, 32, 33, 127, 128, 767, 768, 10**6)}
         assert (len(found) == 1) == (op == "wgrad" or arch == "interpreter")
         for rows in (1, 100, 1000):
             assert choose_tiles(arch, torch.float16, op, rows, features) == choose_tiles(arch, BF16, op, rows, features)
@@ -315,7 +316,10 @@ PUBLISHED = sorted(Path(__file__).parents[4].glob("shared/esft-official/intent/r
 
 @pytest.mark.skipif(not PUBLISHED, reason="the published routing logs are not here")
 def test_little_is_padded_on_the_published_routing():
-    """Rows that tiles hold beyond an expert's own, of the rows asked for, on the routing of DeepSeek-V2-Lite."""
+    """Rows that tiles hold beyond an expert's own, of the rows asked for, on the routing of DeepSeek-V2-Lite.
+
+    On sm_90 more, because a row of its large tiles takes less than two thirds of the time of one of the short tiles.
+    """
     tokens, top_k, experts = 4096, 6, 64
     for path in PUBLISHED:
         with gzip.open(path, "rt") as lines:  # a sequence's expert ids, six a token, then an empty field and weights
@@ -323,11 +327,11 @@ def test_little_is_padded_on_the_published_routing():
         assert len(ids) >= tokens * top_k
         counts = torch.bincount(torch.tensor(ids[: tokens * top_k]), minlength=experts)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        for op in ("up", "gemm", "grad"):
-            tiles = choose_tiles("sm_90", torch.bfloat16, op, tokens * top_k // experts, (2816, 2048))
+        for arch, op in itertools.product(("sm_80", "sm_90"), ("up", "gemm", "grad")):
+            tiles = choose_tiles(arch, torch.bfloat16, op, tokens * top_k // experts, (2816, 2048))
             padding = padded_rows(offsets, tiles.block_m) / (tokens * top_k)
-            print(f"{path.name} {op} {tiles.block_m} rows a tile: {padding:.1%} padding")
-            assert padding < 0.10
+            print(f"{path.name} {arch} {op} {tiles.block_m} rows a tile: {padding:.1%} padding")
+            assert padding < {"sm_80": 0.10, "sm_90": 0.20}[arch]
 
 
 def test_variants_are_those_that_a_gpu_and_an_op_have():
