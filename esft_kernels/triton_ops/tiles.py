@@ -295,9 +295,3 @@ def tile_schedule(offsets_P1: Tensor, block_m: int) -> tuple[Tensor, Tensor]:
     first_P1 = offsets_P1 // block_m + torch.arange(num_positions + 1, device=offsets_P1.device)
     position = torch.searchsorted(first_P1[1:], tile, right=True)
     return position, offsets_P1[position] + (tile - first_P1[position]) * block_m
-
-
-def padded_rows(offsets_P1: Tensor, block_m: int) -> int:
-    """Rows that the tiles hold beyond the experts' own: computed and dropped."""
-    counts = offsets_P1.diff()
-    return int((-counts % block_m).sum())

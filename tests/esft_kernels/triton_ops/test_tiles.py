@@ -21,7 +21,6 @@ from esft_kernels.triton_ops.tiles import (
     choose_tiles,
     device_arch,
     max_row_tiles,
-    padded_rows,
     splits_for,
     tile_key,
     tile_schedule,
@@ -282,13 +281,6 @@ def test_a_schedule_is_of_64_bit_integers_where_the_offsets_are():
     assert max_row_tiles(20, 2, 16) == 3  # by the sizes alone: one may be left over, as here
 
 
-def test_what_tiles_hold_beyond_an_experts_rows_is_padding():
-    # 5 rows leave 11 of a tile of 16, 15 leave 1, none take no tile, 16 fill one, and 21 leave 11 of two.
-    padding = padded_rows(torch.tensor([0, 5, 20, 20, 36, 57]), 16)
-    assert padding == 11 + 1 + 0 + 0 + 11 and isinstance(padding, int)
-    assert padded_rows(torch.tensor([0, 5, 20]), 1) == 0
-
-
 def test_weight_gradients_of_few_tiles_are_split():
     # 132 multiprocessors: as many pieces as still find one each, eight at most.
     splits = {132: 1, 1000: 1, 67: 1, 66: 2, 60: 2, 45: 2, 44: 3, 19: 6, 18: 7, 17: 7, 16: 8, 3: 8, 1: 8, 0: 8}
@@ -326,10 +318,9 @@ def test_little_is_padded_on_the_published_routing():
             ids = [int(e) for line in lines for e in line.split("\t\t")[0].split("\t")]
         assert len(ids) >= tokens * top_k
         counts = torch.bincount(torch.tensor(ids[: tokens * top_k]), minlength=experts)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         for arch, op in itertools.product(("sm_80", "sm_90"), ("up", "gemm", "grad")):
             tiles = choose_tiles(arch, torch.bfloat16, op, tokens * top_k // experts, (2816, 2048))
-            padding = padded_rows(offsets, tiles.block_m) / (tokens * top_k)
+            padding = float((-counts % tiles.block_m).sum()) / (tokens * top_k)
             print(f"{path.name} {arch} {op} {tiles.block_m} rows a tile: {padding:.1%} padding")
             assert padding < {"sm_80": 0.10, "sm_90": 0.20}[arch]
 
