@@ -27,14 +27,14 @@ class Method:
     """
 
     train: str | None
-    rates: tuple[float, ...] = (2e-3, 5e-3, 1e-2)
+    rates: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
     rule: Rule | None = None
 
 
 METHODS = {
     "base": Method(None, (0.0,)),
-    "full": Method("full", (2e-4, 5e-4, 1e-3)),
-    "lora": Method("lora", (2e-3, 4e-3, 8e-3)),
+    "full": Method("full", (5e-4, 1e-3, 2e-3)),
+    "lora": Method("lora", (4e-3, 8e-3, 1.6e-2)),
     "esft-token": Method("esft", rule=chosen()),
     "esft-gate": Method("esft", rule=chosen("gate")),
     "esft-token, shared": Method("esft", rule=chosen(shared_experts=True)),
@@ -48,7 +48,7 @@ METHODS = {
     "least used, shared": Method("esft", rule=least),
     "shared only": Method("esft", rule=lambda scores, rng: esft.ExpertSelection({}, shared_experts=True)),
     "esft-token, shared, others": Method(
-        "esft", (2e-4, 5e-4, 1e-3), chosen(shared_experts=True, non_expert_modules=True)
+        "esft", (5e-4, 1e-3, 2e-3), chosen(shared_experts=True, non_expert_modules=True)
     ),
 }
 
