@@ -57,7 +57,14 @@ from esft.runs.config import FROZEN, FROZEN_LINEAR, OPTIMIZERS, RECOMPUTES
 from esft.runs.report import table
 from esft_kernels.triton_ops.tiles import tuned_file
 
-WORKERS = min(os.cpu_count() or 1, 12)  # each has the layer's weights on the GPU, in the dtype and in float32
+WORKERS = min(os.cpu_count() or 1, 12)  # each has the layer's weights on the GPU
+
+
+def _rounds(text: str) -> int:
+    """How often things are timed: quartiles are of two times and more."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 2 on")
+    return int(text)
 
 
 def _shapes(parser: argparse.ArgumentParser, names: str) -> list[LayerShape]:
@@ -73,7 +80,7 @@ def _layer(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=_rounds, default=15)
     parser.add_argument("--peers", help="names of the peers, separated by semicolons, to time; all when not given")
     args = parser.parse_args(argv)
     shapes, device = _shapes(parser, args.shapes), torch.device(args.device)
@@ -132,7 +139,7 @@ def _step(argv: list[str]) -> None:
     parser.add_argument("--model", default="examples/tiny-moe", help="checkpoint folder")
     parser.add_argument("--records", type=int, default=32)
     parser.add_argument("--length", type=int, default=64, help="tokens a record")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=_rounds, default=15)
     parser.add_argument("--peers", help="names of the peers, separated by semicolons; all when not given")
     args = parser.parse_args(argv)
     only = set(args.peers.split(";")) if args.peers else None
@@ -187,7 +194,7 @@ def _tune(argv: list[str]) -> None:
     parser.add_argument("--shapes", default="deepseek-v2-lite", help=f"comma-separated, of {', '.join(SHAPES)}")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=_rounds, default=10)
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile and check tiles")
     args = parser.parse_args(argv)
     shapes = _shapes(parser, args.shapes)
@@ -213,7 +220,7 @@ def _gpu(argv: list[str]) -> None:
     parser.add_argument("--shapes", default="deepseek-v2-lite,qwen3-30b-a3b,gpt-oss-20b", help=known)
     parser.add_argument("--tokens", default="4096,16384", help="comma-separated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=_rounds, default=10)
     parser.add_argument("--tiles", type=int, default=6, help="of an op to check, the chosen ones first")
     parser.add_argument("--minutes", type=float, default=10.0, help="no new part after so many")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile and check tiles")
@@ -236,7 +243,7 @@ def _gpu_steps(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/gpu-steps"), help="of results and page; goes on there")
     chosen = "olmoe-1b-7b,deepseek-v2-lite,qwen3-30b-a3b"
     parser.add_argument("--models", default=chosen, help=f"comma-separated, of {', '.join(names)}")
-    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed, after two that are not")
+    parser.add_argument("--rounds", type=_rounds, default=5, help="steps that are timed, after two that are not")
     parser.add_argument("--minutes", type=float, default=10.0, help="no new part after so many")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.models.split(",") if name not in names]:

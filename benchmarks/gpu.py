@@ -1,7 +1,7 @@
 """One GPU, whole: every op in every tile checked, layers timed beside others, and a page with all of it.
 
 Part by part, each kept as soon as it is there, so that a run that broke off or ran out of time goes on where it was.
-Times are of the wall clock between synchronisations, medians over rounds. Nothing is timed before it was checked.
+Times are medians over rounds, see ``layer.interleaved``. Nothing is timed before it was checked.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ MODELS = SHAPES | {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 LAYOUTS = (PLAIN, "int8", "nf4", "fp8", "mxfp4")  # nf4_double is nf4 to the kernels
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-# Between them they meet every tile that a model can get. With less than one, loads decode the weights.
-ROWS_PER_EXPERT = (0.5, 8, 128, 1024)
+# Between them they meet every tile that a model can get. With far less than one, loads decode the weights.
+ROWS_PER_EXPERT = (0.1, 8, 64, 1024)
 VARIANTS = (
     "chosen",
     *dict.fromkeys(name for op in ("gemm", "grad") for name in variants(Tiles(64, 64, 64, 8, 2), op, "sm_90")),

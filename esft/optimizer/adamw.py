@@ -22,7 +22,7 @@ from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.config import TrainConfig
 
 PIECE = 1 << 20  # elements that are stepped together, a multiple of the moments' block
-GPU_PIECE = 1 << 24  # there the launches for a small one take longer than what they do
+GPU_PIECE = 1 << 23  # there launches for a small one take longer than what they do; 8-bit moments take 200 MB for it
 _EPSILON = 1e-6  # beside the norm when it is clipped, as in ``torch.nn.utils.clip_grad_norm_``
 
 

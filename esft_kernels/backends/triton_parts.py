@@ -17,11 +17,10 @@ from esft_kernels.pools import ExpertPools, ExpertWeights, Projection, Quantized
 from esft_kernels.routing import Routing
 from esft_kernels.triton_ops.decode import decode
 
-# An expert. Loads decode only where a batch has fewer rows than experts: most of these are not used then, and not read.
-# Else it never pays. On an H200 a layer of DeepSeek-V2-Lite with 1, 16, 32, 64, 128 rows an expert took, forward and
-# backward, in ms, with loads that decode | with the scratch: nf4 5.6, 9.6, 17.5, 17.8, 32.5 | 4.6, 4.7, 5.0, 4.7, 5.0;
-# fp8 3.6, 6.3, 11.0, 9.6, 17.5 | 2.3, 3.2, 3.5, 2.5, 3.4.
-FEW_ROWS = 0
+# An expert. Loads decode only where a batch has far fewer rows than experts, as in generating a token: most experts are
+# not used then, and not read. With a row an expert and more the scratch was faster on an H200 (docs/performance.md);
+# that it is not with an eighth of one is reckoned from the time of an expert.
+FEW_ROWS = 1 / 8
 SCRATCH = 128 << 20  # bytes; less than a layer's pool of any model that is worth quantizing, and several experts
 
 
@@ -55,11 +54,11 @@ def parts(pools: ExpertPools, routing: Routing, projection: Projection, first: i
     if isinstance(frozen, ExpertWeights):
         yield part(first, routing.num_experts, None)
         return
-    rows = routing.num_rows // max(routing.num_experts, 1)
+    few, rows = routing.num_rows <= FEW_ROWS * routing.num_experts, routing.num_rows // max(routing.num_experts, 1)
     none = ExpertWeights(*(None if t is None else t[:0] for t in pools.trained.tensors()))  # pyright: ignore[reportArgumentType]
     if first < s:
         yield part(first, s, rows, frozen=none)
-    if frozen.num_experts and rows <= FEW_ROWS:
+    if frozen.num_experts and few:
         yield part(s, routing.num_experts, rows)
     elif frozen.num_experts:
         size = frozen.size(projection)

@@ -150,8 +150,8 @@ def tuned_file(device: torch.device) -> Path:
 def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, features: tuple[int, int]) -> Tiles:
     """Tiles for one of the GEMMs.
 
-    Loaded by pointers, a program each: on an H200 none of the ``variants`` was faster (docs/gpu.md). The tiles of sm_90
-    were measured there, those of other GPUs computed. Tuning tries others.
+    Loaded by pointers, a program each: on an H200 no other way to load and to walk was faster (docs/gpu.md). There
+    some tiles of sm_90 were measured, for 16 bits and from 384 rows on; the others are computed. Tuning tries others.
 
     Args:
         arch: from ``device_arch``.
@@ -176,7 +176,7 @@ def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, fe
         full = Tiles(128, 128, 64, num_warps=8, num_stages=2)
     elif arch == "sm_90":  # 227 KiB of shared memory
         full = Tiles(128, 256, 64, num_warps=8, num_stages=4)
-    elif arch in ("sm_100", "sm_103") or arch == "sm_80":  # 227 KiB as well
+    elif arch in ("sm_80", "sm_100", "sm_103"):  # 163 KiB and more
         full = Tiles(128, 128, 64, num_warps=8, num_stages=3)
     else:  # 99 KiB
         full = Tiles(128, 128, 32, num_warps=8, num_stages=3)
@@ -185,12 +185,15 @@ def choose_tiles(arch: str, dtype: torch.dtype, op: Op, rows_per_expert: int, fe
     if op == "wgrad":  # two loads, the rows after their indices, share the stages of the pipeline
         return full if arch.startswith("gfx") else replace(full, num_stages=2 * full.num_stages - 1)
     if op == "grad":  # the epilogue holds H and its gradient, twice as wide, beside the accumulator
-        full = replace(full, block_n=128, ahead=arch == "sm_90")
-    if rows_per_expert >= (128 if arch == "sm_90" else 768):
+        full = replace(full, block_n=128)
+        if arch == "sm_90":
+            full = replace(full, block_k=128, num_stages=3, ahead=True)
+    if rows_per_expert >= (768 if arch != "sm_90" else 512 if op == "grad" else 128):
         return full
     # Half a row tile per expert is padding on average, so few rows per expert want short tiles: below a tenth of all
     # rows from 320 an expert on. With fewer the weights' bytes bound the time on every GPU here, not the padding. But
-    # a short tile is slow on sm_90: with 384 rows an expert, padding and all, large tiles take two thirds of its time.
+    # short ones are slow on sm_90: with 384 rows an expert large ones, padding and all, take two thirds of their time;
+    # in the fused backward as much.
     block_n = 64 if few and op in ("up", "grad") else min(full.block_n, 128)  # with few rows registers go to occupancy
     return replace(
         full,

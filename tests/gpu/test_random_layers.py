@@ -19,8 +19,9 @@ from tests.esft_kernels.test_fuzz import agrees
 from tests.gpu.device import DEVICE, sized
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Tiles follow the rows of an expert: up to 32, below 768, and more. With up to 8 experts and 2 or more of them a token.
-TOKENS = {"few": sized((0, 25), (0, 4)), "middle": sized((600, 900), (4, 4)), "many": sized((3100, 3400), (4, 4))}
+# Tiles follow the rows of an expert: up to 32, below 128 (on sm_90, elsewhere 768), and more. With up to 8 experts,
+# and 2 or more of them a token.
+TOKENS = {"few": sized((0, 25), (0, 4)), "middle": sized((140, 250), (4, 4)), "many": sized((3100, 3400), (4, 4))}
 EVERY_NEED = [Needs(*wants) for wants in product((False, True), repeat=3)]
 # Those of most trainings: of a layer in the middle, the lowest, and one without trained experts.
 NEEDS = [Needs(True, True, True), Needs(False, False, True), Needs(True, True, False)]

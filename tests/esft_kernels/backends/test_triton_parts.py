@@ -33,7 +33,7 @@ def test_plain_pools_are_one_part():
 
 
 def test_with_few_rows_the_frozen_experts_are_one_part_in_their_format(monkeypatch):
-    monkeypatch.setattr(module, "FEW_ROWS", 3)
+    monkeypatch.setattr(module, "FEW_ROWS", 4)
     pools, routing = layer()
     trained, frozen = parts(pools, routing, "down")
     assert trained.routing.num_trained == S and torch.equal(trained.routing.offsets_E1, routing.offsets_E1[: S + 1])
@@ -44,9 +44,11 @@ def test_with_few_rows_the_frozen_experts_are_one_part_in_their_format(monkeypat
     assert trained.routing.token_N is routing.token_N
 
 
-@pytest.mark.parametrize(("tokens", "in_loads"), [(S + R - 1, True), (S + R, False)])
-def test_few_are_fewer_rows_than_experts(tokens, in_loads):
-    *_, last = parts(*layer(tokens=tokens), "down")
+@pytest.mark.parametrize(("rows", "in_loads"), [(7, True), (8, True), (9, False), (64, False)])
+def test_few_rows_are_one_for_every_eight_experts(rows, in_loads):
+    pools, routing = layer(trained=2, frozen=62, tokens=rows)
+    assert routing.num_rows == rows and routing.num_experts == 64
+    *_, last = parts(pools, routing, "down")
     assert isinstance(last.pools.frozen, QuantizedWeights) == in_loads
 
 
