@@ -40,28 +40,31 @@ def _offsets(first_column, columns, M: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _load_h(h_ptr, rows, first_column, columns, M: tl.constexpr, G: tl.constexpr, WIDEST: tl.constexpr):
+def _load_h(h_ptr, first, rows, first_column, columns, M: tl.constexpr, G: tl.constexpr, WIDEST: tl.constexpr):
     """G columns of H in pieces: two halves of halves and so on, as the accumulator is halved."""
     if G > WIDEST:
         HALF: tl.constexpr = G // 2
-        left = _load_h(h_ptr, rows, first_column, columns, M, HALF, WIDEST)
-        right = _load_h(h_ptr, rows, first_column + HALF, columns, M, HALF, WIDEST)
+        left = _load_h(h_ptr, first, rows, first_column, columns, M, HALF, WIDEST)
+        right = _load_h(h_ptr, first, rows, first_column + HALF, columns, M, HALF, WIDEST)
         pieces = left, right
     else:
         offset_MG, in_columns_1G = _offsets(first_column, columns, M, G)
-        pieces = tl.load(h_ptr + offset_MG, mask=(tl.arange(0, M) < rows)[:, None] & in_columns_1G, other=0.0)
+        pieces = tl.load(
+            h_ptr + first * columns + offset_MG, mask=(tl.arange(0, M) < rows)[:, None] & in_columns_1G, other=0.0
+        )
     return pieces
 
 
 @triton.jit
 def _finish(
-    grad_a_MN, weight_M1, h, rows, grad_h_rows, weighted_rows, first_column, grad_h_ptr, weighted_a_ptr, features,
+    grad_a_MN, weight_M1, h, first, rows, grad_h_rows, weighted_rows, first_column,
+    grad_h_ptr, weighted_a_ptr, features,
     AHEAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WIDEST: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, SLOPE: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Gradient of H and weighted A of N columns, and their part [M] of the row sums of ``grad_a * a``.
 
-    ``h`` is what ``_load_h`` gave where it was AHEAD, else where the tile's first row begins. A few columns at a time:
+    ``h`` is what ``_load_h`` gave where it was AHEAD, else where all of H begins. A few columns at a time:
     what lies between H and its gradient would not fit the registers for all at once.
     """
     if N > WIDEST:
@@ -74,11 +77,11 @@ def _finish(
             left_h = h
             right_h = h
         left_M = _finish(
-            left_MN, weight_M1, left_h, rows, grad_h_rows, weighted_rows, first_column,
+            left_MN, weight_M1, left_h, first, rows, grad_h_rows, weighted_rows, first_column,
             grad_h_ptr, weighted_a_ptr, features, AHEAD, M, HALF, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
         )  # fmt: skip
         right_M = _finish(
-            right_MN, weight_M1, right_h, rows, grad_h_rows, weighted_rows, first_column + HALF,
+            right_MN, weight_M1, right_h, first, rows, grad_h_rows, weighted_rows, first_column + HALF,
             grad_h_ptr, weighted_a_ptr, features, AHEAD, M, HALF, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
         )  # fmt: skip
         sum_M = left_M + right_M
@@ -88,15 +91,23 @@ def _finish(
         if AHEAD:
             h_MG = h
         else:
-            h_MG = _load_h(h, rows, first_column * WIDTH, features * WIDTH, M, N * WIDTH, N * WIDTH)
+            h_MG = _load_h(h, first, rows, first_column * WIDTH, features * WIDTH, M, N * WIDTH, N * WIDTH)
         a_MN, grad_h_MG = activate_backward(grad_a_MN, weight_M1, h_MG, M, N, KIND, GATED, SLOPE, LIMIT, UP_OFFSET)
         offset_MN, in_cols_1N = _offsets(first_column, features, M, N)
         if weighted_a_ptr is not None:
             weighted_MN = (a_MN * weight_M1).to(weighted_a_ptr.dtype.element_ty)
-            tl.store(weighted_a_ptr + offset_MN, weighted_MN, mask=(m_M < weighted_rows)[:, None] & in_cols_1N)
+            tl.store(
+                weighted_a_ptr + first * features + offset_MN,
+                weighted_MN,
+                mask=(m_M < weighted_rows)[:, None] & in_cols_1N,
+            )
         if grad_h_ptr is not None:
             offset_MG, in_cols_1G = _offsets(first_column * WIDTH, features * WIDTH, M, N * WIDTH)
-            tl.store(grad_h_ptr + offset_MG, grad_h_MG, mask=(m_M < grad_h_rows)[:, None] & in_cols_1G)
+            tl.store(
+                grad_h_ptr + first * (features * WIDTH) + offset_MG,
+                grad_h_MG,
+                mask=(m_M < grad_h_rows)[:, None] & in_cols_1G,
+            )
         sum_M = tl.sum(tl.where(in_cols_1N, grad_a_MN * a_MN, 0.0), axis=1)
     return sum_M
 
@@ -123,12 +134,12 @@ def _make_tile(
     rows = (end - first).to(tl.int32)
     WIDTH: tl.constexpr = 2 if GATED else 1
     WIDEST: tl.constexpr = PIECE // 2 if BLOCK_N > 128 else PIECE  # a wider accumulator leaves fewer registers
-    h = h_ptr + first * (features * WIDTH)
+    h = h_ptr
     if AHEAD:
         # Asked for now, H comes while the products are made. Behind a store the compiler cannot know whether a load
         # reads what was stored, and each piece would wait for the memory anew.
         h = _load_h(
-            h, rows, n_tile * BLOCK_N * WIDTH, features * WIDTH, BLOCK_M, BLOCK_N * WIDTH, WIDEST * WIDTH
+            h_ptr, first, rows, n_tile * BLOCK_N * WIDTH, features * WIDTH, BLOCK_M, BLOCK_N * WIDTH, WIDEST * WIDTH
         )  # fmt: skip
     weight_ptr = expert_of(trained_ptr, frozen_ptr, position, num_trained, stride_expert)
     # Before the routing weight: its row-wise product with A is the routing weight's gradient, so the down
@@ -146,12 +157,8 @@ def _make_tile(
     weighted_rows = tl.minimum(end - first, tl.load(offsets_ptr + num_trained) - first).to(tl.int32)
     slot_M = tl.load(slot_ptr + row_M, mask=in_rows_M, other=0)
     weight_M1 = tl.load(weights_ptr + slot_M, mask=in_rows_M, other=0.0).to(tl.float32)[:, None]
-    if grad_h_ptr is not None:
-        grad_h_ptr += first * (features * WIDTH)
-    if weighted_a_ptr is not None:
-        weighted_a_ptr += first * features
     sum_M = _finish(
-        grad_a_MN, weight_M1, h, rows, grad_h_rows, weighted_rows, n_tile * BLOCK_N,
+        grad_a_MN, weight_M1, h, first, rows, grad_h_rows, weighted_rows, n_tile * BLOCK_N,
         grad_h_ptr, weighted_a_ptr, features, AHEAD, BLOCK_M, BLOCK_N, WIDEST, KIND, GATED, SLOPE, LIMIT, UP_OFFSET,
     )  # fmt: skip
     if sums_ptr is not None:

@@ -184,7 +184,7 @@ def _product(
     acc_MN = multiply(
         rows_ptr, m_M[:, None] * stride_row + k_K[None, :], row_tiles, 0,
         weight_ptr, n_N[None, :], k_K[:, None], BLOCK_K, (n_N < out_features)[None, :], 0, out_features,
-        in_features, stride_out, stride_in, None, None, 0, "plain", False, LAYOUT, False, PRECISION, EVEN_N, EVEN_K,
+        in_features, stride_out, stride_in, None, 0, None, 0, "plain", False, LAYOUT, False, PRECISION, EVEN_N, EVEN_K,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     tl.store(out_ptr + m_M[:, None] * BLOCK_N + n_N[None, :], acc_MN)
