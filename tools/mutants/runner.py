@@ -129,6 +129,7 @@ def _tests_fail(tests: list[str], limit: float) -> Literal["failed", "hung"] | N
         status = 1
         try:
             os.setsid()
+            multiprocessing.current_process().daemon = False  # a worker's fork is one, and could start no processes
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
