@@ -93,7 +93,9 @@ def test_mutants_are_killed_by_the_mirror_or_by_the_rest_or_survive(tmp_path: Pa
     files = {
         "pack/__init__.py": "",
         "pack/sign.py": "def sign(x):\n    return -1 if x < 0 else 1\n",
-        "tests/pack/test_sign.py": "from pack.sign import sign\n\ndef test_one():\n    assert sign(5) == 1\n",
+        "tests/pack/test_sign.py": "from multiprocessing import get_context\nfrom pack.sign import sign\n\n"
+        "def test_one():\n    process = get_context('fork').Process(target=int)\n    process.start()\n"
+        "    process.join()\n    assert process.exitcode == 0 and sign(5) == 1\n",
         "tests/waits.py": "import time\n\ndef test_three():\n    time.sleep(60)\n",
         "tests/fails.py": "def test_four():\n    assert False\n",
         "tests/test_other.py": "from pack.sign import sign\n\ndef test_two():\n    assert sign(-5) == -1\n",
