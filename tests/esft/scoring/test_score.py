@@ -8,6 +8,7 @@ import esft
 from esft.data.batches import collate
 from esft.data.examples import Example, joined
 from esft.experts.moe_layers import GATE, moe_layers
+from esft.parallel.ranks import Ranks
 from esft.selection import ExpertSelection
 from esft.training.auxiliary_losses import balance_losses
 from tests.esft import zoo
@@ -207,6 +208,21 @@ def test_nothing_after_the_last_router_runs_from_the_second_batch_on():
         for expert, score in scores.items():
             mean = sum(n * one.token_scores[layer][expert] for n, one in zip(tokens, apart, strict=True)) / sum(tokens)
             assert score == pytest.approx(mean, abs=1e-12)
+
+
+def test_counts_are_added_up_over_all_ranks(monkeypatch):
+    class Alike(Ranks):
+        """One of two ranks, of which the other counts what this one does."""
+
+        def sum(self, values):
+            return 2 * values
+
+    alone = esft.score_experts(tiny_model(), [token_batch()])
+    monkeypatch.setattr("esft.scoring.score.current", Alike)
+    both = esft.score_experts(tiny_model(), [token_batch()])
+    assert both.token_scores == alone.token_scores
+    for layer, scores in alone.gate_scores.items():
+        assert both.gate_scores[layer] == {expert: pytest.approx(2 * score) for expert, score in scores.items()}
 
 
 @pytest.mark.parametrize("progress", [True, False])

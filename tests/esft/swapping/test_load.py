@@ -169,6 +169,13 @@ def test_where_experts_cannot_come_one_by_one_the_stock_model_is_swapped(tmp_pat
     assert len(loaded) == 3
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_bar_counts_the_tensors_where_progress_is_to_be_seen(progress: bool, tmp_path, capfd):
+    base = save_tiny(tmp_path / "base")
+    esft.load(str(base), ExpertSelection({1: [0]}), frozen="int8", progress=progress)
+    assert ("loading" in capfd.readouterr().err) == progress
+
+
 def test_a_hubs_checkpoint_is_the_folder_that_it_is_fetched_to(tmp_path, monkeypatch):
     base = save_tiny(tmp_path / "base")
     real = module.load_without
