@@ -33,7 +33,7 @@ class Method:
 
 METHODS = {
     "base": Method(None, (0.0,)),
-    "full": Method("full", (5e-4, 1e-3, 2e-3)),
+    "full": Method("full", (1e-3, 2e-3, 4e-3)),
     "lora": Method("lora", (4e-3, 8e-3, 1.6e-2)),
     "esft-token": Method("esft", rule=chosen()),
     "esft-gate": Method("esft", rule=chosen("gate")),

@@ -56,7 +56,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     assert len(asked) == len(set(asked)) + 1 == len(found) + 1
     assert {cell.rate for cell in found if cell.split == "test" and cell.method == "full"} == {METHODS["full"].rates[2]}
     assert [cell.task for cell in asked] == ["a"] * 4 + ["a"] * 4 + ["b"] * 7  # whole tables of some where it stops
-    assert capsys.readouterr().out.splitlines()[-1].startswith("b-full-0.002-3-test-5: 0.2%; 0 ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("b-full-0.004-3-test-5: 0.4%; 0 ")
 
 
 def test_as_many_cells_as_workers_are_measured_at_a_time(tmp_path, monkeypatch):
