@@ -32,6 +32,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -232,6 +233,10 @@ def _gpu(argv: list[str]) -> None:
         parser.error(f"--tokens takes whole numbers, got {args.tokens!r}")
     about, tokens = gpu.about(device, dtype), [int(count) for count in args.tokens.split(",")]
     todo = gpu.parts(shapes, tokens, dtype, device, args.rounds, args.tiles, about["device"], args.workers)
+    _in_parts(todo, about, args)
+
+
+def _in_parts(todo: dict[str, Callable[[], gpu.Rows]], about: dict[str, str], args: argparse.Namespace) -> None:
     done = gpu.run(todo, about, args.out, args.minutes)
     print(gpu.page(about, done, list(todo)))
     print(f"{len(done.keys() & todo.keys())} of {len(todo)} parts in {args.out}")
@@ -255,9 +260,7 @@ def _gpu_steps(argv: list[str]) -> None:
     memory = torch.cuda.get_device_properties(device).total_memory
     paths = [plan.MODELS / name for name in args.models.split(",")]
     todo = gpu_steps.parts(paths, device, args.rounds, memory, about["device"])
-    done = gpu.run(todo, about, args.out, args.minutes)
-    print(gpu.page(about, done, list(todo)))
-    print(f"{len(done.keys() & todo.keys())} of {len(todo)} parts in {args.out}")
+    _in_parts(todo, about, args)
 
 
 def _scale(argv: list[str]) -> None:

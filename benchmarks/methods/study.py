@@ -73,7 +73,7 @@ def measured(study: Study, folder: Path, workers: int) -> dict[Cell, dict[str, A
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 known[cell] = future.result()
-                left = len(study.cells(known)) - len(known.keys() & {*study.cells(known)})
+                left = sum(cell not in known for cell in study.cells(known))
                 print(f"{cell.name}: {known[cell]['score']:.1%}; {left} and those that follow are left", flush=True)
 
 

@@ -1,8 +1,8 @@
 """Triton: which experts a launch computes, and where it reads their weights.
 
 Plain pools are one launch for all. Of quantized ones the trained experts are a launch of their own. The frozen ones are
-decoded first, a few experts at a time, into a scratch that the plain kernels read. Only with fewer rows than experts
-they are one more launch, which decodes weights as it loads them, and never reads those of experts without rows.
+decoded first, a few experts at a time, into a scratch that the plain kernels read. Only with far fewer rows than
+experts they are one more launch, which decodes weights as it loads them, and never reads those of experts without rows.
 """
 
 from __future__ import annotations
