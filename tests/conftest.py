@@ -16,12 +16,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
     torch.set_num_threads(1)
 
 
-# Beside the tests that are marked one by one: whole commands, several processes, thousands of cases.
+# Beside the tests that are marked one by one: whole commands, several processes, all families, thousands of cases.
 SLOW = tuple(
     f"tests/{place}"
     for place in (
-        "benchmarks/", "examples/", "esft/parallel/", "esft/cli/test_job.py", "esft/swapping/test_save_spread.py",
-        "esft/training/test_several_processes.py", "esft/test_readers.py", "esft/test_init.py", "esft/test_interop",
+        "benchmarks/", "examples/", "gpu/", "esft/parallel/", "esft/checkpoint/test_families_checkpoint.py",
+        "esft/cli/test_job.py", "esft/planning/", "esft/reporting/test_run_page.py",
+        "esft/swapping/test_load.py", "esft/swapping/test_save_", "esft/training/test_compiled_layers.py",
+        "esft/training/test_runs.py", "esft/training/test_several_processes.py", "esft/test_init.py",
+        "esft/test_interop", "esft/test_readers.py", "esft_kernels/backends/test_cpu_memory.py",
+        "esft_kernels/backends/test_triton_backend.py",
     )
 )  # fmt: skip
 

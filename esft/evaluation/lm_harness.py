@@ -21,7 +21,7 @@ try:
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
-    if __name__ != "__main__" or (error.name or "").split(".")[0] != "lm_eval":
+    if __name__ != "__main__" or "lm_eval" not in error.msg:
         raise
     print("esft: needs lm-evaluation-harness: pip install 'esft[harness]'", file=sys.stderr)
     sys.exit(_STATUS)

@@ -82,7 +82,6 @@ def test_experts_in_few_bits_or_made_again_are_left_as_they_are(how: dict, graph
     both(model, 9, plain)
 
 
-@pytest.mark.slow
 def test_the_compilers_own_code_computes_the_same():
     model = esft.swap(tiny_model("olmoe"), esft.ExpertSelection({0: [1]})).train()
     plain = step(model, 9)

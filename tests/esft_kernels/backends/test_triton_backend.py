@@ -110,6 +110,13 @@ def test_forward_and_rebuild(case):
     assert torch.equal(again[:here], kept[:here]) and again.shape == kept.shape  # the same bits
 
 
+def test_choices_of_no_expert_are_refused():
+    position = torch.tensor([1, 0, 2])
+    assert triton_backend.route(torch.tensor([[0, 2]]), position, 1).num_rows == 2
+    with pytest.raises(ValueError, match=r"top_k_index\[0, 1\] is 3, not an expert in 0\.\.2$"):
+        triton_backend.route(torch.tensor([[0, 3]]), position, 1)
+
+
 def test_rebuild_takes_the_prefix_as_it_is():
     layer = small()
     prefix = torch.full((layer.routing.prefix_rows(), 20), 7.0)
