@@ -21,6 +21,7 @@ from esft.adapters.folder import (
 )
 from esft.checkpoint.adapter_tensors import AdapterTensor
 from esft.checkpoint.folder import Checkpoint
+from esft.checkpoint.source import downloaded
 from esft.checkpoint.views import Link
 from esft.errors import DiskError, InputError
 from esft.storage.files import FLOATS, TensorInfo, write_json
@@ -74,7 +75,7 @@ def merge(
     as they would be loaded for the tuned ones, and subfolders but for that of chat templates.
 
     Args:
-        base: checkpoint folder.
+        base: checkpoint folder or hub id.
         adapter: adapter folder.
         out: folder to write.
         overwrite: replace an earlier merge that ``out`` holds, if it holds nothing else.
@@ -84,11 +85,11 @@ def merge(
     that holds something else or that another process writes; DiskError for a disk that is full or does not keep what
     was written.
     """
-    base, adapter, out = Path(base), Path(adapter), Path(out)
+    adapter, out = Path(adapter), Path(out)
     check_apart(out, base, adapter)
     earlier = _earlier if overwrite else None
     check_new_folder(out, earlier)
-    checkpoint = Checkpoint.open(base, trust_remote_code)
+    checkpoint = Checkpoint.open(downloaded(base), trust_remote_code)
     if manifest := open_adapter(adapter):
         _check_base(manifest, checkpoint, adapter)
     _, tensors = selected_tensors(adapter, checkpoint.skeleton)
@@ -96,14 +97,14 @@ def merge(
     _validate(plan, checkpoint)
     with adapter_weights(adapter, tensors) as tuned, new_folder(out, earlier) as folder:
         for source in _to_copy(checkpoint):
-            target = folder / source.relative_to(base)
+            target = folder / source.relative_to(checkpoint.folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)  # the content of a link, and without its mode: it may be read-only
         changed = [_apply(folder / file, patches, tuned) for file, patches in plan.items()]
         if not any(changed):
             warnings.warn(f"{adapter}: changes nothing: in the dtype of {base} its values are the base's", stacklevel=2)
         for file, patches in plan.items():
-            _verify(base / file, folder / file, patches, tuned)
+            _verify(checkpoint.folder / file, folder / file, patches, tuned)
         write_json(folder / MERGED, manifest | {FILES: sorted({*entries(folder), MERGED})})
     return out
 

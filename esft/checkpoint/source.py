@@ -25,6 +25,8 @@ GENERATION = "generation_config.json"
 LENGTH = 4096  # tokens of a record where nothing is said, the paper's
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+# Of a hub's checkpoint: weights, configuration, code, tokenizer, chat template, license; no weights in other formats.
+_FETCHED = ("*.json", "*.safetensors", "*.py", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -137,7 +139,7 @@ def downloaded(path: str | Path) -> Path:
     if (folder := check_folder(path)) is not None:
         return folder
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.py"]))
+        return Path(snapshot_download(str(path), allow_patterns=_FETCHED))
     except Exception as error:  # of the network, or of the name
         raise InputError(f"{path}: cannot be had from the hub ({first_line(error)})") from error
 

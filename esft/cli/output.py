@@ -82,6 +82,10 @@ def hush_libraries() -> None:
         theirs.set_verbosity_error()
         theirs.disable_progress_bar()
 
+    @wrapt.when_imported("datasets.utils.tqdm")
+    def hide_bars(theirs: Any) -> None:
+        theirs.disable_progress_bars()
+
     logging.getLogger().setLevel(logging.ERROR)  # of all that set no level of their own
     logging.getLogger("esft").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from esft.errors import reading
 
 def add(stages: Stages) -> None:
     sub = add_stage(stages, "merge", "write a checkpoint with an adapter merged in")
-    sub.add_argument("--model", required=True, help="base checkpoint folder")
+    sub.add_argument("--model", required=True, help="base checkpoint folder or hub id")
     sub.add_argument("--adapter", required=True, help="adapter folder, ESFT's, or that of a run which holds one")
     sub.add_argument("--out", required=True, help="folder of the merged checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint that esft has merged")

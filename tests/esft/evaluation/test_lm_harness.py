@@ -130,4 +130,7 @@ def test_the_command_ends_with_one_line_without_the_harness_and_for_what_it_cann
     def evaluate() -> None:
         raise esft.InputError("nope\x1b: no such folder")
 
-    assert command(monkeypatch, capsys, **CONTENT | {"cli_evaluate": evaluate}) == (2, "esft: nope\\x1b: no such folder\n")
+    assert command(monkeypatch, capsys, **CONTENT | {"cli_evaluate": evaluate}) == (
+        2,
+        "esft: nope\\x1b: no such folder\n",
+    )
