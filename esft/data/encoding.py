@@ -131,7 +131,24 @@ class Encoder:
             self.tokenizer.special_tokens_map, self.tokenizer.split_special_tokens,
             self.max_length, self.vocabulary, self.assistant_only_loss, self.completion_only_loss,
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return _digest(parts)
+
+
+def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Of a tokenizer's content (of one in plain Python its vocabulary) and of its chat template, by these names."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = tokenizer.get_vocab()
+    else:
+        content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # these two are of the last call
+    return {
+        "tokenizer": _digest([content, tokenizer.special_tokens_map, tokenizer.split_special_tokens]),
+        "chat template": _digest(tokenizer.chat_template),
+    }
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextmanager

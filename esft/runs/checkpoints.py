@@ -25,6 +25,7 @@ from esft.storage.reading import read_json
 
 KEPT = 2  # the last one, and the one before it for the case that the last is damaged
 RECENT = 20  # steps whose mean stands for the loss of now
+LATER = ("tokenizer", "chat template")  # digests that runs of before do not have
 _TENSORS, _STATE = "state.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -163,7 +164,7 @@ class Checkpoints:
         if values.keys() != {"step"}:  # as runs of before these digests have it
             if values.pop("digest", None) != digest_of(values):
                 raise InputError(f"{file}: is not as it was written (digest)")
-            if values.get("run") != self.run:
+            if not self._is_of_run(values.get("run")):
                 raise InputError(f"{file}: is of another run, or its settings or selection were changed")
             best = _best(values.get("best"), step, file)
             numbers = isinstance(losses, list) and all(type(x) is float for x in losses)
@@ -174,6 +175,11 @@ class Checkpoints:
         with open_safetensors(path / _TENSORS) as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         return State(step, losses, tensors, best)
+
+    def _is_of_run(self, digests: Any) -> bool:
+        """Whether a checkpoint's digests are the run's; it may be older than some of those."""
+        later = {name: self.run[name] for name in LATER if name in self.run}
+        return isinstance(digests, dict) and later | digests == self.run
 
 
 def _best(values: Any, step: int, file: Path) -> Best | None:

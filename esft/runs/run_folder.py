@@ -205,7 +205,7 @@ class RunFolder:
         """Raise InputError where the run was begun with another model or other data than these.
 
         Args:
-            digests: of the model's weights and of the data.
+            digests: of the model's weights and of the data, and of its parts by what they are called.
             settings: what the model's forward pass depends on; one that only one of the two has is passed over.
             paths: of both, for the message.
         """
@@ -213,8 +213,11 @@ class RunFolder:
         begun, theirs = origin["digests"], origin.get("base_settings", {})
         for name, path in paths.items():
             # Runs of before have the first part of the model's digest alone.
-            if begun[name] not in (digests[name], digests[name].partition("-")[0]):
+            if begun.get(name) not in (digests[name], digests[name].partition("-")[0]):
                 raise InputError(f"cannot resume with {name} {path}: the run was begun with another")
+        for part in sorted(digests.keys() - paths.keys()):
+            if begun.get(part, digests[part]) != digests[part]:  # runs of before have none of these
+                raise InputError(f"cannot resume with model {paths['model']}: the run was begun with another {part}")
         for name, value in settings.items():
             if (before := theirs.get(name, value)) != value:
                 said = f"its {name} is {shown(value)}, and was {shown(before)} when the run was begun"

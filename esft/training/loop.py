@@ -17,6 +17,7 @@ from esft.checkpoint.device import first_device, in_host_memory
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.packed_tensors import packed_format
 from esft.checkpoint.source import Reach, open_config
+from esft.data.encoding import tokenizer_digests
 from esft.data.examples import Example
 from esft.data.mixing import mixed_in
 from esft.errors import InputError, Interrupted
@@ -136,7 +137,7 @@ def train(
         source = Source(model_path, trust_remote_code, progress)
         with in_host_memory(config.shard == "frozen" and ranks.size > 1):
             model, base = METHODS[config.method].prepare(source, config, selection)
-        digests = {"model": base.digest, "data": run_data.digest()}
+        digests = {"model": base.digest, "data": run_data.digest(), **tokenizer_digests(tokenizer)}
         begun = {"model": model_path, "data": run_data.name}
         if config.chooses:  # else nothing of the outcome depends on what it is evaluated on
             digests["eval_data"] = digest_of({name: source.digest() for name, source in held_out.items()})

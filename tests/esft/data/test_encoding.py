@@ -2,6 +2,7 @@ import logging
 import sys
 from datetime import date
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import esft
 from esft.data import encoding
-from esft.data.encoding import TOGETHER, Encoder, encode_all, encode_prompt
+from esft.data.encoding import TOGETHER, Encoder, encode_all, encode_prompt, tokenizer_digests
 from esft.data.examples import IGNORE, Example
 from esft.data.records import Record
 from esft.data.sources import read_records
@@ -330,6 +331,29 @@ def test_a_digest_tells_all_apart_that_decides_on_the_tokens():
     ]  # fmt: skip
     assert None not in found and len(set(found)) == len(found)
     assert digest() == found[0]
+
+
+def test_a_tokenizer_and_its_chat_template_have_a_digest_each_that_no_call_changes():
+    other, larger, ended = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
+    other.chat_template += " "
+    larger.add_tokens("abc")
+    ended.eos_token = "<|pad|>"
+    plain = tokenizer_digests(tiny_tokenizer())
+    assert [tokenizer_digests(each)["tokenizer"] != plain["tokenizer"] for each in (other, larger, ended)] == [0, 1, 1]
+    assert [tokenizer_digests(each)["chat template"] != plain["chat template"] for each in (other, larger)] == [1, 0]
+    used = tiny_tokenizer()
+    used(["a", "ab"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digests(used) == plain
+
+
+def test_the_digest_of_a_tokenizer_in_plain_python_is_that_of_its_vocabulary():
+    def digests(**vocabulary: int) -> dict[str, str]:
+        told = {"special_tokens_map": {}, "split_special_tokens": False, "chat_template": "{{ x }}"}
+        tokenizer: Any = SimpleNamespace(get_vocab=lambda: dict(vocabulary), **told)
+        return tokenizer_digests(tokenizer)
+
+    assert digests(a=1, b=2) == digests(b=2, a=1) != digests(a=2, b=1)
+    assert digests(a=1, padding=2) != digests(a=1)
 
 
 def test_the_date_is_in_the_digest_of_a_template_that_renders_it(monkeypatch):

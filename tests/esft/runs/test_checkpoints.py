@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,16 @@ def test_a_state_is_restored_as_it_was_saved(tmp_path, saved):
     assert saved.last_step() == 4
     assert restored(Checkpoints(tmp_path / "none", RUN)) is None
     assert Checkpoints(tmp_path / "none", RUN).last_step() == 0
+
+
+@pytest.mark.parametrize("other", [{}, {"tokenizer": "6"}])
+def test_a_checkpoint_of_before_a_run_had_digests_of_its_tokenizer_is_the_runs(saved, other: dict):
+    later = Checkpoints(saved.folder, RUN | {"tokenizer": "5", "chat template": "6"})
+    assert same(restored(later), state(4))
+    Checkpoints(saved.folder, later.run | other).save(state(6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the last one, where it is of another tokenizer
+        assert same(restored(later), state(4 if other else 6))
 
 
 def test_the_last_two_are_kept_and_what_others_put_beside_them(tmp_path, saved):

@@ -14,10 +14,11 @@ from transformers import AutoConfig
 import esft
 from esft.checkpoint.digest import forward_settings, model_digest
 from esft.checkpoint.load import load_model
+from esft.data.encoding import tokenizer_digests
 from esft.runs.config import TrainConfig
 from esft.runs.run_folder import RunFolder
 from esft.selection import ExpertSelection
-from tests.esft.models import save_tiny, write_records
+from tests.esft.models import save_tiny, tiny_tokenizer, write_records
 from tests.esft.small_runs import SELECTION, breaks, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
@@ -88,6 +89,7 @@ def test_the_run_folder_says_what_was_trained_from_what(base, out, fake):
     digests = {
         "model": model_digest(load_model(str(base))),
         "data": hashlib.sha256((base.parent / "d.jsonl").read_bytes()).hexdigest(),
+        **tokenizer_digests(tiny_tokenizer()),
     }
     origin = {"model": str(base), "data": str(base.parent / "d.jsonl")}
     written = json.loads((out / "origin.json").read_text())
@@ -185,6 +187,24 @@ def test_an_origin_that_is_none_is_named(tmp_path, origin: str):
         folder.begun_with(None, None)
 
 
+@pytest.mark.parametrize("changed", ["tokenizer", "chat template"])
+def test_a_run_does_not_go_on_with_another_tokenizer_or_chat_template_of_its_base(base, out, fake, changed: str):
+    run(base, "run", settings(steps=2), eval_data=None)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    tokenizer = tiny_tokenizer()
+    if changed == "tokenizer":
+        tokenizer.add_tokens("say")
+    else:
+        tokenizer.chat_template = str(tokenizer.chat_template).replace("<|end|>", "<|end|> ")
+    tokenizer.save_pretrained(base)
+    match = f"^cannot resume with model {base}: the run was begun with another {changed}$"
+    with pytest.raises(esft.InputError, match=match):
+        run(base, "run", settings(steps=3), resume=True, eval_data=None)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    tiny_tokenizer().save_pretrained(base)
+    run(base, "run", settings(steps=3), resume=True, eval_data=None)
+
+
 def test_a_run_of_before_there_were_digests_goes_on(base, out, fake):
     run(base, "whole", settings(steps=4, save_every=2), eval_data=None)
     fake.batches.clear()
@@ -235,6 +255,17 @@ def test_the_base_and_the_data_are_told_by_their_digests_and_named_by_their_path
     folder.check_origin({"model": "1-9", "data": "2"}, {}, {"model": "m", "data": "d"})  # a run of before has a part
     with pytest.raises(esft.InputError, match=r"^cannot resume with data e\.jsonl: the run was begun with another$"):
         folder.check_origin({"model": "1", "data": "3"}, {}, {"model": "m", "data": "e.jsonl"})
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "chat template"])
+def test_another_tokenizer_or_chat_template_is_named_but_to_a_run_of_before_there_were_digests_of_them(tmp_path, part):
+    digests, paths = ORIGIN["digests"] | {"tokenizer": "3", "chat template": "4"}, {"model": "m", "data": "d"}
+    begun(tmp_path / "before").check_origin(digests, {}, paths)
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(settings(), ORIGIN | {"digests": digests}, SELECTION)
+    folder.check_origin(digests, {}, paths)
+    with pytest.raises(esft.InputError, match=f"^cannot resume with model m: the run was begun with another {part}$"):
+        folder.check_origin(digests | {part: "5"}, {}, paths)
 
 
 def test_a_model_of_another_configuration_is_not_the_one_of_the_run(tmp_path):

@@ -16,7 +16,7 @@ from esft.errors import Interrupted
 from esft.optimizer.adamw import MasterAdamW
 from esft.parallel.deal import dealt
 from esft.parallel.ranks import Ranks
-from tests.esft.models import write_records
+from tests.esft.models import tiny_tokenizer, write_records
 from tests.esft.parallel.jobs import job
 from tests.esft.small_runs import SELECTION, Recorded, base_and_data, column, metrics, run, settings
 
@@ -195,3 +195,21 @@ def test_ranks_that_have_drifted_apart_write_no_checkpoint(base, tmp_path):
     assert sorted(e.status for e in ended) == [1, 2]
     assert "rank 1 has other state after step 2 than rank 0" in "".join(e.said for e in ended)
     assert not any((base.parent / "drifted").glob("checkpoints/*"))
+
+
+def retold(base) -> None:
+    run(base, "told", settings(steps=3, dtype="float32"), eval_data=None, resume=True)
+
+
+def test_two_ranks_do_not_go_on_with_another_chat_template(base, tmp_path):
+    run(base, "told", settings(steps=2, dtype="float32"), eval_data=None)
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(base.parent / "told", tmp_path / "told")
+    shutil.copy(base.parent / "d.jsonl", tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<|end|>", "<|end|> ")
+    tokenizer.save_pretrained(tmp_path / "base")
+    ended = job(tmp_path, 2, partial(retold, tmp_path / "base"))
+    assert sorted(e.status for e in ended) == [1, 2]
+    assert "the run was begun with another chat template" in "".join(e.said for e in ended)
+    assert len(column(tmp_path / "told", "loss")) == 2
