@@ -100,6 +100,12 @@ def whole_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def recompute_layers_of(model: PreTrainedModel) -> None:
+    """Let a model's layers be made again in the backward. Raises ValueError where they are not marked for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # what later versions call it
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def names_not_saved(model: PreTrainedModel) -> list[str]:
     """Of tensors that ``save_pretrained`` leaves out, tied ones not among them."""
     return list(model._keys_to_ignore_on_save or ())

@@ -87,6 +87,10 @@ def described(plan: Plan) -> str:
         f"Computed, not measured: {plan.method}, {plan.tokens:,} tokens in {plan.records} records together, "
         f"recompute {plan.recompute}."
     )
+    if plan.of_shorter:
+        lines.append(
+            "Estimated: layers go token by token, so the step is planned of short records, as many tokens in all."
+        )
     if plan.assumed is not None:
         lines.append(f"Assumed: {plan.assumed} experts a layer train; a selection file (--experts) tells.")
     return "\n".join(lines)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from math import ceil, inf
 from typing import Any
 
 import torch
@@ -13,9 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esft.errors import InputError, first_line
 from esft.evaluation.cross_entropy import linear_cross_entropy
-from esft.planning.live_bytes import LiveBytes
+from esft.planning.live_bytes import LiveBytes, TooMany
 from esft.planning.stand_in import Sizes, StandIn
 from esft.short_attention import use_short_attention
+from esft.transformers_internals import recompute_layers_of, whole_layers
+
+# A layer that goes token by token in Python, as Mamba's without its kernels, makes more operations than this: so many,
+# and so many a token. As that would take minutes, its step is planned of shorter records, as many tokens in all.
+MANY, MANY_A_TOKEN = 2500, 8
+SHORT = 8  # tokens of such a record
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,11 @@ class Batch:
 @dataclass(frozen=True)
 class StepBytes:
     """Of one step, beside weights and optimizer: kept for the backward, and the largest sum with all that comes and
-    goes, gradients among it."""
+    goes, gradients among it; whether it is that of shorter records, without what grows with the square of a length."""
 
     kept: int
     peak: int
+    of_shorter: bool = False
 
 
 def fake_step(skeleton: Any, experts: Mapping[str, Sizes], batch: Batch, recompute_layers: bool = False) -> StepBytes:
@@ -61,7 +70,10 @@ def fake_step(skeleton: Any, experts: Mapping[str, Sizes], batch: Batch, recompu
             for name, sizes in experts.items():
                 causal_lm.set_submodule(name, StandIn(sizes, dtype))
             _materialise(causal_lm)
-            return _measured(causal_lm.train(), batch, recompute_layers)
+            if recompute_layers:
+                recompute_layers_of(causal_lm)
+            use_short_attention(causal_lm)
+            return _in_time(causal_lm.train(), batch)
     except InputError:
         raise
     except Exception as error:  # whatever a model's code says of tensors without values
@@ -84,14 +96,26 @@ def _materialise(model: nn.Module) -> None:
                 setattr(module, name, made[id(tensor)])
 
 
-def _measured(causal_lm: Any, batch: Batch, recompute_layers: bool) -> StepBytes:
-    if recompute_layers:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    use_short_attention(causal_lm)
+def _in_time(causal_lm: Any, batch: Batch) -> StepBytes:
+    """A step, or that of shorter records where layers go token by token: the shorter, the fewer operations."""
+    shorter = Batch(ceil(batch.tokens / SHORT), SHORT, batch.accumulates)
+    with suppress(TooMany):
+        return _measured(causal_lm, batch, max(MANY, MANY_A_TOKEN * batch.length))
+    with suppress(TooMany):  # as many of them, however short the records are
+        return replace(_measured(causal_lm, shorter, MANY // 2), of_shorter=True)
+    return _measured(causal_lm, batch, inf)
+
+
+def _measured(causal_lm: Any, batch: Batch, most: float) -> StepBytes:
+    """A step in which no layer's forward may make more operations. Raises TooMany where one does."""
     ids = torch.zeros(batch.records, batch.length, dtype=torch.int64)
     labels, mask = ids.flatten(), torch.ones_like(ids)
     head = causal_lm.get_output_embeddings().weight
-    with LiveBytes([*causal_lm.parameters(), *causal_lm.buffers(), ids, mask]) as live:
+    causal_lm.zero_grad()
+    with (
+        LiveBytes([*causal_lm.parameters(), *causal_lm.buffers(), ids, mask]) as live,
+        _bounded(whole_layers(causal_lm), live, most),
+    ):
         kept = 0
         for _ in range(1 + batch.accumulates):
             before = live.now
@@ -102,3 +126,22 @@ def _measured(causal_lm: Any, batch: Batch, recompute_layers: bool) -> StepBytes
             loss.backward()
             del loss
     return StepBytes(kept, live.peak)
+
+
+@contextmanager
+def _bounded(layers: Iterable[nn.Module], live: LiveBytes, most: float) -> Iterator[None]:
+    """No layer's forward makes more operations in the block."""
+
+    def limit(of: float) -> Callable[..., None]:
+        return lambda *_: setattr(live, "left", of)
+
+    hooks = [
+        hook
+        for layer in layers
+        for hook in (layer.register_forward_pre_hook(limit(most)), layer.register_forward_hook(limit(inf)))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
+
+
+class TooMany(Exception):
+    """More operations than were allowed."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -22,16 +27,21 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes.
+        left: how many more operations may be done; TooMany is raised at the next.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
         self.now = self.peak = 0
+        self.left = inf
         self._known = WeakIdKeyDictionary()
         for tensor in known:
             self._known[tensor.untyped_storage()] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise TooMany
         out = func(*args, **(kwargs or {}))
         for each in tree_iter(out):
             if isinstance(each, Tensor):

@@ -51,6 +51,7 @@ class Plan:
         base: Python and the libraries.
         peak: of all.
         stored: the outcome on disk.
+        of_shorter: whether the step was planned of shorter records, as layers go token by token; see ``fake_step``.
     """
 
     method: str
@@ -76,6 +77,7 @@ class Plan:
     base: int
     peak: int
     stored: int
+    of_shorter: bool = False
 
 
 def plan(
@@ -227,7 +229,7 @@ def _summed(
         config.method, frozen, config.frozen_linear, config.optimizer, config.recompute, batch.records, batch.tokens,
         assumed, whole.parameters, trained.count, trained_experts, frozen_experts, other_weights, kept_base, outside,
         masters, moments, trained.nbytes, step.kept, most, BASE, BASE + weights + masters + moments + most,
-        trained.nbytes,
+        trained.nbytes, step.of_shorter,
     )  # fmt: skip
 
 

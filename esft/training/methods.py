@@ -29,6 +29,7 @@ from esft.storage.files import write_json
 from esft.storage.reading import read_json
 from esft.swapping.load import load
 from esft.swapping.swap import unswap
+from esft.transformers_internals import recompute_layers_of
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _recomputed(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """The model with its layers made again in the backward, if so set."""
     if config.recompute == "layers":
         try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers_of(model)
         except ValueError as error:
             raise InputError(f"recompute layers: {error}") from error
     return model

@@ -1,8 +1,10 @@
 """All that is used of transformers beyond its documentation is in one module, and was tried with named versions."""
 
 import ast
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoConfig
 import esft
 from esft import transformers_internals as internals
 from esft.selection import ExpertSelection
+from esft.transformers_internals import recompute_layers_of, whole_layers
 from tests.esft import zoo
 from tests.esft.models import tiny_model, tiny_tokenizer
 
@@ -201,3 +204,19 @@ def test_what_is_not_saved_is_told_by_the_models_class():
     assert internals.names_not_saved(model) == []
     model._keys_to_ignore_on_save = {"head.position_ids"}
     assert internals.names_not_saved(model) == ["head.position_ids"]
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
+def test_layers_are_made_again_by_whatever_name_the_version_has_for_it(name: str):
+    asked: list[dict] = []
+    model: Any = SimpleNamespace(**{name: asked.append})
+    recompute_layers_of(model)
+    assert asked == [{"use_reentrant": False}]
+
+
+def test_layers_are_made_again_without_a_warning():
+    model = tiny_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recompute_layers_of(model)
+    assert all(getattr(layer, "gradient_checkpointing", False) for layer in whole_layers(model))

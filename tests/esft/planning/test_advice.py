@@ -61,6 +61,7 @@ def test_a_plan_is_told_in_lines_that_say_what_is_assumed_and_that_nothing_is_me
     text = described(SOME)
     for part in ("50 (5.0%)", "frozen experts, bf16", "moments, adamw", "Computed, not measured", "Assumed: 5 experts"):
         assert part in text
+    assert "Estimated" not in text and "\nEstimated: layers go" in described(replace(SOME, of_shorter=True))
     assert "Assumed" not in described(replace(SOME, assumed=None))
     assert "12.500 GB" in described(replace(SOME, peak=12_500_000_000))
 

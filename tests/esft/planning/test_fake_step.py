@@ -4,15 +4,18 @@ import logging
 
 import pytest
 import torch
+from transformers import JambaConfig
 
 import esft
 from esft.evaluation.loss import batch_loss, has_plain_head
 from esft.experts.moe_layers import moe_layers
+from esft.planning import fake_step as module
 from esft.planning.fake_step import Batch, fake_step
 from esft.planning.live_bytes import LiveBytes
 from esft.planning.outline import outline, require_beside, skeleton_of
 from esft.planning.stand_in import Sizes
 from esft.short_attention import use_short_attention
+from tests.esft import zoo
 from tests.esft.models import tiny_model
 
 WIDE = {"hidden_size": 128, "vocab_size": 3000, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -113,3 +116,33 @@ def test_a_model_that_asks_for_values_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(DeepseekV2Model, "forward", forward)
     with pytest.raises(esft.InputError, match="^DeepseekV2ForCausalLM: its step cannot be planned"):
         planned(tmp_path, 3, Batch(2, 50))
+
+
+def test_a_step_that_goes_token_by_token_is_planned_of_shorter_records(tmp_path, monkeypatch):
+    save_config(zoo.tiny("jamba", hidden_size=128, intermediate_size=256), tmp_path)
+    monkeypatch.setattr(module, "MANY", 10**9)
+    whole = planned(tmp_path, 3, Batch(1, 256))
+    assert not whole.of_shorter
+    monkeypatch.setattr(module, "MANY", 2000)
+    asked, real = [], module._measured
+    monkeypatch.setattr(module, "_measured", lambda model, batch, most: asked.append(batch) or real(model, batch, most))
+    shorter = planned(tmp_path, 3, Batch(1, 256))
+    assert shorter.of_shorter and asked == [Batch(1, 256), Batch(32, 8)]
+    assert shorter.peak == pytest.approx(whole.peak, rel=0.04)
+    assert shorter.kept + 4 * 256**2 == pytest.approx(whole.kept, rel=0.01)  # with the mask
+
+
+def test_a_step_of_many_operations_whatever_its_tokens_is_planned_as_it_is(tmp_path, monkeypatch):
+    save_config(tiny_model(), tmp_path)
+    whole = planned(tmp_path, 3, Batch(2, 50))
+    for name in ("MANY", "MANY_A_TOKEN"):
+        monkeypatch.setattr(module, name, 1)
+    assert planned(tmp_path, 3, Batch(2, 50)) == whole
+
+
+def test_the_layers_of_a_default_jamba_are_told_to_go_token_by_token_at_once(tmp_path, monkeypatch):
+    JambaConfig(num_hidden_layers=2, use_mamba_kernels=False).save_pretrained(tmp_path)
+    asked, real = [], module._measured
+    monkeypatch.setattr(module, "_measured", lambda model, batch, most: asked.append(batch) or real(model, batch, most))
+    assert planned(tmp_path, 3, Batch(1, 2048)).of_shorter
+    assert asked == [Batch(1, 2048), Batch(256, 8)]

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from esft.planning.live_bytes import LiveBytes
+from esft.planning.live_bytes import LiveBytes, TooMany
 
 
 def test_what_lives_and_what_lived_at_most_is_counted_and_views_are_not():
@@ -24,6 +25,16 @@ def test_what_lives_and_what_lived_at_most_is_counted_and_views_are_not():
         assert (live.now, live.peak) == (8, 80)
         del small
     assert live.now == 0 and of_known.numel() == 50
+
+
+def test_more_operations_than_are_allowed_are_not_done():
+    one = torch.ones(1)
+    with LiveBytes() as live:
+        live.left = 2
+        one.add_(1).add_(1)
+        with pytest.raises(TooMany):
+            one.add_(1)
+    assert one.item() == 3
 
 
 def test_gradients_and_what_a_backward_makes_are_counted():

@@ -104,14 +104,14 @@ def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(b
 def test_a_model_that_cannot_make_its_layers_again_is_refused(base, monkeypatch):
     asked = []
 
-    def refuses(_, options):
-        asked.append(options)
+    def refuses(model):
+        asked.append(model)
         raise ValueError("does not support it")
 
-    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", refuses)
+    monkeypatch.setattr("esft.training.methods.recompute_layers_of", refuses)
     with pytest.raises(esft.InputError, match="recompute layers: does not support it"):
         prepared(base, TrainConfig(recompute="layers"), SELECTION)
-    assert asked == [{"use_reentrant": False}]
+    assert len(asked) == 1 and isinstance(asked[0], PreTrainedModel)
 
 
 def test_lora_without_peft_says_what_to_install_before_it_loads_the_model(base, monkeypatch):
