@@ -45,6 +45,14 @@ def check_apart(out: str | Path, *inputs: str | Path | None) -> None:
             raise InputError(f"{place}: the output would replace {path}, which is read")
 
 
+def check_outside(out: str | Path, *folders: str | Path | None) -> None:
+    """Raise InputError when an output lies in one of these folders, of which every file may be read; None is none."""
+    place = resolved(out)
+    for folder in folders:
+        if folder is not None and resolved(folder) in place.parents:
+            raise InputError(f"{out}: lies in {folder}, which is read")
+
+
 def check_new_file(
     path: str | Path, overwrite: Callable[[Path], Any] | None = None, inputs: Collection[str | Path | None] = ()
 ) -> None:
@@ -61,9 +69,7 @@ def check_new_file(
     if not place.parent.is_dir():
         raise InputError(f"{path}: {path.parent} is not a folder")
     check_apart(path, *inputs)
-    for folder in inputs:
-        if folder is not None and resolved(folder) in place.parents:
-            raise InputError(f"{path}: lies in {folder}, which is read")
+    check_outside(path, *inputs)
     if place.exists():
         if overwrite is None:
             raise InputError(f"{path}: exists already (`overwrite=True` replaces it)")

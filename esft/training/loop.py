@@ -36,7 +36,7 @@ from esft.runs.shared_run import SharedRun, shared_run
 from esft.selection import ExpertSelection
 from esft.short_attention import use_short_attention
 from esft.signals import stop_signals
-from esft.storage.outputs import check_apart
+from esft.storage.outputs import check_apart, check_outside
 from esft.training.compiled_layers import compile_layers
 from esft.training.evaluations import Evaluations, deciding
 from esft.training.methods import METHODS, Source
@@ -110,7 +110,9 @@ def train(
     """
     sources, held_out = sources_of(data), held_out_sources(eval_data)
     mixed = mixed_in(mix) if mix is not None else None
-    check_apart(out, model_path, *(each.local for each in (*sources, *held_out.values(), mixed) if each is not None))
+    read = [each.local for each in (*sources, *held_out.values(), mixed) if each is not None]
+    check_apart(out, model_path, *read)
+    check_outside(out, *read)
     with joined() as ranks, shared_run(ranks, out, resume, overwrite) as run:
         if resume:
             config, selection = run.begun_with(config, selection)

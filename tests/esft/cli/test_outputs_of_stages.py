@@ -42,6 +42,18 @@ FOREIGN = [
     ("train --model base --data g.jsonl --method full --out thesis --overwrite", "thesis: holds no run"),
     ("train --model base --data g.jsonl --method full --out base --overwrite", "would replace base, which is read"),
     ("train --model base --data thesis/g.jsonl --method full --out thesis --overwrite", "would replace thesis/g.jsonl"),
+    ("train --model base --data thesis --method full --out thesis/run", "thesis/run: lies in thesis, which is read"),
+    ("train --model base --data thesis --method full --out thesis/run --resume", "lies in thesis, which is read"),
+    ("train --model base --data thesis@train:2 --method full --out thesis/a/run --overwrite", "lies in thesis, which"),
+    ("train --model base --data g.jsonl --mix thesis:0.1 --method full --out thesis/run", "lies in thesis, which is"),
+    ("train --model base --data g.jsonl --eval-data a=thesis --method full --out loop/run", "lies in thesis, which is"),
+    ("train --model base --data loop --method full --out thesis/run", "lies in loop, which is read"),
+    ("score --model base --data thesis --out thesis/s.json", "thesis/s.json: lies in thesis, which is read"),
+    ("eval --model base --data thesis --out thesis/run/s.json", "thesis/run is not a folder"),
+    ("eval --model base --data thesis --out loop/s.json", "lies in thesis, which is read"),
+    ("train --model base --data run/c.yaml --method full --out run --resume", "would replace run/c.yaml, which is"),
+    ("train --model run --data g.jsonl --method full --out run --resume", "would replace run, which is read"),
+    ("merge --model base --adapter adapter --out . --overwrite", "would replace base, which is read"),
     (
         "train --model base --data g.jsonl --config run/c.yaml --experts e.json --out run --overwrite",
         "run/c.yaml, wh",
@@ -72,6 +84,7 @@ def precious(tmp_path, monkeypatch):
     for name in ("d.jsonl", "g.jsonl"):
         write_records(tmp_path / name)
     os.link("g.jsonl", "hard.jsonl")
+    (tmp_path / "loop").symlink_to("thesis")
     (tmp_path / "soft.jsonl").symlink_to("g.jsonl")
     esft.ExpertScores({1: {0: 1.0}}, {1: {0: 1.0}}).save("s.json")
     esft.selection.ExpertSelection({1: [0]}).save("e.json")
