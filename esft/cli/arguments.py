@@ -8,9 +8,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from esft.cli.output import complain
+from esft.cli.output import complain, put
 from esft.parallel.environment import local_size, size_of_job
 
 
@@ -20,6 +20,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         complain(message, by=self.prog)
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help, which says where it cannot be written: argparse passes over that."""
+        put(message, flush=True)
 
 
 def count(text: str) -> int:

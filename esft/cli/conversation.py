@@ -92,6 +92,10 @@ def typed(interactive: bool) -> Iterator[str]:
             return
         except UnicodeDecodeError as error:
             raise InputError(f"standard input: is not {error.encoding}") from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise InputError(f"standard input: {error.strerror or error}") from error
 
 
 def converse(lines: Iterable[str], reply: Callable[[Messages], str], refused: Callable[[InputError], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -9,11 +10,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import wrapt
 
-from esft.errors import ESFTError, first_line, what_was_read
+from esft.errors import DiskError, ESFTError, first_line, what_was_read
 from esft.parallel.environment import own_name
 from esft.text import printable
 
@@ -31,14 +33,26 @@ def _option(flag: str | None, name: str | None, value: str | None) -> str:
     return f"--{flag.replace('_', '-')}" if flag else f"--{str(name).replace('_', '-')} {value}"
 
 
+def put(text: str, flush: bool = False) -> None:
+    """Text on standard output as it is. Raises DiskError where that cannot be written, BrokenPipeError as it comes."""
+    try:
+        sys.stdout.write(text)
+        if flush:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DiskError(f"standard output: {error.strerror or error}") from error
+
+
 def say(*lines: str) -> None:
     """Lines on standard output."""
-    print("\n".join(map(printable, lines)))
+    put("\n".join(map(printable, lines)) + "\n")
 
 
 def say_part(text: str) -> None:
     """A part of a text on standard output, at once; line ends and tabs are its own."""
-    print(printable(text, kept="\n\t"), end="", flush=True)
+    put(printable(text, kept="\n\t"), flush=True)
 
 
 def say_marked(parts: Iterable[tuple[str, bool]]) -> None:
@@ -49,7 +63,7 @@ def say_marked(parts: Iterable[tuple[str, bool]]) -> None:
     for text, marked in parts:
         shown = [printable(line) for line in text.split("\n")]
         lines.append("\n".join(f"{begin}{line}{end}" for line in shown) if marked else "\n".join(shown))
-    print("".join(lines))
+    put("".join(lines) + "\n")
 
 
 def complain(text: str, by: str = "esft") -> None:
@@ -72,6 +86,39 @@ def explain(error: Exception) -> None:
         said = f"{error.filename}: {error.strerror}"
     what = what_was_read(error)
     complain(f"{what}: cannot be used ({said})" if what else f"{said} ({DEBUG}=1 shows where)")
+
+
+class _Heard(io.TextIOWrapper):
+    """Standard error of which what cannot be written is let go: the work does not end for a bar or a warning."""
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def open_streams() -> None:
+    """Make standard streams ready for whatever a command is started with.
+
+    Those that are closed get the null device: else the next file that is opened has a stream's number, and gets what is
+    printed.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (until the process ends)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without these characters
+    if isinstance(theirs := sys.stderr, io.TextIOWrapper) and theirs is sys.__stderr__:
+        sys.stderr = _Heard(theirs.buffer, theirs.encoding, theirs.errors, line_buffering=True, write_through=True)
 
 
 def hush_libraries() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from types import ModuleType
 from esft.cli.allocator import settle_memory
 from esft.cli.arguments import Parser, resuming
 from esft.cli.job import job
-from esft.cli.output import complain, explain, hush_libraries, listen
+from esft.cli.output import complain, explain, hush_libraries, listen, open_streams, put
 from esft.cli.stages import chat, compare, data, eval, generate, merge, plan, report, score, select, train
 from esft.errors import Interrupted
 from esft.parallel.environment import own_rank
@@ -56,14 +55,18 @@ def main(
     Returns the exit status: 0, 2 after one line for bad input or for what a library made of it, 128 + N after signal N.
     """
     try:
-        args = _parser().parse_args(arguments)
+        try:
+            args = _parser().parse_args(arguments)
+        except SystemExit:  # with what was asked for said
+            put("", flush=True)
+            raise
         prepare(args)
         with job(args) as takes_part:
             if takes_part:
                 run_stage(args)
-        sys.stdout.flush()
+        put("", flush=True)
     except BrokenPipeError:  # who read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return 141  # as of a program that SIGPIPE ends
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted("interrupted", signal.SIGINT)
@@ -80,11 +83,21 @@ def main(
 def entry() -> None:
     """What the installed ``esft`` script calls."""
     signal.signal(signal.SIGTERM, _terminate)
+    open_streams()
     listen()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without these characters
-    sys.exit(main(prepare=settle_memory))
+    try:
+        status = main(prepare=settle_memory)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # which is told; Python would make another status of it at its end
+            _drop_output()
+    sys.exit(status)
+
+
+def _drop_output() -> None:
+    """Let what is left to write on standard output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _terminate(number: int, _) -> None:

@@ -46,10 +46,13 @@ def check_apart(out: str | Path, *inputs: str | Path | None) -> None:
 
 
 def check_outside(out: str | Path, *folders: str | Path | None) -> None:
-    """Raise InputError when an output lies in one of these folders, of which every file may be read; None is none."""
+    """Raise InputError when an output lies in one of these folders, of which any file may be read.
+
+    Files among them, and None, are passed over.
+    """
     place = resolved(out)
     for folder in folders:
-        if folder is not None and resolved(folder) in place.parents:
+        if folder is not None and (inside := resolved(folder)).is_dir() and inside in place.parents:
             raise InputError(f"{out}: lies in {folder}, which is read")
 
 

@@ -42,7 +42,7 @@ class _Settings(argparse.Action):
         for each in fields(TrainConfig):
             allowed = ", ".join(each.metadata["choices"]) or each.metadata["within"]
             kind = ", ".join(filter(None, (each.type, allowed)))
-            print(f"{each.name}: {as_text(each.default)}  # {kind}: {each.metadata['text']}")
+            say(f"{each.name}: {as_text(each.default)}  # {kind}: {each.metadata['text']}")
         parser.exit()
 
 

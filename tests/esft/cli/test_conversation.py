@@ -101,6 +101,13 @@ def test_lines_are_asked_for_in_a_terminal_until_they_end(monkeypatch, capsys, i
     with pytest.raises(InputError, match="^standard input: is not utf-8$"):
         list(typed(interactive))
 
+    def cannot(_: str) -> str:
+        raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr("builtins.input", cannot)
+    with pytest.raises(InputError, match="^standard input: Is a directory$"):
+        list(typed(interactive))
+
 
 def test_lines_go_on_with_a_conversation_and_commands_begin_it_anew():
     got, refused = [], []
