@@ -46,7 +46,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal, self.resumable = signal, resumable
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another library says, for a message in one line; cut where it is long."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # A line that ends so only says that the next one tells.

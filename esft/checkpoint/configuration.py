@@ -61,6 +61,8 @@ def check_numbers(raw: Any, where: str) -> None:
             raise InputError(f"{where}: {name} is {shown(value)}; at most {_MOST[kind]:,} are supported")
         if name in _SOME and value < 1:
             raise InputError(f"{where}: {name} is {shown(value)}, which no model has")
+        if name.endswith(("dropout", "_pdrop")) and not 0 <= value <= 1:
+            raise InputError(f"{where}: {name} is {shown(value)}, no share of values to drop")
         if kind in largest:
             largest[kind] = max(largest[kind], int(value))
     if (total := largest["layers"] * largest["experts"]) > EXPERTS_IN_ALL:

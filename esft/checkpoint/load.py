@@ -16,6 +16,7 @@ from esft.checkpoint.source import check_dtypes, check_folder, open_config, weig
 from esft.checkpoint.tokenizer_files import check_tokenizer_files, flaw_of
 from esft.errors import ESFTError, InputError, first_line
 from esft.memory import check_fits, memory_watched
+from esft.storage.reading import shown
 from esft.transformers_internals import load_in_part
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -115,6 +116,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise InputError(f"{where}: cannot load a tokenizer ({said})") from error
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: the tokenizer has no chat template")
+    template: Any = tokenizer.chat_template
+    if not all(isinstance(each, str) for each in (template.values() if isinstance(template, dict) else [template])):
+        raise InputError(f"{path}: the chat template is {shown(template)}, not a text")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"{path}: the tokenizer has neither a token for padding nor one for the end")

@@ -88,7 +88,8 @@ class Encoder:
             batch = self.tokenizer(
                 texts, add_special_tokens=plain, return_attention_mask=False, return_token_type_ids=False
             )
-        except Exception as error:  # tokenizers raise errors of many kinds
+        except BaseException as error:  # tokenizers raise errors of many kinds
+            _check_of_tokenizer(error)
             raise InputError(f"the tokenizer cannot encode it ({first_line(error)})") from error
         ids: Any = batch["input_ids"]
         return list(zip(ids, batch.encodings or [None] * len(texts), strict=True))
@@ -149,6 +150,12 @@ def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def _digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _check_of_tokenizer(error: BaseException) -> None:
+    """Raise an error again that is no tokenizer's: a panic of its compiled code is no ``Exception`` either."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 @contextmanager
@@ -235,7 +242,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Record) -> list[in
         text = render(tokenizer, prompt, add_generation_prompt=True) if prompt.messages else prompt.text
     try:
         ids: Any = tokenizer(text, add_special_tokens=not prompt.messages)["input_ids"]
-    except Exception as error:  # tokenizers raise errors of many kinds
+    except BaseException as error:  # tokenizers raise errors of many kinds
+        _check_of_tokenizer(error)
         raise InputError(f"the tokenizer cannot encode it ({first_line(error)})") from error
     if not ids:
         raise InputError("the chat template renders nothing of it")

@@ -47,6 +47,8 @@ def test_what_is_no_size_has_no_limit():
     [
         ({"num_experts_per_tok": 100, "num_experts": 8}, "num_experts_per_tok is 100, of 8 experts"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0, which no model has"),
+        ({"attention_dropout": 2.0}, "attention_dropout is 2.0, no share of values to drop"),
+        ({"resid_pdrop": -1}, "resid_pdrop is -1, no share of values to drop"),
         ({"max_position_embeddings": -5}, "max_position_embeddings is -5, which no model has"),
         ({"architectures": "x"}, "architectures is 'x', not a list of names"),
         ({"architectures": [7]}, r"architectures is \[7\], not a list of names"),

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -105,6 +107,16 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         load_tokenizer(str(base))
     with pytest.raises(esft.InputError, match="absent: no such folder"):
         load_tokenizer(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("template", [5, [1]])
+def test_a_chat_template_that_is_no_text_is_refused(tmp_path, template):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    with pytest.raises(esft.InputError, match=str(tmp_path)):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer_or_with_half_of_one_is_named(tmp_path):

@@ -346,6 +346,25 @@ def test_a_tokenizer_and_its_chat_template_have_a_digest_each_that_no_call_chang
     assert tokenizer_digests(used) == plain
 
 
+def test_a_panic_of_a_tokenizers_compiled_code_is_told_and_an_interrupt_is_none(monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    encoder = tiny_encoder()
+    for error, raised in ((PanicException("overflow"), esft.InputError), (KeyboardInterrupt(), KeyboardInterrupt)):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(type(encoder.tokenizer), "__call__", fails)
+        for encode in (
+            lambda: encoder.encode(Record(text="a")),
+            lambda: encode_prompt(encoder.tokenizer, Record(text="a")),
+        ):
+            with pytest.raises(raised):
+                encode()
+
+
 def test_the_digest_of_a_tokenizer_in_plain_python_is_that_of_its_vocabulary():
     def digests(**vocabulary: int) -> dict[str, str]:
         told = {"special_tokens_map": {}, "split_special_tokens": False, "chat_template": "{{ x }}"}
