@@ -109,3 +109,18 @@ class Watched:
     def __getitem__(self, grid):
         self.grid = grid
         return lambda *args, **constants: self.constants.update(constants)
+
+
+def sum_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product's sums have one order, whatever the order of its operands' elements in memory.
+
+    As on a GPU. In the interpreter NumPy multiplies, whose library of some CPUs sums rows and columns differently.
+    """
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def ordered(self, a, b, *args):
+        for operand in (a, b):
+            operand.data = np.ascontiguousarray(operand.data)
+        return dot(self, a, b, *args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", ordered)

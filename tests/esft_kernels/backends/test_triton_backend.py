@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from esft_kernels.backends import triton_backend
 from esft_kernels.backends import triton_parts as parts
 from esft_kernels.triton_ops import tiles
-from tests.esft_kernels.bounds import check_bounds, poison_masked
+from tests.esft_kernels.bounds import check_bounds, poison_masked, sum_in_one_order
 from tests.esft_kernels.layers import (
     ACTIVATIONS,
     GPT_OSS,
@@ -69,7 +69,8 @@ DESCRIBED = {
 
 
 @pytest.mark.parametrize("case", DESCRIBED.values(), ids=DESCRIBED)
-def test_every_variant_of_the_tiles_gives_the_same_bits(case):
+def test_every_variant_of_the_tiles_gives_the_same_bits(case, monkeypatch):
+    sum_in_one_order(monkeypatch)
     layer = small(**{"tokens": 30, "hidden": 72, "intermediate": 24} | case)
     pools, routing, h = layer.pools, layer.routing, exact_h(layer)
     h = h[:, h_columns(pools)].to(layer.x_TD.dtype).contiguous()
