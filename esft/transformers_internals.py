@@ -131,9 +131,19 @@ def has_peft_adapter(model: PreTrainedModel) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
-def is_spread(model: PreTrainedModel) -> bool:
-    """Whether transformers has spread the model over ranks."""
-    return getattr(model.config, "distributed_config", None) is not None
+def spread_by(model: PreTrainedModel) -> Any:
+    """The ``DistributedConfig`` by which transformers has spread the model over ranks; None where it has not."""
+    return getattr(model.config, "distributed_config", None)
+
+
+def forget_spread(model: PreTrainedModel) -> None:
+    """Let transformers not take the model for one that it has spread."""
+    vars(model.config).pop("distributed_config", None)
+
+
+def is_cut_up_whole(model: nn.Module) -> bool:
+    """Whether transformers has cut all of the model up by FSDP2: then the model runs as a whole or not at all."""
+    return getattr(model, "_is_fsdp_managed_module", False)
 
 
 # Loading a model in parts, through the seam that transformers has for quantizers.
@@ -223,6 +233,11 @@ def output_norm(experts: nn.Module) -> nn.Module | None:
 def is_expert_parallel(experts: nn.Module) -> bool:
     """Whether other ranks hold some of the experts."""
     return getattr(experts, "_is_expert_parallel", False)
+
+
+def number_of_experts(experts: nn.Module) -> int:
+    """Of all ranks together: where transformers has spread them, the module's own number is this rank's."""
+    return len(experts.down_proj) if is_expert_parallel(experts) else int(experts.num_experts)  # pyright: ignore
 
 
 # The conversion between the original format of checkpoints and a model's own tensors.

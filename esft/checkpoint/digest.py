@@ -17,6 +17,7 @@ from esft.checkpoint.original_format import original_format
 from esft.checkpoint.packed_tensors import Named, PackedTensor
 from esft.errors import InputError
 from esft.experts.model_state import Base, known_state
+from esft.parallel.sharding import whole
 from esft.transformers_internals import base_name, tied_names
 
 SAMPLES = 64  # values of a tensor that enter the first part of a digest
@@ -41,13 +42,14 @@ def model_digest(model: PreTrainedModel, rounded: torch.dtype | None = None) -> 
 
     The rounding makes it the same for a checkpoint loaded in another dtype. float16 is the exception, as its small
     values have fewer bits: ``rounded`` to it first, they are those of the model loaded in it. Raises InputError for
-    weights that are not in memory.
+    weights that are not in memory. Collective where some are cut up over ranks; it gathers a layer's at a time.
     """
     state = model.state_dict()
     if away := [name for name, tensor in state.items() if tensor.is_meta]:
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?)")
-    names = state.keys() - tied_names(model).keys()
-    return digest_of(original_format(model)(names, state.__getitem__), rounded)
+    tied = tied_names(model)
+    names = [name for name in state if name not in tied]  # in the same order on all ranks
+    return digest_of(original_format(model)(names, lambda name: whole(state[name])), rounded)
 
 
 def model_base(model: PreTrainedModel, rounded: torch.dtype | None = None) -> Base:

@@ -15,6 +15,7 @@ from esft.data.examples import IGNORE, Example
 from esft.evaluation.cross_entropy import linear_cross_entropy
 from esft.experts.model_state import once_per_model
 from esft.parallel.join import current
+from esft.transformers_internals import is_cut_up_whole
 
 
 def causal_lm_of(model: nn.Module) -> Any:
@@ -25,7 +26,8 @@ def causal_lm_of(model: nn.Module) -> Any:
 def has_plain_head(model: nn.Module) -> bool:
     """Whether the logits are the last hidden states times the head's weight; some models scale, shift or cap them.
 
-    Tried out on two tokens the first time, and kept on the model.
+    Nor may the head be computed apart in a model that FSDP2 has cut up as a whole, as transformers does. Tried out on
+    two tokens the first time, and kept on the model.
     """
     return _has_plain_head(causal_lm_of(model))
 
@@ -34,6 +36,8 @@ def has_plain_head(model: nn.Module) -> bool:
 @torch.no_grad()
 def _has_plain_head(causal_lm: Any) -> bool:
     head = causal_lm.get_output_embeddings()
+    if is_cut_up_whole(causal_lm):
+        return False
     # What PEFT puts in the head's place is no Linear, and starts out as if it were plain.
     return isinstance(head, nn.Linear) and head.bias is None and _gives_products(causal_lm, head.weight)
 

@@ -14,7 +14,8 @@ from esft.experts.pooled_experts import Experts
 from esft.experts.stock_layout import is_stacked, stacked_weights
 from esft.parallel.join import job_of
 from esft.parallel.ranks import ALONE, Ranks
-from esft.transformers_internals import is_transposed
+from esft.parallel.sharding import is_cut_up
+from esft.transformers_internals import is_transposed, number_of_experts
 
 # What a MoE block calls its router and its shared experts.
 ROUTERS = ("gate", "router", "wg", "moe_gate")
@@ -48,7 +49,7 @@ class MoELayer:
 
     @property
     def num_experts(self) -> int:
-        return len(self.experts) if isinstance(self.experts, nn.ModuleList) else int(self.experts.num_experts)
+        return len(self.experts) if isinstance(self.experts, nn.ModuleList) else number_of_experts(self.experts)
 
     @property
     def transposed(self) -> bool:
@@ -137,7 +138,7 @@ def ranks_of(model: nn.Module) -> Ranks:
 def _spread(model: nn.Module) -> list[int]:
     """Over how many processes each of the parts is spread that are."""
     dealt = [len(m.deal.sizes) for m in model.modules() if isinstance(m, Experts) and m.deal is not None]
-    return dealt + [p.device_mesh.size() for p in model.parameters() if hasattr(p, "full_tensor")]  # pyright: ignore[reportAttributeAccessIssue]
+    return dealt + [p.device_mesh.size() for p in model.parameters() if is_cut_up(p)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def dealt_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,10 @@ checkpoint is the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esft.errors import InputError
 from esft.parallel.ranks import Ranks
@@ -37,3 +39,14 @@ def shard_frozen(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model.to(device)
     ranks.lockstep = True
+
+
+def is_cut_up(tensor: Tensor) -> bool:
+    """Whether a rank has but a part of it, and the others the rest."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, detached; collective where it is cut up."""
+    full: Any = getattr(tensor, "full_tensor", lambda: tensor)
+    return full().detach()

@@ -18,6 +18,7 @@ from esft.errors import InputError
 from esft.experts.model_state import known_state
 from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
 from esft.experts.pooled_experts import BF16, PROJECTIONS, Experts
+from esft.parallel.sharding import is_cut_up
 from esft.swapping.packed_modules import PackedModule
 
 _POOL = re.compile(rf".*\.(trained|frozen)_({'|'.join(PROJECTIONS[:2])})\w*")
@@ -40,7 +41,7 @@ def whole_pools(layer: MoELayer, pools: Sequence[Tensor | None], advice: str) ->
     held = [
         pool
         for pool, rows in zip(pools, (len(layer.experts.trained), layer.experts.num_frozen), strict=True)
-        if pool is not None and pool.shape[:1] == (rows,) and not hasattr(pool, "full_tensor")
+        if pool is not None and pool.shape[:1] == (rows,) and not is_cut_up(pool)
     ]
     if len(held) < 2:
         raise InputError(f"{layer.name}: a part of the experts is elsewhere (spread over ranks?); {advice}")

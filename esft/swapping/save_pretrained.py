@@ -24,7 +24,7 @@ from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.parallel.environment import own_rank
 from esft.swapping.load_state import is_pool, read_stock, stock_shapes, whole_pools
 from esft.swapping.save_spread import save_spread
-from esft.transformers_internals import has_peft_adapter, is_spread
+from esft.transformers_internals import has_peft_adapter, spread_by
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -67,7 +67,7 @@ def save_pretrained(
         return save(state_dict, *args, **kwargs)
     check_lossless(model, "save_pretrained")
     # Of a model that it has spread, transformers would take its own state.
-    if is_spread(model) or kwargs.get("distributed_checkpoint", False):
+    if spread_by(model) is not None or kwargs.get("distributed_checkpoint", False):
         raise InputError("a swapped model that transformers has spread over ranks cannot be saved whole")
     if state_dict is None and is_apart(model):
         if args or kwargs:

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from esft.experts.model_state import swapped_state
 from esft.experts.moe_layers import MoELayer, moe_layers, ranks_of
 from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.parallel.ranks import Ranks
+from esft.parallel.sharding import whole
 from esft.storage.files import write_json
 from esft.storage.outputs import disk_errors
 from esft.swapping.load_state import is_pool
@@ -105,7 +105,7 @@ def _readers(model: PreTrainedModel, ranks: Ranks) -> Readers:
     for name, tensor in model.state_dict().items():
         path = name.rpartition(".")[0]
         if not is_pool(name):
-            found[name] = lambda tensor=tensor: _whole(tensor)
+            found[name] = lambda tensor=tensor: whole(tensor)
         elif path in layers:
             found |= _of_experts(model, layers.pop(path), ranks)
     return found
@@ -123,13 +123,8 @@ def _of_experts(model: nn.Module, layer: MoELayer, ranks: Ranks) -> Readers:
     return found
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    full: Any = getattr(tensor, "full_tensor", lambda: tensor)
-    return full().detach()
-
-
 def _cut_up(experts: Experts, name: str, ranks: Ranks) -> Tensor:
-    return experts.in_order(*(_whole(getattr(experts, f"{pool}_{name}")).cpu() for pool in ("trained", "frozen")))
+    return experts.in_order(*(whole(getattr(experts, f"{pool}_{name}")).cpu() for pool in ("trained", "frozen")))
 
 
 def _dealt(experts: Experts, name: str, ranks: Ranks) -> Tensor:

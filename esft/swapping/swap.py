@@ -28,7 +28,7 @@ from esft.parallel.ranks import ALONE, Ranks
 from esft.selection import ExpertSelection
 from esft.swapping.packed_modules import FROZEN_LINEAR, check_finite, pack, packable
 from esft.swapping.save_pretrained import attach, detach
-from esft.transformers_internals import is_expert_parallel
+from esft.swapping.spread_model import check_spread, gathered, take_over
 from esft_kernels.autograd_op import RECOMPUTE
 from esft_kernels.backends.resolve import resolve_backend
 
@@ -78,6 +78,7 @@ def swap(
     if adapters is not None and adapters.active is not None and adapters.held.keys() != {DEFAULT_ADAPTER}:
         raise InputError("the model has an adapter set: swap its base (set_adapter(model, None) first)")
     layers = moe_layers(model)
+    spread = check_spread(model, layers, selection, frozen_linear, ranks)
     layouts = check(layers, selection, model.device, backend, recompute, frozen, frozen_linear, ranks)
     if away := [layer.name for layer in layers if any(p.is_meta for p in layer.experts.parameters())]:
         raise InputError(f"{away[0]}: the weights are not in memory (offloaded?), so they cannot be swapped")
@@ -87,6 +88,8 @@ def swap(
     base = model_base(model)
     _warn_where_slow(layers, layouts)
     settle_adapter(model)
+    if spread:
+        take_over(model)
     stock: dict[str, nn.Module] = {}
     lossless = frozen == frozen_linear == BF16
     begin(model, Swapped(selection, base, required_grad, frozen, frozen_linear, lossless, stock))
@@ -94,7 +97,7 @@ def swap(
     try:
         for layer, deal in zip(layers, deals(layers, selection, ranks), strict=True):
             if (layout := layouts.get(layer.name)) is not None:
-                old, ids = layer.experts, selection.experts.get(layer.index, [])
+                old, ids = gathered(layer.experts) if spread else layer.experts, selection.experts.get(layer.index, [])
                 experts = layout.swapped(old, ids, backend, recompute, frozen, deal=deal)
                 experts.train(old.training)
                 setattr(layer.block, layer.attribute, experts)
@@ -123,11 +126,6 @@ def check(
     selection.check({layer.index: layer.num_experts for layer in layers}, any(layer.shared_experts for layer in layers))
     stacked = [layer for layer in layers if not isinstance(layer.experts, nn.ModuleList)]
     layouts = {layer.name: read_layout(layer.experts, layer.name) for layer in stacked}
-    if spread := [layer.name for layer in stacked if is_expert_parallel(layer.experts)]:
-        raise InputError(
-            f"{spread[0]}: experts that transformers has spread over ranks cannot be swapped: load the model with "
-            "esft.load, and name the job as its ranks"
-        )
     if ranks.size > 1 and (lists := [layer.name for layer in layers if layer.name not in layouts]):
         raise InputError(f"{lists[0]}: experts that are a ModuleList cannot be dealt out over processes")
     if recompute not in RECOMPUTE:

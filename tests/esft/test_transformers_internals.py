@@ -52,7 +52,7 @@ def test_what_a_model_says_of_itself(tmp_path):
     assert internals.tied_names(SimpleNamespace()) == {}  # of a model that says nothing of it
     tied = tiny_model(tie_word_embeddings=True)
     assert internals.tied_names(tied) == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert internals.has_peft_adapter(model) is False and internals.is_spread(model) is False
+    assert internals.has_peft_adapter(model) is False and internals.spread_by(model) is None
     model.save_pretrained(tmp_path)
     assert internals.base_name(type(model).from_pretrained(tmp_path)) == str(tmp_path)
     model._hf_peft_config_loaded = True
