@@ -56,8 +56,14 @@ def test_what_a_model_says_of_itself(tmp_path):
     model.save_pretrained(tmp_path)
     assert internals.base_name(type(model).from_pretrained(tmp_path)) == str(tmp_path)
     model._hf_peft_config_loaded = True
-    model.config.distributed_config = object()
-    assert internals.has_peft_adapter(model) is True and internals.is_spread(model) is True
+    model.config.distributed_config = how = object()
+    assert internals.has_peft_adapter(model) is True and internals.spread_by(model) is how
+    internals.forget_spread(model)
+    internals.forget_spread(model)  # of one that is not, nothing
+    assert internals.spread_by(model) is None
+    assert internals.is_cut_up_whole(model) is False
+    model._is_fsdp_managed_module = True
+    assert internals.is_cut_up_whole(model) is True
     with torch.device("meta"):
         assert all(p.is_meta for p in internals.without_weights(type(model), tiny_model().config).parameters())
 
@@ -106,6 +112,8 @@ def test_what_stacked_experts_say_of_themselves(family: str):
     assert internals.is_expert_parallel(experts) is False
     experts._is_expert_parallel = True
     assert internals.is_expert_parallel(experts) is True
+    count, experts.num_experts = experts.num_experts, 1  # a rank's own
+    assert internals.number_of_experts(experts) == count
 
 
 def test_a_module_without_marks_is_told_by_its_parameters():

@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from benchmarks.traffic import Traffic
 from esft.errors import InputError
 from esft.parallel.join import joined
 from esft.parallel.ranks import ALONE, Ranks
-from esft.parallel.sharding import shard_frozen
+from esft.parallel.sharding import is_cut_up, shard_frozen, whole
 from esft.runs.config import TrainConfig
 from esft.swapping.load import load
 from tests.esft.models import tiny_model
@@ -70,8 +71,8 @@ def memory(base) -> list:
 def test_a_rank_keeps_its_part_and_gathers_the_rest_in_both_directions(base, tmp_path):
     ended = job(tmp_path, 2, partial(memory, base))
     assert [e.status for e in ended] == [0, 0], ended
-    for whole, kept, gathered, calls in (e.value for e in ended):
-        assert kept <= 0.6 * whole
+    for all_of_it, kept, gathered, calls in (e.value for e in ended):
+        assert kept <= 0.6 * all_of_it
         # Three layers forward; those from the lowest that trains (the second) on again in the backward.
         assert calls == 5 and kept < gathered <= 2.2 * kept
 
@@ -97,3 +98,20 @@ def test_one_process_keeps_all_and_a_model_without_layers_is_refused():
         shard_frozen(linear, Two(), torch.device("cpu"))
     with pytest.raises(InputError, match="shard frozen goes with the method esft, not with full"):
         TrainConfig(method="full", shard="frozen")
+
+
+def look_at_parts() -> None:
+    with joined() as ranks:
+        mesh = init_device_mesh("cpu", (ranks.size,))
+        for rows in (1, 3, 4):  # fewer than there are ranks, whose parts some of them lack
+            tensor = torch.arange(rows * 2.0).view(rows, 2)
+            cut = distribute_tensor(tensor, mesh, [Shard(0)])
+            assert is_cut_up(cut) and not is_cut_up(tensor)
+            assert len(cut.to_local()) == (1 if ranks.rank < rows else 0)
+            assert torch.equal(whole(cut), tensor) and not is_cut_up(whole(cut))
+            assert whole(tensor).data_ptr() == tensor.data_ptr()
+            assert not whole(tensor.requires_grad_()).requires_grad
+
+
+def test_a_tensor_is_whole_again_from_the_parts_that_ranks_have_of_it(tmp_path):
+    assert [(e.status, e.said) for e in job(tmp_path, 4, look_at_parts)] == [(0, "")] * 4

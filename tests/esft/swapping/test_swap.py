@@ -336,7 +336,7 @@ def offloaded(experts: nn.Module) -> None:
             lambda e: setattr(e, "gate_up_proj", nn.Parameter(e.gate_up_proj[:, 1:])),
             r"2.mlp.experts.gate_up_proj: has shape \(8, 39, 32\), not \(8, 40, 32\) as down_proj has it",
         ),
-        (expert_parallel, "2.mlp.experts: experts that transformers has spread over ranks cannot be swapped"),
+        (expert_parallel, r"2.mlp.experts: the experts are spread over ranks: join the job"),
         (offloaded, r"2.mlp.experts: the weights are not in memory \(offloaded\?\), so they cannot be swapped"),
     ],
 )
@@ -348,7 +348,7 @@ def test_experts_in_a_layout_that_is_not_supported_are_refused_before_anything_i
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(expert_parallel, "experts that transformers has"), (offloaded, "the weights are not in memory")],
+    [(expert_parallel, "the experts are spread over ranks"), (offloaded, "the weights are not in memory")],
 )
 def test_of_several_layers_that_cannot_be_swapped_the_first_is_named(change, message: str):
     model = tiny_model()
