@@ -65,7 +65,8 @@ def swap(
         frozen_linear: what all other linear layers and embeddings that do not train are kept in, "bf16" (the model's
             dtype), "int8" or "nf4". The head and the routers stay as they are.
         ranks: of a job (``esft.parallel.join.joined``), each of which is to keep a part of every layer's experts; the
-            model's passes are collective then.
+            model's passes are collective then. The model may be one that transformers has spread over them by a
+            ``DistributedConfig`` with ``ep_size``.
 
     Raises InputError, with nothing touched, for a model without MoE layers, an expert layout that is not supported, a
     selection that does not fit the model, a backend that cannot run here or a format that cannot hold the experts, and
