@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from esft.errors import Interrupted
 from esft.optimizer.adamw import MasterAdamW
+from esft.parallel import experts
 from esft.parallel.deal import dealt
 from esft.parallel.ranks import Ranks
+from esft.parallel.watch import STATUS
+from esft.training.steps import Steps
 from tests.esft.models import tiny_tokenizer, write_records
 from tests.esft.parallel.jobs import job
 from tests.esft.small_runs import SELECTION, Recorded, base_and_data, column, metrics, run, settings
@@ -34,6 +37,7 @@ BEST = settings(
     steps=6, eval_every=1, save_every=9, greater_is_better=True, load_best_model_at_end=True,
     early_stopping_patience=2, dtype="float32",
 )  # fmt: skip
+DEALT = settings(steps=3, save_every=1, shard="experts", dtype="float32")
 RUNS = {
     "plain": (PLAIN, SELECTION), "balanced": (BALANCED, None), "uneven": (UNEVEN, SELECTION),
     "packed": (PACKED, SELECTION), "held": (HELD, SELECTION), "best": (BEST, SELECTION),
@@ -213,3 +217,35 @@ def test_two_ranks_do_not_go_on_with_another_chat_template(base, tmp_path):
     assert sorted(e.status for e in ended) == [1, 2]
     assert "the run was begun with another chat template" in "".join(e.said for e in ended)
     assert len(column(tmp_path / "told", "loss")) == 2
+
+
+def dies_in_a_step(base, way: str) -> None:
+    """A training with experts dealt out, in whose second step rank 1 is killed between two exchanges of a layer."""
+    real, update, begun = getattr(experts._Sum, way), Steps.update, []
+
+    def dies(*args):
+        if os.environ["RANK"] == "1" and begun[-1:] == [2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    setattr(experts._Sum, way, staticmethod(dies))
+    Steps.update = lambda self, step, rows: begun.append(step) or update(self, step, rows)
+    run(base, f"killed-{way}", DEALT, eval_data=None)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_rank_that_is_killed_amid_a_step_of_dealt_experts_is_named_and_the_last_checkpoint_goes_on(
+    base, tmp_path, way: str
+):
+    began, killed = time.monotonic(), base.parent / f"killed-{way}"
+    pids = []
+    ended = job(tmp_path, 3, partial(dies_in_a_step, base, way), pids.extend)
+    assert time.monotonic() - began < 30
+    assert [e.status for e in ended] == [STATUS, -signal.SIGKILL, STATUS]
+    lines = [line for e in ended for line in e.said.splitlines() if not line.startswith("Loading weights")]
+    assert list(filter(None, lines)) == [
+        f"esft: rank 1: has died (process {pids[1]} is gone; killed, or out of memory?)"
+    ]
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step-000001"]
+    assert not (killed / "adapter").exists()
+    assert run(base, killed.name, DEALT, eval_data=None, resume=True).steps == 3
