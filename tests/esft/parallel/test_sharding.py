@@ -15,8 +15,9 @@ from esft.parallel.join import joined
 from esft.parallel.ranks import ALONE, Ranks
 from esft.parallel.sharding import is_cut_up, shard_frozen, whole
 from esft.runs.config import TrainConfig
+from esft.selection import ExpertSelection
 from esft.swapping.load import load
-from tests.esft.models import tiny_model
+from tests.esft.models import tiny_model, tiny_tokenizer
 from tests.esft.parallel.jobs import job
 from tests.esft.small_runs import SELECTION, base_and_data, column, run, settings
 
@@ -48,6 +49,41 @@ def test_a_run_with_sharded_weights_leaves_the_bits_of_one_without(base, tmp_pat
         found = load_file(sharded / "adapter" / "adapter.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[n], tensor) for n, tensor in expected.items())
+
+
+FEW = ExpertSelection({0: [2], 2: [0, 1]})
+
+
+def begins(base) -> list[int]:
+    """Two steps of a model some of whose frozen tensors have fewer rows than there are ranks. Returns those here."""
+    for shard in ("none", "frozen"):
+        run(base, f"few-{shard}", settings(steps=2, save_every=2, shard=shard, dtype="float32"), FEW)
+    with joined() as ranks:
+        model = load(str(base), FEW, dtype="float32")
+        shard_frozen(model, ranks, torch.device("cpu"))
+        return sorted({len(p) for p in model.parameters() if is_cut_up(p) and not p.to_local().numel()})
+
+
+def goes_on(base) -> None:
+    for shard in ("none", "frozen"):
+        config = settings(steps=4, save_every=2, shard=shard, dtype="float32")
+        run(base, f"few-{shard}", config, FEW, resume=True)
+
+
+def test_ranks_without_a_row_of_a_tensor_leave_a_checkpoint_that_fewer_go_on_from_with_the_same_bytes(base, tmp_path):
+    few = base.parent / "few"
+    # A row for the gate of the shared expert, three for the router.
+    tiny_model("qwen2_moe", num_experts=3, num_experts_per_tok=2).save_pretrained(few)
+    tiny_tokenizer().save_pretrained(few)
+    ended = job(tmp_path, 4, partial(begins, few))
+    assert [e.status for e in ended] == [0] * 4, ended
+    assert [rows for rows in ended[3].value if rows != 2] == [1, 3] and ended[0].value == []
+    assert [e.status for e in job(tmp_path, 2, partial(goes_on, few))] == [0, 0]
+    plain, sharded = (base.parent / f"few-{shard}" for shard in ("none", "frozen"))
+    files = [f"{path.relative_to(plain)}" for path in plain.glob("checkpoints/*/*s")] + ["adapter/adapter.safetensors"]
+    assert len(files) > 1 and column(sharded, "loss") == column(plain, "loss")
+    for file in files:
+        assert (sharded / file).read_bytes() == (plain / file).read_bytes(), file
 
 
 def memory(base) -> list:
