@@ -118,7 +118,9 @@ def computed(models: list[Path], gpus: list[int], experts: int | None = None) ->
         for count in gpus:
             ring = (count - 1) / count
             row = {"model": model.name, "GPUs": count}
-            nothing, frozen, dealt = (float(way.sent) for way in spreads(ours, count, outline(str(model), "bfloat16")))
+            nothing, frozen, dealt, _ = (
+                float(way.sent) for way in spreads(ours, count, outline(str(model), "bfloat16"))
+            )
             row |= {"ESFT": nothing, "ESFT, frozen sharded": frozen, "ESFT, experts dealt out": dealt}
             row["full"] = 2 * ring * full.gradients
             row["full, FSDP"] = 3 * ring * full.gradients

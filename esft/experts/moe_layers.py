@@ -141,6 +141,12 @@ def _spread(model: nn.Module) -> list[int]:
     return dealt + [p.device_mesh.size() for p in model.parameters() if is_cut_up(p)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def dealt_pools(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of experts that are dealt out, trained and frozen."""
+    dealt = [m for m in model.modules() if isinstance(m, Experts) and m.deal is not None]
+    return {p for module in dealt for p in module.parameters(recurse=False)}
+
+
 def dealt_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The trained pools of which every rank has a part: name -> rows of each rank, one after the other the whole."""
     return {

@@ -7,6 +7,7 @@ checkpoint is the same.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,8 +18,13 @@ from esft.parallel.ranks import Ranks
 from esft.transformers_internals import whole_layers
 
 
-def shard_frozen(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
+def shard_frozen(
+    model: nn.Module, ranks: Ranks, device: torch.device, apart: Collection[nn.Parameter] = frozenset()
+) -> None:
     """Leave each rank a part of every layer's frozen weights, in place, and all of the rest; on this device.
+
+    Args:
+        apart: parameters of which the ranks have different ones already; they stay as they are.
 
     From then on every rank has to run the model as often as the others: ``ranks.lockstep``. A single rank keeps all.
     Raises InputError for a model whose layers transformers does not mark as such.
@@ -34,9 +40,9 @@ def shard_frozen(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         raise InputError("shard frozen: the model's layers are not told, so there is nothing to cut up")
     mesh = init_device_mesh(device.type, (ranks.size,))
     for layer in layers:
-        whole = {p for p in layer.parameters() if p.requires_grad or not p.numel()}
-        if whole != set(layer.parameters()):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        kept = {p for p in layer.parameters() if p.requires_grad or not p.numel() or p in apart}
+        if kept != set(layer.parameters()):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     model.to(device)
     ranks.lockstep = True
 

@@ -23,12 +23,12 @@ class Spread:
     sent: int
 
 
-NOTHING, FROZEN, EXPERTS = "nothing", "what is frozen", "the experts"
-_OPTION = {FROZEN: "frozen", EXPERTS: "experts"}  # of --shard
+NOTHING, FROZEN, EXPERTS, ALL = "nothing", "what is frozen", "the experts", "the experts and what else is frozen"
+_OPTION = {FROZEN: "frozen", EXPERTS: "experts", ALL: "all"}  # of --shard
 
 
 def spreads(plan: Plan, gpus: int, whole: Outline) -> list[Spread]:
-    """All on every GPU; what is frozen cut up, gathered layer by layer; and the experts dealt out.
+    """All on every GPU; what is frozen cut up, gathered layer by layer; experts dealt out; and these two at once.
 
     Args:
         plan: of one process, with the tokens that go through one GPU together.
@@ -39,19 +39,25 @@ def spreads(plan: Plan, gpus: int, whole: Outline) -> list[Spread]:
     ``esft.parallel.experts``.
     """
     ring = (gpus - 1) / gpus
-    gradients = round(2 * ring * plan.gradients)
+    everything = Spread(NOTHING, plan.peak, round(2 * ring * plan.gradients))
+    dealt, layers = _experts_dealt(plan, gpus, whole), frozen_weights(plan) - plan.outside
     return [
-        Spread(NOTHING, plan.peak, gradients),
-        _frozen_cut_up(plan, gpus, whole.depth, gradients),
-        _experts_dealt(plan, gpus, whole),
+        everything,
+        _cut_up(FROZEN, everything, layers, gpus, whole.depth),
+        dealt,
+        _cut_up(ALL, dealt, layers - plan.frozen_experts, gpus, whole.depth),
     ]
 
 
-def _frozen_cut_up(plan: Plan, gpus: int, depth: int, gradients: int) -> Spread:
-    """One layer is gathered at a time, and the next one while it is used; for the forward and for the backward."""
-    layers = frozen_weights(plan) - plan.outside
+def _cut_up(sharded: str, way: Spread, layers: int, gpus: int, depth: int) -> Spread:
+    """One layer is gathered at a time, and the next one while it is used; for the forward and for the backward.
+
+    Args:
+        way: without that.
+        layers: bytes of what is cut up.
+    """
     kept = layers // gpus + 2 * (layers // depth)
-    return Spread(FROZEN, plan.peak - layers + min(kept, layers), gradients + round(2 * (gpus - 1) / gpus * layers))
+    return Spread(sharded, way.peak - layers + min(kept, layers), way.sent + round(2 * (gpus - 1) / gpus * layers))
 
 
 def _experts_dealt(plan: Plan, gpus: int, whole: Outline) -> Spread:

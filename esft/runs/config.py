@@ -22,7 +22,7 @@ RECOMPUTES = ("none", "frozen", "layers")
 STRATEGIES = ("bfd", "wrapped")
 FROZEN = ("auto", "bf16", "int8", "nf4", "nf4_double", "fp8", "mxfp4")
 FROZEN_LINEAR = ("bf16", "int8", "nf4")
-SHARDS = ("none", "frozen", "experts")
+SHARDS = ("none", "frozen", "experts", "all")
 DTYPES = ("auto", "bfloat16", "float32")
 SCHEDULES = ("constant", "linear", "cosine")
 # As ``esft.evaluation`` has them, which imports PyTorch, too.
@@ -126,7 +126,8 @@ class TrainConfig:
     )
     shard: str = setting(
         "none",
-        "what several processes have a part of each; frozen: the weights that get no gradient; experts: all experts",
+        "what several processes have a part of each; frozen: the weights that get no gradient; experts: all experts; "
+        "all: all experts, and of the rest what gets no gradient",
         choices=SHARDS,
     )
     seed: int = setting(0, "of the data order, and of what a model or LoRA draws", "[0, 2**63)")
@@ -155,6 +156,16 @@ class TrainConfig:
         """The setting by which evaluation data decides on the outcome; None where it does not."""
         names = ("load_best_model_at_end", "early_stopping_patience")
         return next((name for name in names if getattr(self, name)), None)
+
+    @property
+    def cuts_frozen(self) -> bool:
+        """Whether several processes have a part each of what gets no gradient."""
+        return self.shard in ("frozen", "all")
+
+    @property
+    def deals_experts(self) -> bool:
+        """Whether several processes have some of every layer's experts each."""
+        return self.shard in ("experts", "all")
 
     @classmethod
     def load(cls, path: str | Path | None, **overrides: Any) -> TrainConfig:

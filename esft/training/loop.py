@@ -21,7 +21,7 @@ from esft.data.encoding import tokenizer_digests
 from esft.data.examples import Example
 from esft.data.mixing import mixed_in
 from esft.errors import InputError, Interrupted
-from esft.experts.moe_layers import dealt_parameters
+from esft.experts.moe_layers import dealt_parameters, dealt_pools
 from esft.memory import peak_memory, peak_rss
 from esft.parallel.join import joined
 from esft.parallel.sharding import shard_frozen
@@ -137,7 +137,7 @@ def train(
             logger.info(_memory(model_path, config, selection, run_data.together(), trust_remote_code))
         torch.manual_seed(config.seed)
         source = Source(model_path, trust_remote_code, progress)
-        with in_host_memory(config.shard == "frozen" and ranks.size > 1):
+        with in_host_memory(config.cuts_frozen and ranks.size > 1):
             model, base = METHODS[config.method].prepare(source, config, selection)
         digests = {"model": base.digest, "data": run_data.digest(), **tokenizer_digests(tokenizer)}
         begun = {"model": model_path, "data": run_data.name}
@@ -151,8 +151,8 @@ def train(
             ranks.check_alike(settings | watched | digests | others)
         if resume:
             run.check_origin(digests, base.settings, begun)
-        if config.shard == "frozen":
-            shard_frozen(model, ranks, first_device())
+        if config.cuts_frozen:
+            shard_frozen(model, ranks, first_device(), dealt_pools(model))
         use_short_attention(model)  # where the model is to stay
         steps = Steps(model, tokenizer.pad_token_id, config, run_data.places, ranks)
         if config.compile:  # after all that tries the model out

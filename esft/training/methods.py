@@ -53,7 +53,7 @@ class Source:
         recompute = "frozen" if config.recompute == "frozen" else "none"
         return load(
             self.path, selection, config.frozen, config.dtype, config.backend, recompute, self.trust_remote_code,
-            self.progress, config.frozen_linear, current() if config.shard == "experts" else ALONE,
+            self.progress, config.frozen_linear, current() if config.deals_experts else ALONE,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from benchmarks.traffic import Traffic
 from esft.errors import InputError
+from esft.experts.moe_layers import dealt_pools, is_apart, is_dealt
 from esft.parallel.join import joined
 from esft.parallel.ranks import ALONE, Ranks
 from esft.parallel.sharding import is_cut_up, shard_frozen, whole
-from esft.runs.config import TrainConfig
+from esft.runs.config import SHARDS, TrainConfig
 from esft.selection import ExpertSelection
 from esft.swapping.load import load
 from tests.esft.models import tiny_model, tiny_tokenizer
@@ -35,14 +37,14 @@ def base(tmp_path_factory):
 
 def trainings(base) -> None:
     for name, config in CONFIGS.items():
-        for shard in ("none", "frozen"):
+        for shard in SHARDS:
             run(base, f"{name}-{shard}", TrainConfig(**vars(config) | {"shard": shard}))
 
 
 def test_a_run_with_sharded_weights_leaves_the_bits_of_one_without(base, tmp_path):
     assert [e.status for e in job(tmp_path, 3, partial(trainings, base))] == [0, 0, 0]
-    for name in CONFIGS:
-        plain, sharded = (base.parent / f"{name}-{shard}" for shard in ("none", "frozen"))
+    for name, shards in product(CONFIGS, (("none", "frozen"), ("experts", "all"))):
+        plain, sharded = (base.parent / f"{name}-{shard}" for shard in shards)
         for figure in ("loss", "grad_norm", "eval_loss"):
             assert column(sharded, figure) == column(plain, figure)
         expected = load_file(plain / "adapter" / "adapter.safetensors")
@@ -111,6 +113,24 @@ def test_a_rank_keeps_its_part_and_gathers_the_rest_in_both_directions(base, tmp
         assert kept <= 0.6 * all_of_it
         # Three layers forward; those from the lowest that trains (the second) on again in the backward.
         assert calls == 5 and kept < gathered <= 2.2 * kept
+
+
+def apart(base) -> list[list[str]]:
+    """Of a model whose experts are dealt out, the frozen weights of layers that are cut up, and those that are not."""
+    with joined() as ranks:
+        model = load(str(base), SELECTION, dtype="float32", ranks=ranks)
+        shard_frozen(model, ranks, torch.device("cpu"), dealt_pools(model))
+        assert is_dealt(model) and is_apart(model)
+        frozen = {n: p for n, p in model.model.layers.named_parameters() if not p.requires_grad}
+        return [[n for n, p in frozen.items() if is_cut_up(p) is cut] for cut in (True, False)]
+
+
+def test_of_dealt_experts_nothing_is_cut_up_and_all_else_that_is_frozen_is(base, tmp_path):
+    ended = job(tmp_path, 2, partial(apart, base))
+    assert [e.status for e in ended] == [0, 0], ended
+    for cut, kept in (e.value for e in ended):
+        assert len(kept) > 3 and all(".frozen_" in name for name in kept)
+        assert len(cut) > 9 and not any(".frozen_" in name for name in cut)
 
 
 class Two(Ranks):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from esft.planning.gpus import EXPERTS, FROZEN, NOTHING, Spread, frozen_weights, spreading, spreads
+from esft.planning.gpus import ALL, EXPERTS, FROZEN, NOTHING, Spread, frozen_weights, spreading, spreads
 from esft.planning.outline import outline
 from esft.planning.plan import Plan, plan
 from esft.runs.config import TrainConfig
@@ -27,7 +27,7 @@ def test_what_is_frozen_is_every_weight_that_gets_no_gradient(ours):
 
 
 def test_replicated_weights_cost_the_gradients_and_sharded_ones_are_gathered_twice(ours):
-    whole, cut, _ = spreads(ours, 8, WHOLE)
+    whole, cut, *_ = spreads(ours, 8, WHOLE)
     # Embeddings, head and the last norm stay whole.
     assert (WHOLE.depth, ours.outside) == (16, 2 * (2 * 50304 * 2048 + 2048))
     layers, gradients = frozen_weights(ours) - ours.outside, 2 * ours.trained_parameters
@@ -46,7 +46,7 @@ def test_embeddings_in_few_bits_are_counted_as_such():
 
 
 def test_dealt_experts_are_held_once_by_all_and_their_tokens_are_sent(ours):
-    *_, dealt = spreads(ours, 8, WHOLE)
+    *_, dealt, _ = spreads(ours, 8, WHOLE)
     # 16 layers of 64 experts, 3 x 2048 x 1024 parameters each, of bf16; 8 a token.
     assert dealt.sharded == EXPERTS and ours.gradients == ours.trained_experts
     assert dealt.sent == 7 * 64 * 16 * (4 * 2048 * 2 + 16 * 8)
@@ -56,16 +56,29 @@ def test_dealt_experts_are_held_once_by_all_and_their_tokens_are_sent(ours):
     assert spreads(ours, 1, WHOLE)[2] == Spread(EXPERTS, ours.peak, 0)
 
 
+def test_with_dealt_experts_the_other_frozen_weights_are_cut_up_as_all_are_without(ours):
+    *_, dealt, both = spreads(ours, 8, WHOLE)
+    layers = frozen_weights(ours) - ours.outside - ours.frozen_experts
+    assert 0 < layers < ours.frozen_experts and both.sharded == ALL
+    assert both.sent == pytest.approx(dealt.sent + 2 * 7 / 8 * layers)
+    assert both.peak == pytest.approx(dealt.peak - layers + layers / 8 + layers / 8)
+    assert spreads(ours, 1, WHOLE)[3] == Spread(ALL, ours.peak, 0)
+
+
 def test_nothing_is_sharded_that_fits_whole_and_else_what_sends_least(ours):
-    whole, cut, dealt = spreads(ours, 8, WHOLE)
-    assert dealt.peak < cut.peak < whole.peak and dealt.sent < cut.sent
+    whole, cut, dealt, both = spreads(ours, 8, WHOLE)
+    assert both.peak < dealt.peak < cut.peak < whole.peak and dealt.sent < both.sent < cut.sent
     assert spreading(ours, 8, WHOLE, whole.peak)[-1].startswith("Shard nothing: all of the model fits")
     for memory in (whole.peak - 1, dealt.peak):
         assert spreading(ours, 8, WHOLE, memory)[-1].startswith("Shard the experts (--shard experts): ")
-    assert spreading(ours, 8, WHOLE, dealt.peak - 1)[-1].startswith("It does not fit")
+    for memory in (dealt.peak - 1, both.peak):
+        assert spreading(ours, 8, WHOLE, memory)[-1].startswith(
+            "Shard the experts and what else is frozen (--shard all): "
+        )
+    assert spreading(ours, 8, WHOLE, both.peak - 1)[-1].startswith("It does not fit")
     # So many tokens that they weigh more than the weights.
     many = replace(ours, tokens=1 << 20)
-    _, cut, dealt = spreads(many, 8, WHOLE)
+    _, cut, dealt, _ = spreads(many, 8, WHOLE)
     assert cut.sent < dealt.sent
     assert spreading(many, 8, WHOLE, cut.peak)[-1].startswith("Shard what is frozen (--shard frozen): ")
     lora = replace(ours, method="lora")  # which is not sharded
@@ -75,5 +88,5 @@ def test_nothing_is_sharded_that_fits_whole_and_else_what_sends_least(ours):
     least = min(way.peak for way in spreads(kept, 8, WHOLE))
     assert spreading(kept, 8, WHOLE, least)[-1].startswith("It does not fit")  # nor is what keeps its base
     lines = spreading(ours, 8, WHOLE, None)
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert lines[0].startswith(f"8 GPUs, sharded nothing: {whole.peak / 1e9:.3f} GB each, ")

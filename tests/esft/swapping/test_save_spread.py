@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import esft
 from esft.errors import DiskError, InputError
-from esft.experts.moe_layers import is_apart
+from esft.experts.moe_layers import dealt_pools, is_apart
 from esft.parallel.join import joined
 from esft.parallel.sharding import shard_frozen
 from esft.selection import ExpertSelection
@@ -25,12 +25,13 @@ save_spread = importlib.import_module("esft.swapping.save_spread")
 
 SELECTION = ExpertSelection({1: [2, 7, 5], 2: [0]})
 ONE_FILE = 1 << 30
-# Experts one by one in files; stacked, turned and with biases; tied embeddings. Small files; and cut up, not dealt.
+# Experts one by one in files; stacked, turned and with biases; tied embeddings. Small files; cut up, or both.
 SAVED = {
     "one by one": ("deepseek_v2", "dealt", ONE_FILE),
     "stacked": ("gpt_oss", "dealt", ONE_FILE),
     "many files": ("deepseek_v2", "dealt", 50_000),
-    "cut up": ("deepseek_v2", "frozen", ONE_FILE),
+    "cut up": ("deepseek_v2", "cut up", ONE_FILE),
+    "both": ("deepseek_v2", "dealt and cut up", ONE_FILE),
 }
 
 
@@ -51,9 +52,9 @@ def saves(folder: Path) -> list:
     with joined() as ranks:
         for name, (family, how, size) in SAVED.items():
             save_spread.FILE = size
-            model = tuned(family, **({"ranks": ranks} if how == "dealt" else {}))
-            if how == "frozen":
-                shard_frozen(model, ranks, torch.device("cpu"))
+            model = tuned(family, **({"ranks": ranks} if "dealt" in how else {}))
+            if "cut up" in how:
+                shard_frozen(model, ranks, torch.device("cpu"), dealt_pools(model))
             assert is_apart(model)
             model.save_pretrained(folder / name)
         try:

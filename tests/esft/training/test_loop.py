@@ -333,16 +333,16 @@ class Two(Ranks):
 def test_frozen_weights_are_cut_up_from_the_cpus_memory_where_there_are_several_processes(base, fake, monkeypatch):
     wanted, cut = [], []
     monkeypatch.setattr(train_module, "in_host_memory", lambda there: wanted.append(there) or nullcontext())
-    monkeypatch.setattr(train_module, "shard_frozen", lambda model, ranks, device: cut.append(ranks.size))
-    for shard, ranks in (("none", Two()), ("frozen", Two()), ("frozen", Ranks())):
+    monkeypatch.setattr(train_module, "shard_frozen", lambda model, ranks, device, apart: cut.append(ranks.size))
+    for shard, ranks in (("none", Two()), ("frozen", Two()), ("frozen", Ranks()), ("experts", Two()), ("all", Two())):
         monkeypatch.setattr(train_module, "joined", lambda ranks=ranks: nullcontext(ranks))
         run(base, f"{shard}-{ranks.size}", settings(steps=1, shard=shard), eval_data=None)
-    assert (wanted, cut) == ([False, True, False], [2, 1])
+    assert (wanted, cut) == ([False, True, False, False, True], [2, 1, 2])
 
 
 def test_what_is_held_to_the_base_is_not_cut_up(base, fake, monkeypatch):
     monkeypatch.setattr(train_module, "joined", lambda: nullcontext(Two()))
-    for shard in ("frozen", "experts"):
+    for shard in ("frozen", "experts", "all"):
         held = settings(steps=1, kl_weight=1.0, shard=shard)
         with pytest.raises(
             esft.InputError, match=f"^kl_weight does not go together with shard {shard} over processes$"

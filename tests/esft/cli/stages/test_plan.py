@@ -40,13 +40,15 @@ def test_plan_prints_what_fits_what_to_change_and_json(tmp_path, capsys):
 def test_plan_says_what_to_shard_over_several_gpus(tmp_path, capsys):
     usual = ["plan", "--model", str(save_tiny(tmp_path / "base")), "--tokens", "64", "--gpus", "2"]
     assert main([*usual, "--memory-gb", "16"]) == 0
-    nothing, frozen, experts, advice = capsys.readouterr().out.splitlines()[-4:]
+    nothing, frozen, experts, both, advice = capsys.readouterr().out.splitlines()[-5:]
     assert nothing.startswith("2 GPUs, sharded nothing: ") and advice.startswith("Shard nothing: ")
     assert main(usual) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == [frozen, experts]
+    assert capsys.readouterr().out.splitlines()[-3:] == [frozen, experts, both]
     assert main([*usual, "--json"]) == 0
     ways = json.loads(capsys.readouterr().out)["gpus"]
-    assert [way["sharded"] for way in ways] == ["nothing", "what is frozen", "the experts"]
+    assert [way["sharded"] for way in ways] == [
+        "nothing", "what is frozen", "the experts", "the experts and what else is frozen",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("flag", "trusted"), [([], False), (["--trust-remote-code"], True)])
