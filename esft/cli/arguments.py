@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Help, which says where it cannot be written: argparse passes over that."""
-        put(message, flush=True)
+        put(message)
 
 
 def count(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from contextlib import suppress
@@ -18,7 +17,7 @@ from esft.data.encoding import Encoder, check, encode_all
 from esft.data.examples import Examples
 from esft.data.sources import DataSource, read_records
 from esft.errors import DiskError, InputError
-from esft.storage.files import whole_file
+from esft.storage.files import value_digest, whole_file
 from esft.storage.reading import check_regular
 
 FORMAT_VERSION = 1  # part of every key: what other versions have kept is not found
@@ -34,7 +33,7 @@ def encoded(source: DataSource, encoder: Encoder, processes: int | None = None, 
     digest, kept = encoder.digest(), folder()
     if digest is None or kept is None:
         return encode_all(encoder, read_records(source), source.name, processes, progress)
-    name = hashlib.sha256(json.dumps([FORMAT_VERSION, source.digest(), digest]).encode()).hexdigest()
+    name = value_digest([FORMAT_VERSION, source.digest(), digest])
     path = kept / f"{name}.safetensors"
     if (found := load(path)) is not None:
         return check(found, source.name, encoder.max_length)

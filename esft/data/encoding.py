@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from esft.data.records import Record
 from esft.data.rendering import Rendered, render, rendered
 from esft.errors import InputError, first_line
 from esft.parallel.join import current
+from esft.storage.files import value_digest
 from esft.storage.limits import ENCODING, RENDERED
 
 logger = logging.getLogger("esft")
@@ -132,7 +132,7 @@ class Encoder:
             self.tokenizer.special_tokens_map, self.tokenizer.split_special_tokens,
             self.max_length, self.vocabulary, self.assistant_only_loss, self.completion_only_loss,
         ]  # fmt: skip
-        return _digest(parts)
+        return value_digest(parts)
 
 
 def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -143,13 +143,9 @@ def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     else:
         content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}  # these two are of the last call
     return {
-        "tokenizer": _digest([content, tokenizer.special_tokens_map, tokenizer.split_special_tokens]),
-        "chat template": _digest(tokenizer.chat_template),
+        "tokenizer": value_digest([content, tokenizer.special_tokens_map, tokenizer.split_special_tokens]),
+        "chat template": value_digest(tokenizer.chat_template),
     }
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _check_of_tokenizer(error: BaseException) -> None:

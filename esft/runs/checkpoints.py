@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 import warnings
@@ -19,7 +17,7 @@ from torch import Tensor
 from esft.errors import InputError
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
-from esft.storage.files import file_digest, open_safetensors, write_json
+from esft.storage.files import file_digest, open_safetensors, value_digest, write_json
 from esft.storage.outputs import new_folder
 from esft.storage.reading import read_json
 
@@ -65,11 +63,6 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def digest_of(value: Any) -> str:
-    """Of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def digests_of(config: TrainConfig, selection: ExpertSelection | None) -> dict[str, str]:
     """Of the settings and the selection that a run is begun with.
 
@@ -82,7 +75,7 @@ def digests_of(config: TrainConfig, selection: ExpertSelection | None) -> dict[s
     if selection is not None:
         layers = {str(layer): list(ids) for layer, ids in selection.experts.items()}
         trained = [layers, selection.shared_experts, selection.non_expert_modules]
-    return {"settings": digest_of(chosen), "selection": digest_of(trained)}
+    return {"settings": value_digest(chosen), "selection": value_digest(trained)}
 
 
 class Checkpoints:
@@ -104,7 +97,7 @@ class Checkpoints:
             if state.best is not None:
                 values["best"] = asdict(state.best)
             values["tensors"] = file_digest(folder / _TENSORS)
-            write_json(folder / _STATE, values | {"digest": digest_of(values)})
+            write_json(folder / _STATE, values | {"digest": value_digest(values)})
         found = [(step, path) for step, path in self._found() if step <= state.step]
         best = {_best_of(path) for _, path in found[-KEPT:]}
         for path in [path for step, path in found[:-KEPT] if step not in best]:
@@ -162,7 +155,7 @@ class Checkpoints:
             raise InputError(f"{file}: is not the state after step {step}")
         losses, best = values.get("losses", []), None
         if values.keys() != {"step"}:  # as runs of before these digests have it
-            if values.pop("digest", None) != digest_of(values):
+            if values.pop("digest", None) != value_digest(values):
                 raise InputError(f"{file}: is not as it was written (digest)")
             if not self._is_of_run(values.get("run")):
                 raise InputError(f"{file}: is of another run, or its settings or selection were changed")

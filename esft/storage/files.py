@@ -117,6 +117,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def value_digest(value: Any) -> str:
+    """SHA-256 of a JSON value in hex, whatever the order of its keys; what JSON does not have counts as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """``write_text`` of a value. Raises InputError for numbers that JSON does not have."""
     try:

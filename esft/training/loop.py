@@ -27,7 +27,6 @@ from esft.parallel.join import joined
 from esft.parallel.sharding import shard_frozen
 from esft.planning.advice import GB
 from esft.planning.plan import plan
-from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
 from esft.runs.metrics import evaluations as evaluations_of
 from esft.runs.progress import Bar
@@ -36,6 +35,7 @@ from esft.runs.shared_run import SharedRun, shared_run
 from esft.selection import ExpertSelection
 from esft.short_attention import use_short_attention
 from esft.signals import stop_signals
+from esft.storage.files import value_digest
 from esft.storage.outputs import check_apart, check_outside
 from esft.training.compiled_layers import compile_layers
 from esft.training.evaluations import Evaluations, deciding
@@ -142,7 +142,7 @@ def train(
         digests = {"model": base.digest, "data": run_data.digest(), **tokenizer_digests(tokenizer)}
         begun = {"model": model_path, "data": run_data.name}
         if config.chooses:  # else nothing of the outcome depends on what it is evaluated on
-            digests["eval_data"] = digest_of({name: source.digest() for name, source in held_out.items()})
+            digests["eval_data"] = value_digest({name: source.digest() for name, source in held_out.items()})
             begun["eval_data"] = ", ".join(map(str, held_out.values()))
         if ranks.size > 1:
             settings = {f"setting {name}": value for name, value in asdict(config).items()}

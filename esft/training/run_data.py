@@ -21,8 +21,8 @@ from esft.data.sources import DataSource, read_records
 from esft.data.streaming import streamed
 from esft.errors import InputError
 from esft.evaluation.scores import EvalSet
-from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
+from esft.storage.files import value_digest
 from esft.storage.reading import shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -168,4 +168,4 @@ class RunData:
         if len(digests) == 1:
             return digests[0]
         mixed = [] if self.mixed is None else [{"mixed": self.mixed.weight}]
-        return digest_of([digests, weights_of(self.sources), *mixed])
+        return value_digest([digests, weights_of(self.sources), *mixed])

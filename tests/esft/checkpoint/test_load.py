@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -109,13 +110,20 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("template", [5, [1]])
-def test_a_chat_template_that_is_no_text_is_refused(tmp_path, template):
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (5, "the chat template is 5, not a text"),
+        ({"a": 1}, "the chat template is {'a': 1}, not a text"),
+        ([1], "cannot load a tokenizer ('int' object is not subscriptable)"),
+    ],
+)
+def test_a_chat_template_that_is_no_text_is_refused(tmp_path, template, said: str):
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-    with pytest.raises(esft.InputError, match=str(tmp_path)):
+    with pytest.raises(esft.InputError, match=f"^{re.escape(f'{tmp_path}: {said}')}$"):
         load_tokenizer(str(tmp_path))
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from esft.errors import InputError
-from esft.runs.checkpoints import Best, Checkpoints, State, digest_of, file_digest
+from esft.runs.checkpoints import Best, Checkpoints, State
+from esft.storage.files import file_digest, value_digest
 
 RUN = {"model": "1", "data": "2", "settings": "3", "selection": "4"}
 
@@ -104,7 +105,7 @@ def truncate(name: str, keep: int):
 def signed(values: dict) -> dict:
     """With a digest that is right."""
     values = {name: value for name, value in values.items() if name != "digest"}
-    return values | {"digest": digest_of(values)}
+    return values | {"digest": value_digest(values)}
 
 
 def other_tensors(folder):
@@ -164,7 +165,7 @@ def test_a_state_of_before_there_were_digests_is_read(tmp_path, saved):
 
 
 def test_a_digest_is_of_every_byte_and_of_a_value_whatever_its_order(tmp_path):
-    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+    assert value_digest({"a": 1, "b": [2]}) == value_digest({"b": [2], "a": 1}) != value_digest({"a": 1, "b": [3]})
     (tmp_path / "x").write_bytes(bytes(3 << 20))
     before = file_digest(tmp_path / "x")
     with open(tmp_path / "x", "r+b") as file:
@@ -219,7 +220,7 @@ def test_a_state_that_does_not_say_which_step_is_best_is_named(tmp_path, saved, 
     file = tmp_path / "checkpoints" / "step-000004" / "state.json"
     values = json.loads(file.read_text()) | {"best": wrong}
     del values["digest"]
-    file.write_text(json.dumps(values | {"digest": digest_of(values)}))
+    file.write_text(json.dumps(values | {"digest": value_digest(values)}))
     with pytest.raises(InputError, match="state.json: does not say which step is best$"):
         saved.read(4)
     saved.save(best_of(6, 6))  # and is no reason to fail for the next

@@ -8,9 +8,8 @@ from esft.data.batches import Packing, epoch_batches, steps
 from esft.data.mixing import Mix, mixed_in
 from esft.data.report import data_report
 from esft.data.sources import DataSource, read_records
-from esft.runs.checkpoints import digest_of
 from esft.runs.config import TrainConfig
-from esft.storage.files import file_digest
+from esft.storage.files import file_digest, value_digest
 from esft.training import run_data
 from esft.training.run_data import RunData, held_out_sources, sources_of
 from tests.esft.models import chat, tiny_encoder, tiny_tokenizer, write_records
@@ -60,8 +59,8 @@ def test_several_sources_are_one_set_or_drawn_from_by_weight(paths):
 def test_the_digest_is_the_files_or_of_all_and_their_weights(paths):
     one, two = map(file_digest, paths)
     assert read(paths[0]).digest() == one
-    assert read(paths).digest() == digest_of([[one, two], None])
-    assert read([f"{paths[0]}:1", f"{paths[1]}:3"]).digest() == digest_of([[one, two], [1.0, 3.0]])
+    assert read(paths).digest() == value_digest([[one, two], None])
+    assert read([f"{paths[0]}:1", f"{paths[1]}:3"]).digest() == value_digest([[one, two], [1.0, 3.0]])
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
