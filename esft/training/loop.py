@@ -148,7 +148,7 @@ def train(
             settings = {f"setting {name}": value for name, value in asdict(config).items()}
             watched = {name or "evaluation data": source.digest() for name, source in held_out.items()}
             others = {"selection": str(selection), "tokenizer or chat template": run_data.encoding()}
-            ranks.check_alike(settings | watched | digests | others)
+            ranks.check_alike(settings | watched | others | digests)
         if resume:
             run.check_origin(digests, base.settings, begun)
         if config.cuts_frozen:
