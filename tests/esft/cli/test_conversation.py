@@ -73,6 +73,9 @@ def test_an_answer_is_a_line_and_one_without_its_end_is_said_to_be_cut(capsys):
     assert streamed(lambda streamer, **_: speak(streamer, "no."), tiny_tokenizer()) == "no."
     cut = "esft: the answer is cut at 3 tokens (--max-new-tokens, or the model's positions)\n"
     assert capsys.readouterr() == ("no.\n", cut)
+    for other in ("<|bos|>", "<|user|>"):  # tokens before and after that of the end are none
+        streamed(lambda streamer, other=other, **_: speak(streamer, "no" + other), tiny_tokenizer())
+        assert capsys.readouterr() == ("no\n", cut)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -25,6 +25,14 @@ def test_what_torchrun_says_is_taken(monkeypatch):
     assert (environment.local_size(), environment.local_rank(), environment.own_name()) == (4, 1, "rank 5: ")
 
 
+def test_the_first_rank_of_a_job_of_one_that_was_never_begun_anew_is_a_process_of_its_own(monkeypatch):
+    said = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
+    for name, value in said.items():
+        monkeypatch.setenv(name, str(value))
+    assert (environment.size_of_job(), environment.own_rank(), environment.attempt()) == (1, 0, 0)
+    assert (environment.local_size(), environment.local_rank(), environment.own_name()) == (1, 0, "")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("WORLD_SIZE", text) for text in ("two", "-1", "1.5", "9" * 30, "0")] + [("LOCAL_WORLD_SIZE", "0"), ("RANK", "x")],

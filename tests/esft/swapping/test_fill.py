@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -6,6 +8,8 @@ from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from esft.checkpoint.packed_tensors import PackedTensor
 from esft.experts.moe_layers import moe_layers
+from esft.experts.pooled_experts import Experts
+from esft.parallel.ranks import Ranks
 from esft.selection import ExpertSelection
 from esft.swapping.fill import Filling, expert_places
 from tests.esft.checkpoint.packed import fp8_checkpoint, mxfp4_checkpoint
@@ -76,6 +80,25 @@ def test_a_missing_tensor_is_named_at_the_end(frozen: str, tmp_path):
     model, places = blank(frozen)
     with pytest.raises(esft.InputError, match=f"^base: tensor {UP.replace('up', '(gate|up)')} is missing$"):
         list(Filling(model, places, "base").through(t for t in Checkpoint.open(base).tensors() if t[0] != UP))
+
+
+class First(Ranks):
+    """The first of two, without the other."""
+
+    size = 2
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_what_another_rank_holds_has_to_come_as_well(missing: bool, tmp_path):
+    model, base = tiny_model(), save_tiny(tmp_path / "base")
+    places = expert_places(model)
+    esft.swap(model, ExpertSelection({1: [5, 2]}), ranks=First())
+    (layer,) = [layer for layer in moe_layers(model) if layer.index == 2]
+    assert isinstance(layer.experts, Experts) and not layer.experts.holds(7)
+    tensors = [t for t in Checkpoint.open(base).tensors() if not missing or t[0] != UP]
+    said = pytest.raises(esft.InputError, match=f"^base: tensor {UP.replace('up', '(gate|up)')} is missing$")
+    with said if missing else nullcontext():
+        assert [name for name, _ in Filling(model, places, "base").through(tensors)] == [name for name, _ in tensors]
 
 
 def test_a_tensor_of_another_shape_is_named():

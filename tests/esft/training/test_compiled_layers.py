@@ -114,6 +114,16 @@ def test_what_cannot_be_compiled_is_told_in_one_line(monkeypatch):
         compile_layers(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(("said", "told"), [("", r"RuntimeError\(\)"), ("first\nsecond", "first")])
+def test_a_compiler_that_says_little_is_told_too(monkeypatch, said: str, told: str):
+    def refuses(*_, **__):
+        raise RuntimeError(said) if said else RuntimeError()
+
+    monkeypatch.setattr(torch, "compile", refuses)
+    with pytest.raises(InputError, match=f"^compile: torch.compile does not work here: {told}$"):
+        compile_layers(tiny_model("olmoe"))
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
