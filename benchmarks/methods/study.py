@@ -15,6 +15,9 @@ from benchmarks.methods import tables, tasks
 from benchmarks.methods.cell import METHODS, Cell, measure
 from esft.storage.files import write_json
 
+# What has been measured so far, and is not measured again; the tables of docs/methods_tables.md are made from it.
+RESULTS = Path(__file__).with_name("results.json")
+
 
 @dataclass(frozen=True)
 class Study:
@@ -55,19 +58,23 @@ class Study:
         return cells
 
 
-def measured(study: Study, folder: Path, workers: int) -> dict[Cell, dict[str, Any]]:
-    """All cells, ``workers`` at a time; of a study that is stopped, those that are done count when it goes on."""
+def measured(study: Study, folder: Path, workers: int, results: Path) -> dict[Cell, dict[str, Any]]:
+    """All cells, ``workers`` at a time.
+
+    Those that the folder or the file of results has are not measured again; that file gets all, as soon as they are.
+    """
     for task in study.tasks:
         tasks.scores(tasks.files(task, folder / "tasks", study.sizes))
     tasks.general(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    known, running = dict(_known(folder)), dict[Future[dict[str, Any]], Cell]()
+    known, running = found_in(results) | dict(_known(folder)), dict[Future[dict[str, Any]], Cell]()
     with ThreadPoolExecutor(workers) as pool:
         while True:
             begun = {*known, *running.values()}
             waiting = [cell for cell in study.cells(known) if cell not in begun]
             for cell in waiting[: workers - len(running)]:
                 running[pool.submit(_in_a_process, folder, cell)] = cell
+            write_json(results, [known[cell] for cell in sorted(known)])
             if not running:
                 return {cell: known[cell] for cell in study.cells(known)}
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -77,10 +84,20 @@ def measured(study: Study, folder: Path, workers: int) -> dict[Cell, dict[str, A
                 print(f"{cell.name}: {known[cell]['score']:.1%}; {left} and those that follow are left", flush=True)
 
 
+def found_in(results: Path) -> dict[Cell, dict[str, Any]]:
+    """The cells of a file of results; none where there is no such file."""
+    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+    return {_cell(each): each for each in found}
+
+
 def _known(folder: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
     for file in sorted((folder / "cells").glob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
-        yield Cell(**{name: found[name] for name in Cell.__dataclass_fields__}), found
+        yield _cell(found), found
+
+
+def _cell(found: dict[str, Any]) -> Cell:
+    return Cell(**{name: found[name] for name in Cell.__dataclass_fields__})
 
 
 def _in_a_process(folder: Path, cell: Cell) -> dict[str, Any]:
@@ -118,14 +135,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--smoke", action="store_true", help="two methods on a few records, to see that all works")
-    parser.add_argument("--results", type=Path, help="file of all figures (default: results.json in --out)")
+    parser.add_argument(
+        "--results", type=Path, help="file of all figures, which gets these too (default: in this package)"
+    )
+    parser.add_argument("--tables", action="store_true", help="measure nothing, print the tables of that file")
     args = parser.parse_args(argv)
+    out = args.out / "smoke" if args.smoke else args.out  # or the small tasks would be found as those of the study
+    results = args.results or (out / "results.json" if args.smoke else RESULTS)
+    if args.tables:
+        print(tables.page(list(found_in(results).values())))
+        return
     chosen = tuple(args.tasks.split(",")), tuple(args.methods.split(";")), tuple(range(1, args.seeds + 1))
     for name, known in ((chosen[0], tasks.TASKS), (chosen[1], METHODS)):
         if unknown := [each for each in name if each not in known]:
             parser.error(f"there is no {unknown[0]!r}, but {', '.join(known)}")
     study = SMOKE if args.smoke else Study(*chosen, args.steps, tasks.SIZES)
-    out = args.out / "smoke" if args.smoke else args.out  # or the small tasks would be found as those of the study
-    found = measured(study, out, args.workers)
-    write_json(args.results or out / "results.json", [found[cell] for cell in sorted(found)])
-    print(tables.page([found[cell] for cell in sorted(found)]))
+    measured(study, out, args.workers, results)
+    print(tables.page(list(found_in(results).values())))

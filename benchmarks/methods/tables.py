@@ -16,10 +16,11 @@ Rows = list[dict[str, Any]]
 
 
 def page(cells: Rows) -> str:
-    """All tables, as Markdown. ``cells`` are of ``cell.measure``; of those on the validation split nothing is shown."""
+    """All tables, as Markdown. ``cells`` are of ``cell.measure``."""
     final = [cell for cell in cells if cell["split"] == "test"]
     best = "esft-token, shared"
     parts = [
+        "## Learning rates tried on the validation split, exact match in percent", trials(cells),
         "## Task score, exact match in percent", by_task(final, lambda cell: 100 * cell["score"]),
         "## Rise of the general loss, nats a token", rises(final),
         "## What it takes", costs(final),
@@ -28,9 +29,30 @@ def page(cells: Rows) -> str:
     return "\n\n".join(parts)
 
 
+def trials(cells: Rows) -> str:
+    """A row a method, a column a task: every rate that was tried, and the score with it."""
+    tried = [cell for cell in cells if cell["split"] == "validation"]
+    tasks = sorted({cell["task"] for cell in tried})
+    rows: list[dict[str, Any]] = [
+        {"method": method}
+        | {
+            task: ", ".join(
+                f"{cell['rate']:g}: {100 * cell['score']:.1f}"
+                for cell in sorted(tried, key=lambda cell: cell["rate"])
+                if (cell["method"], cell["task"]) == (method, task)
+            )
+            for task in tasks
+        }
+        for method in _methods(tried)
+    ]
+    return table(rows) if rows else "None were tried."
+
+
 def by_task(cells: Rows, value) -> str:
     """A row a method, a column a task: mean and standard error over seeds; at the end over tasks as well."""
     tasks, rows = sorted({cell["task"] for cell in cells}), []
+    if not cells:
+        return "Nothing was tested."
     for method in _methods(cells):
         row: dict[str, Any] = {"method": method}
         for task in tasks:

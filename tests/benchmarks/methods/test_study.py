@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from threading import Barrier
 
 import pytest
 
-from benchmarks.methods import study
+from benchmarks.methods import study, tables
 from benchmarks.methods.cell import METHODS, Cell
 from benchmarks.methods.study import Study
 
@@ -51,12 +52,15 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study.tasks, "scores", lambda *_: None)
     monkeypatch.setattr(study.tasks, "general", lambda *_: None)
     with pytest.raises(RuntimeError, match="stopped"):
-        study.measured(TWO, tmp_path, 1)
-    found = study.measured(TWO, tmp_path, 1)
+        study.measured(TWO, tmp_path, 1, tmp_path / "r.json")
+    found = study.measured(TWO, tmp_path, 1, tmp_path / "r.json")
     assert len(asked) == len(set(asked)) + 1 == len(found) + 1
     assert {cell.rate for cell in found if cell.split == "test" and cell.method == "full"} == {METHODS["full"].rates[2]}
     assert [cell.task for cell in asked] == ["a"] * 4 + ["a"] * 4 + ["b"] * 7  # whole tables of some where it stops
     assert capsys.readouterr().out.splitlines()[-1].startswith("b-full-0.004-3-test-5: 0.4%; 0 ")
+    assert study.found_in(tmp_path / "r.json") == found
+    assert study.measured(TWO, tmp_path / "new", 1, tmp_path / "r.json") == found  # of another folder, by the results
+    assert len(asked) == len(found) + 1
 
 
 def test_as_many_cells_as_workers_are_measured_at_a_time(tmp_path, monkeypatch):
@@ -71,7 +75,9 @@ def test_as_many_cells_as_workers_are_measured_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "_in_a_process", measure)
     for name in ("files", "scores", "general"):
         monkeypatch.setattr(study.tasks, name, lambda *_: None)
-    assert len(study.measured(TWO, tmp_path, 3)) == len(TWO.cells(known(TWO, METHODS["full"].rates[2])))
+    assert len(study.measured(TWO, tmp_path, 3, tmp_path / "r.json")) == len(
+        TWO.cells(known(TWO, METHODS["full"].rates[2]))
+    )
 
 
 @pytest.mark.parametrize("what", [["--tasks", "dates,nothing"], ["--methods", "full;nothing"]])
@@ -99,4 +105,12 @@ def test_the_smoke_study_measures_and_prints_all_tables(tmp_path, monkeypatch, c
     assert [(c["method"], c["seed"]) for c in found] == [("base", 1), (name, 1), (name, 2)]
     assert all(c["general"].keys() == {"prose", "code"} and 0 <= c["score"] <= 1 for c in found)
     assert found[1]["trained_parameters"] > 0 and not list((tmp_path / "smoke" / "runs").iterdir())
-    assert capsys.readouterr().out.count("\n## ") == 4
+    printed = capsys.readouterr().out
+    assert printed.count("\n## ") == 5
+    study.main(["--tables", "--out", str(tmp_path), "--results", str(tmp_path / "r.json")])
+    assert printed.endswith(capsys.readouterr().out)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results():
+    text = (Path(study.__file__).parents[2] / "docs" / "methods_tables.md").read_text(encoding="utf-8")
+    assert text.endswith("\n\n" + tables.page(list(study.found_in(study.RESULTS).values())) + "\n")

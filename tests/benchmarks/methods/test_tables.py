@@ -65,7 +65,13 @@ def test_differences_are_paired_by_task_and_seed():
     assert tables.differences(CELLS[:2], "esft-token, shared") == "No pairs."
 
 
-def test_the_page_leaves_out_what_was_measured_to_choose_the_rate():
-    trial = cell("full", "a", 0, 0.99) | {"split": "validation"}
-    assert tables.page([*CELLS, trial]) == tables.page(CELLS)
-    assert tables.page(CELLS).count("\n## ") == 3
+def test_what_was_measured_to_choose_the_rate_is_in_a_table_of_its_own():
+    tried = [
+        cell("full", "a", 0, score) | {"split": "validation", "rate": rate}
+        for rate, score in ((2e-3, 0.5), (1e-3, 0.99))
+    ]
+    alone, both = tables.page(CELLS), tables.page([*CELLS, *tried])
+    assert row(tables.trials(tried), "full") == ["0.001: 99.0, 0.002: 50.0"]
+    assert both == alone.replace("None were tried.", tables.trials(tried))
+    assert both.count("\n## ") == 4
+    assert tables.page(tried).count("Nothing was tested.") == 1
