@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -6,14 +7,19 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub id that is not there is an error at once, without retries
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many of them as cores: more threads than one each would fight
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+
 # What is read and encoded in tests is kept for this process alone; looked at when the libraries are imported.
 os.environ["HF_ASSETS_CACHE"] = os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="esft-tests-")
 
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads than one each would fight
-    torch.set_num_threads(1)
+if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+    from tests import triton_interpreter
+
+    triton_interpreter.speed_up()
 
 
 # Beside the tests that are marked one by one: whole commands, several processes, all families, thousands of cases.
