@@ -37,7 +37,12 @@ SLOW = tuple(
 )  # fmt: skip
 
 
+# Some tests of these take minutes: they begin first, or one core would end with them alone.
+LONGEST = ("tests/esft_kernels/test_fuzz.py", "tests/esft_kernels/test_compile.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     for item in items:
         # In the interpreter a family's model takes a second; the kernels' own tests have every case.
         if item.nodeid.startswith(SLOW) or (item.nodeid.startswith("tests/esft/") and "-triton]" in item.nodeid):

@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_those_of_the_plain_layers_at_all_lengths(family:
 
 def test_many_layers_are_compiled_as_few_graphs(graphs):
     found = []
-    for layers in (3, 12):
+    for layers in (3, 6):
         torch._dynamo.reset()
         graphs.frame_count = 0
         model = esft.swap(tiny_model("deepseek_v2", num_hidden_layers=layers), esft.ExpertSelection({1: [0, 2]}))
