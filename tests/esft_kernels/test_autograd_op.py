@@ -38,8 +38,13 @@ def run(
     x, weights = layer.x_TD.clone().requires_grad_(needs.x), layer.weights_TK.clone().requires_grad_(needs.weights)
     trained = [None if t is None else t.detach().requires_grad_(needs.trained) for t in pools.trained.tensors()]
     pools = replace(pools, trained=ExpertWeights(*trained))  # pyright: ignore[reportArgumentType]
+    given = [x, weights, layer.grad_out_TD, *trained, *pools.frozen.tensors()]
+    before = [None if t is None else t.detach().clone() for t in given]
     out = expert_mlp(x, weights, pools, layer.routing, backend, recompute)
     out.backward(layer.grad_out_TD)
+    assert all(
+        a is None or torch.equal(a, b) for a, b in zip(given, before, strict=True)
+    )  # nothing given is written to
     return [out.detach(), x.grad, weights.grad, *(None if t is None else t.grad for t in trained)]
 
 

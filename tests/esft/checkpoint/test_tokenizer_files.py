@@ -37,6 +37,8 @@ def test_a_file_that_is_no_json_mapping_is_named(folder, name: str, text: str, s
 def test_a_tokenizer_that_lacks_a_part_is_named(folder, text: str):
     assert flaw_of(folder / "tokenizer.json") is None and flaw_of(folder / "absent.json") is None
     (folder / "tokenizer.json").write_text(text)
+    flaw = flaw_of(folder / "tokenizer.json")
+    assert isinstance(flaw, str) and flaw and "\n" not in flaw  # a line for a message
     with pytest.raises(esft.InputError, match=r"base/tokenizer\.json: cannot load a tokenizer \(."):
         load_tokenizer(str(folder))
 

@@ -35,6 +35,8 @@ def check(layer: Layer, needs: Needs = EVERYTHING) -> None:
     pools, routing, tolerance = layer.pools, layer.routing, TOLERANCE[layer.x_TD.dtype]
     out, h_NG, expected = exact(layer, needs)
     here, prefix, mine = int(routing.offsets_E1[-1]), routing.prefix_rows(), h_NG.to(layer.x_TD.dtype)
+    given = [layer.x_TD, layer.weights_TK, layer.grad_out_TD, *pools.trained.tensors(), *pools.frozen.tensors()]
+    before = [None if t is None else t.clone() for t in given]
     with pytest.MonkeyPatch.context() as patch:
         poison_empty(patch)
         for keep in (0, prefix, routing.num_rows):
@@ -53,6 +55,9 @@ def check(layer: Layer, needs: Needs = EVERYTHING) -> None:
     if found.trained is not None and expected.trained is not None:
         for a, b in zip(found.trained.tensors(), expected.trained.tensors(), strict=True):
             assert_close(a, b, tolerance)
+    assert all(
+        a is None or torch.equal(a, b) for a, b in zip(given, before, strict=True)
+    )  # nothing given is written to
 
 
 def test_row_counts_are_rounded_up_to_sixteen_sizes_per_power_of_two():

@@ -107,12 +107,16 @@ def test_one_pool_may_be_empty_and_the_weights_transposed(s):
 # Blocks are 16 rows, 32 columns and 64 input features here: a block and one more, less than one, and whole ones.
 @pytest.mark.parametrize(("out_features", "in_features"), [(33, 65), (9, 20), (33, 64), (32, 66), (64, 128)])
 @pytest.mark.parametrize("pools", [(2, 1), (3, 0), (0, 3)])
-def test_nothing_outside_the_tensors_is_touched_at_any_size(out_features, in_features, pools):
+@pytest.mark.parametrize("persistent", [0, 1])  # a program a tile; three that take turns
+def test_nothing_outside_the_tensors_is_touched_at_any_size_and_nothing_twice(
+    out_features, in_features, pools, persistent
+):
     offsets, slot = torch.tensor([0, 5, 5, 7]), torch.randperm(7)
     trained, frozen = torch.randn(3, out_features, in_features).split(pools)
     biases = torch.randn(3, out_features).split(pools)
     rows, weights = torch.randn(7, in_features), torch.rand(7, 1)
-    out = grouped_gemm(rows, slot, trained, frozen, offsets, weights, biases)
+    with chosen_by(lambda *asked: replace(choose_tiles(*asked), persistent=persistent)):
+        out = grouped_gemm(rows, slot, trained, frozen, offsets, weights, biases)
     assert_close(out, expected(rows, slot, trained, frozen, offsets, weights, biases), TOLERANCE[torch.float32])
 
 
