@@ -1,5 +1,6 @@
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from types import SimpleNamespace
 from typing import Any
@@ -296,6 +297,19 @@ def test_a_token_that_the_model_does_not_have_is_named():
         esft.InputError, match=f"^d: record 1: .* gives token {largest}; the model has {largest} tokens$"
     ):
         encode_all(tiny_encoder(vocabulary=largest), one, "d")
+
+
+@pytest.mark.parametrize(("processes", "begun"), [(None, []), (1, []), (2, [2]), (3, [3])])
+def test_as_many_processes_encode_as_are_asked_for(processes, begun: list[int], monkeypatch):
+    asked = []
+
+    def threads(number: int, **more: Any) -> ThreadPoolExecutor:
+        asked.append(number)
+        return ThreadPoolExecutor(number, **more)
+
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", threads)
+    encode_all(tiny_encoder(40), [record("a", "b")] * 3, "d", processes)
+    assert asked == begun
 
 
 def test_several_processes_give_what_one_gives_and_name_what_is_wrong():

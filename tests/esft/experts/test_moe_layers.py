@@ -10,11 +10,13 @@ from torch import nn
 
 import esft
 from esft.data.examples import IGNORE
+from esft.errors import RankError
 from esft.evaluation.loss import batch_loss
-from esft.experts.moe_layers import MoELayer, moe_layers, stock_weights
+from esft.experts.moe_layers import MoELayer, is_apart, is_dealt, moe_layers, ranks_of, stock_weights
 from esft.experts.plain_experts import PlainExperts
 from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.experts.stock_layout import read_layout
+from esft.parallel.ranks import ALONE, Ranks
 from esft.selection import ExpertSelection
 from tests.esft import zoo
 from tests.esft.experts.test_stock_layout import listed
@@ -414,3 +416,20 @@ def test_experts_that_are_modules_of_their_own_are_no_stack():
     assert not stack.stacked and stack.num_experts == 8
     assert list(stack.weights(3))[0] == "model.layers.2.mlp.experts.3.gate_proj.weight"
     assert all(stack.transposed for stack in stock_weights(zoo.tiny("gpt_oss")).experts.values())
+
+
+class First(Ranks):
+    """The first of two, without the other."""
+
+    size = 2
+
+
+def test_the_job_over_which_weights_are_spread_is_that_of_the_process_or_an_error(monkeypatch):
+    first = First()
+    whole, dealt = (esft.swap(tiny_model(), ExpertSelection({1: [5]}), ranks=ranks) for ranks in (Ranks(), first))
+    assert ranks_of(whole) is ALONE and not is_dealt(whole) and not is_apart(whole)
+    assert is_dealt(dealt) and is_apart(dealt)
+    with pytest.raises(RankError, match="^the weights are spread over 2 processes, and this is a job of 1$"):
+        ranks_of(dealt)
+    monkeypatch.setattr("esft.parallel.join.current", lambda: first)
+    assert ranks_of(dealt) is first
