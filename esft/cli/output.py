@@ -80,6 +80,8 @@ def explain(error: Exception) -> None:
         traceback.print_exception(error)
     if isinstance(error, ESFTError):
         return complain(as_options(str(error)))
+    if isinstance(error, PermissionError) and error.filename is not None:  # which any look at a path may raise
+        return complain(f"{error.filename}: {error.strerror}")
     kind, said = type(error).__name__, first_line(error)
     said = said if said.startswith(kind) else f"{kind}: {said}"
     if isinstance(error, OSError) and error.filename is not None:

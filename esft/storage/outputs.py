@@ -40,7 +40,8 @@ def check_apart(out: str | Path, *inputs: str | Path | None) -> None:
     place = resolved(out)
     for path in (path for path in inputs if path is not None):
         source = resolved(path)
-        same = place == source or (place.exists() and source.exists() and place.samefile(source))
+        # Of what lies in a folder that is closed to the user, nothing is known but its name.
+        same = place == source or (os.path.exists(place) and os.path.exists(source) and place.samefile(source))
         if same or place in source.parents:
             raise InputError(f"{place}: the output would replace {path}, which is read")
 
@@ -66,14 +67,17 @@ def check_new_file(
             or an empty file, is replaced, and none in a folder of weights or of a run. None where nothing is.
         inputs: files and folders that are read; see ``check_apart``. The file may not lie in one of the folders.
     """
-    place, path = resolved(path), Path(path)
-    if place.is_dir():
+    place = resolved(path)
+    if os.path.isdir(place):
         raise InputError(f"{path}: is a folder")
-    if not place.parent.is_dir():
+    if os.path.basename(path) in ("", "."):  # pathlib takes the end of such a name away
+        raise InputError(f"{path}: names a folder, and a file is written")
+    path = Path(path)
+    if not os.path.isdir(place.parent):
         raise InputError(f"{path}: {path.parent} is not a folder")
     check_apart(path, *inputs)
     check_outside(path, *inputs)
-    if place.exists():
+    if os.path.exists(place):
         if overwrite is None:
             raise InputError(f"{path}: exists already (`overwrite=True` replaces it)")
         if not place.is_file():
@@ -81,6 +85,8 @@ def check_new_file(
         if place.stat().st_size:
             try:
                 overwrite(place)
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror or error}") from error
             except InputError as error:
                 raise InputError(f"{path}: holds something else, and is not overwritten ({error})") from error
         if part := next((each.name for kind in (_WEIGHTS, RUN_MARKER) for each in place.parent.glob(kind)), None):
@@ -131,10 +137,12 @@ def _check_parent(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError as error:  # libraries that write there take text only
         raise InputError(f"{path}: is no name in UTF-8") from error
-    parent = next(p for p in resolved(path).parents if p.exists())
+    if str(path).startswith("~"):
+        raise InputError(f"{path}: begins with ~, which no shell has replaced; write the folder's name")
+    parent = next(p for p in resolved(path).parents if os.path.exists(p))
     if not parent.is_dir():
         raise InputError(f"{path}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {parent} cannot be written to")
 
 
@@ -217,6 +225,8 @@ def _check_beside(beside: Path) -> None:
     """Raise InputError where something else has the name of the folder that holds what is not whole yet."""
     if beside.is_symlink() or beside.exists():
         held = {path.name for path in beside.iterdir()} if beside.is_dir() and not beside.is_symlink() else {"a file"}
+        if any((beside / name).is_symlink() for name in held):  # no writer makes one
+            held = {"a link"}
         if held and not {_LOCK} <= held <= {_LOCK, _NEW, _OLD}:  # a kill leaves the lock, or an empty folder
             raise InputError(f"{beside}: is in the way of what is written there until it is whole; move it elsewhere")
 

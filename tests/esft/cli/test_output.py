@@ -46,6 +46,7 @@ def failed(error: Exception, what: str | None = None) -> Exception:
         (esft.InputError("a: no"), "b", "a: no"),
         (RuntimeError("x\ny"), "b", "b: cannot be used (RuntimeError: x)"),
         (KeyError("k"), None, "KeyError 'k' (ESFT_DEBUG=1 shows where)"),
+        (PermissionError(13, "Permission denied", "f"), "b", "f: Permission denied"),
         (OSError(28, "No space left on device", "f"), "b", "b: cannot be used (f: No space left on device)"),
         (MemoryError(), None, "MemoryError (ESFT_DEBUG=1 shows where)"),
     ],

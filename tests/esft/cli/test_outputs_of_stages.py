@@ -39,6 +39,18 @@ FOREIGN = [
     ("eval --model base --data g.jsonl --out g.jsonl --overwrite", "would replace g.jsonl, which is read"),
     ("eval --model base --data g.jsonl --out s.json --overwrite", "s.json: holds something else"),
     ("eval --model base --adapter adapter --data g.jsonl --out adapter/x.json", "lies in adapter, which is read"),
+    *(
+        (f"{command} new.png/{end}", f"new.png/{end}")
+        for command in (
+            "score --model base --data g.jsonl --out",
+            "eval --model base --data g.jsonl --out",
+            "select --scores s.json --out",
+            "select --scores s.json --out new.json --plot",
+            "report run --html",
+            "compare run other --html",
+        )
+        for end in ("", ".")
+    ),
     ("train --model base --data g.jsonl --method full --out thesis --overwrite", "thesis: holds no run"),
     ("train --model base --data g.jsonl --method full --out base --overwrite", "would replace base, which is read"),
     ("train --model base --data thesis/g.jsonl --method full --out thesis --overwrite", "would replace thesis/g.jsonl"),

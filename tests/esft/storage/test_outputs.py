@@ -253,7 +253,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     for check, path in ((check_new_file, tmp_path / "x.json"), (check_new_folder, tmp_path / "deep" / "x")):
         with pytest.raises(esft.InputError, match=rf"^{path}: {tmp_path} cannot be written to$"):
             check(str(path))
-    assert asked == [(tmp_path, os.W_OK)] * 2
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)] * 2
 
 
 def test_a_new_file_may_be_anywhere_but_on_another_unless_said_so(tmp_path):
@@ -266,6 +266,14 @@ def test_a_new_file_may_be_anywhere_but_on_another_unless_said_so(tmp_path):
         check_new_file(tmp_path / "x.json")
     with pytest.raises(esft.InputError, match=r": is a folder$"):
         check_new_file(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["new/", "new//", "new/.", "x.json/", "x.json/."])
+def test_a_name_that_is_a_folders_is_no_new_file(tmp_path, name: str):
+    write_json(tmp_path / "x.json", 1)
+    with pytest.raises(esft.InputError, match=rf"/{name}: names a folder, and a file is written$"):
+        check_new_file(f"{tmp_path}/{name}", read_json)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_only_a_file_of_its_kind_or_an_empty_one_is_overwritten(tmp_path):
@@ -410,3 +418,50 @@ def test_a_folder_that_goes_while_it_is_looked_at_is_one_error(tmp_path):
 
     with pytest.raises(DiskError, match="/out: No such file or directory$"):
         check_new_folder(tmp_path / "out", gone)
+
+
+def test_what_begins_as_a_shells_name_of_a_home_is_no_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for check, name in ((check_new_file, "~"), (check_new_folder, "~/run"), (check_new_folder, "~somebody/run")):
+        with pytest.raises(esft.InputError, match=f"^{name}: (begins with ~, which no shell|~.* is not a folder)"):
+            check(name)
+    check_new_folder("run~")
+    check_new_folder(tmp_path / "~")
+
+
+def test_a_link_among_what_is_not_whole_yet_is_in_the_way(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".out.esft").mkdir()
+    (tmp_path / ".out.esft" / "lock").touch()
+    (tmp_path / ".out.esft" / "old").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"\.out\.esft: is in the way"), new_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / ".out.esft" / "old").is_symlink() and not (tmp_path / "out").exists()
+
+
+def test_what_lies_in_a_folder_that_is_closed_is_named(tmp_path, monkeypatch):
+    """As for a user who may not enter it; the tests may run as one who may enter every folder."""
+    real = os.stat
+
+    def stat(path, *args, **named):
+        if "closed/" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **named)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(esft.InputError, match=f"closed/x.json: {tmp_path}/closed cannot be written to$"):
+        check_new_file(tmp_path / "closed" / "x.json")
+    with pytest.raises(esft.DiskError, match="closed/x: Permission denied$"):
+        check_new_folder(tmp_path / "closed" / "x")
+    check_apart(tmp_path / "closed" / "x", tmp_path / "d.jsonl")
+
+
+def test_a_file_that_cannot_be_read_is_not_overwritten(tmp_path):
+    def closed(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    write_json(tmp_path / "x.json", 1)
+    with pytest.raises(InputError, match=r"/x\.json: Permission denied$"):
+        check_new_file(tmp_path / "x.json", closed)
