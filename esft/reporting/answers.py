@@ -41,6 +41,11 @@ class Evaluation:
         raw = read_json(path)
         if isinstance(raw, dict) and isinstance(raw.get("data"), dict):
             raise InputError(f"{path}: of several sets; a page takes the outcome of one")
+        return cls.of(raw, path)
+
+    @classmethod
+    def of(cls, raw: Any, path: str | Path) -> Evaluation:
+        """The outcome on one set, of a file's JSON value. Raises InputError naming the file and what is wrong in it."""
         if not isinstance(raw, dict) or not raw.keys() >= {"records", "answers"}:
             raise InputError(f"{path}: not an outcome of esft eval")
         if not isinstance(raw["answers"], list):

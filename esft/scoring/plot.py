@@ -10,6 +10,9 @@ from esft.scoring.expert_scores import ExpertScores
 from esft.selection import ExpertSelection
 from esft.storage.files import whole_file
 
+_MARK = "esft select"
+_MARKS = {"png": {"Software": _MARK}, "pdf": {"Creator": _MARK}, "svg": {"Creator": _MARK}}  # where each format has it
+
 
 def plot_scores(
     scores: ExpertScores, selection: ExpertSelection, path: str | Path, title: str = "", by: str = "token"
@@ -28,6 +31,8 @@ def plot_scores(
         from matplotlib.patches import Rectangle
     except ModuleNotFoundError as error:
         raise InputError("a picture needs matplotlib: pip install 'esft[plot]'") from error
+    except ValueError as error:  # of what MPLBACKEND says
+        raise InputError(f"matplotlib cannot be used ({first_line(error)})") from error
     per_layer = getattr(scores, f"{by}_scores")
     layers = list(per_layer)
     ranked = {layer: sorted(per_layer[layer].items(), key=lambda item: (-item[1], item[0])) for layer in layers}
@@ -39,10 +44,11 @@ def plot_scores(
     )
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     for row, layer in enumerate(layers):
+        chosen = set(selection.experts.get(layer, []))
         for column, (expert, _) in enumerate(ranked[layer]):
             if width <= 64:
                 axes.text(column, row, str(expert), ha="center", va="center", fontsize=6, color="white")
-            if expert in selection.experts.get(layer, []):
+            if expert in chosen:
                 axes.add_patch(
                     Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, edgecolor="red", linewidth=1.8)
                 )
@@ -53,12 +59,20 @@ def plot_scores(
     figure.colorbar(image, ax=axes, label=f"{by} score")
     try:
         with whole_file(path) as file:
-            figure.savefig(file, dpi=130, format=path.suffix[1:].lower())
+            kind = path.suffix[1:].lower()
+            figure.savefig(file, dpi=130, format=kind, metadata=_MARKS.get(kind))
     except ValueError as error:
         raise InputError(f"{path}: cannot be drawn ({first_line(error)})") from error
     finally:
         plt.close(figure)
     return path
+
+
+def check_plot(path: Path) -> None:
+    """Raise InputError for a file that is no picture of ``plot_scores``."""
+    content = path.read_bytes()
+    if not content.startswith((b"\x89PNG", b"%PDF", b"<?xml")) or _MARK.encode() not in content:
+        raise InputError("not a picture that esft has drawn")
 
 
 def _inches(least: float, wanted: float) -> float:

@@ -13,6 +13,7 @@ from esft.cli.inputs import adapter_of, check_alike, encoder_for, load_for, name
 from esft.cli.options import DATA, Stages, add_inference, add_stage
 from esft.cli.output import say
 from esft.errors import InputError, reading
+from esft.reporting.answers import Evaluation
 from esft.runs.config import SCORES, scores_named
 from esft.storage.files import write_json
 from esft.storage.outputs import check_new_file
@@ -87,9 +88,8 @@ def _joined(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _check_result(path: Path) -> None:
-    """Raise InputError for a file that is no outcome of ``esft eval``."""
+    """Raise InputError for a file that is no outcome of ``esft eval``, of one set or of several."""
     result = read_json(path)
-    parts = result.get("data", {"": result}) if isinstance(result, dict) else None
-    whole = isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values())
-    if not parts or not whole or not all(part.keys() >= {"records", "answers"} for part in parts.values()):
-        raise InputError(f"{path}: not an outcome of esft eval")
+    several = result["data"] if isinstance(result, dict) and result.keys() == {"data"} else None
+    for part in several.values() if several and isinstance(several, dict) else [result]:
+        Evaluation.of(part, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from esft.cli.arguments import budget, count, factor, first_layer, picture, share
 from esft.cli.options import Stages, add_stage, add_trust
@@ -44,8 +43,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--layers and {named[0]} do not go together: these train in all layers")
     inputs = [args.scores, args.model, args.against, args.like]
     check_new_file(args.out, ExpertSelection.load if args.overwrite else None, [*inputs, args.plot])
+    from esft.scoring.plot import check_plot, plot_scores
+
     if args.plot is not None:
-        check_new_file(args.plot, _check_plot if args.overwrite else None, [*inputs, args.out])
+        check_new_file(args.plot, check_plot if args.overwrite else None, [*inputs, args.out])
     from esft.scoring.select import select_experts
 
     scores = ExpertScores.load(args.scores)
@@ -70,8 +71,6 @@ def run(args: argparse.Namespace) -> None:
         non_expert_modules=args.non_expert_modules or beside.non_expert_modules,
     )
     if args.plot is not None:
-        from esft.scoring.plot import plot_scores
-
         plot_scores(scores, selection, args.plot, by=args.by)
     selection.save(args.out)
     for layer, ids in selection.experts.items():
@@ -89,10 +88,3 @@ def _check_model(args: argparse.Namespace, scores: ExpertScores) -> None:
     scores.check({layer.index: layer.num_experts for layer in layers})
     chosen = ExpertSelection({}, shared_experts=args.shared_experts)
     chosen.check({}, any(layer.shared_experts for layer in layers))
-
-
-def _check_plot(path: Path) -> None:
-    """Raise InputError for a file that is no picture of ``plot_scores``."""
-    content = path.read_bytes()
-    if not content.startswith((b"\x89PNG", b"%PDF", b"<?xml")) or b"Matplotlib" not in content:
-        raise InputError("not a picture that matplotlib has drawn")

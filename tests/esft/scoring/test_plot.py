@@ -3,7 +3,7 @@ import sys
 import pytest
 
 import esft
-from esft.scoring.plot import plot_scores
+from esft.scoring.plot import check_plot, plot_scores
 
 SCORES = esft.ExpertScores({1: {0: 0.2, 1: 0.7, 2: 0.1}, 2: {2: 0.4, 1: 0.2, 0: 0.4}}, {1: {0: 0.6, 1: 0.4}})
 
@@ -115,3 +115,15 @@ def test_a_picture_of_hundreds_of_layers_stays_of_a_size_that_can_be_drawn(tmp_p
     scores = esft.ExpertScores({layer: {0: 1.0} for layer in range(400)}, {})
     plot_scores(scores, esft.ExpertSelection({}), tmp_path / "a.png")
     assert max(drawn[0].get_size_inches()) <= 100
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.PDF", "a.svg"])
+def test_its_own_picture_is_known_from_one_that_a_user_has_drawn_with_the_same_library(tmp_path, name: str):
+    from matplotlib.figure import Figure
+
+    check_plot(plot_scores(SCORES, esft.ExpertSelection({}), tmp_path / name))
+    figure = Figure()
+    figure.subplots().set_title("Matplotlib, and what I found")
+    figure.savefig(tmp_path / f"mine{name}")
+    with pytest.raises(esft.InputError, match="^not a picture that esft has drawn$"):
+        check_plot(tmp_path / f"mine{name}")

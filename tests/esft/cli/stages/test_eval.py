@@ -68,12 +68,17 @@ def test_eval_measures_several_sets_in_one_call(work, measured, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"data": {"task": {"records": 1}}}', '{"data": {"task": 3}}', '{"data": 3}', '{"data": {}}', "{}", "[1]"]
-)
+    "text",
+    [
+        '{"data": {"task": {"records": 1}}}', '{"data": {"task": 3}}', '{"data": 3}', '{"data": {}}', "{}", "[1]",
+        '{"records": ["a quiz"], "answers": ["of somebody"]}', '{"records": 1, "answers": [], "notes": "mine"}',
+        '{"data": {"task": {"records": 1, "answers": []}}, "notes": "mine"}',
+    ],
+)  # fmt: skip
 def test_eval_replaces_nothing_but_an_outcome(work, measured, capsys, text: str):
     (work / "o.json").write_text(text)
     assert main("eval --model m --data d.jsonl --out o.json --overwrite".split()) == 2
-    assert "o.json: not an outcome of esft eval" in capsys.readouterr().err
+    assert "o.json: holds something else, and is not overwritten (" in capsys.readouterr().err
     assert (work / "o.json").read_text() == text
 
 
