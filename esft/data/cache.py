@@ -47,7 +47,7 @@ def folder() -> Path | None:
     """In the cache of ``huggingface_hub``, under HF_ASSETS_CACHE or HF_HOME; None where it cannot be made."""
     try:
         return cached_assets_path("esft", namespace="encoded", subfolder="examples")
-    except OSError:
+    except (OSError, ValueError):  # the second for a file in the place of one of its folders
         return None
 
 

@@ -25,7 +25,7 @@ _BATCH = 100  # rows of a Parquet file that are looked at together
 def _zstandard(path: Path) -> Any:
     import pyarrow
 
-    return pyarrow.input_stream(path)  # which tells it by the suffix
+    return pyarrow.input_stream(path, compression="zstd")
 
 
 COMPRESSED: dict[str, Callable[[Path], Any]] = {
@@ -103,20 +103,31 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    most, seen, number = _most(path), 0, 0
+    most, seen, text, number = _most(path), 0, 0, 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if name in COLUMNS]
             for batch in file.iter_batches(_BATCH, columns=names or None):
                 if (seen := seen + batch.nbytes) > most:
                     raise _unfolds(path)
-                for row in batch.to_pylist():
+                columns = list(zip(batch.schema.names, batch.columns, strict=True))
+                for place in range(batch.num_rows):
+                    row = {name: column[place].as_py() for name, column in columns}
+                    if (text := text + _characters(row)) > most:  # many rows may name one entry of a dictionary
+                        raise _unfolds(path)
                     number += 1
                     yield f"record {number}", _without_nulls(row)
     except InputError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
+    except Exception as error:  # of the file, or of values that Python does not have, as a date of year 10,000
         raise InputError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from error
+
+
+def _characters(value: Any) -> int:
+    """How much text a value holds."""
+    if isinstance(value, dict | list):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def _without_nulls(value: Any) -> Any:
@@ -126,10 +137,21 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
+def check_unfolds(path: Path, suffix: str) -> None:
+    """Raise InputError for a compressed file that cannot be unfolded, or to more than is read of one.
+
+    Args:
+        suffix: of such files, one of ``COMPRESSED``, whatever this one is called.
+    """
+    with _opened(path, suffix) as file:
+        while file.read(1 << 20):
+            pass
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, suffix: str | None = None) -> Iterator[Any]:
     """The bytes of a file, unfolded where it is compressed. Raises InputError where that cannot be, or never ends."""
-    unfold = COMPRESSED.get(path.suffix)
+    unfold = COMPRESSED.get(path.suffix if suffix is None else suffix)
     try:
         with open(path, "rb") if unfold is None else unfold(path) as file:
             reader = file if unfold is None else io.BufferedReader(_Bounded(file, path), 1 << 16)

@@ -10,7 +10,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +121,7 @@ def read_settings(path: str | Path) -> dict[str, tuple[str | None, int]]:
     Numbers stay text: YAML's own rules read 1e-5 as a word and 1:30 as ninety. Raises InputError for anything else, for
     a name that comes twice, and for anchors and tags of other kinds.
     """
-    text = read_text(path, "utf-8-sig", SETTINGS_BYTES)
-    try:
-        top = yaml.compose(text, Loader=_Plain)
-    except yaml.MarkedYAMLError as error:
-        at = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise InputError(f"{path}: {at}not YAML ({error.problem or error.context})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: YAML that is nested too deeply") from error
+    top = _composed(read_text(path, "utf-8-sig", SETTINGS_BYTES), str(path))
     if top is None or (isinstance(top, yaml.ScalarNode) and top.tag == _NULL):
         return {}
     if not isinstance(top, yaml.MappingNode):
@@ -148,6 +139,38 @@ def read_settings(path: str | Path) -> dict[str, tuple[str | None, int]]:
             raise InputError(f"{path}: line {line}: {shown(name.value)} must have a single plain value")
         found[name.value] = (None if value.tag == _NULL else value.value), line
     return found
+
+
+def texts_below(text: str, name: str, where: str) -> Iterator[str]:
+    """Every single value at any depth below a name of a YAML text's mapping; none where there is no such.
+
+    Raises InputError for what is no YAML, and for anchors; ``where`` is for its message.
+    """
+    top = _composed(text, where)
+    for key, value in top.value if isinstance(top, yaml.MappingNode) else ():
+        if key.value == name:
+            yield from _scalars(value)
+
+
+def _scalars(node: yaml.Node) -> Iterator[str]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node.value
+        return
+    for each in node.value:
+        for part in each if isinstance(each, tuple) else (each,):
+            yield from _scalars(part)
+
+
+def _composed(text: str, where: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=_Plain)
+    except yaml.MarkedYAMLError as error:
+        at = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise InputError(f"{where}: {at}not YAML ({error.problem or error.context})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: YAML that is nested too deeply") from error
 
 
 class _Plain(yaml.SafeLoader):

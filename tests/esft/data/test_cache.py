@@ -1,9 +1,11 @@
 import hashlib
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
+from huggingface_hub import cached_assets_path
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -140,3 +142,9 @@ def test_examples_are_of_the_first_version_of_the_format(tmp_path):
     encoded(source, encoder)
     name = hashlib.sha256(json.dumps([1, source.digest(), encoder.digest()]).encode()).hexdigest()
     assert [path.stem for path in folder().iterdir()] == [name]
+
+
+def test_a_file_in_the_place_of_the_caches_folder_only_costs_time(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cache, "cached_assets_path", partial(cached_assets_path, assets_dir=tmp_path / "file"))
+    assert cache.folder() is None

@@ -185,3 +185,22 @@ def test_parquet_may_unfold_to_just_as_much_as_it_may(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "UNFOLDED_BYTES", size - 1)
     with pytest.raises(esft.InputError, match="unfolds to more than"):
         read(path)
+
+
+def test_entries_of_a_dictionary_count_as_often_as_rows_name_them(tmp_path, monkeypatch):
+    texts = pyarrow.array(["x" * 100] * 50)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts.dictionary_encode()}), tmp_path / "d.parquet")
+    monkeypatch.setattr(files, "UNFOLDED", 0)
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", 5000)
+    assert read(tmp_path / "d.parquet")[-1] == ("record 50", {"text": "x" * 100})
+    monkeypatch.setattr(files, "UNFOLDED_BYTES", 4999)
+    with pytest.raises(esft.InputError, match="unfolds to more than"):
+        read(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize("kind", [pyarrow.timestamp("us"), pyarrow.timestamp("ms"), pyarrow.timestamp("us", "Mars/X")])
+def test_values_that_python_does_not_have_are_named(tmp_path, kind):
+    values = pyarrow.array([2**62], pyarrow.int64()).cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "d.parquet")
+    with pytest.raises(esft.InputError, match=r"d.parquet: not a Parquet file that can be read \("):
+        read(tmp_path / "d.parquet")

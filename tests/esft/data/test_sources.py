@@ -1,15 +1,21 @@
+import bz2
+import gzip
 import json
+import lzma
 import os
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pyarrow
 import pytest
 
 import esft
 from esft.data.records import Record
 from esft.data.sources import DataSource, read_records
 from esft.storage.files import file_digest
+from tests.esft.checkpoint.files import rewrite_json
 from tests.esft.models import chat, record, write_records
 
 
@@ -44,7 +50,9 @@ def test_a_file_of_that_very_name_is_itself(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("", "is no path"),
-        ("d.jsonl:0", "d.jsonl:0: the weight of a source must be above 0"),
+        ("d.jsonl:0", r"d.jsonl:0: a source's weight must be in \[1e-09, 1e\+09\]$"),
+        ("d.jsonl:" + "9" * 200, r"9: a source's weight must be in \[1e-09, 1e\+09\]$"),
+        ("d.jsonl:0.0000000001", r"1: a source's weight must be in \[1e-09, 1e\+09\]$"),
         ("d.jsonl@test", "d.jsonl@test: a file has no splits"),
     ],
 )
@@ -190,3 +198,99 @@ def test_the_digest_of_a_stream_is_of_its_split_and_of_what_its_files_are(folder
     assert before == digests() and before[0] != before[1]
     os.utime(folder / "train.jsonl", (1, 1))
     assert all(one != other for one, other in zip(before, digests(), strict=True))
+
+
+def card(files: str) -> str:
+    configs = f"- config_name: default\n  data_files:\n  - split: train\n    path: {files}"
+    return f"---\nlicense: mit\nconfigs:\n{configs}\n---\n"
+
+
+@pytest.mark.parametrize(
+    "files", ["/etc/passwd", "../g.jsonl", "a/../../g.jsonl", "~/g.jsonl", "http://localhost:9/g.jsonl", '"zip://*::a"']
+)
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_a_folders_card_sends_nobody_elsewhere(folder, monkeypatch, files: str, name: str):
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)  # it would go there
+    text = card(files)
+    (folder / name).write_text(text if name.endswith(".md") else text.strip("-\n"))
+    with pytest.raises(esft.InputError, match=f"set/{name}: names .*, which is not in this folder$"):
+        read_records(folder)
+
+
+def test_a_folders_card_says_which_of_its_files_are_read(folder):
+    (folder / "README.md").write_text(card("test.jsonl") + "\nSee https://example.com, ../ and ~.")
+    assert len(read_records(folder)) == 2
+    (folder / "README.md").write_text("No card, but ---\nconfigs: /etc\n---\n")
+    assert len(read_records(folder)) == 3
+
+
+def test_a_file_that_is_found_elsewhere_is_not_read(folder, monkeypatch):
+    real, found = datasets.load_dataset_builder, str(write_records(folder.parent / "g.jsonl", 1))
+
+    def builder(*named):
+        made = real(*named)
+        made.config.data_files = {"train": [found]}
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    with pytest.raises(esft.InputError, match=r"set: names '.*g.jsonl', which is not in this folder$"):
+        read_records(folder)
+    monkeypatch.setattr(DataSource, "local", None)
+    with pytest.raises(esft.InputError, match=r"set: names '.*g.jsonl', which is not of the hub$"):
+        read_records(folder)
+
+
+@pytest.mark.parametrize("packed", [gzip, bz2, lzma])
+def test_compressed_files_of_a_folder_are_read_to_a_multiple_of_their_size(folder, monkeypatch, packed):
+    text = (folder / "train.jsonl").read_bytes()
+    (folder / "train.jsonl").write_bytes(packed.compress(text))  # whatever it is called, it would be unfolded
+    assert len(read_records(folder)) == 3
+    monkeypatch.setattr("esft.data.files.UNFOLDED_BYTES", 100)
+    monkeypatch.setattr("esft.data.files.UNFOLDED", 1)
+    with pytest.raises(esft.InputError, match=r"train\.jsonl: unfolds to more than 1 times its size"):
+        read_records(folder)
+
+
+def test_an_archive_in_a_folder_is_not_unpacked(folder):
+    with zipfile.ZipFile(folder / "more.zip", "w") as archive:
+        archive.write(folder / "test.jsonl", "train.jsonl")
+    (folder / "README.md").write_text(card("more.zip"))
+    with pytest.raises(esft.InputError, match=r"more\.zip: is an archive \(zip\), and is not read; unpack it$"):
+        read_records(folder)
+
+
+def pictures(folder: Path, column: str) -> Path:
+    """A saved data set with a column of pictures, of which it only has an address."""
+    picture = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    pictures_of_it = pyarrow.array([{"bytes": None, "path": "http://localhost:9/x.png"}], picture)
+    datasets.Dataset(pyarrow.table({"text": ["hi"]} | {column: pictures_of_it})).save_to_disk(folder)
+    rewrite_json(folder / "dataset_info.json", lambda info: info["features"].update({column: {"_type": "Image"}}))
+    return folder
+
+
+def test_what_would_be_decoded_is_passed_over_and_refused_where_a_record_is_made_of_it(tmp_path):
+    assert read_records(pictures(tmp_path / "beside", "photo")) == [Record(text="hi")]
+    with pytest.raises(esft.InputError, match="taken: column text is of the kind Image; text is read$"):
+        read_records(pictures(tmp_path / "taken", "text"))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("one/state.json", "_data_files", [{"filename": "../two/train/data-00000-of-00001.arrow"}]),
+        ("one/state.json", "_data_files", [{"filename": "/etc/passwd"}]),
+        ("one/state.json", "_data_files", [{"filename": None}]),
+        ("one/state.json", "_data_files", "x"),
+        ("one/state.json", "_indices_data_files", [{"filename": "../x.arrow"}]),
+        ("two/dataset_dict.json", "splits", ["../one"]),
+        ("two/dataset_dict.json", "splits", [5]),
+        ("two/dataset_dict.json", "splits", {"train": 1}),
+    ],
+)
+def test_a_saved_data_set_has_its_files_beside_what_names_them(tmp_path, file: str, key: str, value):
+    saved = datasets.Dataset.from_list([{"messages": chat("a", "b")}])
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "two")
+    rewrite_json(tmp_path / file, lambda values: values.update({key: value}))
+    with pytest.raises(esft.InputError, match=rf"{file}: (has no list {key}|{key} has .*, which is no name of)"):
+        read_records(tmp_path / Path(file).parts[0])
