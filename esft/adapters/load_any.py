@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
@@ -21,6 +22,7 @@ from esft.adapters.folder import (
     selection_for,
 )
 from esft.adapters.load import load_adapter
+from esft.bounds import within
 from esft.checkpoint.digest import model_base
 from esft.checkpoint.load import load_model, load_skeleton
 from esft.errors import InputError, first_line, reading
@@ -33,6 +35,11 @@ from esft.swapping.load import AUTO, load
 PEFT_WEIGHTS = "adapter_model.safetensors"
 MOST = 1 << 20  # of a number in a configuration: ranks and scales
 _RANKS = ("r", "init_r", "target_r")
+# What PEFT makes regular expressions of, and how; lists of the first two are names.
+_NAMES = ("target_modules", "exclude_modules")
+_PATTERNS = (*_NAMES, "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
+_AROUND = (r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(^|.*\.){}($|\..*)")
+MATCHING = 10  # seconds for the patterns of one setting
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -74,6 +81,7 @@ def load_any_adapter(model: PreTrainedModel, adapter: str | Path) -> Any:
             if kind not in FLOATS:
                 raise InputError(f"{folder / PEFT_WEIGHTS}: tensor {name} is {kind}, not floating point")
             check_finite(handle.get_tensor(name), f"{folder / PEFT_WEIGHTS}: tensor {name}")
+    _check_patterns(config, model, folder)
     try:
         loaded = PeftModel.from_pretrained(model, str(folder)).eval()
         needed = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
@@ -123,6 +131,29 @@ def _ranks(config: dict[str, Any]) -> Iterator[float]:
     pattern = config.get("rank_pattern")
     said = [config.get(name) for name in _RANKS] + (list(pattern.values()) if isinstance(pattern, dict) else [])
     yield from (rank for rank in said if isinstance(rank, int | float))
+
+
+def _check_patterns(config: dict[str, Any], model: PreTrainedModel, folder: Path) -> None:
+    """Raise InputError for patterns of modules that are none, or not compared with their names within seconds.
+
+    PEFT takes these texts for regular expressions, some of which take longer than the age of the universe.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for key in _PATTERNS:
+        said = config.get(key)
+        listed = list(said) if isinstance(said, dict) or (isinstance(said, list) and key not in _NAMES) else [said]
+        where = f"{folder / PEFT_CONFIG}: {key}"
+        try:
+            with within(MATCHING):
+                for pattern in (each for each in listed if isinstance(each, str)):
+                    for around in _AROUND:
+                        compiled = re.compile(around.format(pattern))
+                        for name in names:
+                            compiled.match(name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"{where} has a pattern that is none ({first_line(error)})") from error
+        except InputError as error:
+            raise InputError(f"{where} {shown(said)}: {error}") from error
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import esft
+from esft.adapters import load_any
 from esft.adapters.load_any import PEFT_WEIGHTS, adapter_folder, load_any_adapter, load_with_adapter
 from esft.adapters.merge import merge
 from esft.checkpoint.load import load_model
@@ -160,11 +161,16 @@ def test_a_peft_adapter_has_its_own_tensors_and_no_others(tmp_path, damage, mess
         ({"task_type": "SEQ_CLS"}, r"adapter_config\.json: task_type is 'SEQ_CLS'; only CAUSAL_LM is read"),
         ({"target_modules": ["absent"]}, r"cannot load this PEFT adapter \(."),
         ({"r": 500_000}, r"adapter_config\.json: has a rank of 500000, and no tensor has so many rows$"),
+        ({"target_modules": "(a|a)*((a|[^!])+)+!"}, r"adapter_config\.json: target_modules '.*': it takes longer than"),
+        ({"exclude_modules": "((.*)*)*!"}, r"adapter_config\.json: exclude_modules '.*': it takes longer than"),
+        ({"rank_pattern": {"((.*)*)*!": 4}}, r"adapter_config\.json: rank_pattern \{.*: it takes longer than"),
+        ({"alpha_pattern": {"(": 4}}, r"adapter_config\.json: alpha_pattern has a pattern that is none \("),
         ({"rank_pattern": {"o_proj": 10**9}}, r"adapter_config\.json: has a rank of 1000000000, and no tensor"),
     ],
     ids=str,
 )
-def test_a_peft_configuration_that_fits_nothing_is_named(tmp_path, config: dict, message: str):
+def test_a_peft_configuration_that_fits_nothing_is_named(tmp_path, monkeypatch, config: dict, message: str):
+    monkeypatch.setattr(load_any, "MATCHING", 0.5)
     save_lora(tmp_path)
     rewrite_json(tmp_path / "adapter_config.json", lambda whole: whole.update(config))
     with pytest.raises(esft.InputError, match=message):
