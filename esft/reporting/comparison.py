@@ -12,7 +12,7 @@ from esft.reporting.curves import charts_across
 from esft.reporting.experts import overlap
 from esft.reporting.figures import figure, share, size
 from esft.reporting.page import write_page
-from esft.reporting.pictures import draw
+from esft.reporting.pictures import draw_all
 from esft.reporting.record import Line, RunRecord, named
 
 # Figures of a summary in the order that interests most; others follow by their names.
@@ -58,7 +58,7 @@ def write_comparison_page(records: Sequence[RunRecord], path: str | Path) -> Non
     write_page(
         path, "comparison.html.jinja", title=f"{len(names)} runs side by side", names=names,
         runs=list(zip(names, records, strict=True)),
-        tables=shown, sections=sections, charts=[(chart, draw(chart)) for chart in charts],
+        tables=shown, sections=sections, charts=draw_all(charts, path),
     )  # fmt: skip
 
 

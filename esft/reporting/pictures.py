@@ -7,9 +7,10 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from esft.errors import InputError
+from esft.errors import InputError, first_line
 from esft.reporting.curves import Chart, are_noisy, is_long, smoothed
 from esft.reporting.experts import LEVELS, LayerLoad
 from esft.reporting.record import Line
@@ -32,6 +33,7 @@ class _Surroundings:
 _LIGHT = _Surroundings("#1b1b1b", "#d0d0d0", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
 _DARK = _Surroundings("#e6e6e6", "#484848", ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"))
 _LEGEND = 30  # characters of a name
+MOST_CHARTS, MOST_LINES = 100, 50  # of a page, and of a chart; each takes a tenth of a second
 _MARKED = 12  # values up to which each gets its marker
 
 
@@ -47,6 +49,19 @@ class Picture:
 def draw(chart: Chart) -> Picture:
     """Values over steps. Raises InputError without matplotlib (extra ``plot``)."""
     return _both(chart.lines, chart.description, "step")
+
+
+def draw_all(charts: Sequence[Chart], what: str | Path) -> list[tuple[Chart, Picture]]:
+    """``draw`` of a page's charts, with a warning where there is more than a page has room for.
+
+    Args:
+        what: the page is about, for the warning.
+    """
+    if len(charts) > MOST_CHARTS or any(len(chart.lines) > MOST_LINES for chart in charts):
+        most = f"the first {MOST_CHARTS} charts are drawn, and the first {MOST_LINES} lines of each"
+        warnings.warn(f"{what}: has more figures than a page shows; {most}", stacklevel=2)
+    shown = [Chart(chart.title, chart.lines[:MOST_LINES]) for chart in charts[:MOST_CHARTS]]
+    return [(chart, draw(chart)) for chart in shown]
 
 
 def draw_loads(loads: Sequence[LayerLoad]) -> Picture:
@@ -82,6 +97,8 @@ def _matplotlib() -> Any:
         import matplotlib.ticker
     except ModuleNotFoundError as error:
         raise InputError("a page's charts need matplotlib: pip install 'esft[plot]'") from error
+    except ValueError as error:  # of what MPLBACKEND says
+        raise InputError(f"matplotlib cannot be used ({first_line(error)})") from error
     return matplotlib
 
 

@@ -13,7 +13,7 @@ from esft.reporting.curves import charts_of
 from esft.reporting.experts import LayerLoad, check_alike, check_scores, explained, heatmap, loads, overlap
 from esft.reporting.figures import figure, share, size
 from esft.reporting.page import write_page
-from esft.reporting.pictures import draw, draw_loads
+from esft.reporting.pictures import draw_all, draw_loads
 from esft.reporting.record import RunRecord, base_size, named
 from esft.runs.config import TrainConfig
 from esft.scoring.expert_scores import RULES, ExpertScores
@@ -182,7 +182,7 @@ def _course(record: RunRecord) -> dict[str, Any]:
     given = vars(record.config)
     settings = [(name, value, given[name] != usual[name]) for name, value in record.settings.items()]
     return {
-        "charts": [(chart, draw(chart)) for chart in charts_of(record.lines)],
+        "charts": draw_all(charts_of(record.lines), record.path),
         "settings": settings,
         "measured": list(record.figures.items()),
         "digests": list(record.origin["digests"].items()),

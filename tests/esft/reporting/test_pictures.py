@@ -1,13 +1,16 @@
 import base64
+import builtins
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 import esft
+from esft.reporting import pictures
 from esft.reporting.curves import Chart
 from esft.reporting.experts import LEVELS, loads
-from esft.reporting.pictures import draw, draw_loads, heat_colours
+from esft.reporting.pictures import draw, draw_all, draw_loads, heat_colours
 from esft.reporting.record import Line
 from tests.esft.reporting.pages import AFTER, SCORES, SELECTION
 
@@ -128,3 +131,33 @@ def test_without_matplotlib_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(esft.InputError, match="charts need matplotlib: pip install 'esft\\[plot\\]'"):
         draw(Chart("x", [line("a")]))
+
+
+def test_a_backend_that_matplotlib_does_not_have_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def imported(name: str, *more):
+        if name == "matplotlib":
+            raise ValueError("'junk' is not a valid value for backend")
+        return real(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", imported)
+    with pytest.raises(esft.InputError, match="^matplotlib cannot be used \\('junk' is not a valid value for backend"):
+        draw(Chart("x", [line("a")]))
+
+
+def test_of_more_figures_than_a_page_shows_the_first_are_drawn(monkeypatch):
+    monkeypatch.setattr(pictures, "MOST_CHARTS", 2)
+    monkeypatch.setattr(pictures, "MOST_LINES", 3)
+    names = ["a", "b", "c", "d"]
+    for charts, count, shown in (
+        ([Chart("x", [line(name)]) for name in names], 2, names[:1]),
+        ([Chart("x", [line(name) for name in names])], 1, names[:3]),
+    ):
+        with pytest.warns(UserWarning, match="^run: has more figures than a page shows; the first 2 charts"):
+            drawn = draw_all(charts, "run")
+        assert len(drawn) == count and [each.name for each in drawn[0][0].lines] == shown
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = Chart("x", [line(name) for name in names[:3]])
+        assert draw_all([whole] * 2, "run") == [(whole, draw(whole))] * 2
