@@ -114,6 +114,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         if folder is not None and (broken := flaw_of(folder / _TOKENIZERS[0])) is not None:
             where, said = str(folder / _TOKENIZERS[0]), broken
         raise InputError(f"{where}: cannot load a tokenizer ({said})") from error
+    if not tokenizer.vocab_size:  # of texts it would keep the special tokens alone
+        raise InputError(f"{path}: the tokenizer has no vocabulary")
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: the tokenizer has no chat template")
     template: Any = tokenizer.chat_template

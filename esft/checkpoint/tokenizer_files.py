@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -13,17 +14,31 @@ from esft.transformers_internals import CHAT_TEMPLATE_DIR
 
 # What of a tokenizer is one JSON mapping.
 _MAPPINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_PROGRAMS = ("normalizer", "pre_tokenizer", "decoder")  # of the first of them: what is done with a text
 
 
 def check_tokenizer_files(folder: Path) -> None:
     """Raise InputError naming the first of a tokenizer's files that is not readable at all."""
     for name in _MAPPINGS:
-        if os.path.lexists(folder / name) and not isinstance(read_json(folder / name), dict):
+        if not os.path.lexists(folder / name):
+            continue
+        if not isinstance(values := read_json(folder / name), dict):
             raise InputError(f"{folder / name}: not a mapping, as a tokenizer has it")
+        if any(_matches_nothing(values.get(part)) for part in _PROGRAMS):
+            raise InputError(f"{folder / name}: has an empty pattern, on which the tokenizer's code breaks off")
     templates = [folder / "chat_template.jinja", *sorted((folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))]
     for template in filter(os.path.lexists, templates):
         if read_text(template).startswith("\ufeff"):
             raise InputError(f"{template}: begins with a byte order mark, which would be in every prompt; take it out")
+
+
+def _matches_nothing(program: Any) -> bool:
+    """Whether a part of a ``tokenizer.json``, or what it is made of, looks for an empty text."""
+    if isinstance(program, list):
+        return any(map(_matches_nothing, program))
+    if not isinstance(program, dict):
+        return False
+    return program.get("pattern") in ({"String": ""}, {"Regex": ""}) or any(map(_matches_nothing, program.values()))
 
 
 def flaw_of(path: Path) -> str | None:

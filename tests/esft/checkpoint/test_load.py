@@ -110,6 +110,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "absent"))
 
 
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    rewrite_json(base / "tokenizer.json", lambda whole: whole["model"].update(vocab={}))
+    with pytest.raises(esft.InputError, match="base: the tokenizer has no vocabulary$"):
+        load_tokenizer(str(base))
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

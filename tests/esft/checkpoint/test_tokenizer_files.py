@@ -6,6 +6,7 @@ import pytest
 import esft
 from esft.checkpoint.load import load_tokenizer
 from esft.checkpoint.tokenizer_files import check_tokenizer_files, flaw_of
+from tests.esft.checkpoint.files import rewrite_json
 from tests.esft.models import tiny_tokenizer
 
 
@@ -52,6 +53,15 @@ def test_a_template_that_would_render_otherwise_than_it_looks_is_named(folder, n
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     with pytest.raises(esft.InputError, match=f"base/{name}: {said}"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
+@pytest.mark.parametrize("pattern", [{"String": ""}, {"Regex": ""}])
+def test_a_pattern_on_which_compiled_code_breaks_off_is_named(folder, part: str, pattern: dict):
+    step = {"type": "Replace", "pattern": pattern, "content": "x"}
+    rewrite_json(folder / "tokenizer.json", lambda whole: whole.update({part: {"type": "Sequence", "steps": [step]}}))
+    with pytest.raises(esft.InputError, match=r"base/tokenizer\.json: has an empty pattern, "):
         load_tokenizer(str(folder))
 
 
