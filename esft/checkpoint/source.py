@@ -44,10 +44,13 @@ def check_folder(path: str | Path) -> Path | None:
         if not _HUB_ID.fullmatch(str(path)):
             raise InputError(f"{path}: no such folder")
         return None
-    for entry in folder.iterdir():
-        mode = entry.stat().st_mode if entry.exists() else stat.S_IFREG  # a broken link is told of when it is read
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise InputError(f"{entry}: is no regular file, and is not read")
+    try:
+        for entry in folder.iterdir():
+            mode = entry.stat().st_mode if entry.exists() else stat.S_IFREG  # a broken link is told of when it is read
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise InputError(f"{entry}: is no regular file, and is not read")
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}") from error
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{path}: holds a PEFT adapter, not a model: name its base as the model and it as the adapter")
     return folder

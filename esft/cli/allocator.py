@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 PLENTY = 3  # times what the weights take
@@ -39,6 +40,10 @@ def _is_tight(args: argparse.Namespace) -> bool:
     from esft.memory import free_memory
     from esft_kernels.formats.resolve import FORMATS
 
-    frozen, size = getattr(args, "frozen", None), sum(file.stat().st_size for file in files)
+    size = 0
+    for file in files:
+        with suppress(OSError):  # of a file that cannot be looked at, the stage that reads it tells
+            size += file.stat().st_size
+    frozen = getattr(args, "frozen", None)
     share = FORMATS[frozen].nbytes(1, 1024, 1024) / (2 * 1024**2) if frozen in FORMATS else 1  # of 16 bits a weight
     return free_memory() < PLENTY * share * size

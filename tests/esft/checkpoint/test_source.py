@@ -1,5 +1,6 @@
 """What a checkpoint's folder may hold, whichever way it is read."""
 
+import errno
 import json
 import os
 import shutil
@@ -164,6 +165,15 @@ def test_a_pipe_or_an_adapter_in_the_folder_is_told_of_before_anything_waits_for
     os.mkfifo(base / "generation_config.json") if not (base / "generation_config.json").exists() else None
     os.mkfifo(base / "some.json")
     with pytest.raises(esft.InputError, match="is no regular file, and is not read"):
+        read(base)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(read, base, monkeypatch):
+    def closed(path: Path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(esft.InputError, match="base: Permission denied$"):
         read(base)
 
 

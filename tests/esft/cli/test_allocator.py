@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,13 @@ def test_weights_in_few_bits_count_as_what_they_take(frozen, bits, told, model, 
     assert told == KEPT
     told.clear()
     settled(round(PLENTY * 3000 * bits / 16) - 1, monkeypatch, model=model, frozen=frozen)
+    assert told == GIVEN_BACK
+
+
+def test_weights_that_cannot_be_looked_at_are_told_of_by_who_reads_them(told, model, monkeypatch):
+    for name, to in (("c", "nowhere"), ("d", "d.safetensors")):
+        (Path(model) / f"{name}.safetensors").symlink_to(to)
+    settled(PLENTY * 3000 - 1, monkeypatch, model=model)
     assert told == GIVEN_BACK
 
 
