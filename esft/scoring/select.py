@@ -52,6 +52,8 @@ def select_experts(
     values = {layer: experts for layer, experts in given.items() if layer >= first_layer}
     if not values:
         raise InputError(f"no layer from {first_layer} on has scores; the last one is layer {max(given)}")
+    if against is not None and (more := against.by(by).keys() - given.keys()):
+        raise InputError(f"the scores to select against are of another model: there is a layer {min(more)}")
     order = values if against is None else contrast(values, against.by(by), weight)
     ranked = {layer: _ranked(order[layer], values[layer]) for layer in values}
     how: dict[str, object] = {"by": by}

@@ -186,6 +186,7 @@ def test_a_contrast_of_scores_with_a_unit_is_of_shares_too():
     assert ordered.experts == {1: [0, 3, 2, 1], 4: [0, 2, 3, 1]}
 
 
+DEEPER = ExpertScores({**GENERAL.token_scores, 5: {0: 1.0}}, {})
 OTHER = ExpertScores({1: {0: 0.5, 1: 0.5}, 4: TASK.token_scores[4]}, {})
 
 
@@ -206,6 +207,7 @@ OTHER = ExpertScores({1: {0: 0.5, 1: 0.5}, 4: TASK.token_scores[4]}, {})
         ({"against": GENERAL, "weight": float("nan")}, "weight must be a number of at least 0, got nan"),
         ({"against": GENERAL, "weight": float("inf")}, "weight must be a number of at least 0, got inf"),
         ({"against": OTHER}, "the scores to select against are of another model: layer 1 has other experts"),
+        ({"against": DEEPER}, "the scores to select against are of another model: there is a layer 5"),
         ({"by": "output", "against": GENERAL}, "there are no output scores to select by"),
         ({"by": "fisher"}, "there are no fisher scores to select by"),
     ],
