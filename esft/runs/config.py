@@ -27,6 +27,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 SCHEDULES = ("constant", "linear", "cosine")
 # As ``esft.evaluation`` has them, which imports PyTorch, too.
 SCORES = ("loss", "exact_match", "json_match", "choices", "chrf", "rouge_l")
+MOST_STREAMED = 1 << 14  # records of a step
 REPORTS = ("tensorboard", "wandb", "none")
 
 
@@ -228,6 +229,8 @@ def _check_together(settings: Mapping[str, Any], called: Mapping[str, str]) -> N
     if settings["micro_batch_size"] is not None and settings["micro_batch_size"] > settings["batch_size"]:
         most = f"{batch} {settings['batch_size']}"
         raise InputError(f"{micro} must be at most {most}, got {settings['micro_batch_size']}")
+    if settings["streaming"] and settings["batch_size"] > MOST_STREAMED:
+        raise InputError(f"{batch} must be at most {MOST_STREAMED:,} with streaming: 32 batches are held")
     if settings["warmup_steps"] and settings["warmup_ratio"]:
         raise InputError(f"{called.get('warmup_steps', 'warmup_steps')} and warmup_ratio exclude each other")
     if settings["decay"] and (kind := settings["lr_scheduler_type"]) != "constant":

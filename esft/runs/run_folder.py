@@ -257,6 +257,7 @@ class RunFolder:
 
     def check_outcome(self) -> None:
         """Raise InputError where the outcome of a run that goes on holds what is no part of it."""
+        self.holds(WANDB)  # written through a link; the run's other files are read before
         for name in (ADAPTER, MODEL):
             if (self.path / name).is_symlink():
                 raise InputError(f"{self.path / name}: is a link, where a run has a folder of its own")

@@ -291,6 +291,13 @@ def test_a_run_resumes_with_other_steps_and_with_nothing_else_changed():
         begun.check_resumes(TrainConfig(seed=5))
 
 
+def test_a_stream_holds_no_more_records_than_memory_has_room_for():
+    most = {"streaming": True, "steps": 1, "batch_size": 1 << 14}
+    assert TrainConfig(**most).streaming
+    with pytest.raises(esft.InputError, match="^batch_size must be at most 16,384 with streaming: 32 batches"):
+        TrainConfig(**(most | {"batch_size": (1 << 14) + 1}))
+
+
 def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(esft.InputError, match="c.yaml: not UTF-8"):

@@ -302,6 +302,14 @@ def test_a_link_in_the_place_of_the_outcome_is_not_followed(tmp_path):
         folder.check_outcome()
 
 
+def test_a_link_in_the_place_of_what_wandb_knows_the_run_by_is_not_written_through(tmp_path):
+    folder = begun(tmp_path / "run")
+    (tmp_path / "mine").touch()
+    (tmp_path / "run" / "wandb_id.txt").symlink_to(tmp_path / "mine")
+    with pytest.raises(esft.InputError, match=r"wandb_id\.txt: is no regular file, where a run has one$"):
+        folder.check_outcome()
+
+
 def test_bad_metrics_are_told_of_before_a_run_that_goes_on_writes_anything(tmp_path):
     folder = begun(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": "x"}\n')
