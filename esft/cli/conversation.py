@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from esft.cli.output import complain, say, say_part
+from esft.cli.output import complain, put, say, say_part
 from esft.data.records import Messages
 from esft.errors import InputError, Interrupted
 from esft.signals import stop_signals
@@ -86,6 +86,7 @@ def typed(interactive: bool) -> Iterator[str]:
         with contextlib.suppress(ImportError):  # lines can be edited, and are remembered
             import readline  # noqa: F401
     while True:
+        put("", flush=True)  # else ``input`` does, and what is wrong with standard output would be of standard input
         try:
             yield input("> " if interactive else "")
         except EOFError:

@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> None:
                 what = "weights hold what is no number, or too much"
                 raise InputError(f"{source}: loss on {each.source} is {loss}: {what}")
             results[each.name] = figures, answers
-    say(json.dumps(_joined({name: figures for name, (figures, _) in results.items()}), allow_nan=False))
-    if args.out is not None and current().main:
+    if args.out is not None and current().main:  # before it is printed, for readers who have gone meanwhile
         write_json(args.out, _joined({name: each | {"answers": answers} for name, (each, answers) in results.items()}))
+    say(json.dumps(_joined({name: figures for name, (figures, _) in results.items()}), allow_nan=False))
 
 
 def _measured(

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from esft.cli.conversation import Stream, converse, streamed, typed
-from esft.errors import InputError, Interrupted
+from esft.errors import DiskError, InputError, Interrupted
 from tests.esft.models import tiny_tokenizer
 
 
@@ -110,6 +110,16 @@ def test_lines_are_asked_for_in_a_terminal_until_they_end(monkeypatch, capsys, i
     monkeypatch.setattr("builtins.input", cannot)
     with pytest.raises(InputError, match="^standard input: Is a directory$"):
         list(typed(interactive))
+
+
+def test_an_output_that_is_full_is_not_told_of_as_the_input(monkeypatch):
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(DiskError, match="^standard output: No space left on device$"):
+        list(typed(False))
 
 
 def test_lines_go_on_with_a_conversation_and_commands_begin_it_anew():

@@ -8,6 +8,7 @@ import pytest
 from esft.cli.parser import main
 from esft.cli.stages import eval as module
 from esft.data.sources import read_records
+from esft.errors import DiskError
 from esft.evaluation.scores import Measured
 from tests.esft.cli.conftest import MODEL, NO_COUNTS, OF_MODEL, refused, stage, usage, values
 from tests.esft.models import write_records
@@ -53,6 +54,15 @@ def test_eval_can_leave_the_answers_out_and_keeps_a_file_that_is_there(work, mea
     stage("eval --model m --data d.jsonl --quiet --out o.json --overwrite")
     assert measured.of["measure"][-1][0][-1] is False
     assert measured.of["load_with_adapter"][-1][0][-2:] == (False, "bf16")
+
+
+def test_eval_keeps_what_it_measured_where_it_cannot_be_printed(work, measured, monkeypatch):
+    def full(*_: str) -> None:
+        raise DiskError("standard output: No space left on device")
+
+    monkeypatch.setattr(module, "say", full)
+    assert main("eval --model m --data d.jsonl --loss-only --out o.json".split()) == 2
+    assert json.loads((work / "o.json").read_text())["loss"] == 0.5
 
 
 def test_eval_measures_several_sets_in_one_call(work, measured, capsys):
