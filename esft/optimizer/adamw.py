@@ -23,6 +23,7 @@ from esft.runs.config import TrainConfig
 
 PIECE = 1 << 20  # elements that are stepped together, a multiple of the moments' block
 GPU_PIECE = 1 << 23  # there launches for a small one take longer than what they do; 8-bit moments take 200 MB for it
+_FROM_ZERO = ("step", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")  # parts of a state that are never below
 _EPSILON = 1e-6  # beside the norm when it is clipped, as in ``torch.nn.utils.clip_grad_norm_``
 
 
@@ -209,6 +210,8 @@ class MasterAdamW:
                 raise InputError(f"tensor {name} is {found}, not {wanted}")
             if not tensor.isfinite().all():
                 raise InputError(f"tensor {name} holds values that are not finite")
+            if name.partition("/")[0] in _FROM_ZERO and bool((tensor < 0).any()):
+                raise InputError(f"tensor {name} holds values below zero")
 
 
 @cache

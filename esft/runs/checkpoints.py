@@ -124,7 +124,10 @@ class Checkpoints:
         for step, path in reversed(self._found()):
             try:
                 state = self._read(step, path)
-                load(state)
+                try:
+                    load(state)
+                except InputError as error:
+                    raise InputError(f"{path / _TENSORS}: {error}") from error
             except InputError as error:
                 damaged.append(error)
                 continue

@@ -303,6 +303,8 @@ def test_a_state_with_whole_masters_of_bf16_is_gone_on_with():
         (lambda s: s.update({"exp_avg_sq_codes/a": torch.zeros(6)}), r"codes/a is float32 \(6,\), not uint8 \(6,\)"),
         (lambda s: s.update({"exp_avg_absmax/a": torch.zeros(2)}), r"absmax/a is float32 \(2,\), not float32 \(1,\)"),
         (lambda s: s["exp_avg_sq_absmax/a"].fill_(torch.inf), "exp_avg_sq_absmax/a holds values that are not finite"),
+        (lambda s: s["exp_avg_absmax/a"].fill_(-1), "exp_avg_absmax/a holds values below zero"),
+        (lambda s: s["exp_avg_sq_absmax/a"].fill_(-1), "exp_avg_sq_absmax/a holds values below zero"),
         (lambda s: s["weight/a"][0, 2].fill_(torch.nan), "weight/a holds values that are not finite"),
     ],
 )
@@ -341,6 +343,8 @@ def test_without_parameters_there_is_nothing_to_step():
             lambda s: s.update({"master/a": torch.zeros(2, 3).half()}),
             r"master/a is float16 \(2, 3\), not",
         ),
+        (lambda s: s["exp_avg_sq/a"][1].fill_(-1e-30), "exp_avg_sq/a holds values below zero"),
+        (lambda s: s["step/a"].fill_(-1), "step/a holds values below zero"),
         (lambda s: s["exp_avg/a"][1].fill_(torch.nan), "exp_avg/a holds values that are not finite"),
         (lambda s: s["master/b"][3:].fill_(torch.inf), "master/b holds values that are not finite"),
     ],
