@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from esft.errors import InputError, first_line
-from esft.storage.reading import read_json, read_text
+from esft.storage.reading import read_json, read_text, shown
 from esft.transformers_internals import CHAT_TEMPLATE_DIR
 
 # What of a tokenizer is one JSON mapping.
@@ -26,6 +26,9 @@ def check_tokenizer_files(folder: Path) -> None:
             raise InputError(f"{folder / name}: not a mapping, as a tokenizer has it")
         if any(_matches_nothing(values.get(part)) for part in _PROGRAMS):
             raise InputError(f"{folder / name}: has an empty pattern, on which the tokenizer's code breaks off")
+        model = values.get("model")
+        if isinstance(model, dict) and model.get("dropout"):
+            raise InputError(f"{folder / name}: splits texts at random (dropout is {shown(model['dropout'])})")
     templates = [folder / "chat_template.jinja", *sorted((folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))]
     for template in filter(os.path.lexists, templates):
         if read_text(template).startswith("\ufeff"):

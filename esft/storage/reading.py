@@ -49,6 +49,8 @@ def check_regular(path: str | Path) -> int:
 
     Raises InputError for one that is missing, and for pipes and devices, whose reading may never end.
     """
+    if not str(path):  # which pathlib takes for the working folder
+        raise InputError("'': is no path")
     try:
         found = Path(path).stat()
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a null byte in the name

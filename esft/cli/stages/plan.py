@@ -33,7 +33,7 @@ def add(stages: Stages) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    selection = ExpertSelection.load(args.experts) if args.experts else None
+    selection = ExpertSelection.load(args.experts) if args.experts is not None else None
     names = {each.name for each in fields(TrainConfig)} & vars(args).keys() - {"frozen"}
     config = TrainConfig.load(None, **{name: getattr(args, name) for name in names})
     from esft.planning.advice import GB, advice, described, fitting

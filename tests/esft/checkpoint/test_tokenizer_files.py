@@ -65,6 +65,14 @@ def test_a_pattern_on_which_compiled_code_breaks_off_is_named(folder, part: str,
         load_tokenizer(str(folder))
 
 
+def test_a_tokenizer_that_draws_its_tokens_is_named(folder):
+    rewrite_json(folder / "tokenizer.json", lambda whole: whole["model"].update(dropout=0.0))
+    load_tokenizer(str(folder))
+    rewrite_json(folder / "tokenizer.json", lambda whole: whole["model"].update(dropout=0.1))
+    with pytest.raises(esft.InputError, match=r"base/tokenizer\.json: splits texts at random \(dropout is 0\.1\)$"):
+        load_tokenizer(str(folder))
+
+
 def test_a_link_that_leads_nowhere_is_named(folder):
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer_config.json").symlink_to("nowhere")

@@ -70,6 +70,7 @@ def test_plan_names_what_is_wrong(tmp_path, capsys):
         (["--frozen", "nf4", "--method", "lora"], "frozen nf4 goes with the method esft, not with lora"),
         (["--experts-per-layer", "9"], "9 experts a layer: the model's layers have 8"),
         (["--experts", str(tmp_path / "no.json")], "no.json"),
+        (["--experts", ""], "'': is no path"),
         (["--tokens", "3", "--batch-size", "4"], "3 tokens cannot be those of 4 records"),
     ):
         assert main(["plan", "--model", str(model), *more]) == 2
