@@ -33,7 +33,7 @@ class _Surroundings:
 _LIGHT = _Surroundings("#1b1b1b", "#d0d0d0", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
 _DARK = _Surroundings("#e6e6e6", "#484848", ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"))
 _LEGEND = 30  # characters of a name
-MOST_CHARTS, MOST_LINES = 100, 50  # of a page, and of a chart; each takes a tenth of a second
+MOST_CHARTS, MOST_LINES = 40, 50  # of a page, and of a chart; each chart takes some tenths of a second
 _MARKED = 12  # values up to which each gets its marker
 
 
