@@ -139,6 +139,7 @@ def spread_by(model: PreTrainedModel) -> Any:
 def forget_spread(model: PreTrainedModel) -> None:
     """Let transformers not take the model for one that it has spread."""
     vars(model.config).pop("distributed_config", None)
+    vars(model).pop("_is_distributed_loading_by_transformers", None)
 
 
 def is_cut_up_whole(model: nn.Module) -> bool:

@@ -7,13 +7,14 @@ of data are dealt out as without, and a trained expert gets its whole gradient w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esft.errors import InputError
 from esft.parallel.ranks import Ranks
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], expert ids [T, K], routing weights [T, K] -> [T, D]
@@ -61,6 +62,19 @@ def deal_experts(trained: Sequence[int], num_experts: int, ranks: Ranks, turn: i
             first = sum(map(len, part))
             part.append(tuple(ids[first : first + count]))
     return Deal(ranks.rank, tuple(parts[0]), tuple(parts[1]))
+
+
+class NoReplicas:
+    """What ``DistributedDataParallel`` looks up first of a model, the names to leave alone: of dealt experts, an error.
+
+    It would give all ranks the experts of the first one, and add up gradients of experts that are not the same.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        raise InputError(
+            "the experts are dealt out over processes, and DistributedDataParallel takes all to have the same: "
+            "esft.training.dealt_trainer.DealtTrainer is a Trainer for them, and so is esft train --shard experts"
+        )
 
 
 @torch.compiler.disable

@@ -108,8 +108,7 @@ def load(
     flags = {name: p.requires_grad for name, p in model.named_parameters() if not is_pool(name)}
     flags |= {f"{name}.{own}": True for name in stock for own in layouts[name].names}  # as the stock model's would be
     lossless = frozen in (BF16, shipped) and frozen_linear == BF16
-    begin(model, Swapped(selection, base, flags, frozen, frozen_linear, lossless, stock))
-    ranks.lockstep |= ranks.size > 1
+    begin(model, Swapped(selection, base, flags, frozen, frozen_linear, lossless, stock), ranks)
     return thaw(model)
 
 

@@ -23,7 +23,7 @@ from esft.experts.model_state import (
 from esft.experts.moe_layers import MoELayer, is_dealt, moe_layers
 from esft.experts.pooled_experts import BF16, FROZEN, Experts
 from esft.experts.stock_layout import Layout, read_layout
-from esft.parallel.experts import Deal, deal_experts
+from esft.parallel.experts import Deal, NoReplicas, deal_experts
 from esft.parallel.ranks import ALONE, Ranks
 from esft.selection import ExpertSelection
 from esft.swapping.packed_modules import FROZEN_LINEAR, check_finite, pack, packable
@@ -93,8 +93,7 @@ def swap(
         take_over(model)
     stock: dict[str, nn.Module] = {}
     lossless = frozen == frozen_linear == BF16
-    begin(model, Swapped(selection, base, required_grad, frozen, frozen_linear, lossless, stock))
-    ranks.lockstep |= ranks.size > 1
+    begin(model, Swapped(selection, base, required_grad, frozen, frozen_linear, lossless, stock), ranks)
     try:
         for layer, deal in zip(layers, deals(layers, selection, ranks), strict=True):
             if (layout := layouts.get(layer.name)) is not None:
@@ -160,11 +159,19 @@ def deals(layers: list[MoELayer], selection: ExpertSelection, ranks: Ranks) -> l
     ]
 
 
-def begin(model: PreTrainedModel, swapped: Swapped) -> None:
-    """Make the model a swapped one: what is remembered of it, and how it is saved. Nothing trains yet."""
+def begin(model: PreTrainedModel, swapped: Swapped, ranks: Ranks) -> None:
+    """Make the model a swapped one: what is remembered of it, and how it is saved. Nothing trains yet.
+
+    Raises RankError where a rank has another base, selection or format than the first one.
+    """
+    kinds = {"frozen": swapped.frozen, "frozen_linear": swapped.frozen_linear}
+    ranks.check_alike({"model": swapped.base.digest, "selection": str(swapped.selection), **kinds})
     model.requires_grad_(False)
     model_state(model).swapped = swapped
     attach(model)
+    if ranks.size > 1:
+        ranks.lockstep = True
+        vars(model)["_ddp_params_and_buffers_to_ignore"] = NoReplicas()
 
 
 def emptied(stock: nn.Module, layout: Layout) -> nn.Module:

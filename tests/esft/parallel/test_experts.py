@@ -298,6 +298,23 @@ def test_what_cannot_be_done_with_a_part_of_the_experts_is_refused(runs):
         TrainConfig(method="full", shard="experts")
 
 
+def unlike(what: str) -> str:
+    """What a rank is told whose second one deals out something else."""
+    other = os.environ["RANK"] == "1" and what
+    with joined() as ranks:
+        model = tiny_model(seed=1 if other == "model" else 0)
+        selection = ExpertSelection({1: [2, 6], 2: [0]}) if other == "selection" else SELECTION
+        return refused(
+            lambda: esft.swap(model, selection, frozen="int8" if other == "frozen" else "bf16", ranks=ranks), RankError
+        )
+
+
+@pytest.mark.parametrize("what", ["model", "selection", "frozen"])
+def test_ranks_that_would_deal_out_unlike_experts_are_found_out(tmp_path, what: str):
+    for found in job(tmp_path, 2, partial(unlike, what)):
+        assert found.value.startswith(f"rank 1 has other {what} than rank 0: "), found
+
+
 def goes_on(base, out: str, resume: bool = True) -> None:
     config = TrainConfig(**vars(CONFIGS["8 bits"][0]) | {"shard": "experts", "steps": 4})
     run(base, out, config, resume=resume)
