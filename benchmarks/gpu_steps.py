@@ -30,10 +30,10 @@ from benchmarks.roofline import GPUS
 from benchmarks.step import SUPERVISED, Batch, Trainer, chosen_experts, make_batch, ours, settings, stock
 from esft.checkpoint.load import load_skeleton
 from esft.checkpoint.source import open_config
+from esft.errors import asked_for
 from esft.evaluation.loss import predictions
 from esft.experts.model_state import Base
 from esft.experts.moe_layers import moe_layers
-from esft.memory import asked_for
 from esft.optimizer.masters import master_type
 from esft.optimizer.moments import MOMENTS
 from esft.runs.config import TrainConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,16 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:  # says nothing but the key
         line = f"{type(error).__name__} {line}"
     return line if len(line) <= LONGEST else line[:LONGEST] + "..."
+
+
+_ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", re.IGNORECASE)  # both allocators say it so
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def asked_for(error: Exception) -> int | None:
+    """The bytes that an allocator was asked for in vain; None for an error of another kind."""
+    found = _ASKED.search(str(error))
+    return round(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 _NOTE = "while reading "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,13 +11,11 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from esft.errors import OutOfMemory
+from esft.errors import OutOfMemory, asked_for
 from esft.parallel.environment import local_size
 
 Named = TypeVar("Named", bound=tuple[str, Any])
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", re.IGNORECASE)  # both allocators say it so
-_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def peak_memory() -> int:
@@ -95,12 +92,6 @@ def memory_watched(path: str) -> Iterator[Callable[[Iterable[Named]], Iterator[N
         what = f"memory ran out at tensor {last[0]}" if last else "memory ran out"
         more = "" if asked is None else f": {asked:,} bytes more were asked for"
         raise OutOfMemory(f"{path}: {what}{more}; {_advice(path, free_memory())}") from error
-
-
-def asked_for(error: Exception) -> int | None:
-    """The bytes that an allocator was asked for in vain; None for an error of another kind."""
-    found = _ASKED.search(str(error))
-    return round(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def _advice(path: str, free: int) -> str:

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] (documented)
 
-from esft.errors import RankError, first_line
+from esft.errors import RankError, asked_for, first_line
 from esft.parallel.environment import hosts_store
 
 PULSE = 0.5  # seconds between signs of life
@@ -63,6 +63,8 @@ class Watch:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if asked_for(error) is not None:  # the CPU's memory has run out
+                raise
             # Most likely because a rank has ended: who it was shows soon, and ends this process, too.
             time.sleep(4 * PULSE if self.stopped else DEAD + 4 * PULSE)
             raise RankError(f"no connection to the other ranks at {what}: {first_line(error)}") from error

@@ -29,6 +29,8 @@ def at_work(folder, one: str) -> None:
                 time.sleep(60)
             if number == 5 and one == "fail" and ranks.rank:
                 raise InputError("d.jsonl: line 3: is none")
+            if number == 5 and one == "memory" and ranks.rank == 1:
+                ranks.gather(torch.zeros(1, 1).expand(1 << 47, 1))
             time.sleep(0.01)
 
 
@@ -36,6 +38,7 @@ def at_work(folder, one: str) -> None:
     ("one", "line"),
     [
         ("fail", None),  # its own, which the command prints
+        ("memory", None),
         ("kill", r"esft: rank 1: has died (process {pid} is gone; killed, or out of memory?)"),
         ("stop", r"esft: rank 1: has died, or its machine: no sign of life from process {pid} on {host} for 2 s"),
         ("sleep", r"esft: rank 1: has hung: rank {waiting} waits for it at a sum"),
@@ -57,7 +60,10 @@ def test_a_rank_that_fails_ends_the_others_in_one_line(tmp_path, one: str, line:
     ended = job(tmp_path, 3, partial(at_work, tmp_path, one), then)
     assert time.monotonic() - begun < 20
     said = "".join(e.said for e in ended)
-    if line is None:
+    if one == "memory":  # in the middle of an operation that others wait at
+        assert [e.status for e in ended] == [2, 1, 2]
+        assert said.count("you tried to allocate 1688849860263936 bytes") == said.count("RuntimeError: ") == 1
+    elif line is None:
         # The first of the two that failed raises its error; to the other and to rank 0 somebody else has failed.
         assert sorted(e.status for e in ended) == [1, 2, 2] and ended[0].status == 2
         assert said.count("InputError: d.jsonl: line 3: is none") == 1
