@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from esft.checkpoint.original_format import original_format
@@ -89,6 +89,16 @@ def _read(tensor: Tensor | PackedTensor, rounded: torch.dtype | None) -> tuple[b
         hashed.update(values.contiguous().cpu().numpy())
         begin += len(part)
     return some, hashed.digest()
+
+
+def sampled_digest(model: nn.Module) -> str:
+    """A digest of 64 evenly spaced values of every weight as it is in memory, for processes that load the same."""
+    hashed = xxhash.xxh3_128()
+    for name, weight in ((name, p.detach()) for name, p in model.named_parameters() if not p.is_meta):
+        index = torch.linspace(0, weight.numel() - 1, min(SAMPLES, weight.numel()), dtype=torch.float64).long()
+        some = weight.reshape(-1)[index.to(weight.device)].cpu().contiguous()
+        hashed.update(name.encode() + some.view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def forward_settings(config: PreTrainedConfig) -> dict[str, Any]:

@@ -70,9 +70,15 @@ def adapter_of(args: argparse.Namespace) -> Path | None:
 
 
 def load_for(args: argparse.Namespace, adapter: Path | None) -> Any:
+    """``--model`` with an adapter. Raises RankError where another process of this one's job has other weights."""
     from esft.adapters.load_any import load_with_adapter
+    from esft.checkpoint.digest import sampled_digest
+    from esft.parallel.join import current
 
-    return load_with_adapter(
+    model = load_with_adapter(
         args.model, adapter, args.frozen, args.dtype, args.backend, args.trust_remote_code, not args.quiet,
         args.frozen_linear,
     )  # fmt: skip
+    if current().size > 1:
+        current().check_alike({"model or adapter": sampled_digest(model)})
+    return model

@@ -8,7 +8,14 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 import esft
-from esft.checkpoint.digest import base_below, digest_of, forward_settings, model_base, model_digest
+from esft.checkpoint.digest import (
+    base_below,
+    digest_of,
+    forward_settings,
+    model_base,
+    model_digest,
+    sampled_digest,
+)
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.load import load_model
 from esft.experts.model_state import Adapters, Base, model_state
@@ -220,3 +227,16 @@ def test_the_base_is_what_lies_below_an_adapter_that_is_set_and_the_model_itself
     assert before.digest == model_digest(tiny_model())
     model_state(swapped).adapters = adapters
     assert base_below(swapped) is below
+
+
+def test_a_digest_of_samples_is_that_of_the_weights_in_memory_and_of_each_of_them():
+    model, expected = tiny_model(), sampled_digest(tiny_model())
+    assert sampled_digest(model) == expected
+    seen = {expected, sampled_digest(tiny_model(seed=1)), sampled_digest(tiny_model(dtype=torch.bfloat16))}
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1.0
+        seen.add(sampled_digest(model))
+    assert len(seen) == 3 + len([*model.parameters()])
+    model.lm_head.to("meta")  # of what is offloaded nothing is known
+    assert sampled_digest(model) not in seen

@@ -17,7 +17,7 @@ import pytest
 import esft
 from esft.cli.job import job as of_several
 from esft.cli.parser import main
-from tests.esft.models import chat, save_tiny, write_records
+from tests.esft.models import chat, save_tiny, tiny_model, write_records
 from tests.esft.parallel.jobs import job
 
 STAGES = {
@@ -116,10 +116,11 @@ def test_the_first_rank_that_fails_says_so_in_one_line_with_its_name(work):
         ("eval --model base", "--data", "e.jsonl than rank 0: "),
         ("score --model base --out s.json", "--data", "e.jsonl than rank 0: "),
         *((command, "template", "tokenizer or chat template than rank 0: ") for command in ENCODING),
+        *((command, "weights", "model( or adapter)? than rank 0: ") for command in ENCODING),
     ],
 )
 def test_a_process_with_other_options_or_other_records_is_found_out(work, command: str, others: str, unlike: str):
-    """``--data`` and ``template`` stand for files of one name, and of other content on the second one's machine."""
+    """``--data``, ``template`` and ``weights`` stand for files of one name, whose content differs on the second."""
 
     def unlike_the_first() -> int:
         second = os.environ["RANK"] == "1"
@@ -128,6 +129,8 @@ def test_a_process_with_other_options_or_other_records_is_found_out(work, comman
         (place := work / os.environ["RANK"]).mkdir()
         os.chdir(place)
         shutil.copytree(work / "base", "base")
+        if second and others == "weights":
+            tiny_model(seed=1).save_pretrained("base")
         if second and others == "template":
             Path("base/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
         write_records(place / "e.jsonl", 4 if second and others == "--data" else 3)
