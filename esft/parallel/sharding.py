@@ -54,5 +54,15 @@ def is_cut_up(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, detached; collective where it is cut up."""
-    full: Any = getattr(tensor, "full_tensor", lambda: tensor)
-    return full().detach()
+    if not is_cut_up(tensor):
+        return tensor.detach()
+    from torch.distributed.tensor import Replicate, Shard
+
+    found: Any = tensor.detach()
+    placements = [*found.placements]
+    # Along one axis of the mesh after the other, the last cut first: that is FSDP2's, which is no plain ``Shard`` where
+    # experts were dealt out before. No single operation does both, so ``full_tensor`` does the same, and warns of it.
+    for axis in sorted(range(len(placements)), key=lambda axis: (isinstance(placements[axis], Shard), -axis)):
+        placements[axis] = Replicate()
+        found = found.redistribute(placements=placements)
+    return found.to_local()
