@@ -8,6 +8,7 @@ layer. All else stays where it is: FSDP2 gathers it before it computes, as it wo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,19 +33,18 @@ def check_spread(
 
     Raises InputError where they are in a way, or for a selection or a job, with which they cannot be dealt out anew.
     """
+    config, name = spread_by(model), layers[0].name
+    for field, value in _WITHOUT.items():
+        if (found := getattr(config, field, value)) != value:
+            raise InputError(f"{name}: experts are not dealt out of a model that is spread with {field} {found}")
     spread = [layer for layer in layers if is_expert_parallel(layer.experts) or any(_cut_up(layer))]
     if not spread:
         return False
-    name = spread[0].name
     if ranks.size == 1:
         raise InputError(
             f"{name}: the experts are spread over ranks: join the job (esft.parallel.join.joined) before the model is "
             "loaded, and name it as ranks"
         )
-    config = spread_by(model)
-    for field, value in _WITHOUT.items():
-        if (found := getattr(config, field, value)) != value:
-            raise InputError(f"{name}: experts are not dealt out of a model that is spread with {field} {found}")
     if cut := [layer.name for layer in spread if not is_expert_parallel(layer.experts)]:
         raise InputError(f"{cut[0]}: experts that FSDP2 alone has cut up are not dealt out: ask for an ep_size, too")
     if unknown := [layer.name for layer in spread if not _is_known(layer)]:
@@ -84,7 +84,15 @@ def gathered(experts: nn.Module) -> nn.Module:
     for name, parameter in experts.named_parameters(recurse=False):
         found.register_parameter(name, nn.Parameter(whole(parameter), requires_grad=False))
         storage = parameter.detach().to_local().untyped_storage()  # pyright: ignore[reportAttributeAccessIssue]
-        if storage.resizable():
-            # Where the model has run, FSDP2 holds what was cut up of it as long as the model lives.
+        if storage.resizable():  # no mapped file's: those pages go with the module
             storage.resize_(0)
+    _let_go(experts)
     return found
+
+
+def _let_go(experts: Any) -> None:
+    """Have FSDP2 forget a module that leaves the model: its root keeps a list of all that were there when it ran."""
+    state = experts._get_fsdp_state()
+    if state in (states := state._state_ctx.all_states):
+        states.remove(state)
+        state._comm_ctx.post_forward_order.clear()  # the same, of every pass since the last backward

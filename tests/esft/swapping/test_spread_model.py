@@ -95,9 +95,10 @@ def every(folder: Path, names: list[str]) -> dict:
             before = own_bytes(model)
             stock = [p.to_local().untyped_storage() for layer in moe_layers(model) for p in layer.experts.parameters()]
             left = [StorageWeakRef(storage) for storage in stock]
+            found_mapped = not any(storage.resizable() for storage in stock)
             if name != "two copies":
                 del stock
-            if name == "two copies":  # it may have run before
+            if name in ("two copies", "biased"):  # they may have run before
                 model.eval()(input_ids=torch.arange(6)[None])
             found[name] = used(model, base, name, ranks, at(folder, "spread", name))
             assert is_apart(model) and ranks.lockstep
@@ -106,6 +107,7 @@ def every(folder: Path, names: list[str]) -> dict:
             found[name]["bytes"].insert(0, before)
             gc.collect()
             found[name]["left"] = sum(bytes_of(ref) for ref in left)
+            found[name]["mapped"] = found_mapped
     return found
 
 
@@ -130,6 +132,7 @@ def spread(tmp_path_factory):
     for size in (2, 4):
         ended = job(folder, size, partial(every, folder, [name for name in SPREAD if SIZES[name] == size]))
         assert [e.status for e in ended] == [0] * size, [e.said for e in ended]
+        assert "sequential" not in "".join(e.said for e in ended)  # PyTorch's warning of a gather along two axes
         for name in ended[0].value:
             ranks[name] = [e.value[name] for e in ended]
     return folder, alone, ranks
@@ -183,6 +186,7 @@ def test_experts_are_dealt_evenly_and_all_else_stays_cut_up(spread, name: str):
     for found in ranks[name]:
         assert found["answer"] == alone[name]["answer"]
         assert found["left"] == 0  # bytes of what transformers had dealt out
+        assert found["mapped"] is (name == "biased") or name not in ("two copies", "biased")
         assert [sum(sizes) for sizes in found["sizes"]] == [1, 3] and all(max(s) - min(s) <= 1 for s in found["sizes"])
         if name in ("two copies", "replicated"):
             assert found["sizes"][0].count(0) == 3
@@ -197,7 +201,10 @@ REFUSED = {
     "tensor parallel": (
         {"tp_size": 2, "ep_size": 2}, {}, {}, "of a model that is spread with tp_size 2"
     ),
+    "tensor parallel alone": ({"tp_size": 2}, {}, {}, "of a model that is spread with tp_size 2"),
+    "in a pipeline": ({"pp_size": 2}, {}, {}, "of a model that is spread with pp_size 2"),
     "without ep_size": ({"fsdp_size": 2}, {}, {}, "experts that FSDP2 alone has cut up are not dealt out"),
+    "replicas alone": ({"dp_replicate_size": 2}, {}, {}, "experts that FSDP2 alone has cut up are not dealt out"),
     "shared": ({"fsdp_size": 2, "ep_size": 2}, {"shared_experts": True}, {}, "shared_experts cannot train where FSDP2"),
     "the rest": (
         {"fsdp_size": 2, "ep_size": 2}, {"non_expert_modules": True}, {}, "non_expert_modules cannot train where"
@@ -207,16 +214,40 @@ REFUSED = {
 }  # fmt: skip
 
 
-def refusals(base: Path) -> dict:
+# The same of four ranks.
+REFUSED_BY_FOUR = {
+    "tp": ({"tp_size": 4}, {}, {}, "with tp_size 4"),
+    "tp and ep": ({"tp_size": 4, "ep_size": 4}, {}, {}, "with tp_size 4"),
+    "tp and fsdp": ({"tp_size": 2, "fsdp_size": 2}, {}, {}, "with tp_size 2"),
+    "all three": ({"tp_size": 2, "fsdp_size": 2, "ep_size": 2}, {}, {}, "with tp_size 2"),
+    "ep of all": ({"tp_size": 2, "fsdp_size": 2, "ep_size": 4}, {}, {}, "with tp_size 2"),
+    "replicas of tp": ({"dp_replicate_size": 2, "tp_size": 2, "ep_size": 2}, {}, {}, "with tp_size 2"),
+    "fsdp": ({"fsdp_size": 4}, {}, {}, "experts that FSDP2 alone has cut up are not dealt out"),
+    "replicas of fsdp": ({"dp_replicate_size": 2, "fsdp_size": 2}, {}, {}, "experts that FSDP2 alone has cut up"),
+}
+# What transformers itself does not take, whatever the model.
+NO_CONFIG = [
+    {"ep_size": 2}, {"dp_replicate_size": 2, "ep_size": 2}, {"pp_size": 2, "ep_size": 2}, {"tp_size": 4, "ep_size": 2},
+    {"fsdp_size": 2, "ep_size": 4}, {"fsdp_size": 2, "pp_size": 2}, {"dp_replicate_size": 2, "pp_size": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", NO_CONFIG, ids=str)
+def test_some_layouts_are_none_of_transformers_s(how: dict[str, int]):
+    with pytest.raises(ValueError, match=r"`ep_size` must|FSDP with pipeline parallelism is not supported"):
+        DistributedConfig(**how)
+
+
+def refusals(base: Path, cases: dict) -> dict:
     found = {}
     with joined() as ranks:
-        for name, (how, more, options, _) in REFUSED.items():
+        for name, (how, more, options, _) in cases.items():
             config = DistributedConfig(**how)
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, distributed_config=config)
             options = {"ranks": ranks} | options
             options = {key: value for key, value in options.items() if value is not None}
             found[name] = refused(model, ExpertSelection({1: [6]}, **more), **options)
-        config = DistributedConfig(fsdp_size=2, ep_size=2)
+        config = DistributedConfig(fsdp_size=ranks.size, ep_size=ranks.size)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, distributed_config=config)
         moe_layers(model)[1].experts.extra = nn.Parameter(torch.zeros(1))
         found["unknown"] = refused(model, ExpertSelection({}), ranks=ranks)
@@ -234,12 +265,13 @@ def refused(model: nn.Module, selection: ExpertSelection, **options) -> str:
     return "swapped"
 
 
-def test_what_cannot_be_dealt_out_anew_is_refused_before_anything_is_touched(tmp_path):
+@pytest.mark.parametrize(("size", "cases"), [(2, REFUSED), (4, REFUSED_BY_FOUR)], ids=["two", "four"])
+def test_what_cannot_be_dealt_out_anew_is_refused_before_anything_is_touched(tmp_path, size: int, cases: dict):
     base = save_tiny(tmp_path / "base", "qwen3_moe")
-    ended = job(tmp_path, 2, partial(refusals, base))
-    assert [e.status for e in ended] == [0, 0], ended
+    ended = job(tmp_path, size, partial(refusals, base, cases))
+    assert [e.status for e in ended] == [0] * size, ended
     for found in (e.value for e in ended):
-        for name, (*_, message) in REFUSED.items():
+        for name, (*_, message) in cases.items():
             assert message in found[name], (name, found[name])
         assert found["unknown"].startswith("model.layers.1.mlp.experts: experts are not dealt out that are spread over")
 
