@@ -40,6 +40,7 @@ def check_spread(
     spread = [layer for layer in layers if is_expert_parallel(layer.experts) or any(_cut_up(layer))]
     if not spread:
         return False
+    name = spread[0].name
     if ranks.size == 1:
         raise InputError(
             f"{name}: the experts are spread over ranks: join the job (esft.parallel.join.joined) before the model is "
