@@ -13,6 +13,8 @@ from esft.storage.files import whole_file
 _MARK = "esft select"
 _MARKS = {"png": {"Software": _MARK}, "pdf": {"Creator": _MARK}, "svg": {"Creator": _MARK}}  # where each format has it
 
+_NUMBERED = 4096  # experts of which each has its number
+
 
 def plot_scores(
     scores: ExpertScores, selection: ExpertSelection, path: str | Path, title: str = "", by: str = "token"
@@ -28,6 +30,7 @@ def plot_scores(
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.collections import PatchCollection
         from matplotlib.patches import Rectangle
     except ModuleNotFoundError as error:
         raise InputError("a picture needs matplotlib: pip install 'esft[plot]'") from error
@@ -43,15 +46,20 @@ def plot_scores(
         figsize=(_inches(6, width * 0.34), _inches(2, 1.6 + 0.42 * len(layers))), layout="constrained"
     )
     image = axes.imshow(values, aspect="auto", cmap="viridis")
+    frames, few = [], sum(map(len, ranked.values())) <= _NUMBERED
     for row, layer in enumerate(layers):
         chosen = set(selection.experts.get(layer, []))
         for column, (expert, _) in enumerate(ranked[layer]):
-            if width <= 64:
+            if width <= 64 and few:
                 axes.text(column, row, str(expert), ha="center", va="center", fontsize=6, color="white")
             if expert in chosen:
-                axes.add_patch(
+                frames.append(
                     Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, edgecolor="red", linewidth=1.8)
                 )
+    for frame in frames if few else ():
+        axes.add_patch(frame)
+    if not few:  # drawn one by one, tens of thousands take minutes
+        axes.add_collection(PatchCollection(frames, match_original=True))
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_ylabel("layer")
     axes.set_xlabel("experts by falling score (the number is the expert's id; framed: chosen)")

@@ -3,6 +3,7 @@ import sys
 import pytest
 
 import esft
+from esft.scoring import plot
 from esft.scoring.plot import check_plot, plot_scores
 
 SCORES = esft.ExpertScores({1: {0: 0.2, 1: 0.7, 2: 0.1}, 2: {2: 0.4, 1: 0.2, 0: 0.4}}, {1: {0: 0.6, 1: 0.4}})
@@ -127,3 +128,13 @@ def test_its_own_picture_is_known_from_one_that_a_user_has_drawn_with_the_same_l
     figure.savefig(tmp_path / f"mine{name}")
     with pytest.raises(esft.InputError, match="^not a picture that esft has drawn$"):
         check_plot(tmp_path / f"mine{name}")
+
+
+def test_of_thousands_of_experts_the_chosen_are_framed_at_once_and_none_has_a_number(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(plot, "_NUMBERED", 5)
+    plot_scores(SCORES, esft.ExpertSelection({1: [1], 2: [0, 2]}), tmp_path / "a.png")
+    axes, _ = drawn[0].axes
+    (frames,) = axes.collections
+    centres = {tuple(path.get_extents().get_points().mean(axis=0).round(1).tolist()) for path in frames.get_paths()}
+    assert centres == {(0.0, 0.0), (0.0, 1.0), (1.0, 1.0)}
+    assert not axes.patches and not axes.texts
