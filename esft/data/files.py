@@ -59,7 +59,9 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         return
     first = True
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(JSON_BYTES + 1), b""), 1):
+            if len(line) > JSON_BYTES:
+                raise InputError(f"{path}: line {number}: has over {JSON_BYTES:,} bytes")
             if line.strip():
                 yield f"line {number}", _parsed(line, path, number, first)
                 first = False

@@ -11,6 +11,7 @@ from typing import Any
 from esft.errors import InputError
 from esft.runs.reporting import Report
 from esft.storage.files import write_text
+from esft.storage.limits import METRICS_BYTES
 from esft.storage.outputs import disk_errors
 from esft.storage.reading import parse_json, read_text, shown
 
@@ -47,7 +48,7 @@ def read_metrics(path: Path, torn: bool = False) -> list[dict[str, Any]]:
 
     Raises InputError naming file and line.
     """
-    text, lines = read_text(path), []
+    text, lines = read_text(path, most=METRICS_BYTES), []
     for number, line in enumerate(text.splitlines(), 1):
         where = f"{path}: line {number}"
         try:

@@ -1,6 +1,7 @@
 """The largest of everything that is read: far above what exists, and small enough that reading it ends."""
 
 JSON_BYTES = 1 << 28  # of a JSON file; the index of a checkpoint with a million tensors has half
+METRICS_BYTES = 1 << 30  # of a run's figures; those of a million steps have a fifth
 SETTINGS_BYTES = 1 << 16  # of a YAML file of settings, whose parser is slow
 NESTED = 20  # levels of YAML; settings have one
 LAYERS = 500  # of which a step is planned within a minute

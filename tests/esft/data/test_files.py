@@ -204,3 +204,13 @@ def test_values_that_python_does_not_have_are_named(tmp_path, kind):
     pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "d.parquet")
     with pytest.raises(esft.InputError, match=r"d.parquet: not a Parquet file that can be read \("):
         read(tmp_path / "d.parquet")
+
+
+def test_a_line_may_have_just_as_many_bytes_as_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"a": 1}\n{"a": 12}\n')
+    monkeypatch.setattr(files, "JSON_BYTES", 10)
+    assert read(path) == [("line 1", {"a": 1}), ("line 2", {"a": 12})]
+    monkeypatch.setattr(files, "JSON_BYTES", 9)
+    with pytest.raises(esft.InputError, match=r"d\.jsonl: line 2: has over 9 bytes$"):
+        read(path)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 import esft
+from esft.runs import metrics
 from esft.runs.metrics import evaluations, logging, read_metrics
 
 STEP = {"step": 1, "loss": 2.0, "lr": 0.1, "tokens_per_second": 3.0}
@@ -86,3 +87,10 @@ def test_a_step_is_in_the_file_as_soon_as_it_is_logged(path):
         for step in (1, 2):
             log(step, lr=0.5)
             assert read_metrics(path)[-1] == {"step": step, "lr": 0.5}
+
+
+def test_figures_without_end_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "METRICS_BYTES", 3)
+    (tmp_path / "metrics.jsonl").write_text("    ")
+    with pytest.raises(esft.InputError, match=r"metrics\.jsonl: has 4 bytes; at most 3 are read$"):
+        metrics.read_metrics(tmp_path / "metrics.jsonl")
