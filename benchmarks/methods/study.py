@@ -74,6 +74,7 @@ def measured(study: Study, folder: Path, workers: int, results: Path) -> dict[Ce
             waiting = [cell for cell in study.cells(known) if cell not in begun]
             for cell in waiting[: workers - len(running)]:
                 running[pool.submit(_in_a_process, folder, cell)] = cell
+            known |= found_in(results)  # of other studies, beside this one
             write_json(results, [known[cell] for cell in sorted(known)])
             if not running:
                 return {cell: known[cell] for cell in study.cells(known)}
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tasks", default=",".join(tasks.TASKS), help="comma-separated (default: all)")
     parser.add_argument("--methods", default=";".join(METHODS), help="separated by ; (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300, help="of a training; the tables are of these")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--smoke", action="store_true", help="two methods on a few records, to see that all works")
     parser.add_argument(
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> None:
     out = args.out / "smoke" if args.smoke else args.out  # or the small tasks would be found as those of the study
     results = args.results or (out / "results.json" if args.smoke else RESULTS)
     if args.tables:
-        print(tables.page(list(found_in(results).values())))
+        print(_tables(results, args.steps))
         return
     chosen = tuple(args.tasks.split(",")), tuple(args.methods.split(";")), tuple(range(1, args.seeds + 1))
     for name, known in ((chosen[0], tasks.TASKS), (chosen[1], METHODS)):
@@ -151,4 +152,9 @@ def main(argv: list[str]) -> None:
             parser.error(f"there is no {unknown[0]!r}, but {', '.join(known)}")
     study = SMOKE if args.smoke else Study(*chosen, args.steps, tasks.SIZES)
     measured(study, out, args.workers, results)
-    print(tables.page(list(found_in(results).values())))
+    print(_tables(results, study.steps))
+
+
+def _tables(results: Path, steps: int) -> str:
+    """Of trainings that are as long as one another."""
+    return tables.page([found for cell, found in found_in(results).items() if cell.steps == steps])

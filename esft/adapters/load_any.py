@@ -35,10 +35,17 @@ from esft.swapping.load import AUTO, load
 PEFT_WEIGHTS = "adapter_model.safetensors"
 MOST = 1 << 20  # of a number in a configuration: ranks and scales
 _RANKS = ("r", "init_r", "target_r")
-# What PEFT makes regular expressions of, and how; lists of the first two are names.
+# What PEFT makes regular expressions of, and what it puts around. Those of the first two are compared with whole names,
+# and lists of them are names.
 _NAMES = ("target_modules", "exclude_modules")
-_PATTERNS = (*_NAMES, "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
-_AROUND = (r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(^|.*\.){}($|\..*)")
+_PATTERNS = {
+    **dict.fromkeys(_NAMES, "{}"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), r"(.*\.)?({})$"),
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+}
+# A name, its points escaped or not: nothing in it is tried in several ways.
+_PLAIN = re.compile(r"[\w.-]*(\\\.[\w.-]*)*")
 MATCHING = 10  # seconds for the patterns of one setting
 
 
@@ -139,17 +146,16 @@ def _check_patterns(config: dict[str, Any], model: PreTrainedModel, folder: Path
     PEFT takes these texts for regular expressions, some of which take longer than the age of the universe.
     """
     names = [name for name, _ in model.named_modules()]
-    for key in _PATTERNS:
+    for key, around in _PATTERNS.items():
         said = config.get(key)
         listed = list(said) if isinstance(said, dict) or (isinstance(said, list) and key not in _NAMES) else [said]
         where = f"{folder / PEFT_CONFIG}: {key}"
         try:
             with within(MATCHING):
-                for pattern in (each for each in listed if isinstance(each, str)):
-                    for around in _AROUND:
-                        compiled = re.compile(around.format(pattern))
-                        for name in names:
-                            compiled.match(name)
+                for pattern in (each for each in listed if isinstance(each, str) and not _PLAIN.fullmatch(each)):
+                    compiled = re.compile(around.format(pattern))
+                    for name in names:
+                        (compiled.fullmatch if key in _NAMES else compiled.match)(name)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(f"{where} has a pattern that is none ({first_line(error)})") from error
         except InputError as error:

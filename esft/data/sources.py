@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _PLAIN = ("json", "parquet", "arrow", "csv")
 _SPELLED = re.compile(r"(?P<path>.+?)(@(?P<split>[\w.-]+(\[[^\]]*\])?))?(:(?P<weight>[0-9]+(\.[0-9]*)?|\.[0-9]+))?")
 _LEAST, _MOST = 1e-9, 1e9  # of a weight
 _CARDS = ("README.md", ".huggingface.yaml")  # of a folder: where ``datasets`` reads of which files it consists
+_PLACES = ("data_files", "data_dir")  # and under which names it says so
 _HEAD = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(?=[\r\n]|$)", re.DOTALL)  # of the first of them
 _ELSEWHERE = re.compile(r"://|::|^[/\\~]|(^|[/\\])\.\.([/\\]|$)")
 _UNFOLDED = {"gzip": ".gz", "bz2": ".bz2", "xz": ".xz", "zstd": ".zst"}  # by the names of ``datasets``
@@ -109,7 +111,7 @@ class DataSource:
             return file_digest(Path(self.path))
         if streaming:
             with _reading(self):
-                return hashlib.sha256(f"{self.name} {_builder(self).hash}".encode()).hexdigest()
+                return hashlib.sha256(f"{self.name} {_builder(self, streaming).hash}".encode()).hexdigest()
         digest = hashlib.sha256()
         for _, row in self.rows():
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
@@ -133,20 +135,40 @@ def _rows_of_datasets(source: DataSource, streaming: bool) -> Iterator[tuple[str
 @contextmanager
 def _reading(source: DataSource) -> Iterator[None]:
     """What ``datasets`` says inside becomes an InputError that names the source."""
-    import datasets
-
-    said = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it says all errors twice
     try:
-        yield
+        with _silence:
+            yield
     except InputError:
         raise
     except Exception as error:  # of the network, the name, the split, or of a file in any format
         where = source.name if source.local else f"{source.name}: no such file or folder, and no data set of the hub's"
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # which some only wrap
         raise InputError(f"{where}: cannot be read ({first_line(cause)})") from error
-    finally:
-        datasets.logging.set_verbosity(said)
+
+
+class _Silence:
+    """``datasets``, which says all errors twice, says nothing in blocks that may begin and end in any order."""
+
+    def __init__(self) -> None:
+        self._blocks, self._before = 0, logging.WARNING
+
+    def __enter__(self) -> None:
+        import datasets
+
+        if not self._blocks:
+            self._before = datasets.logging.get_verbosity()
+            datasets.logging.set_verbosity(logging.CRITICAL)
+        self._blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        import datasets
+
+        self._blocks -= 1
+        if not self._blocks:
+            datasets.logging.set_verbosity(self._before)
+
+
+_silence = _Silence()
 
 
 def _opened(source: DataSource, streaming: bool) -> Any:
@@ -159,7 +181,7 @@ def _opened(source: DataSource, streaming: bool) -> Any:
         saved = datasets.load_from_disk(source.path)
         rows: Any = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return _plain(rows.with_format(None), source)
-    _builder(source)
+    _builder(source, streaming)
     return _plain(datasets.load_dataset(*_named(source), split=split, streaming=streaming), source)
 
 
@@ -216,7 +238,7 @@ def _named(source: DataSource) -> tuple[str, str | None]:
     return (source.path, None) if found is None else (found["name"], found["config"])
 
 
-def _builder(source: DataSource) -> Any:
+def _builder(source: DataSource, streaming: bool) -> Any:
     """What would read the source. Raises InputError where that does more than to read plain rows of the source."""
     import datasets
 
@@ -228,7 +250,7 @@ def _builder(source: DataSource) -> Any:
         raise InputError(f"{source.name}: holds files of the kind {kind[-1]}; {', '.join(_PLAIN)} are read")
     for files in (builder.config.data_files or {}).values():
         for file in files:
-            _check_file(str(file), source)
+            _check_file(str(file), source, streaming)
     return builder
 
 
@@ -241,13 +263,16 @@ def _check_card(folder: Path) -> None:
         if path.suffix == ".md":
             head = _HEAD.match(text)
             text = head[1] if head is not None else ""
-        for value in texts_below(text, "configs", str(path)):
+        for value in texts_below(text, _PLACES, str(path)):
             if _ELSEWHERE.search(value):
                 raise InputError(f"{path}: names {shown(value)}, which is not in this folder")
 
 
-def _check_file(file: str, source: DataSource) -> None:
-    """Raise InputError for a file that is not of the source, and for a local one that is not read as it lies there."""
+def _check_file(file: str, source: DataSource, streaming: bool) -> None:
+    """Raise InputError for a file that is not of the source, and for a local one that is not read as it lies there.
+
+    What is streamed is not unfolded first: it is read, and counted, as it is needed.
+    """
     from datasets.utils.extract import Extractor
 
     if source.local is None:
@@ -261,5 +286,11 @@ def _check_file(file: str, source: DataSource) -> None:
     kind = Extractor.infer_extractor_format(file)  # by what it holds, and it would be unpacked whole
     if kind is not None and kind not in _UNFOLDED:
         raise InputError(f"{path}: is an archive ({kind}), and is not read; unpack it")
-    if kind is not None:
-        check_unfolds(path, _UNFOLDED[kind])
+    if kind is not None and not streaming:
+        _check_unfolds_once(path, _UNFOLDED[kind], path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@cache
+def _check_unfolds_once(path: Path, suffix: str, size: int, changed: int) -> None:
+    """``check_unfolds`` of a file that has not changed since: it is read several times, and unfolding takes long."""
+    check_unfolds(path, suffix)

@@ -10,7 +10,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,29 +143,30 @@ def read_settings(path: str | Path) -> dict[str, tuple[str | None, int]]:
     return found
 
 
-def texts_below(text: str, name: str, where: str) -> Iterator[str]:
-    """Every single value at any depth below a name of a YAML text's mapping; none where there is no such.
+def texts_below(text: str, names: Collection[str], where: str) -> Iterator[str]:
+    """Every single value at any depth below any mapping's entry of one of the names, in a YAML text.
 
-    Raises InputError for what is no YAML, and for anchors; ``where`` is for its message.
+    Raises InputError for what is no YAML; ``where`` is for its message.
     """
-    top = _composed(text, where)
-    for key, value in top.value if isinstance(top, yaml.MappingNode) else ():
-        if key.value == name:
-            yield from _scalars(value)
+    top = _composed(text, where, _Shallow)
+    waiting, seen = [] if top is None else [(top, False)], set[tuple[int, bool]]()
+    while waiting:
+        node, below = waiting.pop()
+        if (id(node), below) in seen:  # of an anchor
+            continue
+        seen.add((id(node), below))
+        if isinstance(node, yaml.ScalarNode) and below:
+            yield node.value
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [(value, below or key.value in names) for key, value in node.value]
+            waiting += [(key, below) for key, _ in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(each, below) for each in node.value]
 
 
-def _scalars(node: yaml.Node) -> Iterator[str]:
-    if isinstance(node, yaml.ScalarNode):
-        yield node.value
-        return
-    for each in node.value:
-        for part in each if isinstance(each, tuple) else (each,):
-            yield from _scalars(part)
-
-
-def _composed(text: str, where: str) -> yaml.Node | None:
+def _composed(text: str, where: str, loader: Any = None) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=_Plain)
+        return yaml.compose(text, Loader=loader or _Plain)
     except yaml.MarkedYAMLError as error:
         at = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise InputError(f"{where}: {at}not YAML ({error.problem or error.context})") from error
@@ -175,24 +176,28 @@ def _composed(text: str, where: str) -> yaml.Node | None:
         raise InputError(f"{where}: YAML that is nested too deeply") from error
 
 
-class _Plain(yaml.SafeLoader):
-    """Nodes without anchors, of which a few lines unfold to gigabytes, and not in many levels.
-
-    Each open bracket is looked at again at every further one: thousands take minutes.
-    """
+class _Shallow(yaml.SafeLoader):
+    """Nodes in few levels: each open bracket is looked at again at every further one, and thousands take minutes."""
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
-        if event.anchor is not None:
-            raise yaml.composer.ComposerError(None, None, "anchors are not supported", event.start_mark)
         self.depth += 1
         if self.depth > NESTED:
             raise RecursionError
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+
+class _Plain(_Shallow):
+    """Nodes without anchors, of which a few lines unfold to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if event.anchor is not None:
+            raise yaml.composer.ComposerError(None, None, "anchors are not supported", event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def key_number(text: Any, below: int) -> int | None:

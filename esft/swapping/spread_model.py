@@ -8,6 +8,7 @@ layer. All else stays where it is: FSDP2 gathers it before it computes, as it wo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -92,8 +93,12 @@ def gathered(experts: nn.Module) -> nn.Module:
 
 
 def _let_go(experts: Any) -> None:
-    """Have FSDP2 forget a module that leaves the model: its root keeps a list of all that were there when it ran."""
-    state = experts._get_fsdp_state()
-    if state in (states := state._state_ctx.all_states):
-        states.remove(state)
-        state._comm_ctx.post_forward_order.clear()  # the same, of every pass since the last backward
+    """Have FSDP2 forget a module that leaves the model: its root keeps a list of all that were there when it ran.
+
+    PyTorch has no name of its own for that; where its inner ones are others, the list keeps the memory.
+    """
+    with suppress(AttributeError):
+        state = experts._get_fsdp_state()
+        if state in (states := state._state_ctx.all_states):
+            states.remove(state)
+            state._comm_ctx.post_forward_order.clear()  # the same, of every pass since the last backward

@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from transformers import Trainer
 
 from esft.errors import InputError
 from esft.experts.moe_layers import dealt_parameters, is_dealt, ranks_of
+
+# What ``Trainer`` calls of its own and finds replaced here: without the call gradients would not be added up.
+_REPLACED = (
+    "_clip_grad_norm", "_get_grad_norm", "_sync_replicated_trainable_parameters", "_defer_fsdp_gradient_reduction",
+)  # fmt: skip
 
 
 class DealtTrainer(Trainer):
@@ -31,6 +37,8 @@ class DealtTrainer(Trainer):
     """
 
     def __init__(self, *arguments: Any, **more: Any):
+        if missing := next((name for name in _REPLACED if not hasattr(Trainer, name)), None):
+            raise InputError(f"transformers {transformers.__version__}: its Trainer has no {missing}; that of 5.23 has")
         super().__init__(*arguments, **more)
         if not is_dealt(self.model):
             raise InputError("the model's experts are not dealt out over processes: transformers' Trainer trains it")
@@ -78,11 +86,10 @@ class DealtTrainer(Trainer):
         gradients = {name: p.grad for name, p in self._trained().items() if p.grad is not None}
         for gradient in gradients.values():
             gradient /= n
-        dealt, shared = (
-            get_total_norm([each.float() for name, each in gradients.items() if (name in ours) is on_all]).square()
-            for on_all in (False, True)
-        )
-        norm = (self.ranks.sum(dealt) + shared).sqrt()
+        squares = {on_all: torch.zeros((), device=self.args.device) for on_all in (False, True)}
+        for name, gradient in gradients.items():
+            squares[name in ours] += torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        norm = (self.ranks.sum(squares[False]) + squares[True]).sqrt()
         if math.isfinite(largest):
             clip_grads_with_norm_(self._trained().values(), largest, norm)
         return norm.item()

@@ -177,6 +177,23 @@ def test_a_peft_configuration_that_fits_nothing_is_named(tmp_path, monkeypatch, 
         load_any_adapter(tiny_model(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": r"(?i).*\.O_PROJ"},
+        {"target_modules": r".*\.(?P<idx>\d+)\.self_attn\.o_proj"},
+        {"alpha_pattern": {r"^model\.layers\.1\..*": 4}},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_patterns_that_peft_takes_are_taken(tmp_path, config: dict):
+    saved = save_lora(tmp_path)
+    rewrite_json(tmp_path / "adapter_config.json", lambda whole: whole.update(config))
+    loaded = load_any_adapter(tiny_model(), tmp_path)
+    names = {name for name, _ in saved.named_parameters() if "lora_" in name}
+    assert names and {name for name, _ in loaded.named_parameters() if "lora_" in name} == names
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"peft_type": "LORA", "peft_type": "IA3"}'])
 def test_a_peft_configuration_that_is_none_is_named(tmp_path, text: str):
     save_lora(tmp_path)

@@ -1,4 +1,5 @@
 import bz2
+import gc
 import gzip
 import json
 import lzma
@@ -12,6 +13,7 @@ import pyarrow
 import pytest
 
 import esft
+from esft.data import sources
 from esft.data.records import Record
 from esft.data.sources import DataSource, read_records
 from esft.storage.files import file_digest
@@ -220,6 +222,9 @@ def test_a_folders_card_sends_nobody_elsewhere(folder, monkeypatch, files: str, 
 def test_a_folders_card_says_which_of_its_files_are_read(folder):
     (folder / "README.md").write_text(card("test.jsonl") + "\nSee https://example.com, ../ and ~.")
     assert len(read_records(folder)) == 2
+    others = "  description: see https://example.com\nfeatures: &a [text]\nmore: *a"
+    (folder / "README.md").write_text(card("test.jsonl").replace("\n---\n", f"\n{others}\n---\n"))
+    assert len(read_records(folder)) == 2
     (folder / "README.md").write_text("No card, but ---\nconfigs: /etc\n---\n")
     assert len(read_records(folder)) == 3
 
@@ -245,10 +250,34 @@ def test_compressed_files_of_a_folder_are_read_to_a_multiple_of_their_size(folde
     text = (folder / "train.jsonl").read_bytes()
     (folder / "train.jsonl").write_bytes(packed.compress(text))  # whatever it is called, it would be unfolded
     assert len(read_records(folder)) == 3
+    os.utime(folder / "train.jsonl", (1, 1))  # another file, as far as anybody knows
     monkeypatch.setattr("esft.data.files.UNFOLDED_BYTES", 100)
     monkeypatch.setattr("esft.data.files.UNFOLDED", 1)
     with pytest.raises(esft.InputError, match=r"train\.jsonl: unfolds to more than 1 times its size"):
         read_records(folder)
+
+
+def test_compressed_files_of_a_folder_are_measured_once_and_not_where_they_are_streamed(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sources, "check_unfolds", lambda path, suffix: asked.append((path.name, suffix)))
+    packed = folder / "train.jsonl.gz"
+    packed.write_bytes(gzip.compress((folder / "train.jsonl").read_bytes()))
+    (folder / "train.jsonl").unlink()
+    source = DataSource.of(folder)
+    assert len(list(source.records(streaming=True))) == 3 and source.digest(streaming=True) and asked == []
+    for _ in range(2):
+        assert len(list(source.records())) == 3 and source.digest() and asked == [(packed.name, ".gz")]
+
+
+def test_readers_that_end_in_any_order_leave_what_datasets_says_as_it_was(folder):
+    before = datasets.logging.get_verbosity()
+    first, second = DataSource.of(folder).records(), DataSource.of(folder).records()
+    assert next(first).text == next(second).text
+    first.close()
+    list(second)
+    del first, second
+    gc.collect()
+    assert datasets.logging.get_verbosity() == before
 
 
 def test_an_archive_in_a_folder_is_not_unpacked(folder):

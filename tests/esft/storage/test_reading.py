@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import esft
+from esft.errors import InputError
 from esft.storage.files import write_json
 from esft.storage.reading import (
     check_keys,
@@ -18,6 +19,7 @@ from esft.storage.reading import (
     read_settings,
     read_text,
     shown,
+    texts_below,
 )
 
 
@@ -222,3 +224,13 @@ def test_settings_of_many_levels_are_told_of_at_once(tmp_path, text: str):
 def test_settings_may_be_as_many_as_there_are(tmp_path):
     (tmp_path / "x.yaml").write_text("".join(f"a{i}: {i}\n" for i in range(300)))
     assert read_settings(tmp_path / "x.yaml") == {f"a{i}": (str(i), i + 1) for i in range(300)}
+
+
+def test_values_are_found_below_names_at_any_depth_and_anchors_do_not_unfold():
+    text = "a:\n- data: {x: one, y: [two]}\n  else: no\ndata: three\nsep: '::'"
+    assert sorted(texts_below(text, ("data", "dir"), "c")) == ["one", "three", "two", "x", "y"]
+    assert list(texts_below("- a\n- b", ("data",), "c")) == list(texts_below("", ("data",), "c")) == []
+    doubled = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)), "data: *a59"])
+    assert list(texts_below(doubled, ("data",), "c")) == ["x"]
+    with pytest.raises(InputError, match="^c: YAML that is nested too deeply$"):
+        list(texts_below("[" * 5000, ("data",), "c"))
