@@ -7,14 +7,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub id that is not there is an error at once, without retries
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many of them as cores: more threads than one each would fight
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
+# Workers are as many as cores, and threads do not survive a fork. Of the processes that tests start, too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # What is read and encoded in tests is kept for this process alone; looked at when the libraries are imported.
 os.environ["HF_ASSETS_CACHE"] = os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="esft-tests-")
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
     from tests import triton_interpreter
