@@ -7,7 +7,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub id that is not there is an error at once, without retries
 
-# Workers are as many as cores, and threads do not survive a fork. Of the processes that tests start, too.
+# One thread: workers are as many as cores, and of several a forked child has none, and waits for them. The variable is
+# for processes that tests start; libraries of this one may have been loaded before.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # What is read and encoded in tests is kept for this process alone; looked at when the libraries are imported.

@@ -1,4 +1,4 @@
-"""Triton's interpreter with the same results and checks in half of the time, for tests that compute in it."""
+"""Triton's interpreter with the same results and checks in less time, for tests that compute in it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _patched_once(patch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_overflow(self: TritonSemantic, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
-    """As Triton's own check does, in NumPy instead of eight interpreted operations."""
+    """As Triton's own check does, in NumPy instead of interpreted operations."""
     kind = lhs.type.scalar
     if kind.int_bitwidth >= 64:
         return

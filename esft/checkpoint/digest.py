@@ -79,8 +79,7 @@ def digest_of(tensors: Iterable[Named], rounded: torch.dtype | None = None) -> s
 def _read(tensor: Tensor | PackedTensor, rounded: torch.dtype | None) -> tuple[bytes, bytes]:
     """Of a tensor's values: 64 evenly spaced ones, and a hash of all."""
     count = prod(tensor.shape)
-    # Made on the CPU: a GPU may round them otherwise.
-    index = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
+    index = _sampled(count)
     some, hashed, begin = b"", xxhash.xxh3_128(), 0
     for part in tensor.pieces() if isinstance(tensor, PackedTensor) else tensor.detach().reshape(-1).split(CHUNK):
         held = index[(index >= begin) & (index < begin + len(part))] - begin
@@ -91,12 +90,16 @@ def _read(tensor: Tensor | PackedTensor, rounded: torch.dtype | None) -> tuple[b
     return some, hashed.digest()
 
 
+def _sampled(count: int) -> Tensor:
+    """The places of evenly spaced ones of so many values; made on the CPU, as a GPU may round them otherwise."""
+    return torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float64).long()
+
+
 def sampled_digest(model: nn.Module) -> str:
     """A digest of 64 evenly spaced values of every weight as it is in memory, for processes that load the same."""
     hashed = xxhash.xxh3_128()
     for name, weight in ((name, p.detach()) for name, p in model.named_parameters() if not p.is_meta):
-        index = torch.linspace(0, weight.numel() - 1, min(SAMPLES, weight.numel()), dtype=torch.float64).long()
-        some = weight.reshape(-1)[index.to(weight.device)].cpu().contiguous()
+        some = weight.reshape(-1)[_sampled(weight.numel()).to(weight.device)].cpu()
         hashed.update(name.encode() + some.view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 

@@ -105,18 +105,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    most, seen, text, number = _most(path), 0, 0, 0
+    most, seen, number = _most(path), 0, 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if name in COLUMNS]
             for batch in file.iter_batches(_BATCH, columns=names or None):
-                if (seen := seen + batch.nbytes) > most:
+                if (seen := seen + sum(map(_unfolded, batch.columns))) > most:
                     raise _unfolds(path)
-                columns = list(zip(batch.schema.names, batch.columns, strict=True))
-                for place in range(batch.num_rows):
-                    row = {name: column[place].as_py() for name, column in columns}
-                    if (text := text + _characters(row)) > most:  # many rows may name one entry of a dictionary
-                        raise _unfolds(path)
+                for row in batch.to_pylist():
                     number += 1
                     yield f"record {number}", _without_nulls(row)
     except InputError:
@@ -125,11 +121,23 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from error
 
 
-def _characters(value: Any) -> int:
-    """How much text a value holds."""
-    if isinstance(value, dict | list):
-        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
-    return len(value) if isinstance(value, str | bytes) else 0
+def _unfolded(column: Any) -> int:
+    """The bytes of a column's values, of which many may name one entry of a dictionary."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    if isinstance(column, pyarrow.StructArray):
+        return sum(map(_unfolded, column.flatten()))
+    if isinstance(column, pyarrow.MapArray):
+        first, end = column.offsets[0].as_py(), column.offsets[-1].as_py()
+        return sum(_unfolded(part.slice(first, end - first)) for part in (column.keys, column.items))
+    if isinstance(column, pyarrow.ListArray | pyarrow.LargeListArray | pyarrow.FixedSizeListArray):
+        return _unfolded(column.flatten())
+    if not isinstance(column, pyarrow.DictionaryArray):
+        return column.nbytes
+    if pyarrow.types.is_primitive(column.dictionary.type):
+        return column.dictionary_decode().nbytes
+    return compute.sum(compute.binary_length(column.dictionary).take(column.indices)).as_py() or 0
 
 
 def _without_nulls(value: Any) -> Any:

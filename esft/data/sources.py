@@ -271,10 +271,8 @@ def _check_card(folder: Path) -> None:
 def _check_file(file: str, source: DataSource, streaming: bool) -> None:
     """Raise InputError for a file that is not of the source, and for a local one that is not read as it lies there.
 
-    What is streamed is not unfolded first: it is read, and counted, as it is needed.
+    What is streamed is not unfolded first, but as it is read.
     """
-    from datasets.utils.extract import Extractor
-
     if source.local is None:
         if not file.startswith("hf://"):
             raise InputError(f"{source.name}: names {shown(file)}, which is not of the hub")
@@ -283,6 +281,8 @@ def _check_file(file: str, source: DataSource, streaming: bool) -> None:
     if _ELSEWHERE.search(file.removeprefix("/")) or source.local.resolve() not in path.parents:
         raise InputError(f"{source.name}: names {shown(file)}, which is not in this folder")
     check_regular(path)
+    from datasets.utils.extract import Extractor
+
     kind = Extractor.infer_extractor_format(file)  # by what it holds, and it would be unpacked whole
     if kind is not None and kind not in _UNFOLDED:
         raise InputError(f"{path}: is an archive ({kind}), and is not read; unpack it")

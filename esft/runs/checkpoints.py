@@ -124,10 +124,7 @@ class Checkpoints:
         for step, path in reversed(self._found()):
             try:
                 state = self._read(step, path)
-                try:
-                    load(state)
-                except InputError as error:
-                    raise InputError(f"{path / _TENSORS}: {error}") from error
+                _loaded(load, state, path / _TENSORS)
             except InputError as error:
                 damaged.append(error)
                 continue
@@ -176,6 +173,14 @@ class Checkpoints:
         """Whether a checkpoint's digests are the run's; it may be older than some of those."""
         later = {name: self.run[name] for name in LATER if name in self.run}
         return isinstance(digests, dict) and later | digests == self.run
+
+
+def _loaded(load: Callable[[State], None], state: State, file: Path) -> None:
+    """Hand a state to what it is for. Raises InputError with the file in front where it does not fit."""
+    try:
+        load(state)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def _best(values: Any, step: int, file: Path) -> Best | None:

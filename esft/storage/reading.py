@@ -123,7 +123,7 @@ def read_settings(path: str | Path) -> dict[str, tuple[str | None, int]]:
     Numbers stay text: YAML's own rules read 1e-5 as a word and 1:30 as ninety. Raises InputError for anything else, for
     a name that comes twice, and for anchors and tags of other kinds.
     """
-    top = _composed(read_text(path, "utf-8-sig", SETTINGS_BYTES), str(path))
+    top = _composed(read_text(path, "utf-8-sig", SETTINGS_BYTES), str(path), _Plain)
     if top is None or (isinstance(top, yaml.ScalarNode) and top.tag == _NULL):
         return {}
     if not isinstance(top, yaml.MappingNode):
@@ -164,9 +164,9 @@ def texts_below(text: str, names: Collection[str], where: str) -> Iterator[str]:
             waiting += [(each, below) for each in node.value]
 
 
-def _composed(text: str, where: str, loader: Any = None) -> yaml.Node | None:
+def _composed(text: str, where: str, loader: type[yaml.SafeLoader]) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=loader or _Plain)
+        return yaml.compose(text, Loader=loader)
     except yaml.MarkedYAMLError as error:
         at = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise InputError(f"{where}: {at}not YAML ({error.problem or error.context})") from error

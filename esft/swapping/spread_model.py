@@ -34,18 +34,19 @@ def check_spread(
 
     Raises InputError where they are in a way, or for a selection or a job, with which they cannot be dealt out anew.
     """
-    config, name = spread_by(model), layers[0].name
+    config = spread_by(model)
     for field, value in _WITHOUT.items():
         if (found := getattr(config, field, value)) != value:
-            raise InputError(f"{name}: experts are not dealt out of a model that is spread with {field} {found}")
+            raise InputError(
+                f"{layers[0].name}: experts are not dealt out of a model that is spread with {field} {found}"
+            )
     spread = [layer for layer in layers if is_expert_parallel(layer.experts) or any(_cut_up(layer))]
     if not spread:
         return False
-    name = spread[0].name
     if ranks.size == 1:
         raise InputError(
-            f"{name}: the experts are spread over ranks: join the job (esft.parallel.join.joined) before the model is "
-            "loaded, and name it as ranks"
+            f"{spread[0].name}: the experts are spread over ranks: join the job (esft.parallel.join.joined) before the "
+            "model is loaded, and name it as ranks"
         )
     if cut := [layer.name for layer in spread if not is_expert_parallel(layer.experts)]:
         raise InputError(f"{cut[0]}: experts that FSDP2 alone has cut up are not dealt out: ask for an ep_size, too")

@@ -81,17 +81,16 @@ class DealtTrainer(Trainer):
 
         The loss of a rank is, as for ``DistributedDataParallel``, one of which the mean over the ranks is trained.
         """
-        ours, n = self._replicated(), self.ranks.size
+        trained, ours = self._trained(), self._replicated()
         self.ranks.add_up([*ours.values()])
-        gradients = {name: p.grad for name, p in self._trained().items() if p.grad is not None}
-        for gradient in gradients.values():
-            gradient /= n
         squares = {on_all: torch.zeros((), device=self.args.device) for on_all in (False, True)}
-        for name, gradient in gradients.items():
-            squares[name in ours] += torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        for name, p in trained.items():
+            if p.grad is not None:
+                p.grad /= self.ranks.size
+                squares[name in ours] += torch.linalg.vector_norm(p.grad, dtype=torch.float32).square()
         norm = (self.ranks.sum(squares[False]) + squares[True]).sqrt()
         if math.isfinite(largest):
-            clip_grads_with_norm_(self._trained().values(), largest, norm)
+            clip_grads_with_norm_(trained.values(), largest, norm)
         return norm.item()
 
     def _trained(self) -> dict[str, nn.Parameter]:

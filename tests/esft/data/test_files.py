@@ -198,6 +198,24 @@ def test_entries_of_a_dictionary_count_as_often_as_rows_name_them(tmp_path, monk
         read(tmp_path / "d.parquet")
 
 
+NAMED = pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string())
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([["x" * 100] * 20] * 2, pyarrow.list_(NAMED)),
+        pyarrow.array([["x" * 100] * 20] * 2, pyarrow.large_list(NAMED)),
+        pyarrow.array([{"a": "x" * 100}, {"a": None}] * 40, pyarrow.struct([("a", NAMED)])),
+        pyarrow.array([[("a", "x" * 100)] * 20] * 2, pyarrow.map_(pyarrow.string(), NAMED)),
+    ],
+    ids=lambda column: str(column.type)[:10],
+)
+def test_so_do_those_within_lists_and_mappings(column):
+    half = column.slice(len(column) // 2)  # the other rows do not count
+    assert column.nbytes < 1000 and 4000 <= files._unfolded(column) < 5000 and 2000 <= files._unfolded(half) < 2500
+
+
 @pytest.mark.parametrize("kind", [pyarrow.timestamp("us"), pyarrow.timestamp("ms"), pyarrow.timestamp("us", "Mars/X")])
 def test_values_that_python_does_not_have_are_named(tmp_path, kind):
     values = pyarrow.array([2**62], pyarrow.int64()).cast(kind)

@@ -21,6 +21,7 @@ from esft.selection import ExpertSelection
 from tests.esft import zoo
 from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import tiny_model
+from tests.esft.parallel.jobs import FirstOfTwo
 
 # Families that cannot be built and run here, with the reason; none of them may be runnable.
 UNBUILDABLE = {
@@ -418,14 +419,8 @@ def test_experts_that_are_modules_of_their_own_are_no_stack():
     assert all(stack.transposed for stack in stock_weights(zoo.tiny("gpt_oss")).experts.values())
 
 
-class First(Ranks):
-    """The first of two, without the other."""
-
-    size = 2
-
-
 def test_the_job_over_which_weights_are_spread_is_that_of_the_process_or_an_error(monkeypatch):
-    first = First()
+    first = FirstOfTwo()
     whole, dealt = (esft.swap(tiny_model(), ExpertSelection({1: [5]}), ranks=ranks) for ranks in (Ranks(), first))
     assert ranks_of(whole) is ALONE and not is_dealt(whole) and not is_apart(whole)
     assert is_dealt(dealt) and is_apart(dealt)

@@ -17,10 +17,27 @@ from typing import Any
 
 import torch
 
+from esft.errors import InputError
 from esft.parallel import watch
+from esft.parallel.ranks import Ranks
 from tests.esft.processes import forked
 
 LONGEST = 100  # seconds of a job
+
+
+class FirstOfTwo(Ranks):
+    """One of two processes that does what a single one does, without the other."""
+
+    size = 2
+
+
+def refused(call: Callable[[], object], kind: type[Exception] = InputError) -> str:
+    """What a call says that is refused; "done" where it is not."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    return "done"
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,13 @@ def test_a_process_of_its_own_is_the_only_one(monkeypatch):
     assert not environment.hosts_store()
 
 
-def test_what_torchrun_says_is_taken(monkeypatch):
-    said = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4, "TORCHELASTIC_RESTART_COUNT": 2}
-    for name, value in said.items():
-        monkeypatch.setenv(name, str(value))
-    assert (environment.size_of_job(), environment.own_rank(), environment.attempt()) == (8, 5, 2)
-    assert (environment.local_size(), environment.local_rank(), environment.own_name()) == (4, 1, "rank 5: ")
-
-
-def test_the_first_rank_of_a_job_of_one_that_was_never_begun_anew_is_a_process_of_its_own(monkeypatch):
-    said = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
-    for name, value in said.items():
-        monkeypatch.setenv(name, str(value))
-    assert (environment.size_of_job(), environment.own_rank(), environment.attempt()) == (1, 0, 0)
-    assert (environment.local_size(), environment.local_rank(), environment.own_name()) == (1, 0, "")
+@pytest.mark.parametrize(("said", "name"), [((8, 5, 2, 4, 1), "rank 5: "), ((1, 0, 0, 1, 0), "")])  # the least, too
+def test_what_torchrun_says_is_taken(monkeypatch, said: tuple[int, ...], name: str):
+    variables = ("WORLD_SIZE", "RANK", "TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    for variable, value in zip(variables, said, strict=True):
+        monkeypatch.setenv(variable, str(value))
+    assert (environment.size_of_job(), environment.own_rank(), environment.attempt()) == said[:3]
+    assert (environment.local_size(), environment.local_rank(), environment.own_name()) == (*said[3:], name)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import importlib
 import os
 import shutil
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -31,7 +30,7 @@ from esft.training.steps import Steps
 from tests.esft import zoo
 from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import record, tiny_model, tiny_tokenizer
-from tests.esft.parallel.jobs import job
+from tests.esft.parallel.jobs import job, refused
 from tests.esft.small_runs import SELECTION, Recorded, base_and_data, column, run, settings
 
 steps_module = importlib.import_module("esft.training.steps")
@@ -125,14 +124,6 @@ def one_model(base) -> dict:
     }
     found["left"] = [refused(call, RankError) for call in calls.values()] + [by_hand.exists()]
     return found
-
-
-def refused(call: Callable[[], object], kind: type[Exception] = InputError) -> str:
-    try:
-        call()
-    except kind as error:
-        return str(error)
-    return "done"
 
 
 def plain_layout(ranks: Ranks) -> dict:

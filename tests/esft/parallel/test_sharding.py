@@ -14,13 +14,13 @@ from benchmarks.traffic import Traffic
 from esft.errors import InputError
 from esft.experts.moe_layers import dealt_pools, is_apart, is_dealt
 from esft.parallel.join import joined
-from esft.parallel.ranks import ALONE, Ranks
+from esft.parallel.ranks import ALONE
 from esft.parallel.sharding import is_cut_up, shard_frozen, whole
 from esft.runs.config import SHARDS, TrainConfig
 from esft.selection import ExpertSelection
 from esft.swapping.load import load
 from tests.esft.models import tiny_model, tiny_tokenizer
-from tests.esft.parallel.jobs import job
+from tests.esft.parallel.jobs import FirstOfTwo, job
 from tests.esft.small_runs import SELECTION, base_and_data, column, run, settings
 
 # Fewer records than ranks: one without any has to go along. And parts of unlike number.
@@ -133,15 +133,11 @@ def test_of_dealt_experts_nothing_is_cut_up_and_all_else_that_is_frozen_is(base,
         assert len(cut) > 9 and not any(".frozen_" in name for name in cut)
 
 
-class Two(Ranks):
-    size = 2
-
-
 def test_what_is_not_cut_up_goes_to_the_device_too(monkeypatch):
     monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_: None)
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda *_, **__: None)
     model = tiny_model()
-    shard_frozen(model, Two(), torch.device("meta"))  # in the place of a GPU
+    shard_frozen(model, FirstOfTwo(), torch.device("meta"))  # in the place of a GPU
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -151,7 +147,7 @@ def test_one_process_keeps_all_and_a_model_without_layers_is_refused():
     assert not ALONE.lockstep and not any(isinstance(p, DTensor) for p in linear.parameters())
 
     with pytest.raises(InputError, match="layers are not told"):
-        shard_frozen(linear, Two(), torch.device("cpu"))
+        shard_frozen(linear, FirstOfTwo(), torch.device("cpu"))
     with pytest.raises(InputError, match="shard frozen goes with the method esft, not with full"):
         TrainConfig(method="full", shard="frozen")
 

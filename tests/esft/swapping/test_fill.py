@@ -9,12 +9,12 @@ from esft.checkpoint.load import load_model
 from esft.checkpoint.packed_tensors import PackedTensor
 from esft.experts.moe_layers import moe_layers
 from esft.experts.pooled_experts import Experts
-from esft.parallel.ranks import Ranks
 from esft.selection import ExpertSelection
 from esft.swapping.fill import Filling, expert_places
 from tests.esft.checkpoint.packed import fp8_checkpoint, mxfp4_checkpoint
 from tests.esft.experts.test_stock_layout import listed
 from tests.esft.models import save_tiny, tiny_model
+from tests.esft.parallel.jobs import FirstOfTwo
 
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
 
@@ -82,17 +82,11 @@ def test_a_missing_tensor_is_named_at_the_end(frozen: str, tmp_path):
         list(Filling(model, places, "base").through(t for t in Checkpoint.open(base).tensors() if t[0] != UP))
 
 
-class First(Ranks):
-    """The first of two, without the other."""
-
-    size = 2
-
-
 @pytest.mark.parametrize("missing", [False, True])
 def test_what_another_rank_holds_has_to_come_as_well(missing: bool, tmp_path):
     model, base = tiny_model(), save_tiny(tmp_path / "base")
     places = expert_places(model)
-    esft.swap(model, ExpertSelection({1: [5, 2]}), ranks=First())
+    esft.swap(model, ExpertSelection({1: [5, 2]}), ranks=FirstOfTwo())
     (layer,) = [layer for layer in moe_layers(model) if layer.index == 2]
     assert isinstance(layer.experts, Experts) and not layer.experts.holds(7)
     tensors = [t for t in Checkpoint.open(base).tensors() if not missing or t[0] != UP]

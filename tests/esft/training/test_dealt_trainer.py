@@ -21,7 +21,7 @@ from esft.parallel.ranks import ALONE, Ranks
 from esft.selection import ExpertSelection
 from esft.training.dealt_trainer import DealtTrainer
 from tests.esft.models import save_tiny, tiny_model
-from tests.esft.parallel.jobs import job
+from tests.esft.parallel.jobs import job, refused
 
 # In one of these layers a rank of two trains none, in the other one of them has one more.
 EXPERTS = ExpertSelection({1: [6, 2, 7], 2: [3]})
@@ -183,14 +183,6 @@ def test_a_model_that_transformers_has_spread_trains_too(runs):
         assert found["stock"].startswith("the experts are dealt out over processes, and DistributedDataParallel")
         for figure in ("loss", "grad_norm"):
             assert found[figure] == pytest.approx(alone["clipped"][figure], rel=1e-5)
-
-
-def refused(call) -> str:
-    try:
-        call()
-    except InputError as error:
-        return str(error)
-    return "done"
 
 
 def refusals(folder: Path) -> dict:

@@ -28,7 +28,7 @@ from esft.parallel.ranks import Ranks
 from esft.selection import ExpertSelection
 from esft.training import steps as steps_module
 from tests.esft.models import chat, save_tiny, tiny_encoder, tiny_model, write_records
-from tests.esft.parallel.jobs import job
+from tests.esft.parallel.jobs import FirstOfTwo, job
 from tests.esft.small_runs import SELECTION, breaks, column, metrics, run, settings
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
@@ -324,24 +324,24 @@ def test_where_patience_ends_a_run_its_outcome_is_that_of_the_best_step_and_it_s
     assert not any("ended after" in record.getMessage() for record in caplog.records)
 
 
-class Two(Ranks):
-    """One of two processes that does what a single one does."""
-
-    size = 2
-
-
 def test_frozen_weights_are_cut_up_from_the_cpus_memory_where_there_are_several_processes(base, fake, monkeypatch):
     wanted, cut = [], []
     monkeypatch.setattr(train_module, "in_host_memory", lambda there: wanted.append(there) or nullcontext())
     monkeypatch.setattr(train_module, "shard_frozen", lambda model, ranks, device, apart: cut.append(ranks.size))
-    for shard, ranks in (("none", Two()), ("frozen", Two()), ("frozen", Ranks()), ("experts", Two()), ("all", Two())):
+    for shard, ranks in (
+        ("none", FirstOfTwo()),
+        ("frozen", FirstOfTwo()),
+        ("frozen", Ranks()),
+        ("experts", FirstOfTwo()),
+        ("all", FirstOfTwo()),
+    ):
         monkeypatch.setattr(train_module, "joined", lambda ranks=ranks: nullcontext(ranks))
         run(base, f"{shard}-{ranks.size}", settings(steps=1, shard=shard), eval_data=None)
     assert (wanted, cut) == ([False, True, False, False, True], [2, 1, 2])
 
 
 def test_what_is_held_to_the_base_is_not_cut_up(base, fake, monkeypatch):
-    monkeypatch.setattr(train_module, "joined", lambda: nullcontext(Two()))
+    monkeypatch.setattr(train_module, "joined", lambda: nullcontext(FirstOfTwo()))
     for shard in ("frozen", "experts", "all"):
         held = settings(steps=1, kl_weight=1.0, shard=shard)
         with pytest.raises(
