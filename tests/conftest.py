@@ -32,7 +32,7 @@ SLOW = tuple(
         "benchmarks/", "examples/", "gpu/", "esft/parallel/", "esft/checkpoint/test_families_checkpoint.py",
         "esft/cli/test_job.py", "esft/cli/test_streams.py", "esft/planning/", "esft/reporting/test_run_page.py",
         "esft/swapping/test_load.py", "esft/swapping/test_save_", "esft/swapping/test_spread_model.py",
-        "esft/training/test_compiled_layers.py",
+        "esft/training/test_compiled_layers.py", "esft/training/test_dealt_trainer.py",
         "esft/training/test_runs.py", "esft/training/test_several_processes.py", "esft/test_init.py",
         "esft/test_interop", "esft/test_readers.py", "esft_kernels/backends/test_cpu_memory.py",
         "esft_kernels/backends/test_triton_backend.py",

@@ -1,3 +1,4 @@
+import io
 import logging
 import sys
 import warnings
@@ -5,7 +6,7 @@ import warnings
 import pytest
 
 import esft
-from esft.cli.output import complain, explain, hush_libraries, listen, say, say_marked, say_part
+from esft.cli.output import complain, explain, hush_libraries, listen, open_streams, say, say_marked, say_part
 from esft.errors import reading
 
 
@@ -73,6 +74,13 @@ def test_warnings_of_ours_are_lines_and_those_of_others_are_left(capsys, monkeyp
     warnings.showwarning(UserWarning("of others"), UserWarning, "/x/torch/nn.py", 3)
     assert capsys.readouterr().err == "esft: warning: a\\x1b: cut\nesft: warning: slow\\x1b\n"
     assert [str(warning) for warning in theirs] == ["of others"]
+
+
+def test_a_stream_that_somebody_else_put_in_place_of_the_standard_one_stays(monkeypatch):
+    theirs = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stderr", theirs)
+    open_streams()
+    assert sys.stderr is theirs and theirs.errors == "backslashreplace"
 
 
 def test_libraries_are_hushed_and_our_own_warnings_are_not(monkeypatch):

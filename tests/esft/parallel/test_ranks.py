@@ -54,9 +54,10 @@ def exchanges() -> dict:
         found["rows"] = ranks.gather(torch.tensor([[r, 9]])).tolist()
         parts = ranks.scatter_sum(torch.arange(6.0).view(6, 1) + 10 * r)
         found["parts"] = ranks.gather(parts).tolist()
-        own = {"all": torch.full((r, 2), r), "number": torch.tensor(0.5)} | ({"last": mine["b"]} if r == 2 else {})
+        last = {"last": mine["b"], "scale": torch.ones(2).to(torch.float8_e8m0fnu)} if r == 2 else {}
+        own = {"all": torch.full((r, 2), r), "number": torch.tensor(0.5)} | last
         found["collected"] = {
-            name: [[str(t.dtype), t.tolist()] for t in each] for name, each in ranks.collected(own).items()
+            name: [[str(t.dtype), t.float().tolist()] for t in each] for name, each in ranks.collected(own).items()
         }
         try:
             ranks.check_alike({"seed": 3, "data": "one" if r < 2 else "two" * 10**6})
@@ -89,6 +90,7 @@ def test_every_rank_gets_the_same_of_every_exchange(tmp_path):
         "all": [["torch.int64", []], ["torch.int64", [[1, 1]]], ["torch.int64", [[2, 2], [2, 2]]]],
         "number": [["torch.float32", 0.5]] * 3,
         "last": [["torch.bfloat16", [1, 1]]],
+        "scale": [["torch.float8_e8m0fnu", [1, 1]]],  # a dtype that gloo does not know
     }
     assert found[0] == found[1] == found[2]
     same = found[0]
