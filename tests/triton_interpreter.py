@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +92,11 @@ def _keep_block_types() -> None:
             values = known[key] = dict(vars(self), of_tensors={})
         vars(self).update(values)
 
+    of_scalars: dict[str, dict[str, Any]] = defaultdict(dict)
+
     def init_tensor(self: core.tensor, handle: Any, type: Any) -> None:
-        if not (values := getattr(type, "of_tensors", {})):
+        values = type.of_tensors if type.is_block() else {} if type.is_ptr() else of_scalars[type.name]
+        if not values:
             make_tensor(self, handle, type)
             values.update({name: vars(self)[name] for name in ("shape", "numel", "dtype")})
         else:
