@@ -1,7 +1,8 @@
 # Everything sets itself up: only Python >= 3.10, make and a package index are needed.
 PYTHON ?= python3
-# The allocator keeps its memory: on a virtual machine, page faults can cost more than the arithmetic.
-RUN := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 THP_MEM_ALLOC_ENABLE=1 .venv/bin/python
+# The allocator keeps its memory: on a virtual machine, page faults can cost more than the arithmetic. Bytecode is kept,
+# whatever the environment says: tests start hundreds of processes.
+RUN := PYTHONDONTWRITEBYTECODE= MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 THP_MEM_ALLOC_ENABLE=1 .venv/bin/python
 CONSTRAINTS := tools/constraints.txt
 DATA := build/home_assistant
 

@@ -47,6 +47,12 @@ class Interrupted(KeyboardInterrupt):
         self.signal, self.resumable = signal, resumable
 
 
+def check_is_error(error: BaseException) -> None:
+    """Raise again what only ends the process. A panic of a library's compiled code is an error, if no ``Exception``."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, for a message in one line; cut where it is long."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -77,13 +83,14 @@ def reading(what: str | Path) -> Iterator[None]:
         yield
     except ESFTError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        check_is_error(error)
         # As ``add_note`` does, which Python 3.10 does not have.
         error.__dict__.setdefault("__notes__", []).append(f"{_NOTE}{what}")
         raise
 
 
-def what_was_read(error: Exception) -> str | None:
+def what_was_read(error: BaseException) -> str | None:
     """What ``reading`` has noted, the innermost; None where nothing was."""
     notes = (str(note) for note in vars(error).get("__notes__", ()))
     return next((note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)), None)

@@ -14,7 +14,7 @@ from esft.checkpoint.device import compute_dtype, placement
 from esft.checkpoint.folder import Checkpoint
 from esft.checkpoint.source import check_dtypes, check_folder, open_config, weight_files
 from esft.checkpoint.tokenizer_files import check_tokenizer_files, flaw_of
-from esft.errors import ESFTError, InputError, first_line
+from esft.errors import ESFTError, InputError, check_is_error, first_line
 from esft.memory import check_fits, memory_watched
 from esft.storage.reading import shown
 from esft.transformers_internals import load_in_part
@@ -109,7 +109,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         check_tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a broken file is an error of any kind there
+    except BaseException as error:  # a broken file is an error of any kind there
+        check_is_error(error)
         where, said = path, first_line(error)
         if folder is not None and (broken := flaw_of(folder / _TOKENIZERS[0])) is not None:
             where, said = str(folder / _TOKENIZERS[0]), broken

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from esft.errors import InputError, first_line
+from esft.errors import InputError, check_is_error, first_line
 from esft.storage.reading import read_json, read_text, shown
 from esft.transformers_internals import CHAT_TEMPLATE_DIR
 
@@ -49,6 +49,7 @@ def flaw_of(path: Path) -> str | None:
     try:
         if path.is_file():
             Tokenizer.from_file(str(path))
-    except Exception as error:  # it raises no other class
+    except BaseException as error:  # it raises no other class, or panics
+        check_is_error(error)
         return first_line(error)
     return None

@@ -71,7 +71,7 @@ def complain(text: str, by: str = "esft") -> None:
     print(f"{by}: {own_name()}{printable(text)}", file=sys.stderr)
 
 
-def explain(error: Exception) -> None:
+def explain(error: BaseException) -> None:
     """An error in one line; with its traceback where ``ESFT_DEBUG`` is set.
 
     What is no error of ours came out of a library that read something for which it was not made, or is our mistake.

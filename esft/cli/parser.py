@@ -14,7 +14,7 @@ from esft.cli.arguments import Parser, resuming
 from esft.cli.job import job
 from esft.cli.output import complain, explain, hush_libraries, listen, open_streams, put
 from esft.cli.stages import chat, compare, data, eval, generate, merge, plan, report, score, select, train
-from esft.errors import Interrupted
+from esft.errors import Interrupted, check_is_error
 from esft.parallel.environment import own_rank
 
 STAGES: dict[str, ModuleType] = {
@@ -74,7 +74,8 @@ def main(
         if own_rank() == 0 or not stopped.resumable:  # else all processes have stopped, and the first one says it
             complain(f"{stopped}{f'; go on with: {resuming(given)}' if stopped.resumable else ''}")
         return 128 + stopped.signal
-    except Exception as error:
+    except BaseException as error:
+        check_is_error(error)
         explain(error)
         return 2
     return 0

@@ -20,7 +20,7 @@ from esft.bounds import memory_within, within
 from esft.data.examples import IGNORE, Example, Examples
 from esft.data.records import Record
 from esft.data.rendering import Rendered, render, rendered
-from esft.errors import InputError, first_line
+from esft.errors import InputError, check_is_error, first_line
 from esft.parallel.join import current
 from esft.storage.files import value_digest
 from esft.storage.limits import ENCODING, RENDERED
@@ -89,7 +89,7 @@ class Encoder:
                 texts, add_special_tokens=plain, return_attention_mask=False, return_token_type_ids=False
             )
         except BaseException as error:  # tokenizers raise errors of many kinds
-            _check_of_tokenizer(error)
+            check_is_error(error)
             raise InputError(f"the tokenizer cannot encode it ({first_line(error)})") from error
         ids: Any = batch["input_ids"]
         return list(zip(ids, batch.encodings or [None] * len(texts), strict=True))
@@ -146,12 +146,6 @@ def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "tokenizer": value_digest([content, tokenizer.special_tokens_map, tokenizer.split_special_tokens]),
         "chat template": value_digest(tokenizer.chat_template),
     }
-
-
-def _check_of_tokenizer(error: BaseException) -> None:
-    """Raise an error again that is no tokenizer's: a panic of its compiled code is no ``Exception`` either."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
 
 
 @contextmanager
@@ -239,7 +233,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Record) -> list[in
     try:
         ids: Any = tokenizer(text, add_special_tokens=not prompt.messages)["input_ids"]
     except BaseException as error:  # tokenizers raise errors of many kinds
-        _check_of_tokenizer(error)
+        check_is_error(error)
         raise InputError(f"the tokenizer cannot encode it ({first_line(error)})") from error
     if not ids:
         raise InputError("the chat template renders nothing of it")

@@ -1,7 +1,7 @@
 import pytest
 
 import esft
-from esft.errors import Interrupted, first_line, reading, what_was_read
+from esft.errors import Interrupted, check_is_error, first_line, reading, what_was_read
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,24 @@ def test_an_error_of_another_library_says_what_was_being_read_the_innermost_firs
     assert what_was_read(failed.value) == "its config"
     assert failed.value.__notes__ == ["while reading its config", "while reading a model"]
     assert what_was_read(ValueError()) is None
+
+
+class PanicException(BaseException):
+    """As compiled code of other libraries raises it."""
+
+
+def test_a_panic_of_compiled_code_is_an_error_and_what_ends_the_process_is_none():
+    with pytest.raises(PanicException) as failed, reading("a tokenizer"):
+        raise PanicException
+    assert what_was_read(failed.value) == "a tokenizer"
+    check_is_error(failed.value)
+    check_is_error(ValueError())
+    for ends in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(ends) as ended, reading("a tokenizer"):
+            raise ends
+        with pytest.raises(ends):
+            check_is_error(ended.value)
+        assert what_was_read(ended.value) is None
 
 
 def test_an_error_of_ours_names_what_it_is_about_itself():

@@ -177,9 +177,14 @@ def one_line_with_a_pipe(command: str, capsys: pytest.CaptureFixture[str]) -> st
     return line
 
 
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 TOKENIZERS = {
     "none": (lambda work: [p.unlink() for p in (work / "base").glob("tok*")], "holds no tokenizer"),
     "an empty one": (put("base/tokenizer.json", "{}"), "base/tokenizer.json: cannot load a tokenizer"),
+    "one at which compiled code panics": (
+        lambda work: rewrite_json(work / "base" / "tokenizer.json", lambda whole: whole.update(normalizer=PANICS)),
+        "base/tokenizer.json: cannot load a tokenizer (Precompiled: ",
+    ),
     "no template": (lambda work: (work / "base" / "chat_template.jinja").unlink(), "no chat template"),
     "an empty template": (put("base/chat_template.jinja", ""), ""),
     "a mark before the template": (put("base/chat_template.jinja", "\ufeff{{ 1 }}"), "begins with a byte order mark"),
