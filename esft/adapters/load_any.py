@@ -46,6 +46,7 @@ _PATTERNS = {
 }
 # A name, its points escaped or not: nothing in it is tried in several ways.
 _PLAIN = re.compile(r"[\w.-]*(\\\.[\w.-]*)*")
+_PISSA = re.compile(r"pissa_niter_\d{1,3}")  # a decomposition of every weight, in so many iterations
 MATCHING = 10  # seconds for the patterns of one setting
 
 
@@ -180,6 +181,9 @@ def _checked_config(folder: Path) -> dict[str, Any]:
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
         if value is not None and each.type in ("int", int, "float", float) and not number:
             raise InputError(f"{where}, not a number of at most {MOST:,}")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith("pissa_niter_") and not _PISSA.fullmatch(begun):
+        raise InputError(f"{folder / PEFT_CONFIG}: init_lora_weights is {shown(begun)}; of iterations 999 are the most")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise InputError(f"{folder / PEFT_CONFIG}: task_type is {shown(config['task_type'])}; only CAUSAL_LM is read")
     if issubclass(known[kind], PromptLearningConfig) or config.get("megatron_config"):

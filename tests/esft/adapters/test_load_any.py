@@ -159,6 +159,7 @@ def test_a_peft_adapter_has_its_own_tensors_and_no_others(tmp_path, damage, mess
         ({"use_rslora": "x"}, r"adapter_config\.json: use_rslora is 'x', not true or false"),
         ({"fan_in_fan_out": 1}, r"adapter_config\.json: fan_in_fan_out is 1, not true or false"),
         ({"task_type": "SEQ_CLS"}, r"adapter_config\.json: task_type is 'SEQ_CLS'; only CAUSAL_LM is read"),
+        ({"init_lora_weights": "pissa_niter_1000"}, r"pissa_niter_1000'; of iterations 999 are the most$"),
         ({"target_modules": ["absent"]}, r"cannot load this PEFT adapter \(."),
         ({"r": 500_000}, r"adapter_config\.json: has a rank of 500000, and no tensor has so many rows$"),
         ({"target_modules": "(a|a)*((a|[^!])+)+!"}, r"adapter_config\.json: target_modules '.*': it takes longer than"),
