@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from esft.errors import InputError
-from esft.runs.run_folder import LOCK, NEXT, REPLACED, SUMMARY, RunFolder
+from esft.runs.run_folder import LOCK, NEXT, ORIGIN, REPLACED, SUMMARY, RunFolder
 from esft.storage.outputs import RUN_MARKER, check_new_folder, disk_errors, entries, resolved
 
 _DONE = "overwriting-done"  # in the run's folder: what was ``NEXT``, from when all of the earlier run is put aside
@@ -20,7 +20,8 @@ def opened(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder
     """The folder to begin a run in, or to go on with one, locked for the block.
 
     A run that replaces another is made in ``out/overwriting``, and takes the other's place at the end of the block. If
-    it does not get there, the other one stays as it is, and ``resume`` goes on with the one that has been begun last.
+    it does not get there, the other one stays as it is, and ``resume`` goes on with the one that has been begun last:
+    one that was broken off in that folder stays, too, until it is ``cleared``.
 
     Raises InputError where there is no run to go on with or to replace, where files are there that no run has written,
     and where another process holds the run; DiskError for a disk that is full or fails in the block.
@@ -40,7 +41,7 @@ def opened(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder
             _replace(run)
             folder = _place(run, resume, overwrite)
             following = RunFolder(run.path / NEXT)
-            if following.broken_off or not resume:
+            if following.broken_off:
                 shutil.rmtree(following.path, ignore_errors=True)
             yield folder
             _replace(run)
@@ -50,6 +51,17 @@ def latest(out: str | Path) -> RunFolder:
     """The run in a folder that has been begun last: one that is to replace the other, or the only one."""
     following = RunFolder(Path(out) / NEXT)
     return following if following.begun else RunFolder(out)
+
+
+def cleared(run: RunFolder) -> RunFolder:
+    """A run's folder to begin anew in: of one that was broken off there nothing is left, its origin going first."""
+    (run.path / ORIGIN).unlink(missing_ok=True)
+    for path in list(run.path.iterdir()) if run.path.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    return run
 
 
 def _is_run(run: RunFolder) -> bool:

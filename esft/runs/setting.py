@@ -9,7 +9,7 @@ from typing import Any
 from esft.errors import InputError
 from esft.storage.reading import shown
 
-_TRUTH = {"true": True, "false": False}
+_TRUTH = {how(word): word == "true" for word in ("true", "false") for how in (str, str.title, str.upper)}  # as YAML
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d*)?([eE][+-]?\d{1,4})?|\.\d+([eE][+-]?\d{1,4})?|\.?inf)", re.ASCII)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from esft.parallel.ranks import Ranks
 from esft.runs.checkpoints import Best, State
 from esft.runs.config import TrainConfig
-from esft.runs.opened import opened
+from esft.runs.opened import cleared, opened
 from esft.runs.run_folder import METRICS, RunFolder
 from esft.selection import ExpertSelection
 
@@ -86,9 +86,11 @@ class SharedRun:
         step, losses, best = told
         return state or State(step, losses, tensors, best and Best(*best))
 
-    def begin(self, config: TrainConfig, origin: dict[str, Any], selection: ExpertSelection | None) -> None:
+    def begin(
+        self, config: TrainConfig, origin: dict[str, Any], selection: ExpertSelection | None, anew: bool = False
+    ) -> None:
         if self.ranks.main:
-            self.folder.begin(config, origin, selection)
+            (cleared(self.folder) if anew else self.folder).begin(config, origin, selection)
 
     def check_alike(self, state: State) -> None:
         """Raise RankError where a rank has come to another state than the first one."""

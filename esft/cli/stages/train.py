@@ -46,19 +46,29 @@ class _Settings(argparse.Action):
         parser.exit()
 
 
-def run(args: argparse.Namespace) -> None:
+def _settings(args: argparse.Namespace) -> TrainConfig | None:
+    """Those of the file and the options, over those of the run that goes on.
+
+    None where it goes on as it was begun: it reads its own when what a kill has left of its files is in order again.
+    """
     overrides = {each.name: getattr(args, each.name) for each in fields(TrainConfig)}
     settings = args.config
-    if not args.resume:  # a run that goes on may be told its own files
-        check_apart(args.out, args.config, args.experts)
-    elif settings is None:
+    if args.resume and settings is None:
+        if all(value is None for value in overrides.values()):
+            return None
         from esft.runs.opened import latest
 
         begun = latest(args.out).path / "config.yaml"
         settings = begun if begun.is_file() else None
-    config = TrainConfig.load(settings, **overrides)
+    return TrainConfig.load(settings, **overrides)
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.resume:  # a run that goes on may be told its own files
+        check_apart(args.out, args.config, args.experts)
+    config = _settings(args)
     selection = ExpertSelection.load(args.experts) if args.experts is not None else None
-    if selection is None and config.method == "esft" and not args.resume:
+    if selection is None and config is not None and config.method == "esft" and not args.resume:
         raise InputError("--method esft needs an expert selection: --experts")
     held_out = named(args.eval_data or (), "--eval-data")
     for data in (*args.data, *([args.mix] if args.mix is not None else [])):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from esft.errors import DiskError, InputError
-from esft.runs.opened import latest, opened
+from esft.runs.opened import cleared, latest, opened
 from esft.runs.run_folder import RunFolder
 from tests.esft.small_runs import SELECTION, settings
 
@@ -124,14 +124,29 @@ def test_a_run_that_is_to_replace_another_goes_on_or_is_begun_again(tmp_path, ru
     before = tree(run)
     for _ in range(2):
         with pytest.raises(KeyError), opened(run, False, True) as folder:
-            assert not folder.path.exists()
-            fill(folder, "two", whole=False)
+            fill(cleared(folder), "two", whole=False)
             raise KeyError
         assert {name: b for name, b in tree(run).items() if not name.startswith("overwriting/")} == before
     with opened(run, True, False) as folder:
         assert folder.path == run / "overwriting"
         fill(folder, "two")
     assert tree(run) == two
+
+
+def test_a_run_that_is_to_replace_another_stays_until_one_is_begun_in_its_place(run):
+    with pytest.raises(KeyError), opened(run, False, True) as folder:
+        fill(folder, "two", whole=False)
+        (folder.path / "checkpoints" / "step-000002").mkdir(parents=True)
+        raise KeyError
+    begun = tree(run)
+    with pytest.raises(InputError), opened(run, False, True):
+        raise InputError("no such model")
+    assert tree(run) == begun
+    with pytest.raises(KeyError), opened(run, False, True) as folder:
+        (folder.path / ".esft.lock").write_text("")
+        assert [p.name for p in cleared(folder).path.iterdir()] == [".esft.lock"]
+        raise KeyError
+    assert latest(run).path == run
 
 
 @pytest.mark.parametrize("mine", ["thesis", "adapter/thesis", "checkpoints/step-000001/thesis", "tensorboard/thesis"])

@@ -53,6 +53,14 @@ def test_a_report_has_at_most_so_many_rows_and_every_step_once(tmp_path, steps: 
     assert [row[0] for row in shown] == spans
 
 
+def test_a_report_of_a_run_that_goes_on_passes_over_a_line_that_a_kill_has_torn(tmp_path):
+    run = write_run(tmp_path / "run", 3, ended=False)
+    whole = report(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert report(run) == whole
+
+
 def test_a_report_has_up_to_twelve_rows_unless_told_otherwise(tmp_path):
     for steps, shown in ((12, 12), (13, 7), (24, 12)):
         assert len(cells(report(write_run(tmp_path / "run", steps, ended=False)))) == 2 + shown

@@ -77,7 +77,10 @@ def test_train_leaves_to_the_settings_what_it_is_not_told(work, calls):
 
 @pytest.mark.parametrize(
     ("more", "lr"),
-    [("--resume", 0.5), ("--resume --config c.yaml", 0.125), ("--method full", None), ("--resume --lr 0.75", 0.75)],
+    [
+        ("--resume --steps 9", 0.5), ("--resume --config c.yaml", 0.125), ("--method full", None),
+        ("--resume --lr 0.75", 0.75),
+    ],  # fmt: skip
 )
 def test_a_run_that_resumes_has_the_settings_that_it_was_begun_with(work, calls, more: str, lr: float | None):
     calls.watch("train", RESULT)
@@ -89,10 +92,18 @@ def test_a_run_that_resumes_has_the_settings_that_it_was_begun_with(work, calls,
     assert config.lr == lr and resume == ("--resume" in more)
 
 
+def test_a_run_that_goes_on_as_it_was_begun_reads_its_settings_itself(work, calls):
+    calls.watch("train", RESULT)
+    (work / "run" / "overwriting-done").mkdir(parents=True)  # where a kill may have left them
+    write_yaml(work / "run" / "overwriting-done" / "config.yaml", asdict(TrainConfig(lr=0.5)))
+    stage("train --model m --data d.jsonl --out run --resume")
+    assert calls.of["train"][0][0][3] is None
+
+
 def test_resuming_where_no_run_is_is_left_to_the_training_to_refuse(work, calls):
     calls.watch("train", RESULT)
-    stage("train --model m --data d.jsonl --out run --resume")
-    assert calls.of["train"][0][0][3] == TrainConfig()
+    stage("train --model m --data d.jsonl --out run --resume --lr 0.5")
+    assert calls.of["train"][0][0][3] == TrainConfig(lr=0.5)
 
 
 def test_esft_without_a_selection_says_which_flag_is_missing(work, calls, capsys):
