@@ -45,7 +45,8 @@ def _packed(pools: ExpertPools) -> list[dict[str, Tensor]]:
     assert isinstance(pools.frozen, ExpertWeights)
     weights = (pools.frozen.gate_up_EGD, pools.frozen.down_EDF)
     holder = weights[0] if weights[0]._base is None else weights[0]._base
-    state = tuple((t.data_ptr(), t._version, t.dtype) for t in weights)
+    # Views of one memory may have other experts, or the same numbers the other way round.
+    state = tuple((t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in weights)
     kept = getattr(holder, "esft_packed", None)
     if kept is None or kept[0] != state:
         plain = Products(pools)

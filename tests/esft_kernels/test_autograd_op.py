@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from esft_kernels import autograd_op
+from esft_kernels.activation import Activation
 from esft_kernels.autograd_op import RECOMPUTE, aligned, expert_mlp
 from esft_kernels.backend import Needs
 from esft_kernels.backends import reference
@@ -147,6 +148,14 @@ def test_of_rows_whose_experts_are_elsewhere_nothing_is_saved(backend):
         expert_mlp(leaves["x"], leaves["weights"], pools, routing, backend)
     assert routing.rows_here() < routing.num_rows
     assert sum(t.shape == (routing.rows_here(), 12) for t in saved) == 1
+
+
+def test_of_rows_whose_experts_are_elsewhere_nothing_is_made_again(calls):
+    layer = small(elsewhere=True)
+    leaves, pools = with_leaves(layer, ("x",))
+    out = expert_mlp(leaves["x"], layer.weights_TK, pools, layer.routing, "reference")
+    out.backward(layer.grad_out_TD)
+    assert len(calls["backward"]) == 1 and not calls["rebuild"]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
@@ -467,6 +476,8 @@ def test_pools_that_fit_are_looked_over_once_and_again_when_they_change(monkeypa
     )
     pools.trained.down_EDF.data = pools.trained.down_EDF.float()
     refused((x.double(), weights, pools, routing), "must be torch.float64 on cpu like x, got torch.float32 on cpu$")
+    without_a_gate = replace(pools, activation=Activation("gelu", gated=False))
+    refused((x, weights, without_a_gate, routing), r"^frozen_gate_up must have shape \(4, 6, 8\), got \(4, 12, 8\)$")
 
 
 def test_settings_that_do_not_exist_are_refused():

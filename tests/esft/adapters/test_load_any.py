@@ -67,8 +67,30 @@ def test_a_peft_adapter_is_loaded_over_the_stock_model_of_which_no_expert_can_be
     for frozen in ("auto", "bf16"):
         loaded = load_with_adapter(str(base), tmp_path / "lora", frozen)
         torch.testing.assert_close(loaded(input_ids=IDS).logits, lora.eval()(input_ids=IDS).logits)
-    with pytest.raises(esft.InputError, match="/lora: a PEFT adapter changes all experts, .* frozen in int8$"):
-        load_with_adapter(str(base), tmp_path / "lora", "int8")
+    for few_bits in ({"frozen": "int8"}, {"frozen_linear": "int8"}):
+        with pytest.raises(esft.InputError, match="/lora: a PEFT adapter changes all experts, .* frozen in int8$"):
+            load_with_adapter(str(base), tmp_path / "lora", **few_bits)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_is_said_of_a_model_gets_to_what_loads_it(tmp_path, monkeypatch, trusted: bool):
+    esft.save_adapter(esft.swap(tiny_model(), ExpertSelection({1: [0]}, shared_experts=True)), tmp_path / "a")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    told: list[tuple] = []
+    for name in ("load", "load_model", "load_skeleton"):
+        monkeypatch.setattr(load_any, name, lambda *given, name=name: told.append((name, *given)) or tiny_model())
+    monkeypatch.setattr(load_any, "load_any_adapter", lambda model, folder: model)
+    options = ("bfloat16", "cpu", trusted, True, "bf16")
+    for adapter in (None, tmp_path / "a", tmp_path / "lora"):
+        load_with_adapter("m", adapter, "bf16", *options)
+    rest = ("bf16", "bfloat16", "cpu", "none", trusted, True, "bf16")
+    assert told == [
+        ("load", "m", ExpertSelection({}), *rest),
+        ("load_skeleton", "m", trusted),
+        ("load", "m", ExpertSelection({1: [0]}), *rest),
+        ("load_model", "m", "bfloat16", trusted),
+    ]
 
 
 def test_lora_adapters_load_through_peft(tmp_path):

@@ -200,6 +200,50 @@ def test_adapters_that_cannot_stand_side_by_side_leave_the_model_as_it_was(folde
         esft.load_adapters(esft.swap(tiny_model(), ExpertSelection({1: [5]})), folders)
 
 
+def test_a_swapped_model_stays_swapped_and_without_adapters_where_one_cannot_be_loaded(folders, tmp_path):
+    esft.save_adapter(esft.swap(tiny_model(), ExpertSelection({1: [0]})), tmp_path / "broken")
+    (tmp_path / "broken" / "adapter.safetensors").write_bytes((folders["b"] / "adapter.safetensors").read_bytes())
+    model, batch = esft.swap(tiny_model(), EMPTY), token_batch()
+    shapes, before = {name: p.shape for name, p in model.named_parameters()}, model(**batch).logits
+    with pytest.raises(InputError, match="broken: tensor .* is missing"):
+        esft.load_adapters(model, {"a": folders["a"], "x": tmp_path / "broken"})
+    assert swapped_state(model).selection == EMPTY
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(**batch).logits, before)
+    esft.load_adapters(model, folders)
+    close(model(**batch, adapter_names=["a"] * 3).logits, alone(folders, "a")(**batch).logits)
+
+
+def test_names_of_an_answer_that_broke_off_are_not_those_of_the_next_batch(folders):
+    model, batch = esft.load_adapters(tiny_model(), folders), token_batch()
+    expected = model(**batch).logits
+    with pytest.raises(ValueError, match="no_such_setting"):
+        model.generate(**batch, adapter_names=["a"] * 3, no_such_setting=1)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_names_are_counted_however_a_batch_is_given(folders):
+    model, batch = esft.load_adapters(tiny_model(), folders), token_batch()
+    ids = batch["input_ids"]
+    embedded = model.get_input_embeddings()(ids)
+    for call in (
+        lambda: model(ids, adapter_names=["a"]),
+        lambda: model(inputs_embeds=embedded, adapter_names=["a"]),
+        lambda: model.generate(ids, adapter_names=["a"]),
+        lambda: model.generate(inputs=ids, adapter_names=["a"]),
+    ):
+        with pytest.raises(InputError, match="^adapter_names has 1 names, and the batch 3 sequences$"):
+            call()
+
+
+def test_layers_that_would_be_made_again_in_a_training_are_none_in_evaluation(folders):
+    model, batch = esft.load_adapters(tiny_model(), folders), token_batch()
+    expected = model(**batch, adapter_names=["a"] * 3).logits
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(model.eval()(**batch, adapter_names=["a"] * 3).logits, expected)
+
+
 def test_experts_in_a_module_list_hold_no_adapters_side_by_side(tmp_path):
     with pytest.warns(UserWarning, match="they are a ModuleList"):
         esft.save_adapter(esft.swap(listed(tiny_model()), ExpertSelection({1: [0], 2: [3]})), tmp_path / "a")
@@ -213,6 +257,7 @@ def test_a_model_with_adapters_side_by_side_takes_no_others(folders, tmp_path):
         lambda: esft.load_adapters(model, folders),
         lambda: esft.load_adapter(model, folders["a"]),
         lambda: esft.unswap(model),
+        lambda: esft.unswap(torch.compile(model)),
         lambda: model.load_state_dict(tiny_model().state_dict()),
     ):
         with pytest.raises(InputError, match="holds adapters"):

@@ -107,6 +107,12 @@ def test_scores_that_are_all_zero_are_not_divided_by_their_sum():
     assert torch.equal(weights, torch.zeros(1, 2))
 
 
+def test_small_scores_are_divided_by_their_sum_too():
+    router, _ = router_for([0.5, 0.5, 0.5], top_k=2, scoring="sigmoid", normalise=True)
+    _, weights = router(torch.full((1, 3), -20.0))  # scores of 2e-9
+    torch.testing.assert_close(weights, torch.full((1, 2), 0.5))
+
+
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_router_scores_in_float32_whatever_it_is_given(scoring: str):
     router = Router(RouterConfig(8, 8, scoring), 16).bfloat16()

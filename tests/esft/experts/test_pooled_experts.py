@@ -3,6 +3,7 @@ import torch
 
 from esft.experts.model_state import MixedAdapters
 from esft.experts.pooled_experts import PROJECTIONS, Experts
+from esft.parallel.experts import Deal
 from esft.selection import ExpertSelection
 from esft_kernels.activation import Activation
 from esft_kernels.formats.resolve import FORMATS
@@ -176,6 +177,31 @@ def test_adapters_stand_one_after_the_other_and_the_base_stays(frozen: str):
     experts.hold(None, [])
     assert experts.place == [0, 1, 2, 3] and experts.adapters_of(6) is None
     assert experts.trained_down_proj.shape == (0, 8, 3) and not experts.trained_down_proj.requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["bf16", "int8"])
+def test_of_dealt_experts_a_rank_has_its_own_and_asks_for_gradients_where_another_trains(frozen: str):
+    weights = torch.randn(5, 6, 8), torch.randn(5, 8, 3)
+    held = ((3, 0, 2), (1, 4))
+    ranks = [Experts(*weights, [3], frozen=frozen, deal=Deal(rank, ((3,), ()), ((0, 2), (1, 4)))) for rank in (0, 1)]
+    whole = Experts(*weights, [3], frozen=frozen)
+    assert [(each.trained, each.num_held, each.num_experts) for each in ranks] == [((3,), 3, 5), ((), 2, 5)]
+    for own, experts in zip(held, ranks, strict=True):
+        assert experts.trained_gate_up_proj.requires_grad and experts.trained_down_proj.requires_grad
+        assert [expert for expert in range(5) if experts.holds(expert)] == sorted(own)
+        packed = [expert for expert in sorted(own) if expert != 3] if frozen == "int8" else []
+        assert [expert for expert in range(5) if experts.is_packed(expert)] == packed
+        before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+        for expert in range(5):
+            for found, wanted in zip(experts.weights_of(expert), whole.weights_of(expert), strict=True):
+                assert found.is_meta == (expert not in own) and (found.shape, found.dtype) == (
+                    wanted.shape,
+                    wanted.dtype,
+                )
+                assert found.is_meta or torch.equal(found, wanted)
+            if expert not in own:
+                experts.write(expert, [torch.zeros(6, 8), torch.zeros(8, 3)])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in experts.state_dict().items())
 
 
 @pytest.mark.parametrize("trained", [[4], [-1], [1, 1]])

@@ -372,6 +372,14 @@ def with_the_first_expert_only(stock: Stacked) -> Stacked:
     return stock
 
 
+def scaled(stock: Stacked, factor: float) -> Stacked:
+    """With weights, and so outputs, that are small."""
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.mul_(factor)
+    return stock
+
+
 def without_routing_weights(stock: Stacked) -> Stacked:
     forward = stock.forward
     stock.forward = lambda x, index, weights: forward(x, index, torch.ones_like(weights))
@@ -383,6 +391,7 @@ def without_routing_weights(stock: Stacked) -> Stacked:
     [
         lambda: Stacked(up_scale=1.1),
         lambda: Stacked(up_scale=1 + 2e-5),
+        lambda: scaled(Stacked(up_scale=1.1), 1e-3),
         lambda: Stacked(spoil=lambda out: out - 0.01),
         lambda: Stacked(spoil=lambda out: out + 0.01),
         lambda: with_the_first_expert_only(Stacked()),

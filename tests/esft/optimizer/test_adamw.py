@@ -284,6 +284,33 @@ def test_a_state_takes_the_place_of_all_that_was_stepped_before():
     assert all(torch.equal(tensor, state[name]) for name, tensor in early.state().items())
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_what_a_loaded_state_has_no_moments_of_begins_anew(name: str):
+    fresh, used = (nn.Parameter(torch.ones(300)) for _ in range(2))
+    optimizers = [MasterAdamW([("w", p)], TrainConfig(optimizer=name)) for p in (fresh, used)]
+    before = {key: tensor.clone() for key, tensor in optimizers[0].state().items()}
+    used.grad = torch.randn(300)
+    optimizers[1].step(0.1)
+    optimizers[1].load_state(before)
+    for p, optimizer in zip((fresh, used), optimizers, strict=True):
+        p.grad = torch.linspace(-1, 1, 300)
+        optimizer.step(0.1)
+    assert torch.equal(fresh, used)
+    assert all(torch.equal(tensor, optimizers[1].state()[key]) for key, tensor in optimizers[0].state().items())
+
+
+def test_a_parameter_whose_first_gradient_comes_late_takes_its_own_first_step():
+    early, late = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = MasterAdamW([("early", early), ("late", late)], TrainConfig(weight_decay=0.0))
+    for step in range(3):
+        early.grad = torch.ones(4)
+        late.grad = torch.ones(4) if step == 2 else None
+        optimizer.step(0.01)
+    assert optimizer.steps == {"early": 3, "late": 1}
+    # A first step is of the rate's length, as both moments are then corrected by what they lack.
+    torch.testing.assert_close(late.detach(), torch.full((4,), 0.99))
+
+
 def test_a_state_with_whole_masters_of_bf16_is_gone_on_with():
     weight, values = nn.Parameter(torch.ones(5, dtype=torch.bfloat16)), torch.randn(5)
     optimizer = MasterAdamW([("w", weight)], TrainConfig())

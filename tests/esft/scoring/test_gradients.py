@@ -9,7 +9,8 @@ from esft.data.examples import IGNORE, Example
 from esft.evaluation.loss import batch_loss
 from esft.experts.moe_layers import moe_layers
 from esft.experts.stock_layout import read_layout
-from esft.scoring.gradients import gradient_scores
+from esft.parallel.ranks import Ranks
+from esft.scoring.gradients import _Sums, gradient_scores
 from tests.esft import zoo
 from tests.esft.models import tiny_model
 
@@ -116,7 +117,8 @@ def test_experts_in_few_bits_are_scored_as_they_are():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_batches_are_asked_for_until_there_are_enough_tokens_and_the_mode_is_kept(training: bool):
-    model, asked = esft.swap(tiny_model(), esft.ExpertSelection({})).train(training), []
+    stock = tiny_model(attention_dropout=0.9)
+    model, asked = esft.swap(stock, esft.ExpertSelection({})).train(training), []
 
     def batches():  # of 15 tokens
         for seed in range(4):
@@ -125,7 +127,7 @@ def test_batches_are_asked_for_until_there_are_enough_tokens_and_the_mode_is_kep
 
     found = gradient_scores(model, batches(), batch_loss, max_tokens=16)
     assert asked == [0, 1] and model.training == training
-    assert found == gradient_scores(model, [collate(records(seed), 0) for seed in (0, 1)], batch_loss)
+    assert found == gradient_scores(model.eval(), [collate(records(seed), 0) for seed in (0, 1)], batch_loss)
 
 
 def test_a_batch_without_a_supervised_token_is_no_batch():
@@ -143,3 +145,60 @@ def test_what_cannot_be_scored_is_refused():
     esft.swap(model, esft.ExpertSelection({}))
     with pytest.raises(esft.InputError, match=r"^layer 2: the gradient of expert \d is no finite number$"):
         gradient_scores(model, BATCHES, lambda m, b: (batch_loss(m, b)[0] * torch.nan, 1))
+
+
+def test_gradients_of_16_bits_are_squared_in_32():
+    model = esft.swap(tiny_model(dtype=torch.bfloat16), esft.ExpertSelection({}), "reference")
+    (sums, exact), layer = (_Sums(moe_layers(model)[0]) for _ in "12"), moe_layers(model)[0]
+    x_TD, grad_TD = (torch.randn(6, 32, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (1, 2))
+    index_TK, weights_TK = torch.tensor([[0, 3], [3, 5]] * 3), torch.rand(6, 2)
+    sums.add(x_TD, index_TK, weights_TK, grad_TD)
+    exact.add(x_TD.double(), index_TK, weights_TK.double(), grad_TD.double())
+    assert layer.experts.trained_down_proj.dtype == torch.bfloat16 and exact.of_rows_E.any()
+    torch.testing.assert_close(sums.of_batches_E, exact.of_batches_E, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.of_rows_E, exact.of_rows_E, rtol=1e-5, atol=0)
+
+
+def test_experts_that_are_called_by_keywords_are_scored_alike():
+    model = esft.swap(tiny_model(), esft.ExpertSelection({}))
+    expected = gradient_scores(model, BATCHES, batch_loss)
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    for layer in moe_layers(model):
+        layer.experts.register_forward_pre_hook(
+            lambda _, args, kwargs: (args[:1], dict(zip(names[1:], args[1:], strict=True))), with_kwargs=True
+        )
+    assert gradient_scores(model, BATCHES, batch_loss) == expected
+
+
+class Second(Ranks):
+    """The second of two ranks; the other's numbers are this one's."""
+
+    rank, size = 1, 2
+
+    def sum(self, values):
+        return 2 * values
+
+    def totals(self, *values):
+        return [2 * value for value in values]
+
+
+def test_ranks_share_the_batches_and_add_up_what_they_have(monkeypatch):
+    model = esft.swap(tiny_model(), esft.ExpertSelection({}))
+    alone = gradient_scores(model, BATCHES[1:], batch_loss)
+    monkeypatch.setattr("esft.scoring.gradients.current", Second)
+    assert gradient_scores(model, BATCHES, batch_loss) == alone
+
+
+def test_a_layer_that_only_another_rank_has_reached_has_scores(monkeypatch):
+    class WithAnother(Second):
+        def sum(self, values):
+            return values + 1
+
+        def totals(self, *values):
+            return [value + 1 for value in values]
+
+    monkeypatch.setattr("esft.scoring.gradients.current", WithAnother)
+    of_batches, of_rows = gradient_scores(
+        esft.swap(tiny_model(), esft.ExpertSelection({})), [collate(records(), 0)], batch_loss
+    )
+    assert of_batches == of_rows == {layer: dict.fromkeys(range(8), 1.0) for layer in (1, 2)}

@@ -94,3 +94,17 @@ def test_outputs_that_are_no_numbers_are_refused():
         esft.InputError, match="^layer 2: its experts put out what is no number; the weights hold such$"
     ):
         esft.score_experts(model, [token_batch()], outputs=True)
+
+
+def test_outputs_of_16_bits_are_measured_in_64():
+    model = tiny_model(dtype=torch.bfloat16)
+    model.set_experts_implementation("eager")
+    (layer, *_) = moe_layers(model)
+    x_TD, index_TK, weights_TK = torch.randn(5, 32).bfloat16(), torch.tensor([[1, 2]] * 5), torch.rand(5, 2)
+    with torch.no_grad():
+        y_TKD = outputs(layer.experts, x_TD, index_TK, weights_TK != 0).double()
+    h, after = x_TD.double(), x_TD.double() + (weights_TK.double()[..., None] * y_TKD).sum(dim=1)
+    turned = 1 - (h * after).sum(dim=1) / (h.norm(dim=1) * after.norm(dim=1))
+    expected = (weights_TK.double() * y_TKD.norm(dim=-1) * turned[:, None]).sum(dim=0)
+    total = output_sums(layer, Choice(None, index_TK, weights_TK, x_TD))
+    torch.testing.assert_close(total[[1, 2]], expected, rtol=1e-9, atol=0)

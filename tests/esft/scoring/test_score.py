@@ -225,6 +225,25 @@ def test_counts_are_added_up_over_all_ranks(monkeypatch):
         assert both.gate_scores[layer] == {expert: pytest.approx(2 * score) for expert, score in scores.items()}
 
 
+def test_ranks_share_the_batches_and_what_one_cannot_tell_is_left_out(monkeypatch):
+    class Second(Ranks):
+        rank, size, unknown = 1, 2, 0
+
+        def sum(self, values):
+            other = torch.zeros_like(values)
+            other[3] = self.unknown  # of another rank, whose gate values cannot be told
+            return values + other
+
+    batches = [token_batch(seed=seed) for seed in range(4)]
+    odd = esft.score_experts(tiny_model(), batches[1::2])
+    monkeypatch.setattr("esft.scoring.score.current", Second)
+    found = esft.score_experts(tiny_model(), batches)
+    assert found.token_scores == odd.token_scores and list(found.gate_scores) == [1, 2]
+    monkeypatch.setattr(Second, "unknown", 1)
+    found = esft.score_experts(tiny_model(), batches)
+    assert found.token_scores == odd.token_scores and not found.gate_scores
+
+
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_bar_counts_the_tokens_where_progress_is_to_be_seen(capsys, progress: bool):
     batch = token_batch()

@@ -147,6 +147,8 @@ def test_a_choice_may_be_as_large_in_every_layer_as_another_one():
     assert chosen.experts == {1: [1], 4: [0, 2, 3]}
     assert chosen.chosen_by == {"by": "output", "like": {4: 3, 1: 1}}
     assert esft.select_experts(TASK, like=ExpertSelection({4: [1]})).experts == {1: [], 4: [2]}
+    without = ExpertSelection({1: [], 4: [1]})  # names a layer that is not chosen from, and nothing of it
+    assert esft.select_experts(TASK, like=without, first_layer=4).experts == {4: [2]}
 
 
 def test_top_p_of_scores_with_a_unit_counts_shares_of_a_layers_sum():
@@ -170,6 +172,11 @@ def test_general_use_is_taken_off_the_tasks_by_shares():
     # Layer 1: 0.25, 0.25, 0.25.
     assert esft.select_experts(TASK, experts_per_layer=1, against=GENERAL, weight=0.25).experts == {1: [0], 4: [2]}
     assert esft.select_experts(TASK, budget=5, against=GENERAL, weight=0).experts == {1: [0, 1, 2], 4: [2, 0]}
+
+
+def test_general_use_of_layers_below_the_first_one_is_passed_over():
+    chosen = esft.select_experts(TASK, experts_per_layer=1, against=GENERAL, first_layer=4)
+    assert chosen.experts == {4: [2]}
 
 
 def test_top_p_against_general_use_sums_the_tasks_scores_and_comes_last_to_what_the_task_does_not_use():

@@ -19,6 +19,14 @@ from tests.esft.parallel.jobs import FirstOfTwo
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
 
 
+ORDERS = {
+    "as in the files": lambda tensors: tensors,
+    "backwards": lambda tensors: tensors[::-1],
+    # All gates of a layer before all its ups: parts of many experts are on their way at once.
+    "by projection": lambda tensors: sorted(tensors, key=lambda named: named[0].split(".")[-2:]),
+}
+
+
 def swapped(model, frozen: str):
     return esft.swap(model, ExpertSelection({1: [5, 2]}), frozen=frozen)
 
@@ -43,12 +51,12 @@ def test_every_expert_has_its_places_by_the_names_of_the_files():
 
 
 @pytest.mark.parametrize("frozen", ["bf16", "nf4"])
-@pytest.mark.parametrize("backwards", [False, True])
-def test_tensors_may_come_in_any_order_and_are_handed_on(frozen: str, backwards: bool, tmp_path):
+@pytest.mark.parametrize("order", ORDERS)
+def test_tensors_may_come_in_any_order_and_are_handed_on(frozen: str, order: str, tmp_path):
     base = save_tiny(tmp_path / "base")
     model, places = blank(frozen)
     tensors = list(Checkpoint.open(base).tensors())
-    given = tensors[::-1] if backwards else tensors
+    given = ORDERS[order](tensors)
     handed_on = list(Filling(model, places, "base").through(given))
     assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(handed_on, given, strict=True))
     for layer, wanted in zip(moe_layers(model), moe_layers(swapped(tiny_model(), frozen)), strict=True):
@@ -57,14 +65,14 @@ def test_tensors_may_come_in_any_order_and_are_handed_on(frozen: str, backwards:
         )
 
 
-@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("frozen", "make"), [("fp8", fp8_checkpoint), ("mxfp4", mxfp4_checkpoint)])
-def test_experts_in_few_bits_stay_as_they_come_and_what_else_comes_so_is_read(frozen, make, backwards: bool, tmp_path):
+def test_experts_in_few_bits_stay_as_they_come_and_what_else_comes_so_is_read(frozen, make, order: str, tmp_path):
     base = make(tmp_path / "base")
     stock = load_model(str(base))
     model, places = blank(frozen, load_model(str(base)))
     tensors = list(Checkpoint.open(base).tensors())
-    list(Filling(model, places, "base").through(tensors[::-1] if backwards else tensors))
+    list(Filling(model, places, "base").through(ORDERS[order](tensors)))
     for layer, wanted in zip(moe_layers(model), moe_layers(stock), strict=True):
         held = dict(zip(layer.experts.stock_names, layer.experts.stacked(), strict=True))
         matrices = [name for name in held if "bias" not in name]

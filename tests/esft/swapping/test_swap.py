@@ -404,6 +404,18 @@ def test_a_swap_that_fails_halfway_leaves_the_stock_model(monkeypatch, error: ty
     assert torch.equal(logits(model), before)
 
 
+def test_frozen_experts_that_a_format_cannot_hold_are_one_error_and_leave_the_stock_model():
+    model = tiny_model()
+    with torch.no_grad():
+        moe_layers(model)[1].experts.down_proj[3, 0, 0] = torch.inf
+    stock = [layer.experts for layer in moe_layers(model)]
+    with pytest.raises(esft.InputError, match="^int8: weights of expert 0 are not finite$"):
+        esft.swap(model, ExpertSelection({1: [0]}), frozen="int8")
+    assert known_state(model).swapped is None and not hangs_on(model)
+    assert all(layer.experts is own for layer, own in zip(moe_layers(model), stock, strict=True))
+    esft.swap(model, ExpertSelection({2: [3]}), frozen="int8")  # what trains is in no format
+
+
 def test_experts_without_transformers_flags_are_not_taken_for_spread_ones():
     model = zoo.tiny("step3p7", sliding_window=16)
     assert not any(hasattr(layer.experts, "_is_expert_parallel") for layer in moe_layers(model))

@@ -67,6 +67,18 @@ def test_views_of_the_same_weights_share_what_was_packed(made):
     assert stored.esft_packed[1] is first
 
 
+def test_other_views_of_the_same_memory_are_packed_anew(made):
+    frozen = ExpertWeights(torch.randn(4, 8, 8), torch.randn(4, 8, 4))
+    pools = replace(make_layer(tokens=1, dtype=torch.float32, hidden=8, intermediate=4).pools, frozen=frozen)
+    turned = ExpertWeights(frozen.gate_up_EGD.mT, frozen.down_EDF)
+    fewer = ExpertWeights(frozen.gate_up_EGD[:3], frozen.down_EDF[:3])
+    for weights, count in ((frozen, 4), (turned, 4), (fewer, 3), (frozen, 4)):
+        packed = cpu_packed._packed(replace(pools, frozen=weights))
+        assert len(packed) == count
+        out = torch.ops.mkldnn._linear_pointwise(torch.eye(8), packed[1]["up"], None, "none", [], "")
+        assert_close(out, weights.gate_up_EGD[1].mT, TOLERANCE[torch.float32])
+
+
 def test_every_product_of_every_frozen_expert_is_packed_by_its_name():
     pools = make_layer(tokens=1, dtype=torch.float32, hidden=8, intermediate=4).pools
     packed = cpu_packed._packed(pools)

@@ -137,3 +137,11 @@ def test_scales_in_8_bits_are_the_nearest_of_256_steps_around_their_mean():
     steps = parts[2].repeat_interleave(256)[: len(exact)]
     assert ((Nf4Double().scales(parts) - exact).abs() <= 0.5001 * steps).all()
     assert torch.allclose(parts[3], exact.mean()) and int(parts[1].abs().max()) == 127
+
+
+def test_what_the_last_scales_are_padded_with_is_no_scale():
+    weights = torch.ones(1, 260, 64)  # 260 blocks, of which the last four are a group alone
+    weights[0, 256:] = 1.25
+    _, absmax, scales, mean = Nf4Double().quantize(weights)
+    assert torch.allclose(scales[0] * 127, torch.tensor([mean[0] - 1.0, 1.25 - mean[0]]), rtol=1e-4)
+    assert absmax[0, 256:].tolist() == [127] * 4
