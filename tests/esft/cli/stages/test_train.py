@@ -89,6 +89,17 @@ def test_a_run_that_resumes_has_the_settings_that_it_was_begun_with(work, calls,
     assert config.lr == lr and resume == ("--resume" in more)
 
 
+def test_a_run_that_is_to_replace_another_resumes_with_its_own_settings_once_it_has_begun(work, calls):
+    calls.watch("train", RESULT)
+    for folder, lr in ((work / "run", 0.5), (work / "run" / "overwriting", 0.125)):
+        folder.mkdir()
+        write_yaml(folder / "config.yaml", asdict(TrainConfig(lr=lr)))
+    stage("train --model m --data d.jsonl --out run --resume")
+    (work / "run" / "overwriting" / "origin.json").write_text("{}")  # written last
+    stage("train --model m --data d.jsonl --out run --resume")
+    assert [config.lr for (_, _, _, config, *_), _ in calls.of["train"]] == [0.5, 0.125]
+
+
 def test_resuming_where_no_run_is_is_left_to_the_training_to_refuse(work, calls):
     calls.watch("train", RESULT)
     stage("train --model m --data d.jsonl --out run --resume")
