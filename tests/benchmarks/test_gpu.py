@@ -29,23 +29,23 @@ def test_a_tile_that_is_wrong_is_named_and_one_too_large_is_counted(monkeypatch)
         pass
 
     class Step:
-        """Right, wrong by as much as the result, and too large, in turn."""
+        """Right, wrong by as much as the result, too large, and wrong by half of it, in turn."""
 
-        runs = 0
+        def __init__(self):
+            self.results = iter((1.0, 2.0, None, 1.5))
 
         def run(self, problem):
-            self.runs += 1
-            if self.runs == 3:
+            if (result := next(self.results)) is None:
                 raise OutOfResources
-            return [torch.full((2,), float(self.runs))]
+            return [torch.full((2,), result)]
 
     monkeypatch.setattr(gpu, "CHECKED_TOKENS", 6)
     monkeypatch.setattr(gpu.peers, "ours", lambda *args: Step())
     first, other = Tiles(16, 32, 64, 4, 1), Tiles(16, 64, 32, 4, 1)
     monkeypatch.setattr(tune, "asked", lambda step, problem: {"a key": ("sm_90", "up", first)})
-    monkeypatch.setattr(tune, "candidates", lambda first, op, arch: [first, other, other])
-    (row,) = gpu.check_tiles(SMALL, torch.float32, CPU, most=3, workers=1)
-    assert row == {"kernel": "a key", "right": 1, "does not fit": 1, "wrong": [str(other)], "largest error": 1.0}
+    monkeypatch.setattr(tune, "candidates", lambda first, op, arch: [first, other, other, other])
+    (row,) = gpu.check_tiles(SMALL, torch.float32, CPU, most=4, workers=1)
+    assert row == {"kernel": "a key", "right": 1, "does not fit": 1, "wrong": [str(other)] * 2, "largest error": 1.0}
 
 
 def test_a_gpu_that_is_known_gets_shares_of_its_peaks(monkeypatch):

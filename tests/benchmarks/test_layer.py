@@ -101,3 +101,18 @@ def test_a_result_that_is_no_number_is_an_error_wherever_it_comes():
     assert layer.largest_error([right, 1.5 * right], [right, right]) == pytest.approx(0.5)
     for found in ([right, broken], [broken, right], [right, right, broken]):
         assert math.isnan(layer.largest_error(found, [right] * len(found)))
+
+
+def test_ratios_are_of_a_peers_time_to_ours_round_by_round():
+    row = layer._row(SMALL, 80, {"esft": [1.0, 2.0, 4.0], "x": [2.0, 6.0, 16.0]})
+    assert row == {
+        "shape": "small", "tokens": 80, "peer": "x", "peer ms": 6e3, "esft ms": 2e3, "peer / esft": 3.0,
+        "quartiles": "2.00-4.00",
+    }  # fmt: skip
+
+
+def test_tasks_take_turns_and_two_rounds_warm_up():
+    calls = []
+    tasks = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = layer.interleaved(tasks, 3, CPU)
+    assert calls == ["a", "b"] * 5 and [len(taken) for taken in seconds.values()] == [3, 3]

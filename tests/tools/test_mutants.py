@@ -71,6 +71,14 @@ def test_a_sample_is_the_same_every_time_and_another_seed_gives_another():
     assert len(sample(module, 20, seed=0)) == 20
 
 
+def test_a_sample_has_no_mutant_that_is_listed_as_equivalent():
+    entries = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8"))
+    module = entries[0]["module"]
+    listed = {(entry["line"], entry["becomes"]) for entry in entries if entry["module"] == module}
+    found = {(mutant.before, mutant.after) for mutant in sample(module, 1 << 20, seed=0)}
+    assert found and not found & listed
+
+
 def test_every_module_has_a_mirror():
     for module in modules():
         if not (ROOT / mirror(module)).is_file():  # which only names and texts may do without

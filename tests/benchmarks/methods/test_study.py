@@ -111,6 +111,15 @@ def test_the_smoke_study_measures_and_prints_all_tables(tmp_path, monkeypatch, c
     assert printed.endswith(capsys.readouterr().out)
 
 
+def test_tables_are_of_trainings_that_are_as_long_as_one_another(tmp_path, capsys):
+    results, more = tmp_path / "r.json", {"general": {}, "parameters": 10}
+    cells = [Cell("a", "base", 0.0, 1, "test", steps) for steps in (2, 3)]
+    found = [vars(cell) | {"score": score} | more for cell, score in zip(cells, (0.25, 0.75), strict=True)]
+    results.write_text(json.dumps(found))
+    study.main(["--tables", "--steps", "2", "--results", str(results)])
+    assert capsys.readouterr().out == tables.page(found[:1]) + "\n" != tables.page(found) + "\n"
+
+
 def test_the_tables_of_the_docs_are_those_of_the_results():
     text = (Path(study.__file__).parents[2] / "docs" / "methods_tables.md").read_text(encoding="utf-8")
     assert text.endswith("\n\n" + tables.page(list(study.found_in(study.RESULTS).values())) + "\n")

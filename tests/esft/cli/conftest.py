@@ -20,6 +20,7 @@ HOMES = {
     "open_config": "esft.checkpoint.source",
     "moe_layers": "esft.experts.moe_layers",
     "score_experts": "esft.scoring.score",
+    "gradient_scores": "esft.scoring.gradients",
     "plot_scores": "esft.scoring.plot",
     "windows": "esft.data.batches",
     "train": "esft.training.loop",

@@ -66,6 +66,12 @@ def test_the_command_that_goes_on_is_the_one_that_was_given_and_resumes(monkeypa
     assert resuming(["train", "--out", "a run"]).endswith(" train --out 'a run' --resume")
 
 
+def test_of_several_processes_those_of_this_machine_are_started_again(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert resuming(["train", "--out", "run"]) == "torchrun --nproc-per-node=2 -m esft train --out run --resume"
+
+
 def test_a_share_is_above_zero_and_at_most_one():
     assert [share(text) for text in ("1", "0.2", "1e-9")] == [1.0, 0.2, 1e-9]
     for text in ("0", "-0.1", "1.01", "nan", "inf"):

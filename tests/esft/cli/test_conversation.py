@@ -151,3 +151,16 @@ def test_lines_go_on_with_a_conversation_and_commands_begin_it_anew():
         [brief, ("user", "d")], [brief, ("user", "e")], [("user", "/f")],
     ]  # fmt: skip
     assert [str(error).partition(" (")[0] for error in refused] == ["/stop: no command"]
+
+
+def test_a_line_that_cannot_be_answered_is_no_part_of_the_conversation():
+    got, refused = [], []
+
+    def reply(messages) -> str:
+        got.append([message["content"] for message in messages])
+        if messages[-1]["content"] == "long":
+            raise InputError("too long")
+        return "no"
+
+    converse(["a", "long", "b"], reply, refused.append)
+    assert got == [["a"], ["a", "no", "long"], ["a", "no", "b"]] and [str(error) for error in refused] == ["too long"]

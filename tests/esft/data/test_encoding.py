@@ -16,7 +16,7 @@ from esft.data.encoding import TOGETHER, Encoder, encode_all, encode_prompt, tok
 from esft.data.examples import IGNORE, Example
 from esft.data.records import Record
 from esft.data.sources import read_records
-from tests.esft.models import chat, record, tiny_encoder, tiny_tokenizer, write_records
+from tests.esft.models import adds_a_start, chat, record, tiny_encoder, tiny_tokenizer, write_records
 
 SYSTEM = {"role": "system", "content": "be brief"}
 MARKED = (
@@ -326,6 +326,9 @@ def test_a_prompt_is_what_comes_before_the_answer_or_a_text():
     prompt = encode_prompt(encoder.tokenizer, user)
     assert encoder.tokenizer.decode(prompt) == "<|bos|><|user|>ab<|end|><|assistant|>"
     assert encoder.tokenizer.decode(encode_prompt(encoder.tokenizer, Record(text="ab"))) == "ab"
+    started = adds_a_start(tiny_tokenizer())  # which a template has done already
+    assert encode_prompt(started, user) == prompt
+    assert started.decode(encode_prompt(started, Record(text="ab"))) == "<|bos|>ab"
     encoder.tokenizer.chat_template = ""
     with pytest.raises(esft.InputError, match="^the chat template renders nothing of it$"):
         encode_prompt(encoder.tokenizer, user)

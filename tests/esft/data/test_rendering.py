@@ -106,6 +106,10 @@ def test_tools_and_variables_are_in_every_rendering():
     some = Record(BOTH, tools=[{"name": "lamp"}], template={"mood": "kind"})
     assert render(tokenizer, some, BOTH[:2]) == "lampkindabc"
     assert rendered(tokenizer, some).spans == [(9, 11, True), (12, 14, True)]
+    tokenizer.chat_template = "{{ tools[0].name }}{{ mood }}" + MARKED
+    assert rendered(tokenizer, some) == Rendered(
+        "lampkindua.abc.ud.aef.", [(12, 14, True), (19, 21, True)], plain=False
+    )
 
 
 def test_each_turn_is_rendered_once_more_than_the_whole(monkeypatch):

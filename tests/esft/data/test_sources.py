@@ -2,6 +2,7 @@ import bz2
 import gc
 import gzip
 import json
+import logging
 import lzma
 import os
 import zipfile
@@ -274,6 +275,7 @@ def test_readers_that_end_in_any_order_leave_what_datasets_says_as_it_was(folder
     first, second = DataSource.of(folder).records(), DataSource.of(folder).records()
     assert next(first).text == next(second).text
     first.close()
+    assert datasets.logging.get_verbosity() == logging.CRITICAL  # the other one still reads
     list(second)
     del first, second
     gc.collect()

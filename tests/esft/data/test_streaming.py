@@ -50,6 +50,18 @@ def test_a_stream_goes_on_from_any_step_with_what_it_would_have_had(tmp_path, pa
     assert taken(sources, tiny_encoder(), 2, 3, first=33, packing=packing, count=7) == whole[33:]
 
 
+@pytest.mark.parametrize("packing", [None, Packing(8, "bfd")])
+def test_every_window_is_shuffled_in_a_way_of_its_own(tmp_path, packing):
+    """All records are in each window, and each fills a row."""
+    lines = [{"messages": chat(f"{i:02d}", "b")} for i in range(32)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [
+        row for (row,) in taken([DataSource.of(tmp_path / "d.jsonl")], tiny_encoder(), 1, 0, packing=packing, count=64)
+    ]
+    first, second = ([row.ids for row in half] for half in (rows[:32], rows[32:]))
+    assert {len(row.ids) for row in rows} == {8} and first != second and sorted(first) == sorted(second)
+
+
 def test_no_more_is_read_than_is_held(tmp_path, monkeypatch):
     source, read = write(tmp_path / "d.jsonl", 3000), []
     real = DataSource.records

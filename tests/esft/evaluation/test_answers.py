@@ -105,6 +105,14 @@ def test_64_prompts_are_answered_at_a_time_with_128_tokens_unless_told():
     assert [(len(call["input_ids"]), call["max_new_tokens"]) for call in calls] == [(64, 128), (6, 128)]
 
 
+def test_no_answer_of_a_batch_goes_beyond_the_positions_that_its_longest_prompt_leaves():
+    model, prompts = tiny_model(max_position_embeddings=12), [conversation("hello"), conversation("a")]
+    calls = record_generate(model)
+    for batch_size in (2, 1):
+        answer(model, tiny_tokenizer(), prompts, 9, batch_size)
+    assert [call["max_new_tokens"] for call in calls] == [12 - 9, 12 - 5, 12 - 9]
+
+
 def test_progress_is_shown_when_wanted_only(capsys):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     record_generate(model)

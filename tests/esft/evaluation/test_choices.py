@@ -46,6 +46,17 @@ def test_the_likeliest_choice_is_chosen_whatever_is_expected():
     assert not model.training
 
 
+def test_of_choices_of_unlike_lengths_that_one_is_chosen_whose_whole_text_is_likeliest():
+    """Not whose tokens are, in the mean: that would favour long ones."""
+    model, draw = tiny_model(), random.Random(0)
+    words = [["".join(draw.choices("abcdefgh", k=length)) for length in (2, 9)] for _ in range(6)]
+    whole = [{choice: likelihood(model, f"what {i}", choice) for choice in each} for i, each in enumerate(words)]
+    best = [max(each, key=lambda choice, each=each: each[choice]) for each in whole]
+    a_token = [max(each, key=lambda choice, each=each: each[choice] / (len(choice) + 1)) for each in whole]
+    records = [replace(asked(f"what {i}", choices[0]), choices=choices) for i, choices in enumerate(words)]
+    assert choose(model, tiny_encoder(), records) == best != a_token
+
+
 def test_of_a_text_the_choices_go_on_with_its_prompt():
     record = Record(text="is it? no", prompt=7, choices=["yes", "no"])
     assert [(each.text, each.prompt) for each in candidates(record)] == [("is it? yes", 7), ("is it? no", 7)]

@@ -99,6 +99,15 @@ def test_of_the_loss_alone_no_answer_is_made_and_of_no_number_neither(monkeypatc
     assert math.isnan(measure(tiny_model(), tiny_tokenizer(), eval_set(), ["loss", "exact_match"]).scores["loss"])
 
 
+def test_as_many_rows_as_are_asked_for_go_through_the_model_together(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "mean_loss", lambda *given: asked.append(given[1:]) or 1.0)
+    data = eval_set()
+    for batch_size in ({}, {"batch_size": 3}):
+        measure(tiny_model(), tiny_tokenizer(), data, **batch_size)
+    assert asked == [(data.examples, 258, 32), (data.examples, 258, 3)]
+
+
 def test_a_score_whose_library_is_missing_is_told_before_the_records_are_looked_at(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(esft.InputError, match="^chrf needs the sacrebleu package"):

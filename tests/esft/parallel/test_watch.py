@@ -1,8 +1,11 @@
 """What becomes of a job of which a rank fails, dies or hangs: it ends, in one line that names the rank."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -107,6 +110,20 @@ def test_an_operation_that_fails_waits_for_who_says_why_unless_nobody_watches_an
     with pytest.raises(torch.OutOfMemoryError), own.waiting("a sum"):
         raise torch.OutOfMemoryError("full")
     assert own.stopped and not slept
+
+
+def test_a_process_that_is_gone_has_died_unless_it_is_of_another_place_or_has_left_in_peace(monkeypatch):
+    monkeypatch.setattr(Watch, "_run", lambda self: None)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    store = Kept()
+    own, beat = Watch(store, 0, 2), {"beat": 1, "entered": 1, "progress": 1, "pid": gone.pid}
+    died = f"has died (process {gone.pid} is gone; killed, or out of memory?)"
+    for place, said in (("another pid:[1]", None), (watch._place(), died)):
+        store.set("beat/1", json.dumps(beat | {"place": place}))
+        assert own._dead(1) == said
+    store.set("left/1", "")
+    assert own._dead(1) is None
 
 
 def test_a_store_that_does_not_answer_ends_its_ranks(slept, monkeypatch):

@@ -46,6 +46,7 @@ def test_what_esft_eval_writes_is_read_whatever_was_measured(tmp_path, monkeypat
         ({"records": 10**400, "loss": 1.0, "answers": []}, "records is 1000.*, no number"),
         ({"records": True, "loss": 1.0, "answers": []}, "records is True, no number"),
         ({"records": 1, "loss": 1.0, "answers": [1]}, "answer 1: must have texts prompt, expected, given, got 1"),
+        ({"records": 3, "answers": [{"chosen": "a"}, {"chosen": "b"}, 1]}, "answer 3: must have texts"),
         (
             {"records": 1, "loss": 1, "answers": [{"prompt": "p", "expected": "e", "given": 3, "correct": True}]},
             "answer 1: must have texts",

@@ -65,6 +65,15 @@ def test_base_and_data_are_told_where_they_differ(tmp_path):
     assert found["of a's experts"] == ["", "another base"] and found["of b's experts"] == ["another base", ""]
 
 
+@pytest.mark.parametrize(("name", "digest", "cell"), [("elsewhere", "1", "3 (100.0%)"), ("base", "m2", "another base")])
+def test_a_base_is_another_by_its_weights_and_not_by_its_name(tmp_path, name: str, digest: str, cell: str):
+    made = [make_run(tmp_path / run) for run in "ab"]
+    for run, model, own in zip(made, ("base", name), ("1", digest), strict=True):
+        origin = json.loads((run / "origin.json").read_text())
+        write_json(run / "origin.json", origin | {"model": model, "digests": origin["digests"] | {"model": own}})
+    assert rows(*made)["of a's experts"] == ["", cell] and ("model" in rows(*made)) == (digest != "1")
+
+
 def test_runs_without_a_selection_have_no_overlap(tmp_path):
     found = rows(make_run(tmp_path / "a", method="full"), make_run(tmp_path / "b", method="lora"))
     assert "experts" not in found and not any("'s experts" in name for name in found)

@@ -83,8 +83,8 @@ _GREYS = {"#1b1b1b", "#d0d0d0", "#e6e6e6", "#484848", "none"}
 @pytest.mark.parametrize(
     "name",
     [
-        "</text></svg><script>alert(1)</script>", "$\\frac{1}", "$x^", "a\x00\x1b[2J\ud800\n\u202e", "&amp;", "_hidden",
-        "", "x" * 5000, "\u4e2d\u6587 \U0001f600",
+        "</text></svg><script>alert(1)</script>", "$\\frac{1}", "$x^", "$x^$", "$a_b$", "a\x00\x1b[2J\ud800\n\u202e",
+        "&amp;", "_hidden", "", "x" * 5000, "\u4e2d\u6587 \U0001f600",
     ],
 )  # fmt: skip
 def test_a_name_is_a_text_whatever_it_is(name: str):

@@ -44,6 +44,14 @@ def test_figures_of_the_metrics_are_lines_and_of_two_in_a_step_the_later_counts(
     assert list(record.measured) == ["eval_loss"]
 
 
+def test_an_evaluation_before_the_first_step_is_no_step(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 9.0}\n' + lines)
+    record = RunRecord.read(run)
+    assert record.steps == 4 and record.lines["eval_loss"].steps[0] == 0
+
+
 def test_the_summarys_numbers_are_told_with_the_names_of_their_groups(tmp_path):
     run = make_run(tmp_path / "run")
     write_json(

@@ -4,13 +4,16 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from unittest.mock import ANY
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from esft.errors import InputError
-from esft.runs.checkpoints import Best, Checkpoints, State
+from esft.runs.checkpoints import Best, Checkpoints, State, digests_of
+from esft.runs.config import TrainConfig
+from esft.selection import ExpertSelection
 from esft.storage.files import file_digest, value_digest
 
 RUN = {"model": "1", "data": "2", "settings": "3", "selection": "4"}
@@ -148,6 +151,35 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, s
     shutil.rmtree(tmp_path / "checkpoints" / "step-000002")
     with pytest.raises(InputError, match=f"step-000004/.*{message}.*; no other checkpoint is sound, begin the run ag"):
         restored(saved)
+
+
+def test_all_damaged_checkpoints_are_named_and_the_last_one_where_none_is_sound(tmp_path):
+    checkpoints = Checkpoints(tmp_path, RUN)
+    for step in (1, 2, 3):
+        checkpoints.save(best_of(step, 1))  # which is kept
+    for step in (2, 3):
+        flip(tmp_path / f"step-00000{step}")
+    with pytest.warns(UserWarning, match="goes on from step-000001") as warned:
+        assert same(restored(checkpoints), state(1))
+    for step, said in zip((3, 2), warned, strict=True):
+        assert f"step-00000{step}/state.safetensors: is not as it was written" in str(said.message)
+    flip(tmp_path / "step-000001")
+    with pytest.raises(InputError, match="step-000003/state.safetensors: is not .*; no other checkpoint is sound"):
+        restored(checkpoints)
+
+
+def test_settings_and_selection_that_differ_have_other_digests_and_more_steps_have_not():
+    config, selection = TrainConfig(lr=1e-3), ExpertSelection({1: [2]})
+    begun = digests_of(config, selection)
+    assert digests_of(replace(config, steps=7), selection) == begun
+    assert digests_of(replace(config, seed=1), selection) == begun | {"settings": ANY}
+    others = (
+        None, ExpertSelection({1: [3]}), ExpertSelection({2: [2]}), replace(selection, shared_experts=True),
+        replace(selection, non_expert_modules=True),
+    )  # fmt: skip
+    found = [digests_of(config, other) for other in others]
+    assert all(each == begun | {"selection": ANY} for each in found)
+    assert len({each["selection"] for each in (begun, *found)}) == 1 + len(others)
 
 
 def test_a_state_that_does_not_fit_is_a_damaged_one(saved):

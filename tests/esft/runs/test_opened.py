@@ -254,6 +254,29 @@ def test_what_a_kill_left_of_a_run_that_was_to_replace_another_does_not_hinder_t
     assert tree(run) == two
 
 
+def test_a_run_goes_on_where_another_was_killed_before_it_had_begun_to_replace_it(run):
+    before = tree(run)
+    with pytest.raises(KeyError), opened(run, False, True) as folder:
+        fill(folder, "two", whole=False)
+        raise KeyError
+    for name in ("origin.json", "metrics.jsonl"):
+        (folder.path / name).unlink()
+    assert latest(run).path == run
+    with opened(run, True, False) as folder:
+        assert folder.path == run and not (run / "overwriting").exists()
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_kill_left_of_a_checkpoint_is_cleared_away_by_the_next_that_opens_the_run(run, resume: bool):
+    left = run / "checkpoints" / ".step-000004.esft"
+    (left / "new").mkdir(parents=True)
+    for name in ("lock", "new/state.json"):
+        (left / name).write_text("")
+    with opened(run, resume, not resume):
+        assert not left.exists()
+
+
 @pytest.mark.parametrize(
     "name", ["overwriting", "overwriting-done", "overwriting/replaced", "overwriting-done/replaced"]
 )

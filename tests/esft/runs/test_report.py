@@ -116,6 +116,17 @@ def test_a_summary_is_shown_in_short(tmp_path):
     assert last[0] == "data: " + "d" * 200 and len(last[1]) < 100 and last[2] == "n: 1.5"
 
 
+def test_what_a_summary_holds_takes_no_line_of_its_own(tmp_path):
+    write_run(tmp_path, 1, ended=False)
+    scores = {"eval_loss\nsteps: 9": 1.0, "eval_\x1b[2J": 2.0}
+    values = {"data": "d\nsteps: 9", "mo\ndel": "m\x1b[2J", "before": scores, "after": scores}
+    (tmp_path / "summary.json").write_text(json.dumps(values))
+    text = report(tmp_path)
+    assert all(line.isprintable() for line in text.splitlines())
+    assert not any(line.startswith(("steps: 9", "del")) for line in text.splitlines())
+    assert text.splitlines()[-2:] == [r"data: 'd\nsteps: 9'", r"'mo\ndel': 'm\x1b[2J'"]
+
+
 def test_every_figure_of_evaluation_data_has_its_column_and_what_came_before_the_first_step_has_no_row(tmp_path):
     step = {"loss": 1.0, "lr": 1e-3, "tokens_per_second": 5.0}
     lines = [

@@ -30,7 +30,8 @@ FIELDS = {each.name: each for each in fields(Few)}
         ("share", "1", 1.0), ("share", "2.5e-1", 0.25), ("share", 1, 1.0), ("share", ".5", 0.5),
         ("count", "3", 3), ("count", "3.0", 3), ("count", 3.0, 3), ("count", "+7", 7),
         ("most", ".inf", math.inf), ("most", "inf", math.inf), ("most", None, None), ("most", "0e-5", 0.0),
-        ("kind", "b", "b"), ("name", "12", "12"), ("on", "true", True), ("on", "false", False), ("on", "True", True), ("on", "FALSE", False), ("on", True, True),
+        ("kind", "b", "b"), ("name", "12", "12"), ("on", "true", True), ("on", "false", False),
+        ("on", "True", True), ("on", "FALSE", False), ("on", True, True),
     ],
 )  # fmt: skip
 def test_a_text_becomes_a_value_of_the_settings_kind(name: str, said, value):

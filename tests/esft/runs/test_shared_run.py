@@ -1,16 +1,18 @@
 """A run's folder, as every rank of a job has it."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from esft.errors import InputError
 from esft.parallel.join import joined
-from esft.parallel.ranks import ALONE
+from esft.parallel.ranks import ALONE, Ranks
 from esft.runs.checkpoints import Best, State
 from esft.runs.config import TrainConfig
-from esft.runs.shared_run import shared_run
+from esft.runs.run_folder import RunFolder
+from esft.runs.shared_run import SharedRun, shared_run
 from esft.selection import ExpertSelection
 from tests.esft.parallel.jobs import job
 
@@ -75,6 +77,38 @@ def test_one_process_writes_and_reads_the_run_itself(tmp_path):
         shared_run(ALONE, tmp_path / "run", resume=False, overwrite=False),
     ):
         pass
+
+
+class Asked(Ranks):
+    """Two ranks, as far as this one is asked: what it would have the other one agree to."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.facts: list = []
+
+    def check_alike(self, facts) -> None:
+        self.facts.append(dict(facts))
+
+
+def test_states_are_alike_where_losses_names_and_every_value_are_and_the_ranks_own_parts_do_not_count(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("esft.runs.shared_run.CHUNK", 2)
+    long, ranks = torch.arange(5.0), Asked()
+    run = SharedRun(ranks, RunFolder(tmp_path))
+    state = State(3, [1.0, 2.0], {"a": long, "b": TENSORS["b"]})
+    last = torch.cat([long[:4], torch.tensor([9.0])])
+    others = (
+        replace(state, losses=[1.0, 2.5]), replace(state, tensors={"a": last, "b": TENSORS["b"]}),
+        replace(state, tensors={"a": long, "c": TENSORS["b"]}),
+    )  # fmt: skip
+    own = replace(state, tensors=state.tensors | {"mine": long}, parts=frozenset({"mine"}))
+    turned = replace(state, tensors=dict(reversed(state.tensors.items())), best=BEST)
+    for each in (state, own, turned, *others):
+        run.check_alike(each)
+    first, *more = (facts["state after step 3"] for facts in ranks.facts)
+    assert more[:2] == [first, first] and len({first, *more[2:]}) == 1 + len(others)
 
 
 def differ() -> None:

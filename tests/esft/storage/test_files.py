@@ -51,6 +51,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_a_block_that_does_not_end_leaves_the_old_file_and_no_other(tmp_path, error: type[BaseException]):
+    write_text(tmp_path / "x", "old")
+    with pytest.raises(error), whole_file(tmp_path / "x") as file:
+        file.write(b"half")
+        raise error
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x": "old"}
+
+
 def test_a_header_says_where_the_bytes_of_each_tensor_are(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4, dtype=torch.int16), "c": torch.tensor(1.5)}
     for metadata in (None, {"format": "pt"}):

@@ -123,9 +123,12 @@ def test_a_file_that_cannot_be_read_though_it_is_there_is_named(tmp_path, monkey
 
 
 def test_settings_are_texts_with_their_lines(tmp_path):
-    (tmp_path / "c.yaml").write_text("\ufeff# first\nlr: 1e-3\nsteps: '7'\n\nclip: ~\nname: null\nb: yes\nt: 1:30\n")
+    (tmp_path / "c.yaml").write_text(
+        "\ufeff# first\nlr: 1e-3\nsteps: '7'\n\nclip: ~\nname: null\nb: yes\nt: 1:30\nnext:\n  w\n"
+    )
     assert read_settings(tmp_path / "c.yaml") == {
         "lr": ("1e-3", 2), "steps": ("7", 3), "clip": (None, 5), "name": (None, 6), "b": ("yes", 7), "t": ("1:30", 8),
+        "next": ("w", 9),
     }  # fmt: skip
     for nothing in ("", "# nothing\n", "null", "---\n"):
         (tmp_path / "c.yaml").write_text(nothing)

@@ -248,6 +248,9 @@ def test_the_model_is_left_as_it_was_and_the_base_stays_where_it_was():
         assert parameter.data_ptr() == place and torch.equal(parameter, values)
     move(model)
     again = held.predictions(BATCHES["rows"])
+    model.eval()
+    held.predictions(BATCHES["rows"])
+    assert not any(module.training for module in model.modules())
     assert torch.equal(first.hidden_ND, again.hidden_ND) and not again.hidden_ND.requires_grad
 
 

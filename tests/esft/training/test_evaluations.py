@@ -211,15 +211,16 @@ def test_the_last_model_is_kept_unless_told_and_what_was_best_is_still_told(base
     assert not list((out / "checkpoints").glob("*"))  # nothing that only the best is kept for
 
 
-def test_a_run_that_evaluation_data_decides_on_resumes_with_no_other(base, out, fake):
-    config = settings(steps=4, save_every=2, load_best_model_at_end=True)
+@pytest.mark.parametrize("more", [{"load_best_model_at_end": True}, {"early_stopping_patience": 9}], ids=str)
+def test_a_run_that_evaluation_data_decides_on_resumes_with_no_other(base, out, fake, more: dict):
+    config = settings(steps=4, save_every=2, **more)
     run(base, "run", config)
     write_records(base.parent / "e.jsonl", 5)
     with pytest.raises(
         esft.InputError, match="^cannot resume with eval_data .*e.jsonl: the run was begun with another$"
     ):
         run(base, "run", None, None, resume=True, eval_data=base.parent / "e.jsonl")
-    with pytest.raises(esft.InputError, match="^load_best_model_at_end needs evaluation data"):
+    with pytest.raises(esft.InputError, match=f"^{next(iter(more))} needs evaluation data"):
         run(base, "run", None, None, resume=True, eval_data=None)
     run(base, "free", settings(steps=4, save_every=2))
     assert "eval_data" not in json.loads((base.parent / "free" / "origin.json").read_text())["digests"]

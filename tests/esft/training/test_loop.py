@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from contextlib import nullcontext
@@ -33,6 +34,13 @@ from tests.esft.small_runs import SELECTION, breaks, column, metrics, run, setti
 
 train_module = importlib.import_module("esft.training.loop")  # ``esft.train`` is the function
 PAD = 258
+
+
+def test_what_is_to_show_the_figures_is_looked_for_before_anything_is_written(base, out, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(esft.InputError, match="^report_to wandb needs the wandb package"):
+        run(base, "run", settings(report_to="wandb"))
+    assert not out.exists()
 
 
 def test_what_a_model_draws_while_it_is_made_depends_on_the_seed(base, fake, monkeypatch):

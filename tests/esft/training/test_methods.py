@@ -12,6 +12,7 @@ import esft
 from esft.checkpoint.digest import model_digest
 from esft.checkpoint.load import load_model, load_tokenizer
 from esft.experts.model_state import swapped_state
+from esft.parallel.ranks import ALONE
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
 from esft.training.methods import METHODS, Source
@@ -101,7 +102,24 @@ def test_memory_is_saved_as_the_settings_say_and_on_the_backend_that_they_name(b
     assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == (recompute == "layers")
 
 
-def test_a_model_that_cannot_make_its_layers_again_is_refused(base, monkeypatch):
+def test_a_model_is_loaded_as_the_settings_say(base, monkeypatch):
+    asked, model = [], prepared(base, TrainConfig(), SELECTION)
+    monkeypatch.setattr("esft.training.methods.load", lambda *given: asked.append(given) or model)
+    config = TrainConfig(
+        frozen="nf4", dtype="float32", backend="reference", recompute="frozen", frozen_linear="int8", shard="experts"
+    )
+    for each, trust in ((config, True), (TrainConfig(), False)):
+        METHODS["esft"].prepare(Source("m", trust, progress=trust), each, SELECTION)
+    assert asked == [
+        ("m", SELECTION, "nf4", "float32", "reference", "frozen", True, True, "int8", ALONE),
+        ("m", SELECTION, "auto", "auto", "auto", "none", False, False, "bf16", ALONE),
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_cannot_make_its_layers_again_is_refused(base, monkeypatch, method: str):
+    if method == "lora":
+        pytest.importorskip("peft")
     asked = []
 
     def refuses(model):
@@ -110,7 +128,7 @@ def test_a_model_that_cannot_make_its_layers_again_is_refused(base, monkeypatch)
 
     monkeypatch.setattr("esft.training.methods.recompute_layers_of", refuses)
     with pytest.raises(esft.InputError, match="recompute layers: does not support it"):
-        prepared(base, TrainConfig(recompute="layers"), SELECTION)
+        prepared(base, TrainConfig(method=method, recompute="layers"), SELECTION if method == "esft" else None)
     assert len(asked) == 1 and isinstance(asked[0], PreTrainedModel)
 
 

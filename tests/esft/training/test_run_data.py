@@ -138,6 +138,14 @@ def test_a_stream_is_tried_and_has_no_report(paths, tmp_path):
         read(tmp_path / "bad.jsonl", streaming=True)
 
 
+@pytest.mark.parametrize("more", [{}, {"packing": True, "max_length": 40}], ids=str)
+def test_a_stream_goes_on_from_any_step_and_its_rows_are_packed_where_that_is_set(paths, more: dict):
+    found = read(paths, streaming=True, steps=40, **more)
+    whole = list(found.batches(0))
+    assert list(found.batches(34)) == whole[34:] and len(whole) == 40
+    assert any(len(row.starts) > 1 for batch in whole for row in batch) == bool(more)
+
+
 def test_the_bytes_of_a_file_are_the_digest_of_a_stream_too(paths):
     assert read(paths[0], streaming=True).digest() == file_digest(paths[0])
 
@@ -212,6 +220,13 @@ def test_what_is_mixed_in_is_a_part_of_the_digest(paths):
     digests = [with_mixed(paths, share).digest() for share in ("0.25", "0.5")]
     assert len({*digests, read(paths).digest(), read(paths[0]).digest()}) == 4
     assert with_mixed(paths, "0.25").digest() == digests[0]
+
+
+def test_records_that_are_mixed_in_are_traced_too(paths):
+    found, text = with_mixed(paths, "0.25"), json.dumps({"messages": chat("general", "words")})
+    paths[1].write_text(f"{text}\n")
+    mixed = tiny_encoder(256).encode(read_records(paths[1])[0])
+    assert found.places([mixed]) == [f"{paths[1]}: line 1"]
 
 
 def test_nothing_is_mixed_into_a_stream(paths):

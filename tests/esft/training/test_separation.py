@@ -67,6 +67,8 @@ def test_the_model_is_left_as_it_was_and_tried_out_once(monkeypatch):
     for _ in range(2):
         check_separates(model)
     assert len(calls) == 2 and model.training
+    check_separates(resting := tiny_model())
+    assert not resting.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -118,6 +118,25 @@ def test_what_is_mixed_in_is_held_to_the_base():
     assert "kl" not in loop.update(3, [task])
 
 
+def test_what_is_held_to_the_base_counts_token_by_token_however_the_batch_is_cut():
+    """Of lengths that are unlike, so that a mean of means would be another."""
+    rows = [Example([1, 2, 3], [1, 2, 3])]
+    rows += [Example(ids := [7 + n, *range(20, 20 + n)], ids, mixed=(0,)) for n in (1, 4, 9)]
+    lines = []
+    for together in (4, 2, 1):
+        loop = module.Steps(
+            esft.swap(tiny_model(), SELECTION).train(), PAD, settings(kl_weight=50.0, micro_batch_size=together)
+        )
+        with torch.no_grad():
+            for parameter in loop.optimizer.params.values():
+                parameter.mul_(8.0)  # away from the base
+        lines.append(loop.update(1, rows))
+    assert lines[0]["kl"] > 1e-3
+    for line in lines[1:]:
+        for name in ("loss", "kl", "grad_norm"):
+            assert line[name] == pytest.approx(lines[0][name], rel=1e-3)
+
+
 @pytest.mark.parametrize("setting", ["packing", "padding_free", "eval_packing"])
 def test_where_documents_share_rows_the_model_has_to_keep_them_apart(monkeypatch, setting: str):
     monkeypatch.setattr(module, "check_separates", lambda model: 1 / 0)
@@ -253,6 +272,22 @@ def test_a_step_that_is_no_number_names_its_micro_batch_and_the_records_in_it(ba
     assert max((int(path.name[5:]) for path in (out / "checkpoints").glob("*")), default=0) == step - 1
 
 
+def test_a_step_that_is_computed_again_draws_what_it_drew(monkeypatch):
+    """The gradient of the second micro batch is none because of what is drawn for it."""
+    drawn = []
+
+    def loss(model, batch):
+        drawn.append(torch.rand(()).item())
+        total = torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum()
+        return (NoNumber.apply(total) if drawn[1:] and drawn[-1] == drawn[1] else total), 1
+
+    monkeypatch.setattr(module, "batch_loss", loss)
+    steps = module.Steps(esft.swap(tiny_model(), SELECTION), PAD, settings(micro_batch_size=1))
+    with pytest.raises(esft.DivergenceError, match=r"Micro batch 2 of 3$"):
+        steps.update(1, [Example([1, 2, 3], [1, 2, 3])] * 3)
+    assert len(drawn) == 5 and drawn[3:] == drawn[:2]
+
+
 def test_a_list_of_more_than_16_records_is_cut(base, monkeypatch):
     poison(monkeypatch, "s", lambda total: total * math.inf)
     unlike = (json.dumps({"messages": chat(f"say {n}", "b")}) for n in range(20))
@@ -279,6 +314,14 @@ def test_of_several_ranks_the_one_whose_loss_is_no_number_says_what_it_held(monk
     steps = module.Steps(esft.swap(tiny_model(), SELECTION), PAD, settings(), ranks=ranks)
     with pytest.raises(esft.DivergenceError, match=r"; lower the learning rate\. Micro batch 1 of 1$"):
         steps.update(1, [Example(tiny_tokenizer()("a b")["input_ids"], [1, 2, 3])])
+
+
+def test_tokens_are_counted_without_their_padding_and_so_is_the_share_that_is_learnt():
+    steps = module.Steps(esft.swap(tiny_model(), SELECTION).train(), PAD, settings())
+    rows = [Example([1, 2, 3], [1, 2, 3]), Example([1] * 9, [IGNORE] * 7 + [1] * 2)]
+    for step in (1, 2):
+        steps.update(step, rows)
+        assert (steps.supervised, steps.tokens) == (4 / 12, 12 * step)
 
 
 def test_a_row_without_anything_to_learn_is_a_step_without_a_loss():

@@ -8,6 +8,8 @@ import torch
 import esft
 from esft.cli.parser import main
 from esft.cli.stages import plan
+from esft.planning import advice as advising
+from esft.planning import outline as outlines
 from esft.planning import plan as planning
 from esft.runs.config import TrainConfig
 from esft.selection import ExpertSelection
@@ -62,6 +64,17 @@ def test_plan_runs_a_models_code_only_where_it_is_told(tmp_path, monkeypatch, fl
     monkeypatch.setattr(planning, "plan", watched)
     assert main(["plan", "--model", str(save_tiny(tmp_path / "base")), "--tokens", "64", *flag]) == 0
     assert asked == [trusted]
+
+
+def test_what_to_change_and_to_shard_is_asked_of_what_was_planned(tmp_path, monkeypatch, capsys):
+    asked, real = [], outlines.outline
+    monkeypatch.setattr(advising, "advice", lambda planned, *given: asked.append(given) or ["--less"])
+    monkeypatch.setattr(outlines, "outline", lambda path, *given: asked.append(given) or real(path, *given))
+    usual = ["plan", "--model", str(save_tiny(tmp_path / "base")), "--tokens", "64", "--dtype", "float32"]
+    assert main([*usual, "--memory-gb", "0.5", "--gpus", "2", "--trust-remote-code"]) == 0
+    config = TrainConfig(batch_size=1, dtype="float32")
+    assert asked == [(config, "bf16", 64, 0.5e9), ("float32", True)]  # auto is bf16 by then
+    assert "Does not fit 0.5 GB; it does with --less." in capsys.readouterr().out
 
 
 def test_plan_names_what_is_wrong(tmp_path, capsys):

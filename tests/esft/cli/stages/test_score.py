@@ -57,6 +57,18 @@ def test_outputs_and_gradients_are_scored_where_they_are_asked_for(work):
     assert torch.is_grad_enabled()
 
 
+def test_gradients_are_of_batches_of_all_records_up_to_as_many_tokens(work, calls):
+    each = {1: {0: 1.0}}
+    calls.watch("score_experts", esft.ExpertScores(each, each))
+    calls.watch("gradient_scores", (each, {1: {0: 0.5}}))
+    stage("score --model m --data d.jsonl --out s.json --gradients --batch-size 4 --max-tokens 77 --quiet")
+    (((model, batches, _, most, progress), named),) = calls.of["gradient_scores"]
+    assert (model, most, progress, named) == ("a model", 77, False, {})
+    assert sorted(len(batch["input_ids"]) for batch in batches) == [2, 4]
+    found = esft.ExpertScores.load("s.json")
+    assert (found.fisher_scores, found.fisher_rows_scores) == (each, {1: {0: 0.5}})
+
+
 def test_a_warmed_up_model_is_scored_with_its_adapter(work):
     save_tiny(work / "base")
     tuned = esft.swap(tiny_model(), esft.ExpertSelection({1: list(range(8))}))

@@ -18,6 +18,7 @@ def scored(work):
     esft.ExpertScores(token, gate).save(work / "s.json")
     esft.ExpertScores({1: {0: 1.0, 1: 0.0}, 2: {0: 0.0, 1: 1.0}}, {}).save(work / "general.json")
     ExpertSelection({1: [1], 2: [1, 0]}, shared_experts=True).save(work / "like.json")
+    ExpertSelection({1: [1], 2: [0]}, non_expert_modules=True).save(work / "others.json")
     return work
 
 
@@ -34,6 +35,7 @@ def scored(work):
         ("--by gate --budget 3", {1: [1], 2: [0, 1]}, (False, False)),
         ("--layers 2:", {2: [1]}, (False, False)),
         ("--like like.json", {1: [0], 2: [1, 0]}, (True, False)),
+        ("--like others.json", {1: [0], 2: [1]}, (False, True)),
         ("--against general.json --experts-per-layer 1", {1: [1], 2: [0]}, (False, False)),
         ("--against general.json --experts-per-layer 1 --weight 0", {1: [0], 2: [1]}, (False, False)),
     ],

@@ -78,7 +78,9 @@ def test_train_leaves_to_the_settings_what_it_is_not_told(work, calls):
 @pytest.mark.parametrize(
     ("more", "lr"),
     [
-        ("--resume --steps 9", 0.5), ("--resume --config c.yaml", 0.125), ("--method full", None),
+        ("--resume --steps 9", 0.5),
+        ("--resume --config c.yaml", 0.125),
+        ("--method full", None),
         ("--resume --lr 0.75", 0.75),
     ],  # fmt: skip
 )
@@ -98,6 +100,17 @@ def test_a_run_that_goes_on_as_it_was_begun_reads_its_settings_itself(work, call
     write_yaml(work / "run" / "overwriting-done" / "config.yaml", asdict(TrainConfig(lr=0.5)))
     stage("train --model m --data d.jsonl --out run --resume")
     assert calls.of["train"][0][0][3] is None
+
+
+def test_a_run_that_is_to_replace_another_resumes_with_its_own_settings_once_it_has_begun(work, calls):
+    calls.watch("train", RESULT)
+    for folder, lr in ((work / "run", 0.5), (work / "run" / "overwriting", 0.125)):
+        folder.mkdir()
+        write_yaml(folder / "config.yaml", asdict(TrainConfig(lr=lr)))
+    stage("train --model m --data d.jsonl --out run --resume --steps 9")
+    (work / "run" / "overwriting" / "origin.json").write_text("{}")  # written last
+    stage("train --model m --data d.jsonl --out run --resume --steps 9")
+    assert [config.lr for (_, _, _, config, *_), _ in calls.of["train"]] == [0.5, 0.125]
 
 
 def test_resuming_where_no_run_is_is_left_to_the_training_to_refuse(work, calls):
