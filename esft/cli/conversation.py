@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from esft.cli.output import complain, put, say, say_part
@@ -57,11 +57,12 @@ class Stream:
         return self._tokenizer.decode(self.ids[self._start :], skip_special_tokens=True)
 
 
-def streamed(answer: Callable[..., list[str]], tokenizer: Any) -> str:
+def streamed(answer: Callable[..., list[str]], tokenizer: Any, ends: Collection[int]) -> str:
     """An answer, shown while it is made; up to where SIGINT stops it.
 
     Args:
         answer: what takes ``streamer`` and ``stopping_criteria`` of ``generate``, and gives one answer.
+        ends: tokens that end it.
 
     An answer without an end is said to be cut. A second SIGINT ends the process. Raises Interrupted for SIGTERM.
     """
@@ -75,7 +76,7 @@ def streamed(answer: Callable[..., list[str]], tokenizer: Any) -> str:
     say("")
     if asked() == signal.SIGTERM:
         raise Interrupted("terminated", signal.SIGTERM)
-    if not asked() and stream.ids[-1:] != [tokenizer.eos_token_id]:
+    if not asked() and not (stream.ids and stream.ids[-1] in ends):
         complain(f"the answer is cut at {len(stream.ids)} tokens (--max-new-tokens, or the model's positions)")
     return text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -40,9 +40,9 @@ def answer(
         adapter_names: one for each prompt, of a model that holds adapters side by side.
         watching: ``streamer`` and ``stopping_criteria`` of transformers' ``generate``.
 
-    None goes beyond the model's positions, and nothing else that its generation settings say is used. Raises
-    InputError, before any work, for a prompt that the model has no positions or tokens for; and for a model whose
-    logits are no numbers. Collective in a job of several processes, which share the prompts.
+    None goes beyond the model's positions. Of its generation settings only the tokens that end an answer are used.
+    Raises InputError, before any work, for a prompt that the model has no positions or tokens for; and for a model
+    whose logits are no numbers. Collective in a job of several processes, which share the prompts.
     """
     model.eval()
     ranks = current()
@@ -52,6 +52,7 @@ def answer(
     own = every if ranks.lockstep else ranks.share(every, lambda i: len(encoded[i].ids))
     order = sorted(own, key=lambda i: len(encoded[i].ids))
     answers: dict[int, str] = {}
+    ends = end_tokens(model, tokenizer)
     pad: Any = tokenizer.pad_token_id
 
     def tell(input_ids: Tensor, logits_BV: Tensor) -> Tensor:
@@ -71,17 +72,27 @@ def answer(
                 max_new_tokens=int(min(max_new_tokens, left)),
                 do_sample=False,
                 pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends or None,
                 logits_processor=[_check_logits, tell],
                 synced_gpus=ranks.lockstep,  # sums that differ in their last bits may end an answer on one rank alone
                 **adapters,
                 **watching,
             )
         for i, row in zip(part, out, strict=True):
-            answers[i] = tokenizer.decode(row[prompt_length:], skip_special_tokens=True)
+            given = takewhile(lambda token: token not in ends, row[prompt_length:].tolist())
+            answers[i] = tokenizer.decode(list(given), skip_special_tokens=True)
     # Where all ranks have made all of them, the first one's count.
     found = dict(pair for pairs in reversed(ranks.gathered(list(answers.items()))) for pair in pairs)
     return [found[i] for i in every]
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation settings, of which a turn may
+    have another than a text."""
+    settings = causal_lm_of(model).generation_config
+    said = getattr(settings, "eos_token_id", None)
+    listed = said if isinstance(said, list) else [said]
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if isinstance(token, int)))
 
 
 @contextmanager
@@ -136,18 +147,3 @@ def encode_within(
     if reach.vocabulary is not None and max(ids) >= reach.vocabulary:
         raise InputError(f"has token {max(ids)}; the model has {reach.vocabulary} tokens")
     return Example(ids, ids)
-
-
-def split_prompt(record: Record) -> tuple[Record, str]:
-    """A record before its last assistant turn, or of a text its prompt; and the answer.
-
-    Raises InputError for a text that is all answer.
-    """
-    if not record.messages:
-        if not record.prompt:
-            raise InputError(
-                f"{record.place or 'a record'}: is a text without a prompt, which has no answer to compare"
-            )
-        return replace(record, text=record.text[: record.prompt]), record.text[record.prompt :]
-    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
-    return replace(record, messages=record.messages[:last]), record.messages[last].get("content", "")

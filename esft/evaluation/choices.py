@@ -14,7 +14,7 @@ from esft.data.batches import collate
 from esft.data.encoding import Encoder
 from esft.data.records import Record
 from esft.errors import InputError
-from esft.evaluation.answers import split_prompt
+from esft.evaluation.expected import split_prompt
 from esft.evaluation.loss import batch_loss
 from esft.parallel.join import current
 

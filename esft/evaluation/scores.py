@@ -15,8 +15,9 @@ from esft.data.encoding import Encoder
 from esft.data.examples import Example
 from esft.data.records import Record
 from esft.errors import InputError
-from esft.evaluation.answers import answer, encode_prompts, split_prompt
+from esft.evaluation.answers import answer, encode_prompts, end_tokens
 from esft.evaluation.choices import candidates, choose
+from esft.evaluation.expected import Expected, expected_answer, split_prompt
 from esft.evaluation.loss import causal_lm_of, mean_loss
 from esft.evaluation.text_scores import TEXT_SCORES, check_libraries, matches
 
@@ -90,12 +91,13 @@ def measure(
         if not math.isfinite(found["loss"]):
             return Measured(found)
     compared = [score for score in scores if score in TEXT_SCORES]
-    answers: list[dict[str, Any]] = []
+    expected: list[Expected] = []
     if compared or "choices" in scores:
-        split = [split_prompt(record) for record in data.records]
-        answers = [{"prompt": _last_words(prompt), "expected": expected} for prompt, expected in split]
+        ends = end_tokens(model, tokenizer)
+        expected = [expected_answer(tokenizer, record, ends) for record in data.records]
+    answers: list[dict[str, Any]] = [{"prompt": _last_words(e.prompt), "expected": e.text} for e in expected]
     if compared:
-        given = _answers(model, tokenizer, data.records, batch_size, progress)
+        given = _answers(model, tokenizer, expected, batch_size, progress)
         for each, text in zip(answers, given, strict=True):
             each |= {"given": text, "correct": matches(text, each["expected"])}
         pairs = [(each["given"], each["expected"]) for each in answers]
@@ -125,12 +127,12 @@ def exact_match(
 
 
 def _answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int, progress: bool
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, expected: Sequence[Expected], batch_size: int, progress: bool
 ) -> list[str]:
-    pairs = [split_prompt(record) for record in records]
     # An answer longer than any expected one is wrong already.
-    longest = max(len(tokenizer(expected, add_special_tokens=False)["input_ids"]) for _, expected in pairs)
-    return answer(model, tokenizer, [prompt for prompt, _ in pairs], longest + 2, batch_size, progress)
+    longest = max(each.tokens for each in expected)
+    given = answer(model, tokenizer, [each.prompt for each in expected], longest + 2, batch_size, progress)
+    return [each.without_lead(text) for each, text in zip(expected, given, strict=True)]
 
 
 def _last_words(prompt: Record) -> str:

@@ -25,7 +25,7 @@ def add(stages: Stages) -> None:
 def run(args: argparse.Namespace) -> None:
     from esft.checkpoint.load import load_tokenizer
     from esft.checkpoint.source import Reach, open_config
-    from esft.evaluation.answers import answer, encode_within
+    from esft.evaluation.answers import answer, encode_within, end_tokens
 
     adapter, interactive = adapter_of(args), sys.stdin.isatty()
 
@@ -40,13 +40,15 @@ def run(args: argparse.Namespace) -> None:
         longest = reach.length(args.max_length)
         model = load_for(args, adapter)
 
+        ends = end_tokens(model, tokenizer)
+
         def reply(messages: Messages) -> str:
             prompt = Record(messages)
             try:
                 encode_within(tokenizer, prompt, reach, longest)
             except InputError as error:
                 raise InputError(f"the conversation: {error}; /reset begins anew") from error
-            return streamed(partial(answer, model, tokenizer, [prompt], args.max_new_tokens), tokenizer)
+            return streamed(partial(answer, model, tokenizer, [prompt], args.max_new_tokens), tokenizer, ends)
 
         if interactive:
             say(COMMANDS)

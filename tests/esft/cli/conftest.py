@@ -26,6 +26,7 @@ HOMES = {
     "train": "esft.training.loop",
     "measure": "esft.evaluation.scores",
     "answer": "esft.evaluation.answers",
+    "end_tokens": "esft.evaluation.answers",
     "load_with_adapter": "esft.adapters.load_any",
     "load_adapters": "esft.adapters.mixed",
     "merge": "esft.adapters.merge",
@@ -62,6 +63,7 @@ def calls(monkeypatch):
 
     kept.watch = watch
     watch("load_with_adapter", "a model")
+    watch("end_tokens", [tiny_tokenizer().eos_token_id])
     watch("open_config", PreTrainedConfig(max_position_embeddings=256, vocab_size=300))
     watch("load_skeleton", "a skeleton")
     watch("load_tokenizer", tiny_tokenizer())

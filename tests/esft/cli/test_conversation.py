@@ -58,6 +58,9 @@ def test_an_indented_line_keeps_its_spaces_where_a_tokenizer_drops_one_at_the_be
     assert pieces(tokenizer, [0, 1, 4, 2, 3]) == ["a", "\n", "    b", " c"]
 
 
+ENDS = [tiny_tokenizer().eos_token_id]
+
+
 def speak(streamer, text: str) -> list[str]:
     """What ``generate`` does with a streamer."""
     streamer.put(torch.zeros(1, 3, dtype=torch.long))
@@ -68,13 +71,13 @@ def speak(streamer, text: str) -> list[str]:
 
 
 def test_an_answer_is_a_line_and_one_without_its_end_is_said_to_be_cut(capsys):
-    assert streamed(lambda streamer, **_: speak(streamer, "no.<|end|>"), tiny_tokenizer()) == "no."
+    assert streamed(lambda streamer, **_: speak(streamer, "no.<|end|>"), tiny_tokenizer(), ENDS) == "no."
     assert capsys.readouterr() == ("no.\n", "")
-    assert streamed(lambda streamer, **_: speak(streamer, "no."), tiny_tokenizer()) == "no."
+    assert streamed(lambda streamer, **_: speak(streamer, "no."), tiny_tokenizer(), ENDS) == "no."
     cut = "esft: the answer is cut at 3 tokens (--max-new-tokens, or the model's positions)\n"
     assert capsys.readouterr() == ("no.\n", cut)
     for other in ("<|bos|>", "<|user|>"):  # tokens before and after that of the end are none
-        streamed(lambda streamer, other=other, **_: speak(streamer, "no" + other), tiny_tokenizer())
+        streamed(lambda streamer, other=other, **_: speak(streamer, "no" + other), tiny_tokenizer(), ENDS)
         assert capsys.readouterr() == ("no\n", cut)
 
 
@@ -88,10 +91,10 @@ def test_a_signal_stops_an_answer_and_sigterm_more_than_that(capsys, number: int
         return speak(streamer, "half a")
 
     if number == signal.SIGINT:
-        assert streamed(answer, tiny_tokenizer()) == "half a"
+        assert streamed(answer, tiny_tokenizer(), ENDS) == "half a"
     else:
         with pytest.raises(Interrupted, match="terminated"):
-            streamed(answer, tiny_tokenizer())
+            streamed(answer, tiny_tokenizer(), ENDS)
     assert capsys.readouterr() == ("half a\n", "")
 
 

@@ -6,7 +6,7 @@ import esft
 from esft.checkpoint.source import Reach
 from esft.data.records import Record
 from esft.evaluation import answers as module
-from esft.evaluation.answers import answer, encode_prompts, split_prompt
+from esft.evaluation.answers import answer, encode_prompts, end_tokens
 from esft.parallel.ranks import Ranks
 from tests.esft.models import adds_a_start, chat, conversation, record_generate, tiny_model, tiny_tokenizer
 
@@ -74,7 +74,7 @@ def test_prompts_are_rendered_once_and_padded_on_the_left_where_nothing_looks():
     (call,) = calls
     assert call["input_ids"].tolist() == [[261] * (16 - len(ids)) + ids for ids in map(prompt_ids, ("a", "hello"))]
     assert call["attention_mask"].tolist() == [[0] * (16 - n) + [1] * n for n in (5, 9)]
-    assert (call["pad_token_id"], call["eos_token_id"], call["do_sample"]) == (261, 257, False)
+    assert (call["pad_token_id"], call["eos_token_id"], call["do_sample"]) == (261, [257], False)
 
 
 def test_prompts_go_where_the_model_is():
@@ -135,16 +135,16 @@ def test_every_token_tells_others_that_this_process_is_at_work(monkeypatch):
     assert ranks.count == 5
 
 
-def test_the_last_assistant_turn_is_the_one_to_answer():
-    before = [*chat("a", "b"), {"role": "user", "content": "c"}]
-    after = [{"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]
-    assert split_prompt(Record([*before, *after], tools=[{}])) == (Record(before, tools=[{}]), "d")
-
-
-def test_of_a_text_the_completion_is_the_answer():
-    assert split_prompt(Record(text="abc", prompt=2)) == (Record(text="ab", prompt=2), "c")
-    with pytest.raises(esft.InputError, match="^line 3: is a text without a prompt, which has no answer to compare$"):
-        split_prompt(Record(text="abc", place="line 3"))
+def test_the_models_own_end_tokens_end_an_answer_beside_the_tokenizers():
+    model, tokenizer = speaker(), tiny_tokenizer()
+    whole = greedy(model, "hello", 5)
+    own, other = tokenizer.eos_token_id, whole[3]
+    for said, ends in ((None, [own]), (own, [own]), (other, [own, other]), ([1, own, other], [own, 1, other])):
+        model.generation_config.eos_token_id = said
+        assert end_tokens(model, tokenizer) == ends
+        (given,) = answer(model, tokenizer, [conversation("hello")], 5)
+        # A listed token that is no special one is no part of the answer either.
+        assert given == tokenizer.decode(whole[: whole.index(other)] if other in ends else whole)
 
 
 def test_a_text_is_gone_on_with_as_it_is():
