@@ -19,11 +19,16 @@ def add_stage(stages: Stages, name: str, text: str) -> argparse.ArgumentParser:
     return stages.add_parser(name, help=text, description=text)
 
 
-def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Options for these settings of a training run, or for all: texts, which ``TrainConfig.load`` reads and checks."""
+def add_settings(parser: argparse.ArgumentParser, *names: str, **defaults: str) -> None:
+    """Options for these settings of a training run, or for all: texts, which ``TrainConfig.load`` reads and checks.
+
+    Args:
+        defaults: what to say instead of the setting's own default, by its name.
+    """
     for each in fields(TrainConfig):
         if not names or each.name in names:
-            default = f" (default {as_text(each.default)})" if each.default is not None else ""
+            said = defaults.get(each.name, None if each.default is None else as_text(each.default))
+            default = f" (default {said})" if said is not None else ""
             truth = "bool" in str(each.type)
             choices = ("true", "false") if truth else each.metadata["choices"]
             parser.add_argument(

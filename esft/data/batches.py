@@ -151,8 +151,8 @@ def windows(examples: Sequence[Example], length: int, batch_size: int) -> Iterat
 
     The rest that does not fill a row comes last, padded.
     """
-    stream = [token for example in examples for token in example.ids]
-    rows = [Example(row := stream[i : i + length], row) for i in range(0, len(stream), length)]
-    for i in range(0, len(rows), batch_size):
-        batch = collate(rows[i : i + batch_size], pad=0)
+    stream = itertools.chain.from_iterable(example.ids for example in examples)
+    rows = iter(lambda: list(itertools.islice(stream, length)), [])
+    while part := list(itertools.islice(rows, batch_size)):
+        batch = collate([Example(row, row) for row in part], pad=0)
         yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -60,6 +60,7 @@ class Outline:
         depth: number of decoder layers.
         outside: parameters of no decoder layer, embeddings and head above all.
         top_k: experts a token.
+        shipped: the format that the checkpoint keeps its experts in, where they are in few bits.
     """
 
     layers: tuple[ExpertLayer, ...]
@@ -70,6 +71,7 @@ class Outline:
     depth: int
     outside: int
     top_k: int
+    shipped: str | None = None
 
     @property
     def routed(self) -> int:
@@ -99,7 +101,7 @@ def outline(model: str, dtype: str = "auto", trust_remote_code: bool = False) ->
 @cache
 def _outline(model: str, dtype: str, trust_remote_code: bool, digests: tuple[str, ...]) -> Outline:
     skeleton, found = skeleton_of(model, dtype, trust_remote_code), []
-    packed_format(skeleton.config, model)
+    shipped = packed_format(skeleton.config, model)
     for layer in moe_layers(skeleton):
         if isinstance(layer.experts, nn.ModuleList):
             raise InputError(f"{layer.name}: experts that are a ModuleList cannot be planned with")
@@ -116,7 +118,7 @@ def _outline(model: str, dtype: str, trust_remote_code: bool, digests: tuple[str
     counts = sum(p.numel() for p in shared), sum(p.numel() for p in others)
     outside = sum(p.numel() for p in others - inside)
     top_k = getattr(skeleton.config.get_text_config(), "num_experts_per_tok", 1)
-    return Outline(tuple(found), *counts, linear, skeleton.dtype, max(len(decoder), 1), outside, top_k)
+    return Outline(tuple(found), *counts, linear, skeleton.dtype, max(len(decoder), 1), outside, top_k, shipped)
 
 
 def require_beside(skeleton: PreTrainedModel, shared_experts: bool, non_expert_modules: bool) -> None:

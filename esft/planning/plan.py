@@ -19,6 +19,7 @@ from esft.planning.outline import Outline, outline, require_beside, skeleton_of
 from esft.planning.stand_in import Sizes
 from esft.runs.config import FROZEN, TrainConfig
 from esft.selection import ExpertSelection
+from esft.swapping.load import AUTO
 from esft_kernels.formats.packed_matrix import nbytes
 from esft_kernels.formats.resolve import resolve_format
 
@@ -98,7 +99,7 @@ def plan(
         selection: the experts to train, for method "esft". Without one their number is assumed: ``experts`` a layer, or
             as many as the paper's selections have, in proportion to ``top_p``.
         config: the settings; where None one record a step, and else the defaults.
-        frozen: what frozen experts are kept in, one of ``FROZEN``; auto: the dtype that is computed in.
+        frozen: what frozen experts are kept in, one of ``FROZEN``; auto: what the checkpoint has them in.
         tokens: that go through the model together, those of all records of a micro batch.
         top_p: share of a layer's choices that the experts to train get.
         experts: to train in every layer.
@@ -107,12 +108,13 @@ def plan(
     Raises InputError naming what does not fit the model, or each other.
     """
     config = config or TrainConfig(batch_size=1)
-    frozen = PLAIN if frozen == "auto" else frozen
+    whole = outline(model, config.dtype, trust_remote_code)
+    if frozen == AUTO:
+        frozen = (whole.shipped or PLAIN) if config.method == "esft" else PLAIN
     if frozen not in FORMATS:
         raise InputError(f"frozen must be one of {', '.join(FROZEN)}, got {frozen!r}")
     if frozen != PLAIN and config.method != "esft":
         raise InputError(f"frozen {frozen} goes with the method esft, not with {config.method}")
-    whole = outline(model, config.dtype, trust_remote_code)
     assumed = None
     if config.method != "esft":
         if selection is not None or experts is not None:

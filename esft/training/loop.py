@@ -15,7 +15,6 @@ from torch import nn
 
 from esft.checkpoint.device import first_device, in_host_memory
 from esft.checkpoint.load import load_tokenizer
-from esft.checkpoint.packed_tensors import packed_format
 from esft.checkpoint.source import Reach, open_config
 from esft.data.encoding import tokenizer_digests
 from esft.data.examples import Example
@@ -183,9 +182,9 @@ def _memory(
     """What a training on a CPU is planned to take, in a line, before minutes of loading."""
     rows, tokens = together
     try:
-        shipped = packed_format(open_config(model_path, trust_remote_code), model_path) or "auto"
-        frozen = shipped if config.frozen == "auto" else config.frozen
-        found = plan(model_path, selection, config, frozen=frozen, tokens=tokens, trust_remote_code=trust_remote_code)
+        found = plan(
+            model_path, selection, config, frozen=config.frozen, tokens=tokens, trust_remote_code=trust_remote_code
+        )
     except InputError as error:  # if a training is refused for this too, that says so
         return f"memory: not planned ({error})"
     return f"memory: {found.peak / GB:.1f} GB at the most, as planned for {tokens:,} tokens in {rows} rows together"

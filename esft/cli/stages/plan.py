@@ -27,15 +27,15 @@ def add(stages: Stages) -> None:
     sub.add_argument("--gpus", type=count, metavar="N", help="say what to shard over so many, of that memory each")
     sub.add_argument("--json", action="store_true", help="print one line for machines")
     planned = "method optimizer recompute batch_size micro_batch_size lora_rank dtype frozen_linear kl_weight".split()
-    add_settings(sub, *planned)
-    sub.set_defaults(batch_size="1")
+    add_settings(sub, *planned, batch_size="that of a micro batch, else 1")
     add_trust(sub)
 
 
 def run(args: argparse.Namespace) -> None:
     selection = ExpertSelection.load(args.experts) if args.experts is not None else None
     names = {each.name for each in fields(TrainConfig)} & vars(args).keys() - {"frozen"}
-    config = TrainConfig.load(None, **{name: getattr(args, name) for name in names})
+    settings = {name: getattr(args, name) for name in names}
+    config = TrainConfig.load(None, **settings | {"batch_size": args.batch_size or args.micro_batch_size or "1"})
     from esft.planning.advice import GB, advice, described, fitting
     from esft.planning.gpus import spreading, spreads
     from esft.planning.outline import outline

@@ -88,7 +88,7 @@ def test_weights_quantized_in_a_way_that_is_not_read_are_refused(tmp_path):
     for method in ("fp8", "gptq"):
         config.quantization_config = {"quant_method": method, "weight_block_size": [128, 128]}
         config.save_pretrained(tmp_path / method)
-    assert outline(str(tmp_path / "fp8")).layers
+    assert outline(str(tmp_path / "fp8")).layers and outline(str(tmp_path / "fp8")).shipped == "fp8"
     with pytest.raises(esft.InputError, match="gptq: weights quantized by 'gptq' are not supported"):
         outline(str(tmp_path / "gptq"))
 

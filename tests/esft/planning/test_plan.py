@@ -187,6 +187,15 @@ def test_what_does_not_fit_is_named(folder, how: dict, message: str):
         plan(folder, **({"config": config()} | how))
 
 
+def test_experts_that_a_checkpoint_has_in_few_bits_are_planned_so_where_they_stay_so(folder):
+    shipped = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    rewrite_json(Path(folder) / "config.json", lambda whole: whole.update(quantization_config=shipped))
+    found = plan(folder, SELECTION, config(), tokens=64)
+    assert found.frozen == "fp8" and found == plan(folder, SELECTION, config(), frozen="fp8", tokens=64)
+    assert plan(folder, SELECTION, config(), frozen="bf16", tokens=64).frozen_experts > found.frozen_experts
+    assert plan(folder, None, config(method="full"), tokens=64).frozen == "bf16"
+
+
 def test_a_plan_is_numbers_and_words_that_json_has(folder):
     found = plan(folder, SELECTION, config(), tokens=64)
     assert json.loads(json.dumps(vars(found))) == vars(found)

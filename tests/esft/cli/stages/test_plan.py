@@ -94,6 +94,21 @@ def test_plan_names_what_is_wrong(tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("said", "records"),
+    [("", 1), ("--micro-batch-size 4", 4), ("--batch-size 8", 8), ("--batch-size 8 --micro-batch-size 2", 2)],
+)
+def test_as_many_records_are_planned_with_as_one_says_and_one_where_nothing_is_said(
+    tmp_path, capsys, said: str, records: int
+):
+    model = save_tiny(tmp_path / "base")
+    assert main(["plan", "--model", str(model), "--tokens", "64", "--json", *said.split()]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == records
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "(default that of a micro batch, else 1)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_plan_is_called_like_this(monkeypatch):
     assert usage(monkeypatch, plan) == (
         "--model MODEL [--experts EXPERTS | --top-p TOP_P | --experts-per-layer N] [--tokens TOKENS] "
@@ -102,9 +117,9 @@ def test_plan_is_called_like_this(monkeypatch):
         "[--kl-weight X] [--lora-rank X] [--dtype {auto,bfloat16,float32}] [--frozen-linear {bf16,int8,nf4}] "
         "[--recompute {none,frozen,layers}] [--trust-remote-code]"
     )
-    settings = "method optimizer recompute micro_batch_size lora_rank dtype frozen_linear kl_weight".split()
+    settings = "method optimizer recompute batch_size micro_batch_size lora_rank dtype frozen_linear kl_weight".split()
     assert values(monkeypatch, "plan --model m") == {
-        **dict.fromkeys(settings), "batch_size": "1", "model": "m", "experts": None, "top_p": 0.2,
+        **dict.fromkeys(settings), "model": "m", "experts": None, "top_p": 0.2,
         "experts_per_layer": None, "tokens": 2048, "frozen": "auto", "memory_gb": None, "gpus": None, "json": False,
         "trust_remote_code": False,
     }  # fmt: skip
