@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from esft.bounds import memory_within, within
 from esft.data.examples import IGNORE, Example, Examples
 from esft.data.records import Record
-from esft.data.rendering import Rendered, render, rendered
+from esft.data.rendering import Rendered, plain_text, render, rendered
 from esft.errors import InputError, check_is_error, first_line
 from esft.parallel.join import current
 from esft.storage.files import value_digest
@@ -229,7 +229,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Record) -> list[in
     Raises InputError where there are none.
     """
     with within(ENCODING), memory_within(RENDERED):
-        text = render(tokenizer, prompt, add_generation_prompt=True) if prompt.messages else prompt.text
+        text = render(tokenizer, prompt, add_generation_prompt=True) if prompt.messages else plain_text(prompt)
     try:
         ids: Any = tokenizer(text, add_special_tokens=not prompt.messages)["input_ids"]
     except BaseException as error:  # tokenizers raise errors of many kinds

@@ -102,22 +102,36 @@ def _is_json(path: Path) -> bool:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
+    number = 0
+    for batch in _batches(path):
+        with _readable(path):
+            rows = batch.to_pylist()
+        for row in rows:
+            number += 1
+            yield f"record {number}", _without_nulls(row)
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    """The rows of a Parquet file in parts, of the columns that are read. Raises what ``check_unfolds`` does."""
     import pyarrow.parquet
 
-    most, seen, number = _most(path), 0, 0
+    most, seen = _most(path), 0
+    with _readable(path), pyarrow.parquet.ParquetFile(path) as file:
+        names = [name for name in file.schema_arrow.names if name in COLUMNS]
+        for batch in file.iter_batches(_BATCH, columns=names or None):
+            if (seen := seen + sum(map(_unfolded, batch.columns))) > most:
+                raise _unfolds(path)
+            yield batch
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What PyArrow says of a file, or of values that Python does not have, as a date of year 10,000, as InputError."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if name in COLUMNS]
-            for batch in file.iter_batches(_BATCH, columns=names or None):
-                if (seen := seen + sum(map(_unfolded, batch.columns))) > most:
-                    raise _unfolds(path)
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"record {number}", _without_nulls(row)
+        yield
     except InputError:
         raise
-    except Exception as error:  # of the file, or of values that Python does not have, as a date of year 10,000
+    except Exception as error:
         raise InputError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from error
 
 
@@ -151,8 +165,12 @@ def check_unfolds(path: Path, suffix: str) -> None:
     """Raise InputError for a compressed file that cannot be unfolded, or to more than is read of one.
 
     Args:
-        suffix: of such files, one of ``COMPRESSED``, whatever this one is called.
+        suffix: of such files, one of ``COMPRESSED`` or ``PARQUET``, whatever this one is called.
     """
+    if suffix == PARQUET:
+        for _ in _batches(path):
+            pass
+        return
     with _opened(path, suffix) as file:
         while file.read(1 << 20):
             pass

@@ -50,7 +50,8 @@ def rendered(
     prompt = record.prompt if completion_only else 0
     if not record.messages:
         end: Any = tokenizer.eos_token or ""
-        text = record.text if record.text.endswith(end) else record.text + end
+        text = plain_text(record)
+        text = text if text.endswith(end) else text + end
         return Rendered(text, [(prompt, len(text), True)], plain=True)
     turns = {i: counts(m) and i >= prompt for i, m in enumerate(record.messages) if m["role"] == "assistant"}
     if marked := _MARKED.search(tokenizer.get_chat_template(tools=record.tools)) is not None:
@@ -90,6 +91,13 @@ def _prefix(text: str, whole: str) -> str:
             "{% generation %} marks that would tell the turns"
         )
     return text
+
+
+def plain_text(record: Record) -> str:
+    """The text of a record that is no conversation. Raises InputError for one that is too long."""
+    if len(record.text) > TEXT:
+        raise InputError(f"the text has {len(record.text):,} characters; at most {TEXT:,} are read")
+    return record.text
 
 
 def render(

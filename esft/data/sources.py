@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from esft.data.files import SUFFIXES, check_unfolds, read_rows
+from esft.data.files import PARQUET, SUFFIXES, check_unfolds, read_rows
 from esft.data.records import COLUMNS, Record, as_record
 from esft.errors import InputError, first_line
 from esft.storage.files import file_digest
@@ -286,8 +286,9 @@ def _check_file(file: str, source: DataSource, streaming: bool) -> None:
     kind = Extractor.infer_extractor_format(file)  # by what it holds, and it would be unpacked whole
     if kind is not None and kind not in _UNFOLDED:
         raise InputError(f"{path}: is an archive ({kind}), and is not read; unpack it")
-    if kind is not None and not streaming:
-        _check_unfolds_once(path, _UNFOLDED[kind], path.stat().st_size, path.stat().st_mtime_ns)
+    suffix = _UNFOLDED[kind] if kind is not None else path.suffix
+    if (kind is not None or suffix == PARQUET) and not streaming:
+        _check_unfolds_once(path, suffix, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @cache

@@ -174,9 +174,9 @@ def test_a_longer_record_is_cut_and_without_a_length_none_is(length: int | None)
 
 def test_a_template_that_makes_a_text_of_gigabytes_is_refused():
     encoder = tiny_encoder()
-    encoder.tokenizer.chat_template = "{{ 'x' * 33554433 }}"
+    encoder.tokenizer.chat_template = "{{ 'x' * 16777217 }}"
     with pytest.raises(
-        esft.InputError, match="^the chat template makes 33,554,433 characters of it; at most 33,554,432"
+        esft.InputError, match="^the chat template makes 16,777,217 characters of it; at most 16,777,216"
     ):
         encoder.encode(record("a", "b"))
 

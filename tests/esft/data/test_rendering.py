@@ -3,6 +3,7 @@ from transformers import PreTrainedTokenizerFast
 
 import esft
 from esft.data import rendering
+from esft.data.encoding import encode_prompt
 from esft.data.records import Record
 from esft.data.rendering import Rendered, render, rendered
 from tests.esft.models import chat, record, tiny_tokenizer
@@ -98,6 +99,14 @@ def test_what_the_template_makes_may_have_just_so_many_characters(monkeypatch):
     monkeypatch.setattr(rendering, "TEXT", length - 1)
     with pytest.raises(esft.InputError, match=f"^the chat template makes {length} characters of it; at most"):
         rendered(tiny_tokenizer(), record("a", "b"))
+
+
+def test_a_text_may_have_just_so_many_characters(monkeypatch):
+    monkeypatch.setattr(rendering, "TEXT", 3)
+    assert rendered(tiny_tokenizer(), Record(text="abc")).text.startswith("abc")
+    for read in (lambda r: rendered(tiny_tokenizer(), r), lambda r: encode_prompt(tiny_tokenizer(), r)):
+        with pytest.raises(esft.InputError, match="^the text has 4 characters; at most 3 are read$"):
+            read(Record(text="abcd"))
 
 
 def test_tools_and_variables_are_in_every_rendering():
