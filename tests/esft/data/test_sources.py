@@ -259,16 +259,18 @@ def test_compressed_files_of_a_folder_are_read_to_a_multiple_of_their_size(folde
         read_records(folder)
 
 
-def test_a_parquet_file_of_a_folder_is_read_to_a_multiple_of_its_size_too(folder):
+def test_a_parquet_file_of_a_folder_is_read_to_a_multiple_of_its_size_too(folder, monkeypatch):
+    monkeypatch.setattr("esft.data.files.UNFOLDED_BYTES", 5000)
+    monkeypatch.setattr("esft.data.files.UNFOLDED", 1)
     for path in folder.glob("*.jsonl"):
         path.unlink()
-    for count, refused in ((60, False), (70, True)):  # of a megabyte each, all of them one entry of a dictionary
-        texts = pyarrow.array(["a" * 1_000_000] * count).dictionary_encode()
+    for count, refused in ((40, False), (60, True)):  # of 100 bytes each, all of them one entry of a dictionary
+        texts = pyarrow.array(["a" * 100] * count).dictionary_encode()
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "train.parquet")
         if not refused:
             assert len(read_records(folder)) == count
         else:
-            with pytest.raises(esft.InputError, match=r"train\.parquet: unfolds to more than 200 times its size"):
+            with pytest.raises(esft.InputError, match=r"train\.parquet: unfolds to more than 1 times its size"):
                 read_records(folder)
 
 
