@@ -48,7 +48,7 @@ def report(run: str | Path, rows: int = 12) -> str:
     Raises InputError for a folder that is none of a run, and naming the line that holds no figures of a step.
     """
     folder = RunFolder(run)
-    metrics = folder.metrics(torn=True)
+    metrics = folder.metrics(torn=True) or folder.metrics()  # of a file that is one torn line, it is named
     train, evaluated = [m for m in metrics if "loss" in m], evaluations(metrics)
     if not train:
         return f"{run}: no step done yet"

@@ -35,7 +35,7 @@ def test_what_exists_is_far_below():
         (SIZE, 262_144, 50),
         (SHOWN, 40, 2),  # a long name
         (ENCODING, 0.2, 100),  # a conversation of thousands of turns
-        (RENDERED, TEXT, 32),
+        (RENDERED, TEXT, 64),
         (UNFOLDED, 20, 10),  # repetitive text
     ],
 )
