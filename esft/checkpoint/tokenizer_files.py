@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ def check_tokenizer_files(folder: Path) -> None:
             continue
         if not isinstance(values := read_json(folder / name), dict):
             raise InputError(f"{folder / name}: not a mapping, as a tokenizer has it")
-        if any(_matches_nothing(values.get(part)) for part in _PROGRAMS):
-            raise InputError(f"{folder / name}: has an empty pattern, on which the tokenizer's code breaks off")
+        for part in _PROGRAMS:
+            if (flaw := _breaks_off(values.get(part))) is not None:
+                raise InputError(f"{folder / name}: has {flaw}, on which the tokenizer's code breaks off")
         model = values.get("model")
         if isinstance(model, dict) and model.get("dropout"):
             raise InputError(f"{folder / name}: splits texts at random (dropout is {shown(model['dropout'])})")
@@ -35,13 +37,28 @@ def check_tokenizer_files(folder: Path) -> None:
             raise InputError(f"{template}: begins with a byte order mark, which would be in every prompt; take it out")
 
 
-def _matches_nothing(program: Any) -> bool:
-    """Whether a part of a ``tokenizer.json``, or what it is made of, looks for an empty text."""
-    if isinstance(program, list):
-        return any(map(_matches_nothing, program))
-    if not isinstance(program, dict):
+def _breaks_off(program: Any) -> str | None:
+    """What in a part of a ``tokenizer.json``, or in what it is made of, compiled code does not survive."""
+    if not isinstance(program, dict | list):
+        return None
+    if isinstance(program, dict):
+        if program.get("pattern") in ({"String": ""}, {"Regex": ""}):
+            return "an empty pattern"
+        if program.get("type") == "Precompiled" and not _is_charsmap(program.get("precompiled_charsmap")):
+            return "a precompiled_charsmap that is none"
+    inner = map(_breaks_off, program.values() if isinstance(program, dict) else program)
+    return next((flaw for flaw in inner if flaw is not None), None)
+
+
+def _is_charsmap(text: Any) -> bool:
+    """Whether a text is SentencePiece's map of characters: in base64 the size of a table in bytes, the table, texts."""
+    try:
+        data = base64.b64decode(text, validate=True)
+        size = int.from_bytes(data[:4], "little") // 4 * 4
+        data[4 + size :].decode()
+    except (TypeError, ValueError):
         return False
-    return program.get("pattern") in ({"String": ""}, {"Regex": ""}) or any(map(_matches_nothing, program.values()))
+    return len(data) >= 4 + size
 
 
 def flaw_of(path: Path) -> str | None:

@@ -1,7 +1,9 @@
+import base64
 import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers.normalizers import Precompiled
 
 import esft
 from esft.checkpoint.load import load_tokenizer
@@ -62,6 +64,23 @@ def test_a_pattern_on_which_compiled_code_breaks_off_is_named(folder, part: str,
     step = {"type": "Replace", "pattern": pattern, "content": "x"}
     rewrite_json(folder / "tokenizer.json", lambda whole: whole.update({part: {"type": "Sequence", "steps": [step]}}))
     with pytest.raises(esft.InputError, match=r"base/tokenizer\.json: has an empty pattern, "):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\0\0\0", b"\4\0\0\0abcd", b"\4\0\0\0abcdef\0", b"\4\0\0\0\0\0\0\0\xff", b"\x08\0\0\0abcd"]
+)
+def test_a_map_of_characters_that_is_none_is_named_and_no_other(folder, raw: bytes):
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(raw).decode()}
+    rewrite_json(folder / "tokenizer.json", lambda whole: whole.update(normalizer=normalizer))
+    try:
+        Precompiled(raw)
+    except Exception:  # read from JSON it is a panic
+        with pytest.raises(
+            esft.InputError, match=r"tokenizer\.json: has a precompiled_charsmap that is none, on which"
+        ):
+            load_tokenizer(str(folder))
+    else:
         load_tokenizer(str(folder))
 
 
