@@ -62,12 +62,13 @@ def expected_answer(tokenizer: PreTrainedTokenizerBase, record: Record, ends: Co
     prompt, text = split_prompt(record)
     if not record.messages:
         return Expected(prompt, text, "", len(_ids(tokenizer, text)))
-    turn = _turn(tokenizer, record, prompt)
+    given = render(tokenizer, prompt, add_generation_prompt=True) if prompt.messages else ""
+    turn = _turn(tokenizer, record, given)
     if record.messages[_last(record)].get("tool_calls"):
         ids = _ids(tokenizer, turn)
         ids = ids[: next((n for n, token in enumerate(ids) if token in ends), len(ids))]
         return Expected(prompt, tokenizer.decode(ids, skip_special_tokens=True).strip(), "", len(ids))
-    before, found, _ = _turn(tokenizer, _with_answer(record, _PROBE), prompt).partition(_PROBE)
+    before, found, _ = _turn(tokenizer, _with_answer(record, _PROBE), given).partition(_PROBE)
     lead = before if found and turn.startswith(before) else ""
     return Expected(
         prompt,
@@ -77,9 +78,8 @@ def expected_answer(tokenizer: PreTrainedTokenizerBase, record: Record, ends: Co
     )
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, record: Record, prompt: Record) -> str:
+def _turn(tokenizer: PreTrainedTokenizerBase, record: Record, given: str) -> str:
     """What the template makes of the last turn, after what a model is given; empty where that is no part of it."""
-    given = render(tokenizer, prompt, add_generation_prompt=True) if prompt.messages else ""
     whole = render(tokenizer, record, record.messages[: _last(record) + 1])
     return whole[len(given) :] if whole.startswith(given) else ""
 

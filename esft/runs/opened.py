@@ -54,13 +54,18 @@ def latest(out: str | Path) -> RunFolder:
 
 
 def cleared(run: RunFolder) -> RunFolder:
-    """A run's folder to begin anew in: of one that was broken off there nothing is left, its origin going first."""
-    (run.path / ORIGIN).unlink(missing_ok=True)
-    for path in list(run.path.iterdir()) if run.path.is_dir() else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+    """A run's folder to begin anew in: of one that was broken off while it was to replace another nothing is left.
+
+    A run in its own place finds none. Raises InputError where files are there by now that no run has written.
+    """
+    if run.path.name == NEXT and run.path.is_dir():
+        run.check_ours(REPLACED)
+        (run.path / ORIGIN).unlink(missing_ok=True)  # the first, as without it no run has begun
+        for path in list(run.path.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
     return run
 
 

@@ -161,7 +161,7 @@ def train(
             warnings.warn(f"{run.path}: its checkpoints are gone; the run begins at its first step", stacklevel=2)
         done, best = (0, None) if state is None else (state.step, state.best)
         recorded = evaluations_of([line for line in run.metrics() if line["step"] <= done]) if resume else {}
-        run.begin(config, begun | {"base_settings": base.settings, "digests": digests}, selection, not resume)
+        run.begin(config, begun | {"base_settings": base.settings, "digests": digests}, selection, anew=not resume)
         evaluations = Evaluations(model, tokenizer, config, sets, recorded, best)
         logger.info(_about(model, config, selection, done, list(held_out)))
         measured = _train(steps, run_data.batches(done), evaluations, run, done, progress)

@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
         longest = reach.length(args.max_length)
         model = load_for(args, adapter)
-
         ends = end_tokens(model, tokenizer)
 
         def reply(messages: Messages) -> str:

@@ -149,6 +149,20 @@ def test_a_run_that_is_to_replace_another_stays_until_one_is_begun_in_its_place(
     assert latest(run).path == run
 
 
+def test_what_somebody_puts_into_a_run_before_it_begins_stays(tmp_path, run):
+    with opened(tmp_path / "new", False, False) as folder:
+        (folder.path / "thesis").write_text("mine")
+        fill(cleared(folder), "two")
+    assert (tmp_path / "new" / "thesis").read_text() == "mine"
+    with pytest.raises(KeyError), opened(run, False, True) as folder:
+        fill(folder, "two", whole=False)
+        raise KeyError
+    with pytest.raises(InputError, match="holds thesis, which no run has written"), opened(run, False, True) as folder:
+        (folder.path / "thesis").write_text("mine")
+        cleared(folder)
+    assert (folder.path / "thesis").read_text() == "mine" and folder.begun
+
+
 @pytest.mark.parametrize("mine", ["thesis", "adapter/thesis", "checkpoints/step-000001/thesis", "tensorboard/thesis"])
 def test_a_run_with_what_it_has_not_written_is_not_overwritten(run, mine: str):
     (run / mine).parent.mkdir(parents=True, exist_ok=True)

@@ -158,6 +158,7 @@ def test_weights_that_hold_no_numbers_are_an_error(work, typing, capsys):
     typing("a")
     with pytest.raises(esft.InputError):
         module.answer(model, tiny_tokenizer(), [Record([{"role": USER, "content": "a"}])])
+    capsys.readouterr()  # bars of what was saved and loaded, unless a test before has hidden them
     assert main("chat --model base --quiet".split()) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
