@@ -24,6 +24,8 @@ def speed_up() -> None:
     core._unwrap_if_constexpr = _plain_first(core._unwrap_if_constexpr)
     _keep_block_types()
     _type_tuples_when_asked()
+    _bring_together_as_before()
+    interpreter._patch_attr = _call_at_once
 
 
 def _patched_once(patch: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +52,19 @@ def _check_overflow(self: TritonSemantic, lhs: Any, rhs: Any, operation: Callabl
     exact = _EXACT[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
     if exact.size and not kind.get_int_min_value() <= exact.min() <= exact.max() <= kind.get_int_max_value():
         raise OverflowError(f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}")
+
+
+def _call_at_once(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """As the interpreter sets a function of the language, without its look for what every call has."""
+    # Of a member function of tensors, which hands everything on to another one, this is that one.
+    inner = getattr(member, "__wrapped__", member)
+    semantic = interpreter.interpreter_semantic
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = semantic
+        return inner(*args, **kwargs)
+
+    scope.set_attr(owner, name, called)
 
 
 def _kept_dtype(dtype_of: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
@@ -104,6 +119,50 @@ def _keep_block_types() -> None:
             vars(self).update(values)
 
     core.block_type.__init__, core.tensor.__init__ = init_type, init_tensor
+
+
+def _bring_together_as_before() -> None:
+    """What has to be done to two operands, for one type and one shape, follows from their types; it is kept."""
+    bring = TritonSemantic.binary_op_type_checking_impl
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def brought(self: TritonSemantic, lhs: Any, rhs: Any, *how: Any, **options: Any) -> tuple[Any, Any]:
+        key = (_operand(lhs), _operand(rhs), how, *options.items())
+        if (steps := known.get(key)) is None:
+            both = bring(self, lhs, rhs, *how, **options)
+            known[key] = _step(self, lhs, both[0]), _step(self, rhs, both[1])
+            return both
+        return steps[0](lhs), steps[1](rhs)
+
+    TritonSemantic.binary_op_type_checking_impl = brought
+
+
+def _operand(value: Any) -> Any:
+    """What the treatment of an operand follows from: a tensor's type; a number itself."""
+    if type(value) is not core.tensor:
+        return type(value), value or str(value)  # 0.0 and -0.0 are equal
+    kind = value.type
+    if kind.is_block():  # those of the same elements and shape share this dictionary, which stays
+        return id(kind.of_tensors)
+    return (kind.name, kind.address_space) if kind.is_ptr() else kind.name
+
+
+def _step(semantic: TritonSemantic, operand: Any, result: Any) -> Callable[[Any], Any]:
+    """From an operand to its result: itself, the same constant, or the same elements in another type and shape."""
+    if operand is result:
+        return lambda value: value
+    if type(operand) is not core.tensor:
+        result.handle.data.flags.writeable = False
+        return lambda value: result
+    make, dtype, kind = interpreter.TensorHandle, result.dtype, result.type
+    shape, element = result.handle.data.shape, result.handle.dtype
+    cast = operand.dtype != dtype
+
+    def step(value: Any) -> Any:
+        handle = (semantic.cast(value, dtype) if cast else value).handle
+        return core.tensor(make(np.broadcast_to(handle.data, shape), element), kind)
+
+    return step
 
 
 def _type_tuples_when_asked() -> None:

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, and check what came out.
 
 ``python -m tools.compile_kernels [--targets sm_90,gfx942] [--models deepseek-v2-lite,odd] [--dtypes bf16]
-[--formats plain,nf4] [--variants chosen,descriptors]``
+[--formats plain,nf4] [--variants chosen,descriptors] [--rows 64,many]``
 
 The backend itself is run on meta tensors with launches turned into compilations, so what is compiled is what a
 real step of that model would launch: same tiles, same specialisation of sizes, strides and missing pointers.
@@ -23,7 +23,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -64,13 +64,13 @@ MODELS = SHAPES | {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 LAYOUTS = (PLAIN, "int8", "nf4", "fp8", "mxfp4")  # nf4_double is nf4 to the kernels
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-# Between them they meet every tile that a model can get. With far less than one, loads decode the weights.
-ROWS_PER_EXPERT = (0.1, 8, 64, 1024)
 VARIANTS = (
     "chosen",
     *dict.fromkeys(name for op in ("gemm", "grad") for name in variants(Tiles(64, 64, 64, 8, 2), op, "sm_90")),
 )
-MANY_TOKENS = 1 << 20  # whose elements 32-bit offsets do not reach
+# Rows of an expert: between them they meet every tile that a model can get. With far less than one, loads decode the
+# weights; many are more elements than 32-bit offsets reach.
+ROWS = ("0.1", "8", "64", "1024", "many")
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ def matmul_precision(name: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN) -> None:
+def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN, rows: Sequence[str] = ROWS) -> None:
     """Every launch that a training step of this layer can make, on tensors without storage.
 
-    ``format``: of the frozen pool.
+    ``format``: of the frozen pool. ``rows``: of ``ROWS``.
     """
 
     def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -211,7 +211,8 @@ def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN) -> No
         if weight is not None:
             launch_update(weight.numel(), dtype)
     k = shape.top_k
-    for t in (*(ceil(rows * shape.experts / k) for rows in ROWS_PER_EXPERT), MANY_TOKENS):
+    for name in rows:
+        t = 1 << 20 if name == "many" else ceil(float(name) * shape.experts / k)
         index, position = meta(t, k, dtype=torch.int64), meta(shape.experts, dtype=torch.int64)
         adapters = meta(t, dtype=torch.int64)
         triton_backend.route(index, position.view(1, -1), s, False, shape.experts, adapters)
@@ -287,11 +288,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--formats", default=",".join(LAYOUTS))
     parser.add_argument("--variants", default="chosen", help="of the tiles, see esft_kernels.triton_ops.tiles")
+    parser.add_argument("--rows", default=",".join(ROWS), help="of an expert")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET, which replaces the compiler by an interpreter")
     for option, known in (("targets", TARGETS), ("models", MODELS), ("dtypes", DTYPES), ("formats", LAYOUTS),
-                          ("variants", VARIANTS)):  # fmt: skip
+                          ("variants", VARIANTS), ("rows", ROWS)):  # fmt: skip
         if unknown := [name for name in getattr(args, option).split(",") if name not in known]:
             parser.error(f"--{option} takes {', '.join(known)}, got {', '.join(unknown)}")
     rows: dict[str, Row] = {}
@@ -303,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
                 for dtype, format, variant in product(*settings):
                     try:
                         with matmul_precision("tf32" if dtype == "tf32" else "ieee"), varied(variant):
-                            launch_all(MODELS[name], DTYPES[dtype], format)
+                            launch_all(MODELS[name], DTYPES[dtype], format, args.rows.split(","))
                     except Exception as error:  # whatever the compiler raised: report it and go on
                         failures.append(f"{target} {dtype} {format} {variant} {name}: {type(error).__name__}: {error}")
         rows |= {key: inspect(kernel, target) for key, kernel in compiled.items()}

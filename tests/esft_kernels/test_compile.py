@@ -17,12 +17,11 @@ SPILLING = """
 import sys
 from esft_kernels.triton_ops import tiles
 from tools import compile_kernels
-compile_kernels.ROWS_PER_EXPERT, compile_kernels.MANY_TOKENS = (64,), 64
 real = tiles.choose_tiles
 def spilling(arch, dtype, op, rows, features):
     return tiles.Tiles(128, 256, 64, 4, 2) if op == "grad" else real(arch, dtype, op, rows, features)
 tiles.choose_tiles = spilling
-sys.exit(compile_kernels.main(["--targets=sm_90", "--models=tiny", "--dtypes=bf16", "--formats=plain"]))
+sys.exit(compile_kernels.main(["--targets=sm_90", "--models=tiny", "--dtypes=bf16", "--formats=plain", "--rows=64"]))
 """
 
 
@@ -33,21 +32,23 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "model", "dtypes", "formats", "variants"),
+    ("target", "model", "dtypes", "formats", "variants", "rows"),
     [
-        ("sm_80", "tiny", "bf16", "nf4", "chosen"),
-        ("sm_90", "deepseek-v2-lite", "bf16", "plain", "chosen"),
-        ("sm_90", "deepseek-v2-lite", "bf16", "plain", "long turns"),
-        ("sm_100", "tiny", "bf16", "int8", "chosen"),
-        ("sm_120", "tiny", "bf16", "fp8", "persistent descriptors"),
-        ("gfx942", "qwen3-235b-a22b", "bf16", "plain", "chosen"),  # its larger rows once broke a pass of AMD's compiler
-        ("gfx942", "gpt-oss-20b", "bf16", "mxfp4", "chosen"),
-        ("gfx942", "tiny", "bf16", "plain", "persistent"),
-        ("sm_80", "tiny", "fp32,tf32", "plain", "chosen"),
+        ("sm_80", "tiny", "bf16", "nf4", "chosen", "0.1,64"),
+        ("sm_90", "deepseek-v2-lite", "bf16", "plain", "chosen", "1024,many"),
+        ("sm_90", "deepseek-v2-lite", "bf16", "plain", "long turns", "1024"),
+        ("sm_100", "tiny", "bf16", "int8", "chosen", "8,1024"),
+        ("sm_120", "tiny", "bf16", "fp8", "persistent descriptors", "64"),
+        # Its larger rows once broke a pass of AMD's compiler.
+        ("gfx942", "qwen3-235b-a22b", "bf16", "plain", "chosen", "0.1,8,64,1024,many"),
+        ("gfx942", "gpt-oss-20b", "bf16", "mxfp4", "chosen", "0.1,8,64,1024,many"),
+        ("gfx942", "tiny", "bf16", "plain", "persistent", "0.1,8,64,1024,many"),
+        ("sm_80", "tiny", "fp32,tf32", "plain", "chosen", "64"),
     ],
 )
-def test_compiles_without_spills_and_with_matrix_instructions(target, model, dtypes, formats, variants):
+def test_compiles_without_spills_and_with_matrix_instructions(target, model, dtypes, formats, variants, rows):
     options = {"targets": target, "models": model, "dtypes": dtypes, "formats": formats, "variants": variants}
+    options["rows"] = rows
     result = run("-m", "tools.compile_kernels", *(f"--{name}={value}" for name, value in options.items()))
     assert result.returncode == 0, result.stdout + result.stderr
     *table, summary = result.stdout.strip().splitlines()
@@ -55,14 +56,14 @@ def test_compiles_without_spills_and_with_matrix_instructions(target, model, dty
     for kernel in (*KERNELS, *["decode"] * (formats != "plain")):
         assert any(line.split()[0] == kernel for line in table)
     if variants == "long turns":
-        rows = [line for line in table if line.split()[0] in KERNELS[:3]]
+        loops = [line for line in table if line.split()[0] in KERNELS[:3]]
         slots = {
             kernel: [
-                int(line.split()[-1].rstrip("%")) for line in rows if line.startswith(kernel) and "x256x128" in line
+                int(line.split()[-1].rstrip("%")) for line in loops if line.startswith(kernel) and "x256x128" in line
             ]
             for kernel in KERNELS[:3]
         }
-        assert all(int(line.split()[-2]) > 0 for line in rows)  # UTMALDG in the main loop
+        assert all(int(line.split()[-2]) > 0 for line in loops)  # UTMALDG in the main loop
         assert all(len(found) >= 2 and min(found) >= 85 for found in slots.values())
     elif target == "sm_90":  # issue slots left to the matrix instructions, of the tiles for many rows
         large = [line for line in table if line.split()[4].startswith("128x") and line.split()[0] in KERNELS]
@@ -80,7 +81,7 @@ def test_a_kernel_made_to_spill_fails():
 
 
 @pytest.mark.parametrize(
-    "arg", ["--targets=sm_91", "--models=gpt", "--dtypes=fp64", "--formats=gptq", "--variants=slow"]
+    "arg", ["--targets=sm_91", "--models=gpt", "--dtypes=fp64", "--formats=gptq", "--variants=slow", "--rows=65"]
 )
 def test_unknown_names_are_refused(arg, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET")
