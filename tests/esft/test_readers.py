@@ -41,7 +41,7 @@ from esft.scoring.select import select_experts
 from esft.selection import ExpertSelection
 from esft.storage.files import open_safetensors, safetensors_header, write_yaml
 
-CASES = 1100 * (40 if os.environ.get("ESFT_CHAOS") == "1" else 1)  # of each reader
+CASES = 800 * (40 if os.environ.get("ESFT_CHAOS") == "1" else 1)  # of each reader
 SECONDS = 5.0  # of one case, on a machine that does other work too
 GROWTH = 1 << 29  # bytes that all cases of a reader may add to the process's largest size
 

@@ -2,9 +2,8 @@
 
 import importlib
 import os
+import resource
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -13,6 +12,7 @@ import esft
 from esft.selection import ExpertSelection
 from tests.esft.adapters.tuned import tune
 from tests.esft.models import save_tiny
+from tests.esft.processes import forked, status
 
 
 @pytest.mark.parametrize("place", ["first copy", "last copy", "patch", "manifest", "rename"])
@@ -48,35 +48,21 @@ def test_a_disk_that_fills_up_leaves_the_old_output_whole_and_nothing_else(tmp_p
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import esft
-from esft.checkpoint.load import load_model
-from esft.selection import ExpertSelection
-
-base, adapter, out = map(Path, sys.argv[1:])
-model = esft.swap(load_model(str(base)), ExpertSelection({1: [3]}))
-for limit, write in (
-    ((base / "model.safetensors").stat().st_size - 1, lambda: esft.merge(base, adapter, out)),
-    (5000, lambda: esft.save_adapter(model, out)),
-):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        write()
-    except esft.DiskError as error:
-        print(error)
-"""
-
-
 @pytest.mark.slow
 def test_the_systems_own_limit_on_a_file_is_one_error_for_merged_checkpoints_and_adapters(tmp_path):
-    base = save_tiny(tmp_path / "base")
-    esft.save_adapter(tune(base, ExpertSelection({1: [3]})), tmp_path / "a")
+    base, out = save_tiny(tmp_path / "base"), tmp_path / "out"
+    model = tune(base, ExpertSelection({1: [3]}))
+    esft.save_adapter(model, tmp_path / "a")
     before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, "-c", LIMITED, base, tmp_path / "a", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    merged, saved = done.stdout.splitlines()
-    assert merged == f"{tmp_path / 'out'}: File too large"
-    assert saved.startswith(f"{tmp_path / 'out'}: ") and "File too large" in saved
+
+    def child() -> None:
+        for limit, write in (
+            ((base / "model.safetensors").stat().st_size - 1, lambda: esft.merge(base, tmp_path / "a", out)),
+            (5000, lambda: esft.save_adapter(model, out)),
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            with pytest.raises(esft.DiskError, match=f"^{out}: .*File too large"):
+                write()
+
+    assert status(forked(child)) == 0
     assert sorted(tmp_path.rglob("*")) == before

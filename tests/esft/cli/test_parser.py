@@ -21,6 +21,7 @@ from esft.cli import parser as command
 from esft.cli.parser import main
 from esft.errors import Interrupted
 from tests.esft.models import save_tiny, tiny_tokenizer, token_batch, write_records
+from tests.esft.processes import started, status
 
 
 @pytest.fixture
@@ -294,21 +295,19 @@ def test_the_script_settles_its_memory_for_the_stage_and_ends_with_its_status(mo
 def test_a_training_that_is_told_to_stop_says_the_command_that_goes_on_and_it_does(work, number: int):
     (work / "e.json").write_text('{"experts": {"1": [2]}}')
     # With a space in a name, and far more steps than there is time for.
-    train = "-m esft train --model base --data d.jsonl --experts e.json --steps 99999 --save-every 9999 --quiet"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    command = [sys.executable, *train.split(), "--out", "a run"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    train = "train --model base --data d.jsonl --experts e.json --steps 99999 --save-every 9999 --quiet".split()
+    process = started([*train, "--out", "a run"], work)
     metrics = work / "a run" / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
-        assert process.poll() is None, process.stderr
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), (work / "stderr").read_text()
         time.sleep(0.05)
-    process.send_signal(number)
-    said, error = process.communicate(timeout=60)
-    assert (process.returncode, said, "Traceback" in error) == (128 + number, "", False)
+    os.kill(process, number)
+    ended, error = status(process), (work / "stderr").read_text()
+    assert (ended, (work / "stdout").read_text(), "Traceback" in error) == (128 + number, "", False)
     start, goes_on = error.splitlines()[-1].split("; go on with: ")  # bars of other libraries come before
     assert re.fullmatch(rf"esft: {work}/a run: stopped after step \d+, which is saved", start)
-    assert goes_on == shlex.join([*command, "--resume"])
+    assert goes_on == shlex.join([sys.executable, "-m", "esft", *train, "--out", "a run", "--resume"])
     done = int(start.split("step ")[1].split(",")[0])
     words = [str(done + 2) if word == "99999" else word for word in shlex.split(goes_on)]
-    assert subprocess.run(words, env=environment, capture_output=True).returncode == 0
+    assert status(started(words[3:], work)) == 0
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == done + 2

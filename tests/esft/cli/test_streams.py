@@ -10,6 +10,7 @@ import pytest
 import esft
 from esft.runs.run_folder import RunFolder
 from tests.esft.models import save_tiny
+from tests.esft.processes import started, status
 from tests.esft.small_runs import settings
 
 COMMANDS = [
@@ -36,30 +37,37 @@ def place(tmp_path_factory):
     return folder
 
 
-# As a shell starts it, from this tree, with a standard output that is kept until it is full or the command ends.
+def done(place: Path, command: str, redirected: str) -> tuple[int, str]:
+    """Exit status of a command by a shell, and what it says on standard error; what it reads is one line."""
+    ended = status(started(command.split(), place, redirected, "hi\n"))
+    return ended, (place / "stderr").read_text()
+
+
+# From this tree, with a standard output that is kept until it is full or the command ends.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 ENVIRONMENT["PYTHONPATH"] = str(Path(esft.__file__).parents[1])
 
 
-def done(place, command: str, redirected: str) -> tuple[int, str]:
-    """Exit status of a command by the shell, and what it says on standard error; what it reads is one line."""
+@pytest.mark.parametrize("redirected", ["<&- >&- 2>&-", "<&- >/dev/full", ">&- 2>/dev/full"])
+@pytest.mark.parametrize("command", ["train --help-config", "select --scores nowhere --out o"])
+def test_a_real_shell_and_a_new_process_make_no_other_status(place, command: str, redirected: str):
     shell = ["sh", "-c", f'exec "$0" -m esft {command} {redirected}', sys.executable]
-    ended = subprocess.run(shell, cwd=place, env=ENVIRONMENT, input="hi\n", text=True, capture_output=True, timeout=120)
-    return ended.returncode, ended.stderr
+    ended = subprocess.run(shell, cwd=place, env=ENVIRONMENT, text=True, capture_output=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == done(place, command, redirected)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_output_that_is_full_is_told_in_one_line(place, command: str):
-    status, said = done(place, command, ">/dev/full")
-    assert status == 2 and said.endswith(FULL) and "Traceback" not in said
+    ended, said = done(place, command, ">/dev/full")
+    assert ended == 2 and said.endswith(FULL) and "Traceback" not in said
 
 
 @pytest.mark.parametrize("command", ["report run", "chat --model base --max-new-tokens 1"])
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 def test_a_stream_that_is_closed_is_one_that_goes_nowhere(place, command: str, closed: str):
-    status, said = done(place, command, closed)
+    ended, said = done(place, command, closed)
     said = "".join(line for line in said.splitlines(keepends=True) if line.startswith("esft"))
-    assert status == 0 and said in (
+    assert ended == 0 and said in (
         "",
         "esft: the answer is cut at 1 tokens (--max-new-tokens, or the model's positions)\n",
     )
