@@ -6,10 +6,12 @@ RUN := PYTHONDONTWRITEBYTECODE= MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000
 CONSTRAINTS := tools/constraints.txt
 DATA := build/home_assistant
 
-.PHONY: test test-fast test-gpu mutants chaos lint fmt kernels bench demo compare clean
+.PHONY: test suite test-fast test-gpu mutants chaos lint fmt kernels bench demo compare clean
 
-# T: a test file or folder; all where it is left out.
-test: .venv/installed lint
+# T: a test file or folder; all where it is left out. With -j2 both at once.
+test: lint suite
+
+suite: .venv/installed
 	$(RUN) -m pytest $(or $(T),-n auto --dist worksteal)
 	$(if $(T),,$(if $(wildcard /dev/nvidiactl /dev/kfd),$(MAKE) test-gpu))
 
@@ -60,8 +62,8 @@ build/general.jsonl: .venv/installed
 # torch goes first and alone, so that what depends on it takes this one.
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet -c $(CONSTRAINTS) torch==2.13.0
-	.venv/bin/pip install --quiet -c $(CONSTRAINTS) -e '.[triton,lora,plot,examples,dev]'
+	.venv/bin/pip install --quiet --no-compile -c $(CONSTRAINTS) torch==2.13.0
+	.venv/bin/pip install --quiet --no-compile -c $(CONSTRAINTS) -e '.[triton,lora,plot,examples,dev]'
 	touch $@
 
 clean:
