@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
+from esft.cli.parser import main
 from examples.demo import MODEL
 
 # By the module of examples/ that makes each. Adaptations are what the base cannot do; it half knows the enhancement.
@@ -25,8 +26,8 @@ def files(task: str, folder: Path, sizes: dict[str, int]) -> Path:
     out = folder / task
     if not (out / "test.jsonl").exists():
         options = [word for split, size in sizes.items() for word in (f"--{split}", str(size))]
-        command = [sys.executable, "-m", f"examples.{TASKS[task]}", "--out", str(out), *options]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+        with redirect_stdout(StringIO()):
+            import_module(f"examples.{TASKS[task]}").main(["--out", str(out), *options])
     return out
 
 
@@ -36,7 +37,10 @@ def scores(task: Path) -> Path:
     if not out.exists():
         common = ["--model", str(MODEL), "--data", str(task / "train.jsonl"), "--out", str(out), "--quiet"]
         how = ["--max-length", "512", "--batch-size", "8", "--outputs", "--gradients"]
-        subprocess.run([sys.executable, "-m", "esft", "score", *common, *how], check=True, stdout=subprocess.DEVNULL)
+        with redirect_stdout(StringIO()):
+            status = main(["score", *common, *how])
+        if status:
+            raise RuntimeError(f"{task}: no scores, see above")
     return out
 
 
@@ -44,7 +48,6 @@ def general(folder: Path) -> Path:
     """The file of general data: what a model should still know afterwards."""
     out = folder / "general.jsonl"
     if not out.exists():
-        subprocess.run(
-            [sys.executable, "-m", "examples.general", "--out", str(out)], check=True, stdout=subprocess.DEVNULL
-        )
+        with redirect_stdout(StringIO()):
+            import_module("examples.general").main(["--out", str(out)])
     return out
