@@ -266,6 +266,11 @@ def test_our_own_file_is_read_alone(tmp_path):
             rf"tensor {ONE.format('down')} has shape \(20, 32\), the base has \(32, 20\)",
         ),
         ([one_expert(up=torch.zeros(640))], rf"tensor {ONE.format('up')} has shape \(640,\), the base has \(20, 32\)"),
+        # By the name that the file has for it.
+        (
+            [{name.removeprefix("model."): t for name, t in one_expert(up=torch.zeros(640)).items()}],
+            rf"tensor {ONE.format('up').removeprefix('model.')} has shape",
+        ),
     ],
 )
 def test_weights_that_are_not_exactly_the_selections_are_named(tmp_path, parts, message: str):

@@ -93,6 +93,13 @@ def test_what_is_said_of_a_model_gets_to_what_loads_it(tmp_path, monkeypatch, tr
     ]
 
 
+def test_experts_stay_in_the_bits_that_a_checkpoint_ships_unless_said_otherwise(monkeypatch):
+    told: list[tuple] = []
+    monkeypatch.setattr(load_any, "load", lambda *given: told.append(given))
+    load_with_adapter("m", None)
+    assert told == [("m", ExpertSelection({}), "auto", "auto", "auto", "none", False, False, "bf16")]
+
+
 def test_lora_adapters_load_through_peft(tmp_path):
     model = save_lora(tmp_path)
     loaded = load_any_adapter(tiny_model().train(), tmp_path)

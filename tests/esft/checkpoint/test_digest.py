@@ -240,3 +240,23 @@ def test_a_digest_of_samples_is_that_of_the_weights_in_memory_and_of_each_of_the
     assert len(seen) == 3 + len([*model.parameters()])
     model.lm_head.to("meta")  # of what is offloaded nothing is known
     assert sampled_digest(model) not in seen
+
+
+def test_the_base_of_a_stock_model_is_rounded_as_asked():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-6)  # where float16 has fewer bits than bfloat16
+    assert base_below(model, torch.float16) == model_base(model, torch.float16) != base_below(model)
+
+
+def test_neither_another_tower_nor_the_place_of_the_files_is_of_the_forward_pass():
+    config = multimodal.tiny().config
+    settings = forward_settings(config)
+    assert settings == forward_settings(config.get_text_config()) and "vision_config" not in settings
+    config.get_text_config().name_or_path = "moved/elsewhere"
+    assert forward_settings(config) == settings
+
+
+def test_a_digest_of_samples_is_of_the_weights_names_too():
+    weight = torch.nn.Parameter(torch.ones(3))
+    assert len({sampled_digest(torch.nn.ParameterDict({name: weight})) for name in ("a", "b")}) == 2

@@ -188,6 +188,18 @@ def test_a_checkpoints_own_code_is_not_run_unless_said_so(base_config, monkeypat
             assert asked == [trusted] * (1 if load is load_tokenizer else 2)
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_does_not_fit_is_looked_for_with_a_folders_own_code_only_where_that_may_run(
+    anywhere, tmp_path, monkeypatch, trusted: bool
+):
+    asked = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuses([]))
+    monkeypatch.setattr(loading.Checkpoint, "open", lambda path, trusts: asked.append(trusts))
+    with pytest.raises(esft.InputError, match="refused"):
+        load_model(str(tmp_path), trust_remote_code=trusted)
+    assert asked == [trusted]
+
+
 def refuses(asked: list[bool]):
     def loads(*_, trust_remote_code, **__):
         asked.append(trust_remote_code)

@@ -104,7 +104,7 @@ def test_a_count_that_no_machine_word_holds_is_refused_in_short():
     assert count(str(2**63 - 1)) == 2**63 - 1
 
 
-@pytest.mark.parametrize("text", ["\u0661\u0662\u0663", "1_000", " 7 ", "1e3", "0x10", ""])
+@pytest.mark.parametrize("text", ["\u0661\u0662\u0663", "1_000", "0_1", " 7 ", "1e3", "0x10", ""])
 def test_only_plain_digits_are_a_count_or_a_share(text: str):
     with pytest.raises(ValueError):
         count(text)
@@ -139,6 +139,6 @@ def test_a_factor_is_a_number_from_nothing_on():
 
 def test_layers_from_one_on_are_its_number_and_a_colon():
     assert (first_layer("0:"), first_layer("12:")) == (0, 12)
-    for text in ("12", ":12", "-1:", "a:", "12:14"):
+    for text in ("12", ":12", "-1:", "a:", "12:14", "12345:"):
         with pytest.raises(argparse.ArgumentTypeError, match="^must be the first layer's number and a colon, as 12:, "):
             first_layer(text)

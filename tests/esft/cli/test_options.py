@@ -69,6 +69,7 @@ def test_a_choice_that_there_is_not_is_refused(capsys, text: str):
                 "--adapter ADAPTER adapter folder, ESFT's or PEFT's, or that of a run which holds one",
             ),
         ),
+        ("plan", ("records of a step (default that of a micro batch, else 1)",)),
         ("chat", ("talk with a model: answers are shown while they are made, and Ctrl-C stops one",)),
     ],
 )
