@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,29 @@ def test_who_reads_the_output_may_stop(monkeypatch, capfd):
     monkeypatch.setattr(command.os, "dup2", lambda new, old: None)
     assert main(["report", "r"]) == 141
     assert capfd.readouterr().err == ""
+
+
+def test_who_reads_a_commands_help_may_stop_too(monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "put", closed)
+    monkeypatch.setattr(command.os, "dup2", lambda new, old: None)
+    assert main(["--help"]) == 141
+
+
+def test_the_arguments_are_seen_before_a_job_is_joined(monkeypatch):
+    done = []
+
+    @contextmanager
+    def job(args):
+        done.append("joined")
+        yield True
+
+    monkeypatch.setattr(command, "job", job)
+    monkeypatch.setattr(command, "run_stage", lambda args: done.append("run"))
+    assert main(["report", "r"], lambda args: done.append(args.run)) == 0
+    assert done == ["r", "joined", "run"]
 
 
 def test_a_full_disk_behind_the_output_is_one_line(monkeypatch, capsys):

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from esft.cli.parser import main
 from esft.cli.stages import merge
-from tests.esft.cli.conftest import adapter, stage, usage, values
+from tests.esft.cli.conftest import adapter, put, stage, usage, values
 
 
 def test_merge_hands_over_and_prints(work, calls, capsys):
@@ -14,6 +15,16 @@ def test_merge_hands_over_and_prints(work, calls, capsys):
     folder = Path("a")
     assert calls.of["merge"] == [(("m", folder, "o", False, False), {}), (("m", folder, "o", True, False), {})]
     assert capsys.readouterr().out.splitlines() == ["merged checkpoint in there"] * 2
+
+
+def test_what_another_library_says_of_a_merge_names_the_model(work, calls, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no good")
+
+    adapter(work)
+    put(monkeypatch, "merge", fails)
+    assert main("merge --model m --adapter a --out o".split()) == 2
+    assert capsys.readouterr().err == "esft: m: cannot be used (RuntimeError: no good)\n"
 
 
 def test_merge_is_called_like_this(monkeypatch):

@@ -126,6 +126,16 @@ def test_esft_without_a_selection_says_which_flag_is_missing(work, calls, capsys
     assert "train" not in calls.of
 
 
+@pytest.mark.parametrize("option", ["--config run/c.yaml", "--experts run/e.json"])
+def test_a_run_is_not_begun_over_the_files_that_say_how(work, calls, capsys, option: str):
+    (work / "run").mkdir()
+    (work / "run" / "c.yaml").write_text("lr: 0.5\n")
+    ExpertSelection({1: [0]}).save(work / "run" / "e.json")
+    assert main(f"train --model m --data d.jsonl --out run {option}".split()) == 2
+    assert f"/run: the output would replace {option.split()[1]}, which is read" in capsys.readouterr().err
+    assert "train" not in calls.of
+
+
 def test_the_settings_of_a_file_are_listed_as_one(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help-config"])
