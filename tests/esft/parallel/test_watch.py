@@ -88,6 +88,11 @@ class Kept(dict):
     def check(self, keys: list[str]) -> bool:
         return all(key in self for key in keys)
 
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        if self.get(key, "") == expected:
+            self[key] = value
+        return self[key].encode()
+
 
 @pytest.fixture
 def slept(monkeypatch):
@@ -124,6 +129,12 @@ def test_a_process_that_is_gone_has_died_unless_it_is_of_another_place_or_has_le
         assert own._dead(1) == said
     store.set("left/1", "")
     assert own._dead(1) is None
+
+
+def test_of_two_ranks_that_blame_the_same_one_the_first_alone_says_so(monkeypatch):
+    monkeypatch.setattr(Watch, "_run", lambda self: None)
+    store = Kept()
+    assert [Watch(store, rank, 3)._blame(0) for rank in (1, 2)] == [True, False]
 
 
 def test_a_store_that_does_not_answer_ends_its_ranks(slept, monkeypatch):

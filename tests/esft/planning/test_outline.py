@@ -6,6 +6,7 @@ import esft
 from esft.checkpoint.load import load_skeleton
 from esft.experts.moe_layers import stock_weights
 from esft.planning.outline import outline, require_beside, skeleton_of
+from tests.esft import test_multimodal as multimodal
 from tests.esft.models import FAMILIES, tiny_model
 
 
@@ -34,6 +35,13 @@ def test_a_model_is_counted_without_its_weights(folder):
         assert layer.expert_size == sum(w.numel() for w in one) and layer.biased == (len(one) > 2)
         g, d, f = layer.shape
         assert (d, g) == (32, 2 * f) and model.get_submodule(layer.name) is not None
+
+
+def test_beside_a_tower_for_images_a_token_has_as_many_experts_as_the_text_model_says(tmp_path, monkeypatch):
+    model = multimodal.tiny().to("meta")
+    model.config.save_pretrained(tmp_path)
+    monkeypatch.setattr("esft.planning.outline.skeleton_of", lambda *_: model)
+    assert outline(str(tmp_path)).top_k == model.config.get_text_config().num_experts_per_tok == 2
 
 
 def test_the_dtype_is_the_checkpoints_or_the_one_asked_for(tmp_path):
