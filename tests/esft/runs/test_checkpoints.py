@@ -258,6 +258,12 @@ def test_a_state_that_does_not_say_which_step_is_best_is_named(tmp_path, saved, 
     saved.save(best_of(6, 6))  # and is no reason to fail for the next
 
 
+def test_what_is_named_like_a_checkpoint_and_is_none_is_passed_over(saved):
+    (saved.folder / "step-0000008").mkdir()  # of seven digits, where six would do
+    (saved.folder / "step-000009").write_text("mine")
+    assert saved.last_step() == 4 and same(restored(saved), state(4))
+
+
 def test_a_link_to_a_checkpoint_of_another_run_is_none(tmp_path, saved):
     (tmp_path / "checkpoints" / "step-000004").rename(tmp_path / "another")
     (tmp_path / "checkpoints" / "step-000004").symlink_to(tmp_path / "another")

@@ -304,6 +304,12 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
         TrainConfig.load(tmp_path / "c.yaml")
 
 
+def test_all_is_both_that_processes_can_share():
+    shared = {shard: TrainConfig(shard=shard) for shard in ("none", "frozen", "experts", "all")}
+    assert {shard for shard, config in shared.items() if config.cuts_frozen} == {"frozen", "all"}
+    assert {shard for shard, config in shared.items() if config.deals_experts} == {"experts", "all"}
+
+
 def test_evaluation_data_decides_where_the_best_is_kept_or_patience_ends():
     assert TrainConfig(metric_for_best_model="loss").chooses is None
     assert TrainConfig(load_best_model_at_end=True, early_stopping_patience=1).chooses == "load_best_model_at_end"

@@ -72,6 +72,13 @@ def test_what_is_of_later_steps_than_are_done_is_forgotten(path):
     assert shown == [(1, {"lr": 0.25}), (2, {"lr": 0.5}), (3, {"lr": 0.75}), (3, {"lr": 2.75})]
 
 
+def test_a_line_that_a_kill_has_torn_goes_when_the_next_step_is_logged(path):
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    with logging(path, 1, lambda step, values: None) as log:
+        log(2, lr=0.5)
+    assert read_metrics(path) == [{"step": 1}, {"step": 2, "lr": 0.5}]
+
+
 def test_a_disk_that_is_full_is_named_when_a_step_is_logged(path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
