@@ -135,7 +135,7 @@ def test_a_link_among_what_is_left_of_a_beginning_is_not_written_through(tmp_pat
         _ = folder.broken_off
 
 
-@pytest.mark.parametrize("mine", ["thesis", "experts.json.bak", "checkpoints/thesis", "adapter/thesis"])
+@pytest.mark.parametrize("mine", ["thesis", "experts.json.bak", "checkpoints/thesis", "adapter/thesis", "overwriting.md"])
 def test_what_a_run_has_not_written_is_named(tmp_path, mine: str):
     folder = begun(tmp_path / "run")
     folder.check_ours()
@@ -154,9 +154,10 @@ def test_a_marker_that_is_none_is_named(tmp_path, marker: str):
     (tmp_path / "run" / "esft_run.json").write_text(marker)
     with pytest.raises(esft.InputError, match=r"esft_run\.json: (is no run's marker|line 1)"):
         folder.check_ours()
-    (tmp_path / "run" / "esft_run.json").write_text('{"outcome": [], "format_version": 2}')
-    with pytest.raises(esft.InputError, match=r"esft_run\.json: format_version must be 1"):
-        folder.check_ours()
+    for version in ("2", "true"):
+        (tmp_path / "run" / "esft_run.json").write_text(f'{{"outcome": [], "format_version": {version}}}')
+        with pytest.raises(esft.InputError, match=r"esft_run\.json: format_version must be 1"):
+            folder.check_ours()
 
 
 def test_the_settings_and_the_selection_of_a_run_are_those_that_it_was_begun_with(tmp_path):

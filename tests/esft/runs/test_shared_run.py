@@ -64,6 +64,14 @@ def test_every_rank_is_told_what_the_first_one_reads_and_only_that_one_writes(tm
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
 
 
+def test_a_line_of_metrics_that_a_kill_has_torn_is_none(tmp_path):
+    begin(tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    with shared_run(ALONE, tmp_path / "run", resume=True, overwrite=False) as run:
+        assert [line["step"] for line in run.metrics()] == [1]
+
+
 def test_one_process_writes_and_reads_the_run_itself(tmp_path):
     begin(tmp_path / "run")
     assert go_on(tmp_path / "run")[:3] == [True] * 3
