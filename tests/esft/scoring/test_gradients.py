@@ -138,13 +138,17 @@ def test_a_batch_without_a_supervised_token_is_no_batch():
         gradient_scores(model, [nothing], batch_loss)
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_what_cannot_be_scored_is_refused(monkeypatch):
     model = tiny_model()
     with pytest.raises(esft.InputError, match=r"mlp\.experts: gradients are scored of the experts of a swapped model$"):
         gradient_scores(model, BATCHES, batch_loss)
     esft.swap(model, esft.ExpertSelection({}))
-    with pytest.raises(esft.InputError, match=r"^layer 2: the gradient of expert \d is no finite number$"):
+    said = r"^layer 2: the gradient of expert \d is no finite number$"
+    with pytest.raises(esft.InputError, match=said):
         gradient_scores(model, BATCHES, lambda m, b: (batch_loss(m, b)[0] * torch.nan, 1))
+    monkeypatch.setattr(_Sums, "_squares", lambda *_: (torch.tensor(torch.inf), torch.zeros(())))
+    with pytest.raises(esft.InputError, match=said):
+        gradient_scores(model, BATCHES, batch_loss)
 
 
 def test_gradients_of_16_bits_are_squared_in_32():

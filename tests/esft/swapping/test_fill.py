@@ -57,7 +57,9 @@ def test_tensors_may_come_in_any_order_and_are_handed_on(frozen: str, order: str
     model, places = blank(frozen)
     tensors = list(Checkpoint.open(base).tensors())
     given = ORDERS[order](tensors)
-    handed_on = list(Filling(model, places, "base").through(given))
+    filling = Filling(model, places, "base")
+    handed_on = list(filling.through(given))
+    assert filling._buffers == {}  # of what is packed, nothing plain is held any more
     assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(handed_on, given, strict=True))
     for layer, wanted in zip(moe_layers(model), moe_layers(swapped(tiny_model(), frozen)), strict=True):
         assert all(
@@ -80,6 +82,16 @@ def test_experts_in_few_bits_stay_as_they_come_and_what_else_comes_so_is_read(fr
     others = [name for name, value in tensors if isinstance(value, PackedTensor) and name not in places]
     assert bool(others) == (frozen == "fp8")
     assert all(torch.equal(model.get_parameter(name), stock.get_parameter(name)) for name in others)
+
+
+@pytest.mark.parametrize(("frozen", "make"), [("int8", fp8_checkpoint), ("fp8", mxfp4_checkpoint)])
+def test_experts_that_come_in_another_format_than_they_are_kept_in_are_read(frozen: str, make, tmp_path):
+    base = make(tmp_path / "base")
+    model, places = blank(frozen, load_model(str(base)))
+    list(Filling(model, places, "base").through(Checkpoint.open(base).tensors()))
+    for layer, wanted in zip(moe_layers(model), moe_layers(swapped(load_model(str(base)), frozen)), strict=True):
+        expected = wanted.experts.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.experts.state_dict().items())
 
 
 @pytest.mark.parametrize("frozen", ["bf16", "nf4"])

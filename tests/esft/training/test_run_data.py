@@ -178,6 +178,14 @@ def test_a_mix_of_one_source_is_that_source(paths):
     assert found.mix is None and list(found.batches(0)) == list(read(paths[0]).batches(0))
 
 
+def test_how_records_are_encoded_depends_on_whether_rows_are_packed_out_of_whole_ones(paths):
+    def encoding(**settings) -> str | None:
+        return RunData(sources_of(paths), tiny_tokenizer(), REACH, TrainConfig(steps=9, **settings)).encoding()
+
+    assert encoding() == encoding(packing=True) == encoding(packing_strategy="wrapped")
+    assert encoding() != encoding(packing=True, packing_strategy="wrapped")
+
+
 def test_how_records_are_encoded_is_what_the_settings_say(paths, monkeypatch):
     asked, real = [], run_data.encoded
     monkeypatch.setattr(run_data, "encoded", lambda source, encoder, *how: asked.append(how) or real(source, encoder))
