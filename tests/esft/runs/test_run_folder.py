@@ -135,7 +135,9 @@ def test_a_link_among_what_is_left_of_a_beginning_is_not_written_through(tmp_pat
         _ = folder.broken_off
 
 
-@pytest.mark.parametrize("mine", ["thesis", "experts.json.bak", "checkpoints/thesis", "adapter/thesis", "overwriting.md"])
+@pytest.mark.parametrize(
+    "mine", ["thesis", "experts.json.bak", "checkpoints/thesis", "adapter/thesis", "overwriting.md"]
+)
 def test_what_a_run_has_not_written_is_named(tmp_path, mine: str):
     folder = begun(tmp_path / "run")
     folder.check_ours()
