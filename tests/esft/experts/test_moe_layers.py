@@ -12,10 +12,20 @@ import esft
 from esft.data.examples import IGNORE
 from esft.errors import RankError
 from esft.evaluation.loss import batch_loss
-from esft.experts.moe_layers import MoELayer, is_apart, is_dealt, moe_layers, ranks_of, stock_weights
+from esft.experts.moe_layers import (
+    MoELayer,
+    dealt_parameters,
+    dealt_pools,
+    is_apart,
+    is_dealt,
+    moe_layers,
+    ranks_of,
+    stock_weights,
+)
 from esft.experts.plain_experts import PlainExperts
 from esft.experts.pooled_experts import PROJECTIONS, Experts
 from esft.experts.stock_layout import read_layout
+from esft.parallel.experts import Deal
 from esft.parallel.ranks import ALONE, Ranks
 from esft.selection import ExpertSelection
 from tests.esft import zoo
@@ -428,3 +438,18 @@ def test_the_job_over_which_weights_are_spread_is_that_of_the_process_or_an_erro
         ranks_of(dealt)
     monkeypatch.setattr("esft.parallel.join.current", lambda: first)
     assert ranks_of(dealt) is first
+
+
+def test_of_dealt_experts_the_pools_are_told_by_what_every_rank_has_of_them():
+    def model(*trained: int) -> nn.ModuleDict:
+        deal = Deal(0, (trained, ()), ((0, 2), (1, 4)))
+        weights = torch.zeros(5, 6, 8), torch.zeros(5, 8, 3)
+        return nn.ModuleDict({"a": PlainExperts(*weights, trained, gate=torch.relu, norm=nn.LayerNorm(8), deal=deal)})
+
+    assert dealt_parameters(model()) == {}
+    dealt = model(3)
+    assert dealt_parameters(dealt) == {f"a.trained_{name}_proj": (1, 0) for name in ("gate_up", "down")}
+    # The norm after an expert is everybody's.
+    assert {name for name, p in dealt.named_parameters() if p not in dealt_pools(dealt)} == {
+        "a.post_expert_norm.weight", "a.post_expert_norm.bias",
+    }  # fmt: skip
