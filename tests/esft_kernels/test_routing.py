@@ -105,6 +105,17 @@ def test_experts_of_another_rank_have_no_position_here_and_their_rows_no_expert(
     assert all_here.rows_here() == all_here.num_rows == 4
 
 
+def test_a_rank_may_hold_no_expert():
+    routing = route(
+        torch.tensor([[0, 2], [1, 0]]), torch.zeros(3, dtype=torch.int64), 0, elsewhere=True, num_positions=0
+    )
+    assert routing.offsets_E1.tolist() == [0] and (routing.num_experts, routing.rows_here(), routing.num_rows) == (
+        0,
+        0,
+        4,
+    )
+
+
 @pytest.mark.parametrize("debug", [None, "0", "1"])
 def test_ids_on_a_device_are_looked_at_only_in_debugging(debug, monkeypatch):
     monkeypatch.delenv("ESFT_DEBUG", raising=False)

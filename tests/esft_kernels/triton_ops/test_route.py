@@ -58,6 +58,17 @@ def test_experts_that_are_elsewhere_come_last():
     ids[::2, 1] = 5
     ids[3, 0] = 1000
     check(ids, torch.randperm(5), 2, 5)
+    check(ids, torch.zeros(5, dtype=torch.int64), 0, 0)  # none is here
+    assert [op.route(ids, torch.arange(5), 2, 5, elsewhere=said).elsewhere for said in (False, True)] == [False, True]
+
+
+def test_an_id_below_zero_is_of_an_expert_elsewhere_too():
+    """On a GPU nobody has looked whether there are such."""
+    below, position = choice(20, 3, list(range(5))), torch.randperm(5)
+    beyond = below.clone()
+    below[3, 0], beyond[3, 0] = -1, 5
+    found, expected = op.route(below, position, 2, 5), twin.route(beyond, position, 2, True, 5)
+    assert torch.equal(found.row_TK, expected.row_TK) and torch.equal(found.offsets_E1, expected.offsets_E1)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
