@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_plain_layers_at_all_lengths(family:
 
 def test_many_layers_are_compiled_as_few_graphs(graphs):
     found = []
-    for layers in (3, 6):
+    for layers in (3, 5):
         torch._dynamo.reset()
         graphs.frame_count = 0
         model = esft.swap(tiny_model("deepseek_v2", num_hidden_layers=layers), esft.ExpertSelection({1: [0, 2]}))
@@ -77,14 +77,14 @@ def test_many_layers_are_compiled_as_few_graphs(graphs):
 
 @pytest.mark.parametrize("how", [{"frozen": "int8"}, {"recompute": "frozen"}])
 def test_experts_in_few_bits_or_made_again_are_left_as_they_are(how: dict, graphs):
-    model = esft.swap(tiny_model("olmoe"), esft.ExpertSelection({1: [0, 2]}), **how).train()
+    model = esft.swap(tiny_model("olmoe", num_hidden_layers=2), esft.ExpertSelection({1: [0, 2]}), **how).train()
     plain = step(model, 9)
     compile_layers(model)
     both(model, 9, plain)
 
 
 def test_the_compilers_own_code_computes_the_same():
-    model = esft.swap(tiny_model("olmoe"), esft.ExpertSelection({0: [1]})).train()
+    model = esft.swap(tiny_model("olmoe", num_hidden_layers=1), esft.ExpertSelection({0: [1]})).train()
     plain = step(model, 9)
     compile_layers(model)
     both(model, 9, plain)
