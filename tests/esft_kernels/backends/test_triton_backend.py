@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from esft_kernels.backends import triton_backend
 from esft_kernels.backends import triton_parts as parts
 from esft_kernels.triton_ops import tiles
+from esft_kernels.triton_ops import up_gemm as up
 from tests.esft_kernels.bounds import check_bounds, poison_masked, sum_in_one_order
 from tests.esft_kernels.layers import (
     ACTIVATIONS,
@@ -223,6 +224,18 @@ def test_gradients_of_the_prefix_decode_no_frozen_weights(monkeypatch):
     triton_backend.backward(
         layer.grad_out_TD, layer.x_TD, h, layer.weights_TK, layer.pools, layer.routing, NEEDS[3]
     )  # fmt: skip
+
+
+def test_whatever_is_computed_together_tiles_are_chosen_for_the_whole_layer(monkeypatch):
+    """So rows that are made again come out with the same bits."""
+    layer, asked, real = small(format="nf4"), [], up.tiles_for
+    monkeypatch.setattr(parts, "FEW_ROWS", -1)
+    monkeypatch.setattr(parts, "SCRATCH", 0)  # one expert at a time
+    monkeypatch.setattr(up, "tiles_for", lambda x, op, rows, *more: asked.append(rows) or real(x, op, rows, *more))
+    triton_backend.forward(layer.x_TD, layer.weights_TK, layer.pools, layer.routing, 0)
+    prefix = torch.zeros(layer.routing.prefix_rows(), 20)
+    triton_backend.rebuild(layer.x_TD, prefix, layer.pools, layer.routing)
+    assert asked == [9 * 2 // 4] * (1 + 2 + 2)
 
 
 def test_every_launch_is_on_the_device_of_x(monkeypatch):
