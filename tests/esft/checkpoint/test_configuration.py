@@ -30,6 +30,10 @@ def test_experts_are_counted_over_the_layers():
     check_numbers({"num_hidden_layers": 256, "num_experts": 4096}, "here")
     with pytest.raises(esft.InputError, match="^here: says 1,052,672 experts in all; at most 1,048,576 are supported"):
         check_numbers({"num_hidden_layers": 257, "num_experts": 4096}, "here")
+    with pytest.raises(esft.InputError, match="^here: says 1,052,672 experts in all"):  # the most of several counts
+        check_numbers(
+            {"num_hidden_layers": 257, "num_dense_layers": 1, "num_experts": 4096, "n_shared_experts": 2}, "here"
+        )
 
 
 def test_implementations_that_are_no_code_from_the_hub_pass():

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import esft
 from esft.checkpoint import load as loading
-from esft.checkpoint.load import load_model, load_skeleton, load_tokenizer
+from esft.checkpoint.load import load_model, load_skeleton, load_tokenizer, load_without
 from tests.esft.checkpoint.files import rewrite, rewrite_json
 from tests.esft.models import save_tiny, tiny_model, tiny_tokenizer
 
@@ -186,6 +186,16 @@ def test_a_checkpoints_own_code_is_not_run_unless_said_so(base_config, monkeypat
             with pytest.raises(esft.InputError, match="refused"):
                 load(base_config, *(("auto",) if load is load_model and more else ()), *more)
             assert asked == [trusted] * (1 if load is load_tokenizer else 2)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_part_of_a_model_is_made_by_a_checkpoints_own_code_only_where_that_may_run(base_config, monkeypatch, trusted):
+    asked: list[bool] = []
+    monkeypatch.setattr(loading, "open_config", lambda path, trusts: asked.append(trusts) or PreTrainedConfig())
+    monkeypatch.setattr(loading, "load_in_part", refuses(asked))
+    with pytest.raises(esft.InputError, match="refused"):
+        load_without(base_config, lambda model: (), trust_remote_code=trusted)
+    assert asked == [trusted] * 2
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -23,6 +23,7 @@ from tests.esft import zoo
 from tests.esft.checkpoint.files import rewrite, rewrite_json
 from tests.esft.checkpoint.packed import BLOCK, fp8_checkpoint, mxfp4_checkpoint
 from tests.esft.models import save_tiny, tiny_model, token_batch
+from tests.esft.parallel.jobs import FirstOfTwo
 
 SELECTION = ExpertSelection({1: [5, 2]})
 MAKERS = {"fp8": fp8_checkpoint, "mxfp4": mxfp4_checkpoint}
@@ -152,6 +153,14 @@ def test_there_is_never_more_than_the_finished_model_and_a_layer(frozen: str, tm
     assert stock > finished + 3 * layer or frozen == "bf16"
 
 
+def test_experts_compute_by_the_backend_and_with_the_memory_that_are_asked_for(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    model = esft.load(str(base), ExpertSelection({1: [0]}), backend="reference", recompute="frozen")
+    assert {(layer.experts.backend, layer.experts.recompute) for layer in moe_layers(model)} == {
+        ("reference", "frozen")
+    }
+
+
 def test_where_experts_cannot_come_one_by_one_the_stock_model_is_swapped(tmp_path, monkeypatch):
     base = save_tiny(tmp_path / "base")
     loaded = []
@@ -167,6 +176,17 @@ def test_where_experts_cannot_come_one_by_one_the_stock_model_is_swapped(tmp_pat
     with pytest.warns(UserWarning, match="the kernels do not compute these experts"):
         esft.load(str(base), SELECTION)
     assert len(loaded) == 3
+
+
+def test_a_stock_model_is_swapped_with_all_that_is_asked_for(tmp_path, monkeypatch):
+    asked: list[tuple] = []
+    monkeypatch.setattr(module, "on_one_device", lambda: False)
+    monkeypatch.setattr(module, "load_model", lambda *_: "stock")
+    monkeypatch.setattr(module, "swap", lambda *given: asked.append(given))
+    how = {"backend": "reference", "recompute": "frozen", "frozen": "int8", "frozen_linear": "nf4"}
+    ranks = FirstOfTwo()
+    esft.load(str(save_tiny(tmp_path / "base")), SELECTION, **how, ranks=ranks)
+    assert asked == [("stock", SELECTION, *how.values(), ranks)]
 
 
 @pytest.mark.parametrize("progress", [True, False])
