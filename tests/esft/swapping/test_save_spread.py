@@ -129,6 +129,19 @@ def test_an_earlier_checkpoint_stays_until_all_weights_are_written(tmp_path, mon
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"model.safetensors": b"an earlier one"}
 
 
+@pytest.mark.parametrize("size", [ONE_FILE, 200_000])
+def test_of_an_earlier_checkpoint_in_another_number_of_files_nothing_says_where_weights_are(
+    tmp_path, monkeypatch, size: int
+):
+    monkeypatch.setattr(save_spread, "FILE", size)
+    for name in (save_spread.WHOLE, save_spread.INDEX):
+        (tmp_path / name).write_text("an earlier one's")
+    save_spread.save_spread(tuned("deepseek_v2"), tmp_path, True, lambda: None)
+    here = {name for name in (save_spread.WHOLE, save_spread.INDEX) if (tmp_path / name).exists()}
+    assert here == ({save_spread.WHOLE} if size == ONE_FILE else {save_spread.INDEX})
+    assert all("an earlier" not in (tmp_path / name).read_text(errors="ignore") for name in here)
+
+
 def test_cut_up_experts_in_few_bits_are_refused_before_anything_is_written(tmp_path):
     model = esft.swap(tiny_model(moe_intermediate_size=32), SELECTION, frozen="nf4")
     with pytest.raises(InputError, match="experts in nf4 that are cut up over ranks cannot be saved whole"):
