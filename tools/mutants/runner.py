@@ -58,6 +58,7 @@ class Runner:
             if (shared := self.root.parent / "shared").is_dir():  # some tests read what lies beside the tree
                 (tree.parent / "shared").symlink_to(shared)
             trees.put(tree)
+        _settle()
         _import_what_is_large()
         self.pool = context.Pool(self.workers, _begin, (trees, self.until, self.whole))
         return self
@@ -72,12 +73,16 @@ class Runner:
         return filter(None, self.pool.imap_unordered(_meet, pairs))
 
 
-def _import_what_is_large() -> None:
+def _settle() -> None:
+    """The environment of all tests, those of processes that they start too."""
     os.environ |= {
         "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     sys.dont_write_bytecode = True  # a mutant may have its module's size and second: its bytecode would be taken for it
+
+
+def _import_what_is_large() -> None:
     import peft  # noqa: F401
     import pytest  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
