@@ -33,6 +33,20 @@ def _computed(out, a, b, HOW: tl.constexpr):
     tl.store(out, value)
 
 
+@triton.jit
+def _scaled(out, value, BY: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out + offsets, (tl.load(value + offsets) * BY).to(tl.float32))
+
+
+@pytest.mark.parametrize("by", [0.0, -0.0, 1, 1.0, True, 2.5, -3])
+def test_a_number_beside_a_block_is_itself_whatever_numbers_came_before(by: float):
+    for value in (torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5, -6])):
+        _scaled[(1,)](out := torch.empty(2), value, by, 2)
+        expected = (value * by).float()
+        assert torch.equal(out, expected) and torch.equal(out.signbit(), expected.signbit())
+
+
 def test_functions_within_functions_of_a_kernel_compute_and_the_language_is_as_before():
     own = {name: getattr(tl, name) for name in ("range", "load", "arange", "static_range")}
     for value in (2, -3):

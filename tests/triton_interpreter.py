@@ -55,9 +55,8 @@ def _check_overflow(self: TritonSemantic, lhs: Any, rhs: Any, operation: Callabl
 
 
 def _call_at_once(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
-    """As the interpreter sets a function of the language, without its look for what every call has."""
-    # Of a member function of tensors, which hands everything on to another one, this is that one.
-    inner = getattr(member, "__wrapped__", member)
+    """As the interpreter sets a function of the language, without the copy of its arguments at every call."""
+    inner = getattr(member, "__wrapped__", member)  # without the check that ``_semantic`` is given, as it is here
     semantic = interpreter.interpreter_semantic
 
     def called(*args: Any, **kwargs: Any) -> Any:

@@ -180,7 +180,7 @@ def matmul_precision(name: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def launch_all(shape: LayerShape, dtype: torch.dtype, format: str = PLAIN, rows: Sequence[str] = ROWS) -> None:
+def launch_all(shape: LayerShape, dtype: torch.dtype, format: str, rows: Sequence[str]) -> None:
     """Every launch that a training step of this layer can make, on tensors without storage.
 
     ``format``: of the frozen pool. ``rows``: of ``ROWS``.

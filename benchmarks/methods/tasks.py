@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
@@ -26,8 +27,7 @@ def files(task: str, folder: Path, sizes: dict[str, int]) -> Path:
     out = folder / task
     if not (out / "test.jsonl").exists():
         options = [word for split, size in sizes.items() for word in (f"--{split}", str(size))]
-        with redirect_stdout(StringIO()):
-            import_module(f"examples.{TASKS[task]}").main(["--out", str(out), *options])
+        _quietly(import_module(f"examples.{TASKS[task]}").main, "--out", str(out), *options)
     return out
 
 
@@ -37,9 +37,7 @@ def scores(task: Path) -> Path:
     if not out.exists():
         common = ["--model", str(MODEL), "--data", str(task / "train.jsonl"), "--out", str(out), "--quiet"]
         how = ["--max-length", "512", "--batch-size", "8", "--outputs", "--gradients"]
-        with redirect_stdout(StringIO()):
-            status = main(["score", *common, *how])
-        if status:
+        if _quietly(main, "score", *common, *how):
             raise RuntimeError(f"{task}: no scores, see above")
     return out
 
@@ -48,6 +46,11 @@ def general(folder: Path) -> Path:
     """The file of general data: what a model should still know afterwards."""
     out = folder / "general.jsonl"
     if not out.exists():
-        with redirect_stdout(StringIO()):
-            import_module("examples.general").main(["--out", str(out)])
+        _quietly(import_module("examples.general").main, "--out", str(out))
     return out
+
+
+def _quietly(command: Callable[[list[str]], int | None], *arguments: str) -> int | None:
+    """The status of a command whose output nobody reads."""
+    with redirect_stdout(StringIO()):
+        return command(list(arguments))

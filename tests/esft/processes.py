@@ -33,8 +33,10 @@ def status(pid: int) -> int:
 
 
 # What a shell writes for a standard stream: its number, and where it leads instead; nowhere where it is closed.
-REDIRECTIONS = {"<&-": (0, None), ">&-": (1, None), "2>&-": (2, None), ">/dev/full": (1, "/dev/full")}
-REDIRECTIONS["2>/dev/full"] = (2, "/dev/full")
+REDIRECTIONS = {
+    "<&-": (0, None), ">&-": (1, None), "2>&-": (2, None),
+    ">/dev/full": (1, "/dev/full"), "2>/dev/full": (2, "/dev/full"),
+}  # fmt: skip
 
 
 def started(arguments: list[str], folder: Path, redirected: str = "", given: str = "") -> int:

@@ -47,8 +47,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_compiles_without_spills_and_with_matrix_instructions(target, model, dtypes, formats, variants, rows):
-    options = {"targets": target, "models": model, "dtypes": dtypes, "formats": formats, "variants": variants}
-    options["rows"] = rows
+    options = {
+        "targets": target, "models": model, "dtypes": dtypes, "formats": formats, "variants": variants, "rows": rows,
+    }  # fmt: skip
     result = run("-m", "tools.compile_kernels", *(f"--{name}={value}" for name, value in options.items()))
     assert result.returncode == 0, result.stdout + result.stderr
     *table, summary = result.stdout.strip().splitlines()

@@ -40,7 +40,7 @@ def layers(draw, formats: tuple[str, ...] = (PLAIN,)) -> Layer:
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     return make_layer(
-        tokens, top_k, experts, draw(st.integers(1, 70)), draw(st.integers(1, 40)), tuple(trained), tuple(used), dtype,
+        tokens, top_k, experts, draw(st.integers(1, 70)), draw(st.integers(1, 70)), tuple(trained), tuple(used), dtype,
         draw(st.sampled_from(sorted(ACTIVATIONS.values(), key=str))),
         draw(st.booleans()), draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([False, False, True])),
         draw(st.sampled_from(formats)),
